@@ -1,0 +1,181 @@
+"""Frame: what every command has in common.
+
+A command is a dataclass of options and a function that takes it. The frame makes the command
+line from the fields, adds `--config`, `--json` and `--quiet`, turns a KdcacheError into one
+sentence on stderr and exit code 2, and lets any other exception keep its traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import signal
+import sys
+import tomllib
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdcache.errors import KdcacheError
+
+if typing.TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where a command's words go: results to stdout, everything else to stderr."""
+
+    json: bool
+    quiet: bool
+
+    @property
+    def console(self) -> Console:
+        """For people, on stdout."""
+        from rich.console import Console
+
+        return Console(quiet=self.quiet, highlight=False)
+
+    def result(self, value: dict[str, Any], show: Callable[[Console], None]) -> None:
+        """Print the result: as one JSON object, or by `show`."""
+        if self.json:
+            print(json.dumps(value, allow_nan=False, default=str))
+        else:
+            show(self.console)
+
+    @contextmanager
+    def progress(self, what: str, unit: str) -> Iterator[Callable[..., None]]:
+        """A bar with rate and time left, on stderr and only on a terminal.
+
+        Yields a function of (done, total, note).
+        """
+        if self.quiet or not sys.stderr.isatty():
+            yield lambda *_: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} " + unit),
+            TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=None, note="")
+
+            def update(done: int, total: int, note: str = "") -> None:
+                bar.update(task, completed=done, total=total, note=note)
+
+            yield update
+
+
+def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+    """Register `function(options, output)` as a command whose options are the fields of a dataclass.
+
+    Args:
+        app: where to register it.
+        name: the command's name.
+        options: a keyword-only dataclass made with `kdcache.options.option`.
+        positional: the fields that are arguments rather than options.
+    """
+
+    def register(function: Callable[[Any, Output], None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            given.pop("config")
+            output = Output(json=given.pop("json"), quiet=given.pop("quiet"))
+            with _manners():
+                function(options(**given), output)
+
+        parameters = list(_parameters(options, positional))
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        del run.__wrapped__  # type: ignore[attr-defined]
+        app.command(name)(run)
+        return run
+
+    return register
+
+
+def _parameters(options: type, positional: tuple[str, ...]) -> Iterator[inspect.Parameter]:
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        help_text = field.metadata["help"]
+        kind = typer.Argument(help=help_text) if field.name in positional else typer.Option(help=help_text)
+        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        yield inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hints[field.name], kind]
+        )
+    shared: tuple[tuple[str, Any, Any, str, dict[str, Any]], ...] = (
+        ("config", Path | None, None, "TOML file of options; flags win", {"is_eager": True, "callback": _read_config}),
+        ("json", bool, False, "print one JSON object on stdout", {}),
+        ("quiet", bool, False, "print nothing but errors and --json", {}),
+    )
+    for name, hint, default, help_text, more in shared:
+        flags = () if hint is not bool else (f"--{name}",)
+        annotation = Annotated[hint, typer.Option(*flags, help=help_text, **more)]
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the options of a TOML file as defaults, so that flags win."""
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise typer.BadParameter(f"{path} cannot be read as TOML: {error}") from None
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    known = {parameter.name for parameter in context.command.params}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise typer.BadParameter(f"{path} sets {', '.join(unknown)}, which {context.info_name} does not know")
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+@contextmanager
+def _manners() -> Iterator[None]:
+    """One sentence for bad input, a traceback for defects, and a clean end for signals."""
+    _hush()
+
+    def stop(number: int, _: Any) -> None:
+        raise _Stopped(number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KdcacheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except (_Stopped, KeyboardInterrupt) as signalled:
+        number = signalled.number if isinstance(signalled, _Stopped) else signal.SIGINT
+        print("stopped; what is finished is kept", file=sys.stderr)
+        raise typer.Exit(128 + number) from None
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class _Stopped(BaseException):
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _hush() -> None:
+    """Keep the libraries' own bars and advice out of our output; ours say what matters."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,207 @@
+"""`kdcache`: one command for each thing that people do with a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from kdcache.options import option
+from kdcache.student.config import TrainConfig
+from kdcache.teacher.config import DumpConfig
+from kdcache_cli.frame import Output, command
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    help="Run a teacher once, cache a small sparse target for every token, distil any number of students.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        import kdcache
+
+        print(kdcache.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(False, "--version", callback=version, is_eager=True, help="print the version"),
+) -> None:
+    """Run a teacher once, cache a small sparse target for every token, distil any number of students."""
+
+
+@command(app, "dump-teacher", DumpConfig)
+def dump_teacher(config: DumpConfig, output: Output) -> None:
+    """Run the teacher over a corpus once and write its targets into a cache."""
+    from kdcache.teacher.dump import dump
+
+    with output.progress("dump", "documents") as bar:
+        summary = dump(config, lambda done, total, positions: bar(done, total, f"{positions:,} positions"))
+
+    def show(console: Console) -> None:
+        shards = summary["shards"]
+        state = "complete" if summary["complete"] else f"{shards['planned'] - shards['committed']} shards to go"
+        console.print(
+            f"{summary['cache']}: {state}, {shards['committed']} of {shards['planned']} shards "
+            f"({shards['by_this_worker']} by this worker)\n"
+            f"{summary['documents']:,} documents ({summary['dropped']:,} dropped), {summary['rows']:,} rows, "
+            f"{summary['positions']:,} positions, {summary['entries']:,} entries\n"
+            f"{summary['bytes']:,} bytes, {summary['bytes_per_position']:.1f} a position; "
+            f"{summary['seconds']:.1f} s, {summary['positions_per_second']:,.0f} positions/s"
+        )
+
+    output.result(summary, show)
+
+
+@command(app, "train-student", TrainConfig)
+def train_student(config: TrainConfig, output: Output) -> None:
+    """Train a student from a cache, with no teacher in sight."""
+    from kdcache.student.train import train
+
+    with output.progress("train", "steps") as bar:
+        summary = train(
+            config,
+            lambda done, total, latest: bar(done, total, "  ".join(f"{k} {v:.4g}" for k, v in latest.items())),
+        )
+
+    def show(console: Console) -> None:
+        from kdcache_cli.tables import figures_table
+
+        console.print(figures_table({"before": summary["heldout"]["before"], "after": summary["heldout"]["after"]}))
+        console.print(
+            f"{summary['out']}: {summary['steps']:,} steps, {summary['positions']:,} positions, "
+            f"{summary['seconds']:.1f} s, {summary['positions_per_second']:,.0f} positions/s"
+        )
+
+    output.result(summary, show)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """What `inspect-shard` is asked to show."""
+
+    cache: str = option("folder of the cache")
+    shard: int | None = option("look at this shard; --row then counts inside it", None)
+    row: int | None = option("show one row as text", None)
+    position: int | None = option("show the entries of one position of the row", None)
+    top: int = option("entries to show", 10)
+    temperature: float = option("T of the probabilities shown", 1.0)
+
+
+@command(app, "inspect-shard", InspectOptions, positional=("cache",))
+def inspect_shard(options: InspectOptions, output: Output) -> None:
+    """Show what a cache, a shard, a row or a position holds."""
+    from kdcache.errors import ConfigError
+    from kdcache.report.inspect import inspect_position, inspect_row, inspect_summary
+    from kdcache_cli import tables
+
+    if options.position is not None and options.row is None:
+        raise ConfigError("--position needs --row")
+    if options.top < 1:
+        raise ConfigError(f"--top is {options.top}, but must be at least 1")
+    if options.row is None:
+        summary = inspect_summary(options.cache, options.shard)
+        output.result(summary, lambda console: console.print(tables.summary_table(summary)))
+    elif options.position is None:
+        row = inspect_row(options.cache, options.row, options.shard)
+        output.result(row, lambda console: tables.print_row(console, row))
+    else:
+        at = inspect_position(
+            options.cache, options.row, options.position, options.shard, options.top, options.temperature
+        )
+        output.result(at, lambda console: tables.print_position(console, at))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What `evaluate` is asked to measure."""
+
+    student: str = option("checkpoint folder or hub name")
+    cache: str = option("folder of the cache")
+    teacher: str | None = option("run this teacher too, for the dense KL and the acceptance rate", None)
+    heldout: float | None = option("measure only the rows that train-student holds out at this share", None)
+    rows: int | None = option("measure only so many rows, evenly spread", None)
+    batch_rows: int = option("rows a forward pass", 8)
+    device: str = option("auto, cpu, cuda or mps", "auto")
+
+
+@command(app, "evaluate", EvaluateOptions)
+def evaluate_student(options: EvaluateOptions, output: Output) -> None:
+    """Measure a student on the rows of a cache."""
+    from kdcache.report.evaluate import evaluate
+
+    with output.progress("evaluate", "rows") as bar:
+        figures = evaluate(**vars(options), on_progress=bar)
+
+    def show(console: Console) -> None:
+        from kdcache_cli.tables import figures_table
+
+        console.print(figures_table({options.student: figures}))
+
+    output.result(figures, show)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """What `verify` is asked to check."""
+
+    cache: str = option("folder of the cache")
+
+
+@command(app, "verify", VerifyOptions, positional=("cache",))
+def verify(options: VerifyOptions, output: Output) -> None:
+    """Re-hash and decode everything in a cache, and report all that is wrong."""
+    from kdcache.cache import verify_cache
+
+    with output.progress("verify", "shards") as bar:
+        report = verify_cache(options.cache, bar)
+    value: dict[str, Any] = {"ok": report.ok, **vars(report)}
+
+    def show(console: Console) -> None:
+        for problem in report.problems:
+            console.print(f"{problem['object']}: {problem['what']}", markup=False)
+        state = "ok" if report.ok else f"{len(report.problems)} problem(s)"
+        console.print(f"{state}: {report.shards} shards, {report.objects} objects, {report.bytes:,} bytes")
+
+    output.result(value, show)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What `demo` is asked to do."""
+
+    out: str = option("folder for everything that the demo makes; must be new or empty", "kdcache-demo")
+    budget: float = option("minutes for the whole demo; each stage gets its share", 8.0)
+    seed: int = option("of the corpus split, weights and order", 0)
+
+
+@command(app, "demo", DemoOptions)
+def demo(options: DemoOptions, output: Output) -> None:
+    """Play the whole story on this machine's own Python manuals: no network, no GPU, minutes."""
+    from kdcache.demo.story import play
+
+    with output.progress("demo", "") as bar:
+        summary = play(options.out, options.budget * 60, options.seed, bar)
+
+    def show(console: Console) -> None:
+        from kdcache_cli.tables import print_demo
+
+        print_demo(console, summary)
+
+    output.result(summary, show)
+
+
+def run() -> None:
+    """Entry point of the `kdcache` script."""
+    app()

@@ -1,0 +1,125 @@
+"""Tables: how results look in a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_FIGURES = ("nll", "teacher_nll", "delta_nll", "kl", "top1_agreement", "dense_kl", "acceptance", "positions")
+_BAR = 24
+
+
+def figures_table(columns: dict[str, dict[str, Any]]) -> Table:
+    """Figures of one or several students, a column each."""
+    table = Table("", *columns, box=None, pad_edge=False)
+    for name in _FIGURES:
+        values = [figures.get(name) for figures in columns.values()]
+        if any(value is not None for value in values):
+            kinds = {figures.get("kl_kind") for figures in columns.values()} - {None}
+            label = f"kl ({', '.join(sorted(map(str, kinds)))})" if name == "kl" and kinds else name.replace("_", " ")
+            table.add_row(label, *(_number(value) for value in values))
+    return table
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """What a cache or a shard holds."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    where = f"{summary['cache']}" + ("" if summary["shard"] is None else f", shard {summary['shard']}")
+    shards = summary["shards"]
+    state = "complete" if summary["complete"] else "incomplete"
+    selection = summary["selection"]
+    temperatures = ", ".join(f"{t:g}" for t in summary["temperatures"])
+    for name, value in (
+        ("cache", f"{where} ({state}, {shards['committed']} of {shards['planned']} shards)"),
+        ("teacher", str(summary["teacher"])),
+        ("corpus", str(summary["corpus"])),
+        ("target", f"{selection['kind']} k={selection['k']}, T = {temperatures}, {summary['precision']}"),
+        ("documents", f"{summary['documents']:,} ({summary['dropped']:,} dropped)"),
+        ("rows", f"{summary['rows']:,} of {summary['seq_len']} slots, {summary['tokens']:,} tokens"),
+        ("positions", f"{summary['positions']:,}"),
+        ("entries", f"{summary['entries']:,}"),
+        ("bytes", f"{summary['bytes']:,}, {summary['bytes_per_position']:.1f} a position"),
+        ("kept mass", f"{summary['mean_kept_mass']:.6f} in the mean, tail {summary['mean_tail']:.2g}"),
+        ("entropy", f"{summary['mean_entropy']:.4f} nats in the mean"),
+        ("teacher nll", f"{summary['teacher_nll']:.4f} nats in the mean"),
+    ):
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+def print_row(console: Console, row: dict[str, Any]) -> None:
+    """A row as text; each token coloured by the probability that the teacher gave it."""
+    console.print(f"shard {row['shard']}, row {row['row']}: {row['pieces']} piece(s), {len(row['tokens'])} tokens")
+    console.print("colour and figure: the teacher's probability of the token, from what came before it\n", style="dim")
+    piece = None
+    line = Text()
+    for token in row["tokens"]:
+        if token["piece"] != piece:
+            piece = token["piece"]
+            line.append(f"\n\n[piece {piece}, document {token['document']}] ", style="bold")
+        p = None if token["logprob"] is None else 2.718281828459045 ** token["logprob"]
+        line.append(token["text"], style=_colour(p))
+        if p is not None:
+            line.append(f"{{{p:.2f}}}" if p >= 0.005 else "{<.01}", style="dim")
+    console.print(line)
+
+
+def _colour(p: float | None) -> str:
+    if p is None:
+        return "dim"
+    return "green" if p >= 0.5 else "yellow" if p >= 0.1 else "red"
+
+
+def print_position(console: Console, at: dict[str, Any]) -> None:
+    """One position: its entries, with a bar each."""
+    console.print(f"shard {at['shard']}, row {at['row']}, position {at['position']}, document {at['document']}")
+    console.print(Text.assemble(("context  ", "bold"), repr(at["context"])))
+    if at["label"] is None:
+        console.print("no target here: the next token is not in this piece, or is masked")
+        return
+    label = at["label"]
+    console.print(
+        Text.assemble(("next     ", "bold"), f"{label['text']!r} (id {label['id']}, log p {label['logprob']:.4f})")
+    )
+    console.print(Text.assemble(("entropy  ", "bold"), f"{at['entropy']:.4f} nats"))
+    table = Table("id", "text", "log p", f"p (T = {at['temperature']:g})", "", box=None, pad_edge=False)
+    for entry in at["entries"]:
+        style = "bold green" if entry["id"] == label["id"] else ""
+        table.add_row(
+            str(entry["id"]), Text(repr(entry["text"])), f"{entry['logprob']:.4f}", f"{entry['probability']:.6f}",
+            _bar(entry["probability"]), style=style,
+        )  # fmt: skip
+    hidden = at["kept"] - len(at["entries"])
+    if hidden:
+        rest = 1 - at["tail"] - sum(entry["probability"] for entry in at["entries"])
+        table.add_row("", f"{hidden} more", "", f"{max(rest, 0.0):.6f}", _bar(max(rest, 0.0)), style="dim")
+    table.add_row("", "tail", "", f"{at['tail']:.6f}", _bar(at["tail"]), style="dim")
+    console.print(table)
+
+
+def _bar(share: float) -> str:
+    return "█" * round(share * _BAR) or ("▏" if share > 0 else "")
+
+
+def print_demo(console: Console, summary: dict[str, Any]) -> None:
+    """The demo's table, and where the plot lies."""
+    students = summary["students"]
+    columns = {"before": students["before"], "distilled": students["distilled"], "labels alone": students["labels"]}
+    console.print(figures_table(columns))
+    console.print(f"\nteacher nll on the same held-out rows: {summary['teacher_nll']:.4f}")
+    console.print(f"cache: {summary['positions']:,} positions, {summary['bytes_per_position']:.1f} bytes each\n")
+    table = Table("stage", "seconds", "steps", box=None, pad_edge=False)
+    for stage in summary["stages"]:
+        steps = stage.get("steps")
+        table.add_row(stage["name"], f"{stage['seconds']:.1f}", "" if steps is None else f"{steps:,}")
+    console.print(table)
+    console.print(f"\n{summary['verdict']}\nplot: {summary['plot']}\neverything: {summary['out']}")

@@ -1,0 +1,56 @@
+"""kdcache: run a teacher once, keep a small sparse target for every token, train any number of students.
+
+Names are imported when they are first used, so `import kdcache` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdcache.cache import Cache, Row, open_cache, verify_cache
+    from kdcache.errors import KdcacheError
+    from kdcache.losses import linear_lse_gather, sparse_kd_loss, sparse_kd_loss_from_logits
+    from kdcache.selection import Selection, select
+    from kdcache.targets import SparseTargets
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cache",
+    "KdcacheError",
+    "Row",
+    "Selection",
+    "SparseTargets",
+    "linear_lse_gather",
+    "open_cache",
+    "select",
+    "sparse_kd_loss",
+    "sparse_kd_loss_from_logits",
+    "verify_cache",
+]
+
+_HOMES = {
+    "Cache": "cache",
+    "KdcacheError": "errors",
+    "Row": "cache",
+    "Selection": "selection",
+    "SparseTargets": "targets",
+    "linear_lse_gather": "losses",
+    "open_cache": "cache",
+    "select": "selection",
+    "sparse_kd_loss": "losses",
+    "sparse_kd_loss_from_logits": "losses",
+    "verify_cache": "cache",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kdcache' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"kdcache.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

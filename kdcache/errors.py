@@ -1,0 +1,69 @@
+"""Every way kdcache says no, in one tree.
+
+    KdcacheError                 the root: one sentence for a person, exit code 2 on the command line
+    ├── ConfigError              an option, or a combination of options, that cannot be honoured
+    ├── CorpusError              documents that cannot be read, tokenised or found
+    ├── ModelError               a teacher or student folder that cannot serve
+    │   ├── IsolationError       a model that lets one packed piece see its neighbour
+    │   └── LogitsError          NaN or infinite logits out of the teacher
+    ├── TargetError              a sparse target asked for something that it does not hold
+    └── CacheError               a cache that is missing or cannot be written
+        ├── CacheMismatchError   the folder holds a cache of another configuration
+        ├── IncompleteCacheError shards that are planned but not committed
+        └── CorruptCacheError    bytes that do not say what their record promises
+
+An error names the file or option, the value it got, the limit, and what to do next.
+Anything that is not a KdcacheError is a defect of kdcache and keeps its traceback.
+"""
+
+
+class KdcacheError(Exception):
+    """Root of the tree. Its text is one sentence meant for a person."""
+
+
+class ConfigError(KdcacheError):
+    """An option, or a combination of options, that cannot be honoured."""
+
+
+class CorpusError(KdcacheError):
+    """Documents that cannot be read, tokenised or found."""
+
+
+class ModelError(KdcacheError):
+    """A teacher or student that cannot serve."""
+
+
+class IsolationError(ModelError):
+    """A model that lets one packed piece see its neighbour."""
+
+
+class LogitsError(ModelError):
+    """NaN or infinite logits.
+
+    `position` is the index, along the first axis of the logits given to `select`, of the first
+    offender; the dump loop turns it into a document and an offset.
+    """
+
+    def __init__(self, message: str, position: int) -> None:
+        super().__init__(message)
+        self.position = position
+
+
+class TargetError(KdcacheError):
+    """A sparse target asked for something that it does not hold."""
+
+
+class CacheError(KdcacheError):
+    """A cache that is missing or cannot be written."""
+
+
+class CacheMismatchError(CacheError):
+    """The folder holds a cache of another configuration."""
+
+
+class IncompleteCacheError(CacheError):
+    """Shards that are planned but not committed."""
+
+
+class CorruptCacheError(CacheError):
+    """Bytes that do not say what their record promises."""

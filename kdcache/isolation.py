@@ -1,0 +1,84 @@
+"""Isolation: pieces packed in one row must not see each other, and a probe that proves it.
+
+Teacher and student both run through `packed_forward`, the only place that decides how a model
+is called. In transformers, position ids that restart build the block mask only with
+`attention_mask=None` and `use_cache=False`; a default cache or any 2-D mask silently lets the
+neighbour in. Because that is a promise of someone else's code, `probe` checks it on the model
+at hand: it changes one piece and looks whether the logits of the next one move.
+
+Cost of a probe: four forward passes over two rows of at most 96 tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import IsolationError
+from kdcache.rows import position_ids
+
+_PROBE_SLOTS = 96
+
+
+def packed_forward(model: nn.Module, tokens: Tensor, positions: Tensor) -> Any:
+    """Run a causal language model over packed rows so that each piece sees only itself.
+
+    Args:
+        model: a transformers causal language model, wrapped or not.
+        tokens: `[R, L]` token ids.
+        positions: `[R, L]` position of each token inside its piece (`rows.position_ids`).
+
+    Returns:
+        The model's own output, with `.logits [R, L, V]`.
+    """
+    return model(input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False)
+
+
+def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device | str) -> None:
+    """Refuse a model that leaks between packed pieces.
+
+    Row 0 holds two pieces. The first is replaced, and the logits of the second must not move
+    by more than they move for reasons that have nothing to do with it: repeating the call, and
+    replacing the other row of the batch (which shifts, for one, how experts are batched).
+
+    Raises:
+        IsolationError: they moved by more.
+    """
+    slots = min(seq_len, _PROBE_SLOTS)
+    first = slots // 3
+    if first < 1:  # a row of fewer than three slots cannot hold two pieces with a target
+        return
+    random = np.random.default_rng(0)
+    base = torch.from_numpy(random.integers(0, vocab_size, (2, slots)))
+    segments = np.repeat(np.arange(2), (first, slots - first))[None].repeat(2, 0)
+    positions = torch.from_numpy(position_ids(segments)).to(device)
+    neighbour, other_row = base.clone(), base.clone()
+    neighbour[0, :first] = (base[0, :first] + 1 + vocab_size // 2) % vocab_size
+    other_row[1] = (base[1] + 1 + vocab_size // 2) % vocab_size
+
+    training = model.training
+    model.eval()
+
+    def second_piece(tokens: Tensor) -> Tensor:
+        logits = packed_forward(model, tokens.to(device), positions).logits
+        kept: Tensor = logits[0, first:].detach().float().cpu()
+        return kept
+
+    try:
+        with torch.no_grad():
+            reference, again = second_piece(base), second_piece(base)
+            moved = (second_piece(neighbour) - reference).abs().max().item()
+            noise = max((x - reference).abs().max().item() for x in (again, second_piece(other_row)))
+    finally:
+        model.train(training)
+    dtype = next(model.parameters()).dtype
+    allowed = 4 * noise + 0.25 * torch.finfo(dtype).eps * reference.abs().max().item()
+    if not moved <= allowed:
+        raise IsolationError(
+            f"{type(model).__name__} lets packed pieces see each other: changing one piece moved the next one's "
+            f"logits by {moved:.2g} (noise allows {allowed:.2g}); choose an attention-only model that honours "
+            "position_ids, or pass --no-isolate to let every row be one context"
+        )

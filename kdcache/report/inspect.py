@@ -1,0 +1,161 @@
+"""Inspect: a summary, a row, or a position of a cache, as plain values.
+
+Text is decoded with the cache's own tokenizer. Nothing but the cache is opened.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kdcache.cache import Cache, Row, open_cache
+from kdcache.errors import CacheError
+from kdcache.pretrained import load_tokenizer
+from kdcache.rows import IGNORE
+
+_CONTEXT_TOKENS = 32
+_WINDOW = 8  # tokens that decide how the next one reads
+
+
+def inspect_summary(path: str, shard: int | None = None) -> dict[str, Any]:
+    """What a cache, or one shard of it, holds. A cache that is still being dumped may be looked at."""
+    cache = open_cache(path, partial=True)
+    if shard is not None and shard not in cache.commits:
+        raise CacheError(
+            f"{path} has no committed shard {shard}; it has {len(cache.commits)} of {cache.manifest.shards}"
+        )
+    chosen = list(cache.commits.values()) if shard is None else [cache.commits[shard]]
+    manifest = cache.manifest
+    kept = tail = entropy = label = 0.0
+    slots = 0
+    for commit in chosen:
+        base = cache.index(commit.shard, 0) if commit.rows else 0
+        for index in range(base, base + commit.rows):
+            row, targets = cache.read_packed(index)
+            slots += len(row.tokens)
+            log_tail = targets.log_tail[:, manifest.temperatures.index(1.0)].double()
+            tail += log_tail.exp().sum().item()
+            kept -= torch.expm1(log_tail).sum().item()
+            entropy += targets.entropy.double().sum().item()
+            label -= targets.label_logprob.double().sum().item()
+    total = {
+        name: sum(getattr(c, name) for c in chosen) for name in ("rows", "positions", "entries", "documents", "dropped")
+    }
+    size = sum(data["bytes"] for c in chosen for data in c.objects)
+    positions = max(1, total["positions"])
+    return {
+        "cache": path,
+        "shard": shard,
+        "complete": not cache.missing(),
+        "shards": {"planned": manifest.shards, "committed": len(cache.commits)},
+        **total,
+        "tokens": slots,
+        "bytes": size,
+        "bytes_per_position": size / positions,
+        "mean_kept_mass": kept / positions,
+        "mean_tail": tail / positions,
+        "mean_entropy": entropy / positions,
+        "teacher_nll": label / positions,
+        "teacher": manifest.origin.get("teacher"),
+        "corpus": manifest.origin.get("corpus"),
+        "selection": manifest.selection,
+        "temperatures": list(manifest.temperatures),
+        "precision": manifest.precision,
+        "seq_len": manifest.seq_len,
+        "vocab_size": manifest.vocab_size,
+    }
+
+
+def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]:
+    """A row as text: each token with the probability that the teacher gave it."""
+    cache, shard, row, value = _find(path, row, shard)
+    tokenizer = load_tokenizer(cache.tokenizer_path)
+    ids = value.tokens[value.segments >= 0].tolist()
+    starts = [
+        int((value.segments < piece).logical_and(value.segments >= 0).sum()) for piece in range(len(value.documents))
+    ]
+    tokens = []
+    for slot in range(len(ids)):
+        told = slot > 0 and int(value.labels[slot - 1]) != IGNORE
+        logprob = float(value.targets.label_logprob[slot - 1]) if told else None
+        segment = int(value.segments[slot])
+        tokens.append({
+            "position": slot, "id": ids[slot], "text": _text(tokenizer, ids[starts[segment] : slot], ids[slot]),
+            "piece": segment, "document": int(value.documents[segment]), "logprob": logprob,
+        })  # fmt: skip
+    return {"cache": path, "shard": shard, "row": row, "pieces": len(value.documents), "tokens": tokens}
+
+
+def inspect_position(
+    path: str, row: int, position: int, shard: int | None = None, top: int = 10, temperature: float = 1.0
+) -> dict[str, Any]:
+    """One position: its context, the true next token, and the entries of its target.
+
+    `probability` and `tail` are at `temperature`; `logprob` and `weight` are as stored, at T = 1.
+
+    Raises:
+        CacheError: no such row or position.
+        TargetError: a temperature that the cache cannot give exactly.
+    """
+    cache, shard, row, value = _find(path, row, shard)
+    tokenizer = load_tokenizer(cache.tokenizer_path)
+    used = int((value.segments >= 0).sum())
+    if not 0 <= position < used:
+        raise CacheError(f"row {row} of shard {shard} has positions 0 to {used - 1}, not {position}")
+    segment = int(value.segments[position])
+    inside = value.tokens[: position + 1][value.segments[: position + 1] == segment].tolist()
+    label_id = int(value.labels[position])
+    found: dict[str, Any] = {
+        "cache": path,
+        "shard": shard,
+        "row": row,
+        "position": position,
+        "document": int(value.documents[segment]),
+        "context": tokenizer.decode(inside[-_CONTEXT_TOKENS:]),
+        "token": {"id": inside[-1], "text": _text(tokenizer, inside[:-1], inside[-1])},
+        "label": None,
+        "temperature": temperature,
+        "entropy": None,
+        "tail": None,
+        "kept": 0,
+        "entries": [],
+    }
+    if label_id == IGNORE:
+        return found
+    targets = value.targets[position : position + 1]
+    logprobs, log_tail = targets.at_temperature(temperature)
+    count = int(targets.count[0])
+    order = targets.weights[0, :count].argsort(descending=True, stable=True)[:top].tolist()
+    found.update(
+        label={"id": label_id, "text": _text(tokenizer, inside, label_id), "logprob": float(targets.label_logprob[0])},
+        entropy=float(targets.entropy[0]),
+        tail=float(log_tail[0].exp()),
+        kept=count,
+        entries=[
+            {
+                "id": int(targets.ids[0, i]), "text": _text(tokenizer, inside, int(targets.ids[0, i])),
+                "logprob": float(targets.logprobs[0, i]), "probability": float(logprobs[0, i].exp()),
+                "weight": float(targets.weights[0, i]),
+            }
+            for i in order
+        ],
+    )  # fmt: skip
+    return found
+
+
+def _text(tokenizer: Any, before: list[int], token: int) -> str:
+    """What a token adds to the text before it, its leading space included."""
+    window = before[-_WINDOW:]
+    start, both = tokenizer.decode(window), tokenizer.decode([*window, token])
+    return str(both[len(start) :] if both.startswith(start) else tokenizer.decode([token]))
+
+
+def _find(path: str, row: int, shard: int | None) -> tuple[Cache, int, int, Row]:
+    """The cache, and the shard, number and value of a row that is counted in the shard or in the whole cache."""
+    cache = open_cache(path, partial=True)
+    if shard is not None:
+        return cache, shard, row, cache[cache.index(shard, row)]
+    if not 0 <= row < len(cache):
+        raise CacheError(f"{path} has rows 0 to {len(cache) - 1}, not {row}")
+    return cache, *cache.locate(row), cache[row]

@@ -1,0 +1,79 @@
+"""PackedRow: one row of tokens, and everything that follows from where its pieces lie.
+
+A row of `seq_len` slots is packed from pieces, each a run of one document, followed by
+padding. Labels, segments and position ids are derived here and nowhere else, so teacher and
+student cannot disagree about them. Cost: a few vectorised passes over one row.
+
+Shapes: L slots a row (`seq_len`), n <= L tokens in it, P pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORE = -100
+"""The label of a slot that carries no target, as in PyTorch and transformers."""
+
+Ints = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedRow:
+    """Tokens of one row and the pieces they belong to.
+
+    Attributes:
+        tokens: `[n]` int32, without padding.
+        piece_lengths: `[P]` int32, summing to n.
+        piece_documents: `[P]` int64, index of each piece's document in the corpus.
+        supervised: `[n]` bool, whether each token may be a label; None when all may.
+    """
+
+    tokens: Ints
+    piece_lengths: Ints
+    piece_documents: Ints
+    supervised: NDArray[np.bool_] | None = None
+
+    def segments(self, seq_len: int) -> NDArray[np.int64]:
+        """`[L]` the piece of each token, -1 where padded."""
+        out = np.full(seq_len, -1, np.int64)
+        out[: len(self.tokens)] = np.repeat(np.arange(len(self.piece_lengths)), self.piece_lengths)
+        return out
+
+    def padded_tokens(self, seq_len: int) -> NDArray[np.int64]:
+        """`[L]` token ids, 0 where padded."""
+        out = np.zeros(seq_len, np.int64)
+        out[: len(self.tokens)] = self.tokens
+        return out
+
+    def labels(self, seq_len: int) -> NDArray[np.int64]:
+        """`[L]` labels[t] = tokens[t+1] where both lie in one piece and t+1 is supervised, else -100."""
+        out = np.full(seq_len, IGNORE, np.int64)
+        n = len(self.tokens)
+        if n > 1:
+            segments = self.segments(seq_len)[:n]
+            keep = segments[:-1] == segments[1:]
+            if self.supervised is not None:
+                keep &= self.supervised[1:]
+            out[: n - 1][keep] = self.tokens[1:][keep]
+        return out
+
+    def locate(self, slot: int) -> tuple[int, int]:
+        """The document that slot `slot` belongs to, and the token's offset inside its piece."""
+        starts = np.cumsum(self.piece_lengths) - self.piece_lengths
+        piece = int(np.searchsorted(starts, slot, side="right")) - 1
+        return int(self.piece_documents[piece]), int(slot - starts[piece])
+
+
+def position_ids(segments: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`[..., L]` position of each slot inside its piece; padding counts as a piece of its own.
+
+    Positions that restart are what tells a model where one piece ends and the next begins.
+    """
+    slots = np.broadcast_to(np.arange(segments.shape[-1]), segments.shape)
+    new = np.ones(segments.shape, bool)
+    new[..., 1:] = segments[..., 1:] != segments[..., :-1]
+    return slots - np.maximum.accumulate(np.where(new, slots, 0), axis=-1)

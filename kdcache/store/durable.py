@@ -1,0 +1,142 @@
+"""Durable: files that appear whole or not at all, and never replace one another.
+
+A file is written under a temporary name in its own folder, flushed to the device, and then
+linked to its final name, which fails if that exists. While it is being written its writer
+holds a lock on it, so anyone can tell a live temporary file from one whose writer died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from kdcache.errors import CacheError
+
+_TEMPORARY = ".kdcache-tmp"
+_SWEEP_AGE = 2.0  # seconds
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the device."""
+    handle = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems cannot; their rename is durable or nothing is
+        pass
+    finally:
+        os.close(handle)
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals (no room, no permission) into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+class NewFile:
+    """A file that comes into being at `publish`, or leaves nothing behind.
+
+    It is a binary sink that hashes what passes through it. Use it as a context manager.
+
+    Attributes:
+        size: bytes written so far.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self.closed = False
+        self._digest = hashlib.sha256()
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY}")
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._temporary.open("xb")
+        _try_lock(self._file.fileno())
+
+    @property
+    def sha256(self) -> str:
+        """sha256 of the bytes written so far."""
+        return self._digest.hexdigest()
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes."""
+        with storage_errors(self.path):
+            written = self._file.write(data)
+        self._digest.update(data)
+        self.size += written
+        return written
+
+    def flush(self) -> None:
+        """Hand buffered bytes to the operating system."""
+        with storage_errors(self.path):
+            self._file.flush()
+
+    def publish(self) -> bool:
+        """Give the file its name. False, and nothing changed, if that name is taken."""
+        with storage_errors(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            try:
+                os.link(self._temporary, self.path)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links
+                if self.path.exists():
+                    return False
+                self._temporary.rename(self.path)
+            sync_folder(self.path.parent)
+        return True
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with contextlib.suppress(OSError):  # a full disk fails again when the buffer is flushed
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._temporary.unlink()
+
+
+def write_new(path: Path, data: bytes) -> bool:
+    """Create a file with these bytes; False, and nothing changed, if it exists already."""
+    with NewFile(path) as file:
+        file.write(data)
+        return file.publish()
+
+
+def sweep(folder: Path) -> None:
+    """Delete temporary files whose writers are gone.
+
+    A writer locks its file just after it made it; the age keeps a sweep out of that moment.
+    """
+    for path in folder.glob(f".*{_TEMPORARY}"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            if time.time() - path.stat().st_mtime > _SWEEP_AGE and _try_lock(file.fileno()):
+                path.unlink()
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # a system without POSIX locks never sweeps
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

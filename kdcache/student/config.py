@@ -1,0 +1,64 @@
+"""What a training run is asked to do. Importing this costs nothing: the command line reads its options here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdcache.errors import ConfigError
+from kdcache.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one training run, checked when built.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    cache: str = option("folder of the cache to learn from")
+    student: str = option("checkpoint folder, hub name, or config.json (fresh weights)")
+    out: str = option("folder of the trained student; made, or gone on with by --resume")
+    # objective
+    temperature: float = option("T of the distillation term; one that the cache stores", 1.0)
+    soft_weight: float = option("weight of the distillation term; the label term gets the rest", 1.0)
+    # length
+    steps: int | None = option("optimiser steps  [default: one epoch]", None)
+    epochs: float | None = option("passes over the training rows, instead of --steps", None)
+    # optimiser
+    batch_rows: int = option("rows a forward pass, on each device", 8)
+    accumulate: int = option("forward passes an optimiser step", 1)
+    lr: float = option("peak learning rate", 5e-4)
+    warmup: float = option("share of the steps over which the learning rate rises", 0.05)
+    schedule: str = option("cosine, wsd (constant, then down over the last fifth) or constant", "cosine")
+    weight_decay: float = option("of AdamW", 0.1)
+    # measurement
+    heldout: float = option("share of the rows kept for measuring, never trained on", 0.02)
+    eval_every: int = option("steps between measurements; 0 for before and after only", 0)
+    # the run
+    seed: int = option("order of rows and fresh weights", 0)
+    resume: bool = option("go on from the newest complete checkpoint in --out", False)
+    save_every: int = option("steps between checkpoints", 500)
+    keep: int = option("checkpoints to keep", 2)
+    device: str = option("auto, cpu, cuda or mps", "auto")
+    dtype: str = option("auto (bfloat16 on GPUs that have it), float32 or bfloat16", "auto")
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_rows", 1), ("accumulate", 1), ("save_every", 1), ("keep", 1), ("eval_every", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least {least}")
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError("--steps and --epochs exclude each other")
+        for name in ("steps", "epochs", "lr", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"--{name} is {value}, but must be positive")
+        for name in ("soft_weight", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must lie in [0, 1]")
+        if not 0 < self.heldout < 1:
+            raise ConfigError(f"--heldout is {self.heldout}, but must lie between 0 and 1")
+        if self.schedule not in ("cosine", "wsd", "constant"):
+            raise ConfigError(f"--schedule {self.schedule} is not one of cosine, wsd, constant")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"--dtype {self.dtype} is not one of auto, float32, bfloat16")

@@ -1,0 +1,62 @@
+"""Measure: a student's figures over rows of a cache, all at T = 1, means over labelled positions.
+
+    nll             of the true next token under the student, nats
+    teacher_nll     the same under the teacher, from the cache
+    delta_nll       their difference
+    kl              KL(teacher ‖ student); its kind is in `kl_kind`: `dense` when the cache keeps
+                    everything, `lower-bound` when the tail is one bucket (not comparable across k)
+    top1_agreement  share of positions where both prefer the same token
+
+Sums are kept in float64, so the order of batches does not show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from kdcache.cache import Cache
+from kdcache.isolation import packed_forward
+from kdcache.losses import measure_positions
+from kdcache.student.data import Collator, RowDataset, labelled
+
+
+def measure(
+    model: Any,
+    cache: Cache,
+    rows: Sequence[int],
+    device: torch.device,
+    batch_rows: int = 8,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Figures of a student over rows of a cache; see the module for what they mean."""
+    data, collate = RowDataset(cache, rows), Collator(cache)
+    sums: dict[str, float] = {}
+    positions = 0
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(rows), batch_rows):
+            batch = collate([data[i] for i in range(start, min(start + batch_rows, len(rows)))])
+            mask = labelled(batch)
+            logits = packed_forward(model, batch["input_ids"].to(device), batch["position_ids"].to(device)).logits
+            logits = logits[mask.to(device)][:, : cache.manifest.vocab_size].float()  # [M, V]
+            figures = measure_positions(logits, batch["targets"].to(device), batch["labels"][mask].to(device))
+            for name, values in figures.items():
+                sums[name] = sums.get(name, 0.0) + values.double().sum().item()
+            positions += int(mask.sum())
+            if on_progress:
+                on_progress(min(start + batch_rows, len(rows)), len(rows))
+    model.train(training)
+    means = {name: total / max(1, positions) for name, total in sums.items()}
+    return {
+        "nll": means["nll"],
+        "teacher_nll": means["teacher_nll"],
+        "delta_nll": means["nll"] - means["teacher_nll"],
+        "kl": means["kl"],
+        "kl_kind": "dense" if cache.manifest.codec.width == cache.manifest.vocab_size else "lower-bound",
+        "top1_agreement": means["top1_agreement"],
+        "positions": positions,
+    }

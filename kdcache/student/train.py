@@ -1,0 +1,197 @@
+"""One training run, from a cache to a checkpoint that stands on its own.
+
+What a run leaves in its folder:
+
+    train-student.json   the resolved configuration and the cache's fingerprint, written first
+    heldout-before.json  the student's figures before the first step
+    metrics.jsonl        loss and learning rate, held-out figures when measured; a line each
+    checkpoint-N/        whole checkpoints to resume from
+    model.safetensors, config.json, tokenizer files   the student, a plain Hugging Face model
+    summary.json         what `--json` prints, written last
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+import kdcache
+from kdcache.cache import Cache, open_cache
+from kdcache.errors import ConfigError
+from kdcache.pretrained import find_device
+from kdcache.student import checkpoints
+from kdcache.student.config import TrainConfig
+from kdcache.student.data import split_heldout
+from kdcache.student.measure import measure
+from kdcache.student.model import load_student
+from kdcache.student.trainer import DistillationTrainer, arguments
+
+CONFIG, BEFORE, METRICS, SUMMARY = "train-student.json", "heldout-before.json", "metrics.jsonl", "summary.json"
+
+_FREE_TO_CHANGE = ("resume", "device", "save_every", "keep", "eval_every")
+
+Progress = Callable[[int, int, dict[str, float]], None]
+"""Called with steps done, steps to do, and the latest figures."""
+
+
+def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str, Any]:
+    """Train a student from a cache.
+
+    Returns:
+        The summary that `kdcache train-student --json` prints.
+
+    Raises:
+        KdcacheError: see the exception tree.
+    """
+    started = time.perf_counter()
+    cache = open_cache(config.cache)
+    _require_temperature(cache, config.temperature)
+    train_rows, heldout_rows = split_heldout(len(cache), config.heldout)
+    out, leader = Path(config.out), int(os.environ.get("RANK", "0")) == 0
+    _claim(out, config, cache, leader)
+    if config.resume and (out / SUMMARY).exists():
+        summary: dict[str, Any] = json.loads((out / SUMMARY).read_text())
+        return summary
+
+    device = find_device(config.device)
+    model = load_student(config.student, cache, device, config.seed)
+    steps = _steps(config, len(train_rows))
+    args = arguments(config, steps, device)
+    _ = args.device
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process would mean DataParallel; torchrun is the way
+    before = _before(out, leader, lambda: measure(model, cache, heldout_rows, args.device, config.batch_rows))
+
+    resumable = checkpoints.complete(out) if config.resume else []
+    first_step = int(resumable[-1].name.rpartition("-")[2]) if resumable else 0
+    watcher = _Watcher(out if leader else None, first_step, config.eval_every, on_progress)
+    trainer = DistillationTrainer(model, cache, train_rows, config, args, [watcher])
+    watcher.measure = lambda: measure(trainer.model, cache, heldout_rows, args.device, config.batch_rows)
+    training = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(resumable[-1]) if resumable else None)
+    training_seconds = time.perf_counter() - training
+
+    after = measure(trainer.model, cache, heldout_rows, args.device, config.batch_rows)
+    seconds = time.perf_counter() - started
+    summary = {
+        "out": str(out),
+        "steps": steps,
+        "positions": trainer.positions,
+        "rows": {"train": len(train_rows), "heldout": len(heldout_rows)},
+        "heldout": {"before": before, "after": after},
+        "seconds": seconds,
+        "training_seconds": training_seconds,
+        "positions_per_second": trainer.positions / seconds,
+    }
+    if leader:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
+        for path in cache.tokenizer_path.iterdir():
+            shutil.copyfile(path, out / path.name)
+        _write(out / SUMMARY, summary)
+    return summary
+
+
+def _require_temperature(cache: Cache, temperature: float) -> None:
+    if not cache.manifest.exact_at(temperature):
+        stored = ", ".join(f"{t:g}" for t in cache.manifest.temperatures)
+        raise ConfigError(
+            f"--temperature {temperature:g} would not be exact: the cache stores temperature(s) {stored}; choose one "
+            f"of them, or dump again with --temperatures 1,{temperature:g}"
+        )
+
+
+def _claim(out: Path, config: TrainConfig, cache: Cache, leader: bool) -> None:
+    """Make the run's folder, or check that it holds the run that is to be resumed."""
+    fields = {
+        **dataclasses.asdict(config), "cache_sha256": cache.manifest.sha256, "kdcache": kdcache.__version__,
+        "torch": torch.__version__,
+    }  # fmt: skip
+    standing = out / CONFIG
+    if standing.exists():
+        if not config.resume:
+            raise ConfigError(
+                f"--out {out} already holds a training run; pass --resume to go on with it, or another folder"
+            )
+        old = json.loads(standing.read_text())
+        free = (*_FREE_TO_CHANGE, "kdcache", "torch", "cache")
+        differing = [f"{n} (was {old.get(n)}, now {v})" for n, v in fields.items() if n not in free and old.get(n) != v]
+        if differing:
+            raise ConfigError(f"--out {out} holds a run of another configuration; it differs in {', '.join(differing)}")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} holds other files and no training run; choose another folder")
+    elif leader:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(standing, fields)
+
+
+def _steps(config: TrainConfig, rows: int) -> int:
+    if config.steps is not None:
+        return config.steps
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, math.ceil((config.epochs or 1.0) * rows / (config.batch_rows * config.accumulate * world)))
+
+
+def _before(out: Path, leader: bool, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Held-out figures before the first step, measured once a run."""
+    path = out / BEFORE
+    if path.exists():
+        standing: dict[str, Any] = json.loads(path.read_text())
+        return standing
+    figures = run()
+    if leader:
+        _write(path, figures)
+    return figures
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+class _Watcher(TrainerCallback):  # type: ignore[misc]
+    """Writes metrics.jsonl, measures the held-out rows on the way, and reports progress."""
+
+    def __init__(self, out: Path | None, first_step: int, eval_every: int, on_progress: Progress | None) -> None:
+        self._path = None if out is None else out / METRICS
+        self._first_step, self._eval_every, self._on_progress = first_step, eval_every, on_progress
+        self._latest: dict[str, float] = {}
+        self.measure: Callable[[], dict[str, Any]] | None = None
+        if self._path is not None and self._path.exists():  # lines after the checkpoint will be written again
+            lines = [ln for ln in self._path.read_text().splitlines() if _step_of(ln) <= first_step]
+            self._path.write_text("".join(line + "\n" for line in lines))
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        figures = {k: v for k, v in (logs or {}).items() if k in ("loss", "grad_norm", "learning_rate")}
+        if figures:
+            self._latest.update(figures)
+            self._append({"step": state.global_step, **figures})
+
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        if self._eval_every and state.global_step % self._eval_every == 0 and self.measure is not None:
+            figures = self.measure()
+            self._latest.update({"heldout nll": figures["nll"], "heldout kl": figures["kl"]})
+            self._append({"step": state.global_step, "heldout": figures})
+        if self._on_progress:
+            self._on_progress(state.global_step, state.max_steps, self._latest)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # the last line of a run that was killed may be half a line
+        return math.inf

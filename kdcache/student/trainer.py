@@ -1,0 +1,137 @@
+"""Trainer: transformers.Trainer with our order of rows, our loss and whole checkpoints.
+
+Everything else (accumulation, precision, optimiser, resume, logging, distribution) is Trainer's own.
+The loss is a sum over positions divided by the labelled positions of the whole optimiser step,
+across accumulation and ranks; Trainer counts them from `shift_labels`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from kdcache.cache import Cache
+from kdcache.isolation import packed_forward
+from kdcache.losses import sparse_kd_loss_from_logits
+from kdcache.student import checkpoints
+from kdcache.student.config import TrainConfig
+from kdcache.student.data import Collator, RowDataset, RunOrder, labelled
+
+
+class DistillationTrainer(Trainer):  # type: ignore[misc]
+    """Trains a student on rows of a cache.
+
+    Args:
+        model: a causal language model.
+        cache: where the rows and targets are.
+        rows: the rows to train on.
+        config: objective and seed.
+        args: Trainer's own arguments; `max_steps` decides how many rows are read.
+        callbacks: as for Trainer.
+
+    Attributes:
+        positions: labelled positions that this process has trained on.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: Cache,
+        rows: list[int],
+        config: TrainConfig,
+        args: TrainingArguments,
+        callbacks: list[Any],
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=RowDataset(cache, rows),
+            data_collator=Collator(cache),
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)  # only the command line prints
+        self.cache, self.config = cache, config
+        self.positions = 0
+        self.model_accepts_loss_kwargs = True  # so that positions are counted for any architecture
+        self.loss_is_scaled_for_ga = True  # our loss is divided by that count
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RunOrder:
+        args = self.args
+        total = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+        return RunOrder(len(train_dataset or self.train_dataset), total, self.config.seed)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Distillation and label loss of one micro-batch, divided by the positions of the whole step."""
+        mask = labelled(inputs)
+        self.positions += len(inputs["targets"].count)
+        outputs = packed_forward(model, inputs["input_ids"], inputs["position_ids"])
+        loss = sparse_kd_loss_from_logits(
+            outputs.logits[mask][:, : self.cache.manifest.vocab_size],
+            inputs["targets"].to(mask.device, non_blocking=True),
+            labels=inputs["labels"][mask],
+            temperature=self.config.temperature,
+            soft_weight=self.config.soft_weight,
+            num_items=None if num_items_in_batch is None else num_items_in_batch.clamp(min=1),
+        )
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages over ranks what must be summed
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002 - Trainer's signature
+        return str(Path(self.args.output_dir) / checkpoints.STAGING)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        out, staging = Path(self.args.output_dir), Path(self._get_output_dir(trial))
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.promote(staging, out, self.config.keep)
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def arguments(config: TrainConfig, steps: int, device: torch.device) -> TrainingArguments:
+    """Trainer's arguments for a run."""
+    schedules: dict[str, tuple[str, dict[str, Any]]] = {
+        "cosine": ("cosine", {}),
+        "constant": ("constant_with_warmup", {}),
+        "wsd": ("warmup_stable_decay", {"num_decay_steps": max(1, steps // 5)}),
+    }
+    scheduler, scheduler_options = schedules[config.schedule]
+    bf16 = config.dtype == "bfloat16" or (
+        config.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    return TrainingArguments(
+        output_dir=config.out,
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_rows,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.lr,
+        weight_decay=config.weight_decay,
+        warmup_steps=round(config.warmup * steps),
+        lr_scheduler_type=scheduler,
+        lr_scheduler_kwargs=scheduler_options,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        seed=config.seed,
+        bf16=bf16,
+        use_cpu=device.type == "cpu",
+        save_strategy="steps",
+        save_steps=config.save_every,
+        logging_strategy="steps",
+        logging_steps=max(1, min(50, steps // 20)),
+        logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to="none",
+    )

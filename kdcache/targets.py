@@ -1,0 +1,126 @@
+"""SparseTargets: the one value that passes from the teacher's side to the student's.
+
+Selection makes it, the codec packs and unpacks it, the losses consume it. It is a frozen
+dataclass of torch tensors that share their leading axes; indexing, moving and flattening
+act on all of them at once and copy nothing that torch would not copy.
+
+Shapes: `...` leading axes (positions, or rows and positions), K entries, n_T temperatures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcache.errors import TargetError
+
+TRUNCATED_KINDS = ("topk", "topp", "full")
+"""Kinds whose entries keep the teacher's own probabilities; the rest of the mass is the tail."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseTargets:
+    """A small target for each position: the teacher's distribution over the next token.
+
+    Attributes:
+        ids: `[..., K]` token ids; 0 past `count`.
+        logprobs: `[..., K]` log p at T = 1 over the whole vocabulary, nats; -inf past `count`.
+        weights: `[..., K]` target weights: p itself for `topk`, `topp` and `full`; 0 past `count`.
+        count: `[...]` entries in use; 0 where a position has no target (all its scalars are 0).
+        log_partition: `[..., n_T]` log sum_j p_j^(1/T), one column for each of `temperatures`.
+        log_tail: `[..., n_T]` log of the mass at T of everything not kept; -inf if all is kept.
+        entropy: `[...]` entropy of p, nats.
+        label_logprob: `[...]` log p of the true next token; NaN if it was not given.
+        temperatures: the T of each column, in the order named when the target was made.
+        kind: the selection that made it.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    weights: Tensor
+    count: Tensor
+    log_partition: Tensor
+    log_tail: Tensor
+    entropy: Tensor
+    label_logprob: Tensor
+    temperatures: tuple[float, ...] = (1.0,)
+    kind: str = "topk"
+
+    def __post_init__(self) -> None:
+        lead = self.count.shape
+        entries, per_temperature = (*lead, self.ids.shape[-1]), (*lead, len(self.temperatures))
+        expected = {
+            "ids": entries, "logprobs": entries, "weights": entries, "entropy": tuple(lead),
+            "label_logprob": tuple(lead), "log_partition": per_temperature, "log_tail": per_temperature,
+        }  # fmt: skip
+        for name, shape in expected.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise TargetError(
+                    f"SparseTargets.{name} has shape {tuple(getattr(self, name).shape)}, expected {shape} "
+                    f"for count {tuple(lead)} and {len(self.temperatures)} temperature(s)"
+                )
+
+    @property
+    def valid(self) -> Tensor:
+        """`[..., K]` bool: which entries are in use."""
+        return torch.arange(self.ids.shape[-1], device=self.count.device) < self.count[..., None]
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> SparseTargets:
+        tensors: dict[str, Any] = {
+            field.name: f(value)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **tensors)
+
+    def __getitem__(self, index: object) -> SparseTargets:
+        """Index the leading axes: an int, a slice, an index tensor or a boolean mask."""
+        return self._map(lambda tensor: tensor[index])  # type: ignore[index]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTargets:
+        """The same targets on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SparseTargets:
+        """The same targets in page-locked memory, for an asynchronous copy to a GPU."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    @staticmethod
+    def cat(parts: list[SparseTargets]) -> SparseTargets:
+        """Join along the first axis; all parts must agree on K, kind and temperatures."""
+        first = parts[0]
+        if any((p.kind, p.temperatures, p.ids.shape[-1]) !=
+               (first.kind, first.temperatures, first.ids.shape[-1]) for p in parts):  # fmt: skip
+            raise TargetError("targets of different kinds, temperatures or widths cannot be joined")
+        names = [f.name for f in dataclasses.fields(first) if isinstance(getattr(first, f.name), Tensor)]
+        joined: dict[str, Any] = {n: torch.cat([getattr(p, n) for p in parts]) for n in names}
+        return dataclasses.replace(first, **joined)
+
+    def at_temperature(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """Exact log-probabilities of the entries and of the tail at a temperature.
+
+        Returns:
+            `[..., K]` log p_T of each entry (-inf past `count`) and `[...]` log of the tail at T.
+
+        Raises:
+            TargetError: T was not stored, and some position has a tail that only a stored
+                partition could soften.
+        """
+        if temperature in self.temperatures:
+            column = self.temperatures.index(temperature)
+            logprobs = self.logprobs / temperature - self.log_partition[..., column, None]
+            return logprobs, self.log_tail[..., column]
+        if torch.isneginf(self.log_tail[..., 0][self.count > 0]).all():  # everything is kept
+            scaled = self.logprobs / temperature
+            partition = torch.where(self.count > 0, scaled.logsumexp(-1), 0.0)
+            return scaled - partition[..., None], torch.full_like(partition, -torch.inf)
+        stored = ", ".join(f"{t:g}" for t in self.temperatures)
+        raise TargetError(
+            f"temperature {temperature:g} is not exact for these targets: they hold the "
+            f"partitions of temperature(s) {stored} only"
+        )

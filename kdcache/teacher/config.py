@@ -1,0 +1,73 @@
+"""What a dump is asked to do. Importing this costs nothing: the command line reads its options here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdcache.errors import ConfigError
+from kdcache.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpConfig:
+    """Settings of one dump, checked when built.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    teacher: str = option("folder or hub name of a causal language model")
+    corpus: str = option(".txt, .jsonl, .parquet, .arrow file or glob, save_to_disk folder, hf:NAME[:CONFIG]")
+    out: str = option("folder of the cache; made, or gone on with")
+    # corpus
+    text_column: str | None = option("column of texts  [default: text]", None)
+    messages_column: str | None = option("column of conversations  [default: messages]", None)
+    split: str = option("split of hf: corpora", "train")
+    split_text: str = option("a document of a .txt: paragraph, line or file", "paragraph")
+    min_chars: int = option("drop shorter documents", 0)
+    drop: str | None = option("drop documents in which this regular expression is found", None)
+    limit_docs: int | None = option("use only the first documents", None)
+    # rows
+    seq_len: int = option("tokens a row", 512)
+    isolate: bool = option("keep packed pieces from seeing each other", True)
+    # target
+    select: str = option("which entries to keep: topk or full", "topk")
+    k: int = option("entries a position", 64)
+    temperatures: str = option("comma-separated T whose exact tails are kept", "1")
+    # store
+    precision: str = option("how values are stored: float32 or float16", "float32")
+    docs_per_shard: int | None = option("documents a shard  [default: from the corpus's size]", None)
+    # compute
+    device: str = option("auto, cpu, cuda, cuda:1, mps", "auto")
+    device_map: str | None = option("auto spreads the teacher over several GPUs", None)
+    dtype: str = option("auto (float32 on a CPU, the checkpoint's elsewhere), float32, bfloat16, float16", "auto")
+    batch_rows: int = option("rows a forward pass", 8)
+    # work
+    worker: str | None = option("I/N: this is worker I of N  [default: from SLURM or torchrun, else 0/1]", None)
+
+    def __post_init__(self) -> None:
+        for name, least in (("seq_len", 2), ("k", 1), ("batch_rows", 1), ("min_chars", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least {least}")
+        for name in ("limit_docs", "docs_per_shard"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"--dtype {self.dtype} is not one of auto, float32, bfloat16, float16")
+        if self.device_map not in (None, "auto"):
+            raise ConfigError(f"--device-map {self.device_map} is not auto")
+        _ = self.stored_temperatures
+
+    @property
+    def stored_temperatures(self) -> tuple[float, ...]:
+        """The temperatures to keep, in the order named; 1 is added at the end when it is not among them."""
+        try:
+            named = tuple(float(t) for t in self.temperatures.split(","))
+        except ValueError:
+            raise ConfigError(
+                f"--temperatures {self.temperatures!r} is not a comma-separated list of numbers"
+            ) from None
+        if len(set(named)) != len(named) or not all(0 < t < float("inf") for t in named):
+            raise ConfigError(f"--temperatures {self.temperatures!r} must be different, positive and finite")
+        return named if 1.0 in named else (*named, 1.0)

@@ -1,0 +1,304 @@
+"""The dump: shard by shard, from documents to a commit.
+
+Order of a run: look at everything that can be wrong (folders, corpus, options, a cache of
+another configuration), load and probe the teacher, and only then write. Each shard is a
+function of its documents alone; a run that stops leaves whole shards behind and goes on with
+those that are not committed.
+Cost above the teacher's forward pass: the selection, and one copy of the entries off the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import kdcache
+from kdcache.corpus.shards import docs_per_shard, shard_rows
+from kdcache.corpus.sources import Corpus, Filters, open_corpus
+from kdcache.errors import CacheError, ConfigError, LogitsError
+from kdcache.isolation import packed_forward, probe
+from kdcache.pretrained import (
+    context_length,
+    find_device,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    read_config,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
+from kdcache.rows import IGNORE, PackedRow, position_ids
+from kdcache.selection import Selection, select
+from kdcache.store import arrow_store, commit
+from kdcache.store.arrow_store import ArrowShardWriter
+from kdcache.store.commit import Commit, read_commits
+from kdcache.store.durable import sha256_file, storage_errors, sweep, write_new
+from kdcache.store.manifest import NAME, Manifest
+from kdcache.targets import SparseTargets
+from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.worker import Worker, find_worker
+
+Progress = Callable[[int, int, int], None]
+"""Called with documents done, documents to do, and positions done so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """Everything a shard is a function of, opened and fingerprinted."""
+
+    folder: Path
+    tokenizer: Any
+    corpus: Corpus
+    manifest: Manifest
+
+
+def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, Any]:
+    """Run the teacher over this worker's share of the shards that are not committed yet.
+
+    Returns:
+        The summary that `kdcache dump-teacher --json` prints.
+
+    Raises:
+        KdcacheError: see the exception tree; nothing already written is harmed.
+    """
+    started = time.perf_counter()
+    worker = find_worker(config.worker, os.environ)
+    out = Path(config.out)
+    inputs = _open_inputs(config)
+    standing = _require_free_or_same(out, inputs.manifest)
+    done = read_commits(out, standing) if standing else {}
+    mine = [s for s in range(inputs.manifest.shards) if worker.owns(s) and s not in done]
+    tally = _Tally(on_progress, sum(_range_size(inputs.manifest, s) for s in mine))
+    if mine or not standing:
+        teacher = _Teacher(config, inputs)
+        with storage_errors(out):
+            manifest = _create(out, inputs)
+        for shard in mine:
+            tally.finish(_make_shard(out, shard, inputs, manifest, teacher, tally), _range_size(manifest, shard))
+    return _summary(out, worker, tally, time.perf_counter() - started)
+
+
+@dataclass
+class _Tally:
+    """What this worker has done so far."""
+
+    on_progress: Progress | None
+    documents: int
+    documents_done: int = 0
+    shards: int = 0
+    positions: int = 0
+
+    def show(self, documents: float, positions: int) -> None:
+        """Report progress inside a shard."""
+        if self.on_progress:
+            self.on_progress(self.documents_done + int(documents), self.documents, self.positions + positions)
+
+    def finish(self, positions: int | None, documents: int) -> None:
+        """Count a shard; `positions` is None if another worker made it meanwhile."""
+        self.documents_done += documents
+        self.shards += positions is not None
+        self.positions += positions or 0
+        self.show(0, 0)
+
+
+def _open_inputs(config: DumpConfig) -> _Inputs:
+    rule = Selection(kind=config.select, k=config.k)
+    filters = Filters(min_chars=config.min_chars, drop=config.drop, limit_docs=config.limit_docs)
+    folder = model_folder(config.teacher, "teacher")
+    tokenizer = load_tokenizer(folder)
+    vocab_size = vocabulary_size(tokenizer)
+    rule.width(vocab_size)
+    longest = context_length(read_config(folder))
+    if longest is not None and config.seq_len > longest:
+        raise ConfigError(
+            f"--seq-len is {config.seq_len}, above the {longest} positions of the teacher {config.teacher}"
+        )
+    corpus = open_corpus(
+        config.corpus, split=config.split, split_text=config.split_text, text_column=config.text_column,
+        messages_column=config.messages_column, filters=filters,
+    )  # fmt: skip
+    corpus_sha256, size = corpus.survey()
+    manifest = Manifest(
+        teacher_sha256=fingerprint(folder),
+        tokenizer_sha256=tokenizer_fingerprint(tokenizer),
+        tokenizer_files={},
+        corpus_sha256=corpus_sha256,
+        filters=dataclasses.asdict(filters),
+        documents=len(corpus),
+        docs_per_shard=config.docs_per_shard or docs_per_shard(len(corpus), size),
+        vocab_size=vocab_size,
+        seq_len=config.seq_len,
+        isolate=config.isolate,
+        selection={"kind": rule.kind, "k": rule.width(vocab_size)},
+        temperatures=config.stored_temperatures,
+        precision=config.precision,
+        store="arrow",
+        origin={
+            "kdcache": kdcache.__version__,
+            "teacher": config.teacher,
+            "corpus": config.corpus,
+            "split": config.split,
+            "form": corpus.form,
+            "columns": list(corpus.columns),
+            "split_text": config.split_text,
+        },
+    )
+    _ = manifest.codec  # an unknown precision is refused here
+    return _Inputs(folder=folder, tokenizer=tokenizer, corpus=corpus, manifest=manifest)
+
+
+def _require_free_or_same(out: Path, manifest: Manifest) -> Manifest | None:
+    """The manifest that stands in the folder, if it is of this configuration; None in a free folder."""
+    if (out / NAME).exists():
+        standing = Manifest.read(out)
+        standing.require_same(manifest, out)
+        return standing
+    if out.exists():
+        if not out.is_dir():
+            raise CacheError(f"--out {out} is a file, not a folder")
+        strangers = [p.name for p in out.iterdir() if p.name != "tokenizer" and not p.name.startswith(".")]
+        if strangers:
+            raise CacheError(
+                f"--out {out} holds no cache but other files, such as {strangers[0]}; choose another folder"
+            )
+    return None
+
+
+def _create(out: Path, inputs: _Inputs) -> Manifest:
+    """Write the tokenizer and the manifest, or take those that another worker has written."""
+    for folder in (out, out / "tokenizer", out / arrow_store.FOLDER, out / commit.FOLDER):
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+    if not (out / NAME).exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            inputs.tokenizer.save_pretrained(scratch)
+            for path in sorted(Path(scratch).rglob("*")):
+                if path.is_file():
+                    write_new(out / "tokenizer" / path.name, path.read_bytes())
+    files = {p.name: sha256_file(p) for p in sorted((out / "tokenizer").iterdir()) if not p.name.startswith(".")}
+    return dataclasses.replace(inputs.manifest, tokenizer_files=files).create(out)
+
+
+class _Teacher:
+    """A loaded, probed teacher and how it is run."""
+
+    def __init__(self, config: DumpConfig, inputs: _Inputs) -> None:
+        self.device = find_device(config.device)
+        self.batch_rows = config.batch_rows
+        self.isolate = config.isolate
+        dtype = config.dtype
+        if dtype == "auto" and self.device.type == "cpu":
+            dtype = "float32"
+        self.model = load_model(inputs.folder, "teacher", dtype, self.device, config.device_map).eval()
+        if config.device_map:
+            self.device = self.model.device
+        vocab_size = inputs.manifest.vocab_size
+        rows = self.model.config.get_text_config().vocab_size
+        if rows < vocab_size:
+            raise ConfigError(f"the teacher predicts {rows} tokens, but its tokenizer has {vocab_size}")
+        if self.isolate:
+            probe(self.model, vocab_size, config.seq_len, self.device)
+        self.compute = {
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "batch_rows": self.batch_rows,
+            "machine": platform.machine(),
+            "torch": torch.__version__.partition("+")[0],
+        }
+
+    @torch.inference_mode()
+    def run(self, rows: list[PackedRow], manifest: Manifest, rule: Selection) -> tuple[SparseTargets, list[int]]:
+        """Targets of all labelled slots of some rows, in order, and how many each row has."""
+        length = manifest.seq_len
+        tokens = torch.from_numpy(np.stack([row.padded_tokens(length) for row in rows])).to(self.device)
+        labels = torch.from_numpy(np.stack([row.labels(length) for row in rows])).to(self.device)
+        segments = np.stack([row.segments(length) for row in rows])
+        positions = torch.from_numpy(position_ids(segments if self.isolate else np.zeros_like(segments)))
+        logits = packed_forward(self.model, tokens, positions.to(self.device)).logits  # [R, L, >= V]
+        wanted = (labels != IGNORE).to(logits.device)
+        try:
+            targets = select(
+                logits[wanted][:, : manifest.vocab_size], rule,
+                labels=labels.to(logits.device)[wanted], temperatures=manifest.temperatures,
+            )  # fmt: skip
+        except LogitsError as error:
+            row, slot = (int(x) for x in wanted.nonzero()[error.position])
+            document, offset = rows[row].locate(slot)
+            raise LogitsError(
+                f"the teacher's logits are NaN or infinite in document {document} of the corpus, {offset} tokens "
+                "into its piece; try --dtype float32 or --dtype bfloat16",
+                error.position,
+            ) from None
+        return targets.to("cpu"), wanted.sum(-1).tolist()
+
+
+def _make_shard(
+    out: Path, shard: int, inputs: _Inputs, manifest: Manifest, teacher: _Teacher, tally: _Tally
+) -> int | None:
+    """Make and commit one shard. Positions written, or None if another worker was first."""
+    start = shard * manifest.docs_per_shard
+    made = shard_rows(
+        inputs.corpus, start, start + manifest.docs_per_shard, inputs.tokenizer, manifest.vocab_size, manifest.seq_len
+    )
+    rule, codec = Selection(**manifest.selection), manifest.codec
+    with ArrowShardWriter(out, shard, codec, manifest.seq_len) as writer:
+        for first in range(0, len(made.rows), teacher.batch_rows):
+            batch = made.rows[first : first + teacher.batch_rows]
+            targets, counts = teacher.run(batch, manifest, rule)
+            ends = np.cumsum([0, *counts])
+            for row, begin, end in zip(batch, ends[:-1], ends[1:], strict=True):
+                writer.write(row, targets[int(begin) : int(end)])
+            tally.show(made.documents * (first + len(batch)) / len(made.rows), writer.positions)
+        if Commit.read(out, shard, manifest.sha256) is not None:
+            return None
+        record = Commit(
+            shard=shard,
+            manifest_sha256=manifest.sha256,
+            objects=[writer.publish()],
+            rows=writer.rows,
+            positions=writer.positions,
+            entries=writer.entries,
+            documents=made.documents,
+            dropped=made.dropped,
+            tokens_sha256=writer.tokens_sha256,
+            compute=teacher.compute,
+        )
+        return writer.positions if record.write(out) else None
+
+
+def _range_size(manifest: Manifest, shard: int) -> int:
+    start = shard * manifest.docs_per_shard
+    return min(manifest.docs_per_shard, manifest.documents - start)
+
+
+def _summary(out: Path, worker: Worker, tally: _Tally, seconds: float) -> dict[str, Any]:
+    manifest = Manifest.read(out)
+    commits = read_commits(out, manifest)
+    names = ("rows", "positions", "entries", "documents", "dropped")
+    total = {name: sum(getattr(c, name) for c in commits.values()) for name in names}
+    size = (out / NAME).stat().st_size
+    for shard, record in commits.items():
+        size += commit.commit_path(out, shard).stat().st_size + sum(data["bytes"] for data in record.objects)
+    return {
+        "cache": str(out),
+        "complete": len(commits) == manifest.shards,
+        "shards": {"planned": manifest.shards, "committed": len(commits), "by_this_worker": tally.shards},
+        "worker": f"{worker.index}/{worker.count}",
+        **total,
+        "bytes": size,
+        "bytes_per_position": size / max(1, total["positions"]),
+        "seconds": seconds,
+        "positions_per_second": tally.positions / seconds,
+    }

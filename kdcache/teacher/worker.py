@@ -1,0 +1,61 @@
+"""Worker: which share of the shards is mine.
+
+Worker i of n makes the shards s with s mod n = i. It is named on the command line, or read
+from what SLURM's arrays and torchrun put into the environment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kdcache.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Worker `index` of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ConfigError(f"worker {self.index}/{self.count}: I must lie in 0 to N-1, and N must be at least 1")
+
+    def owns(self, shard: int) -> bool:
+        """Whether a shard is this worker's to make."""
+        return shard % self.count == self.index
+
+
+def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
+    """The worker that `--worker I/N` names, else the one the launcher made this process.
+
+    Inside a SLURM array, I is the task's place in the array; under torchrun it is the rank; with
+    both, every rank of every task is a worker of its own.
+
+    Raises:
+        ConfigError: not of the form I/N, or variables that make no sense.
+    """
+    if named is not None:
+        match = re.fullmatch(r"(\d+)/(\d+)", named.strip())
+        if not match:
+            raise ConfigError(f"--worker {named!r} is not of the form I/N, like 0/4")
+        return Worker(int(match[1]), int(match[2]))
+
+    def number(name: str, default: int) -> int:
+        try:
+            return int(environment.get(name, default))
+        except ValueError:
+            raise ConfigError(f"{name} is {environment[name]!r}, which is not a number") from None
+
+    task, tasks = 0, 1
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        step = number("SLURM_ARRAY_TASK_STEP", 1)
+        task = (number("SLURM_ARRAY_TASK_ID", 0) - number("SLURM_ARRAY_TASK_MIN", 0)) // max(step, 1)
+        tasks = number("SLURM_ARRAY_TASK_COUNT", 1)
+    rank, ranks = 0, 1
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)
+    return Worker(task * ranks + rank, tasks * ranks)

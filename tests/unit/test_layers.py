@@ -1,0 +1,133 @@
+"""Imports point only downward, lazily where it matters, and public names are what they say."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kdcache
+
+ROOT = Path(kdcache.__file__).parent
+LAYERS = [
+    {"errors", "options", "rows"},
+    {"targets"},
+    {"selection", "losses", "codec", "isolation"},
+    {"store", "corpus"},
+    {"pretrained"},
+    {"cache"},
+    {"teacher", "student"},
+    {"report"},
+    {"demo"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kdcache."):
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names if alias.name.startswith("kdcache."))
+    return found
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {name for _, name, _ in pkgutil.iter_modules([str(ROOT)])} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    room = path.relative_to(ROOT).with_suffix("").parts[0]
+    if room == "__init__":
+        return
+    for module in imports(path):
+        target = module.split(".")[1]
+        assert target == room or LEVEL[target] < LEVEL[room], f"{path.name} imports {module}"
+
+
+def test_no_circles_inside_a_room() -> None:
+    edges = {}
+    for path in ROOT.rglob("*.py"):
+        if path.name != "__init__.py":
+            edges["kdcache." + ".".join(path.relative_to(ROOT).with_suffix("").parts)] = imports(path)
+
+    def visit(node: str, trail: tuple[str, ...]) -> None:
+        assert node not in trail, " -> ".join((*trail, node))
+        for target in edges.get(node, ()):
+            visit(target, (*trail, node))
+
+    for module in edges:
+        visit(module, ())
+
+
+def test_the_command_line_is_on_top() -> None:
+    assert not [p for p in ROOT.rglob("*.py") if "kdcache_cli" in p.read_text()]
+    assert not (ROOT.parent / "cli" / "__init__.py").exists()
+
+
+def test_only_the_command_line_prints() -> None:
+    for path in ROOT.rglob("*.py"):
+        calls = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))
+        assert not [c for c in calls if getattr(c.func, "id", "") == "print"], path
+
+
+def test_no_module_outgrows_its_idea() -> None:
+    long = {p.name: n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_public_names() -> None:
+    assert kdcache.__all__ == sorted(kdcache.__all__)
+    for name in kdcache.__all__:
+        assert getattr(kdcache, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = kdcache.nothing
+
+
+def test_the_exception_tree_in_the_docstring_is_the_tree() -> None:
+    errors = importlib.import_module("kdcache.errors")
+    drawn = [line.strip("│├└─ ").split()[0] for line in errors.__doc__.splitlines() if "Error " in line][:-1]
+    classes = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, errors.KdcacheError)}
+    assert set(drawn) == classes
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_the_student_lives_without_the_teacher() -> None:
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name == "kdcache.teacher" or name.startswith("kdcache.teacher."):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import importlib, pkgutil, kdcache.student
+for module in pkgutil.iter_modules(kdcache.student.__path__):
+    importlib.import_module("kdcache.student." + module.name)
+import kdcache.cache
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = """
+import sys
+from typer.testing import CliRunner
+from kdcache_cli.main import app
+assert CliRunner().invoke(app, ["--help"]).exit_code == 0
+assert CliRunner().invoke(app, ["train-student", "--help"]).exit_code == 0
+heavy = {"torch", "transformers", "datasets", "pyarrow", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
