@@ -6,7 +6,7 @@ is called. In transformers, position ids that restart build the block mask only 
 neighbour in. Because that is a promise of someone else's code, `probe` checks it on the model
 at hand: it changes one piece and looks whether the logits of the next one move.
 
-Cost of a probe: four forward passes over two rows of at most 96 tokens.
+Cost of a probe: four forward passes over two rows of at most 96 tokens, and one over 64 single tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdcache.errors import IsolationError
+from kdcache.errors import IsolationError, ModelError
 from kdcache.rows import position_ids
 
 _PROBE_SLOTS = 96
+_PROBE_TOKENS = 64
 
 
 def packed_forward(model: nn.Module, tokens: Tensor, positions: Tensor) -> Any:
@@ -46,34 +47,39 @@ def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device 
 
     Raises:
         IsolationError: they moved by more.
+        ModelError: the logits are not finite.
     """
     slots = min(seq_len, _PROBE_SLOTS)
     first = slots // 3
     if first < 1:  # a row of fewer than three slots cannot hold two pieces with a target
         return
-    random = np.random.default_rng(0)
-    base = torch.from_numpy(random.integers(0, vocab_size, (2, slots)))
     segments = np.repeat(np.arange(2), (first, slots - first))[None].repeat(2, 0)
     positions = torch.from_numpy(position_ids(segments)).to(device)
-    neighbour, other_row = base.clone(), base.clone()
-    neighbour[0, :first] = (base[0, :first] + 1 + vocab_size // 2) % vocab_size
-    other_row[1] = (base[1] + 1 + vocab_size // 2) % vocab_size
-
-    training = model.training
-    model.eval()
 
     def second_piece(tokens: Tensor) -> Tensor:
         logits = packed_forward(model, tokens.to(device), positions).logits
         kept: Tensor = logits[0, first:].detach().float().cpu()
         return kept
 
+    training = model.training
+    model.eval()
     try:
         with torch.no_grad():
+            known = _finite_tokens(model, vocab_size, device)
+            if not len(known):  # the first position of real text will be refused, and named
+                return
+            base = known[torch.from_numpy(np.random.default_rng(0).integers(0, len(known), (2, slots)))]
+            neighbour, other_row = base.clone(), base.clone()
+            neighbour[0, :first] = base[0, :first].flip(0).roll(1)
+            neighbour[0, 0] = known[(known == base[0, 0]).nonzero()[0, 0] - 1]  # another token, unless there is but one
+            other_row[1] = base[1].roll(1)
             reference, again = second_piece(base), second_piece(base)
             moved = (second_piece(neighbour) - reference).abs().max().item()
             noise = max((x - reference).abs().max().item() for x in (again, second_piece(other_row)))
     finally:
         model.train(training)
+    if not torch.isfinite(reference).all():
+        raise ModelError(f"{type(model).__name__} gives NaN or infinite logits for plain tokens; try another --dtype")
     dtype = next(model.parameters()).dtype
     allowed = 4 * noise + 0.25 * torch.finfo(dtype).eps * reference.abs().max().item()
     if not moved <= allowed:
@@ -82,3 +88,12 @@ def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device 
             f"logits by {moved:.2g} (noise allows {allowed:.2g}); choose an attention-only model that honours "
             "position_ids, or pass --no-isolate to let every row be one context"
         )
+
+
+def _finite_tokens(model: nn.Module, vocab_size: int, device: torch.device | str) -> Tensor:
+    """Some token ids, in a fixed order, after which alone the model's logits are finite."""
+    ids = torch.from_numpy(np.random.default_rng(1).permutation(vocab_size)[:_PROBE_TOKENS])
+    logits = packed_forward(
+        model, ids[:, None].to(device), torch.zeros(len(ids), 1, dtype=torch.long, device=device)
+    ).logits
+    return ids[torch.isfinite(logits).all(-1).all(-1).cpu()]

@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-TEXTS = [
-    f"The {animal} {verb} over the {thing} {n} times, and {n % 7} of them were {mood}."
-    + (" It was a long day, and nobody could say why." * (n % 5))
-    for n, (animal, verb, thing, mood) in enumerate(
-        (a, v, t, m)
-        for a in ("fox", "cat", "heron", "old dog")
-        for v in ("jumped", "looked", "sang")
-        for t in ("wall", "river", "gate")
-        for m in ("quick", "sad", "bright")
-    )
-]
+from tests.making import STUDENT, TEXTS, dump_options, make_model, make_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -30,42 +17,6 @@ def assets() -> Path:
     if not folder:
         pytest.skip("KDCACHE_ASSETS does not name the folder of real models and texts")
     return Path(folder)
-
-
-def make_tokenizer(folder: Path, size: int = 320) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(TEXTS, trainer)
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def make_model(folder: Path, kind: str = "llama", scale: float = 8.0, **changes: Any) -> None:
-    """A random model whose logits are spread enough to have peaked and flat positions."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shape = dict(
-        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**shape, **changes}))
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(scale)
-    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -87,23 +38,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def student_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("student") / "config.json"
-    path.write_text(
-        json.dumps(
-            dict(
-                model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=384, hidden_size=32,
-                intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
-                max_position_embeddings=128, tie_word_embeddings=True,
-            )  # fmt: skip
-        )
-    )
+    path.write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **STUDENT}))
     return path
-
-
-def dump_options(teacher: Path, corpus: Path, out: Path, **changes: Any) -> Any:
-    from kdcache.teacher.config import DumpConfig
-
-    options = dict(seq_len=64, k=8, temperatures="1,2", docs_per_shard=30, batch_rows=4, device="cpu")
-    return DumpConfig(**{**options, "teacher": str(teacher), "corpus": str(corpus), "out": str(out), **changes})
 
 
 @pytest.fixture(scope="session")
@@ -114,9 +50,3 @@ def cache(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("cache") / "c"
     assert dump(dump_options(teacher, corpus, out))["complete"]
     return out
-
-
-def kdcache(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the real command in a process of its own."""
-    command = [sys.executable, "-m", "kdcache_cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)

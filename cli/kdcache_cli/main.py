@@ -182,7 +182,7 @@ class DemoOptions:
     """What `demo` is asked to do."""
 
     out: str = option("folder for everything that the demo makes; must be new or empty", "kdcache-demo")
-    budget: float = option("minutes for the whole demo; each stage gets its share", 8.0)
+    budget: float = option("minutes for the whole demo; each stage gets its share", 7.0)
     seed: int = option("of the corpus split, weights and order", 0)
 
 

@@ -88,9 +88,19 @@ class Corpus:
         return self._length
 
     def read(self, start: int, stop: int) -> list[Any]:
-        """Documents `start` to `stop`: texts, conversations, or `(input_ids, labels or None)`."""
+        """Documents `start` to `stop`: texts, conversations, or `(input_ids, labels or None)`.
+
+        Raises:
+            CorpusError: text that is not UTF-8.
+        """
         if start >= stop:
             return []
+        try:
+            return self._read(start, stop)
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"documents {start} to {stop - 1}: a text is not UTF-8 ({error.reason})") from None
+
+    def _read(self, start: int, stop: int) -> list[Any]:
         if self._paragraphs is not None:
             spans = self._paragraphs[start:stop]
             base = int(spans[0, 0])

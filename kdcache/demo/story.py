@@ -8,6 +8,7 @@ What happened is printed, whatever it is.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -154,7 +155,7 @@ def _student(cache: str, student: Path, out: Path, soft_weight: float, steps: in
 def _affordable_steps(cache: str, student: Path, scratch: Path, seconds: float, seed: int) -> int:
     """Steps that fit the time of one student, by timing a few; the same number serves both."""
     trial = 20
-    timing = train(_student(cache, student, scratch, 1.0, trial, seed))
+    timing = train(dataclasses.replace(_student(cache, student, scratch, 1.0, trial, seed), eval_every=0))
     return max(trial, min(_STUDENT_STEPS, int(0.8 * seconds / (timing["training_seconds"] / trial))))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kdcache.codec import Codec
-from kdcache.errors import CacheError, CacheMismatchError, CorruptCacheError
+from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
 from kdcache.selection import Selection
 from kdcache.store.durable import write_new
 from kdcache.store.record import checksum, read_record, seal
@@ -108,7 +108,7 @@ class Manifest:
         try:
             manifest = cls(**{**fields, "temperatures": tuple(fields["temperatures"])})
             _check(manifest)
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, ConfigError) as error:
             raise CorruptCacheError(f"{path} does not describe a cache: {error}") from None
         return manifest
 

@@ -33,7 +33,7 @@ class RowDataset(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Item:  # noqa: D102
+    def __getitem__(self, index: int) -> Item:
         return self.cache.read_packed(self.rows[index])
 
 
@@ -49,6 +49,7 @@ class Collator:
         self.seq_len, self.isolate = cache.manifest.seq_len, cache.manifest.isolate
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Make one batch of rows and their targets."""
         rows = [row for row, _ in items]
         segments = np.stack([row.segments(self.seq_len) for row in rows])
         labels = torch.from_numpy(np.stack([row.labels(self.seq_len) for row in rows]))

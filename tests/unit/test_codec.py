@@ -59,8 +59,8 @@ def test_float16_keeps_the_bound_on_everything_that_float32_can_hold() -> None:
     probe = dataclasses.replace(whole[:1], logprobs=logp[:1], weights=logp[:1].exp())
     how = codec("float16", k=2)
     for row in logp:
-        one = dataclasses.replace(probe, logprobs=row[None], weights=row[None].exp(),
-                                  log_tail=torch.log1p(-row.double().exp().sum().clamp(max=1 - 1e-12)).float().expand(1, 2))  # fmt: skip
+        tail = torch.log1p(-row.double().exp().sum().clamp(max=1 - 1e-12)).float().expand(1, 2)
+        one = dataclasses.replace(probe, logprobs=row[None], weights=row[None].exp(), log_tail=tail)
         again = how.decode(how.encode(one), 1)
         assert (again.logprobs[0] - row).abs().max() <= 2e-3
 

@@ -77,7 +77,7 @@ def test_keeping_everything_leaves_no_tail_and_softens_exactly() -> None:
 
 def test_a_temperature_that_is_not_stored_is_refused() -> None:
     found = select(logits_of("random", 50), Selection(kind="topk", k=5), temperatures=(1.0, 2.0))
-    with pytest.raises(TargetError, match="temperature 3 is not exact.*1, 2 only"):
+    with pytest.raises(TargetError, match=r"temperature 3 is not exact.*1, 2 only"):
         found.at_temperature(3.0)
 
 

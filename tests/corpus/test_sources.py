@@ -1,0 +1,141 @@
+"""Every form of a corpus, and every way that one can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcache.corpus.sources import Corpus, Filters, open_corpus
+from kdcache.errors import ConfigError, CorpusError
+
+TEXTS = ["One.\nStill one.", "Two, with ünïcödé.", "Three is longer than the others are."]
+
+
+def everything(corpus: Corpus) -> list[Any]:
+    return corpus.read(0, len(corpus))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": TEXTS, "other": [1, 2, 3]})
+    table.to_parquet(str(tmp_path / "c.parquet"))
+    table.save_to_disk(str(tmp_path / "disk"))
+    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(str(tmp_path / "splits"))
+    (tmp_path / "c.txt").write_text("\n\n \n".join(TEXTS) + "\n\n", encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": t, "n": 1}) + "\n" for t in TEXTS))
+    (arrow,) = (tmp_path / "disk").glob("*.arrow")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "train.jsonl").write_bytes((tmp_path / "c.jsonl").read_bytes())
+    return {
+        "txt": str(tmp_path / "c.txt"),
+        "jsonl": str(tmp_path / "c.jsonl"),
+        "parquet": str(tmp_path / "c.parquet"),
+        "arrow": str(arrow),
+        "folder": str(tmp_path / "disk"),
+        "splits": str(tmp_path / "splits"),
+        "hf": f"hf:{tmp_path / 'hub'}",
+        "glob": str(tmp_path / "c.j*l"),
+    }
+
+
+def test_all_forms_give_the_same_documents_and_fingerprint(files: dict[str, str]) -> None:
+    found = {}
+    for name, spec in files.items():
+        corpus = open_corpus(spec)
+        assert everything(corpus) == TEXTS, name
+        assert corpus.read(1, 2) == TEXTS[1:2], name
+        found[name] = corpus.survey()
+    assert len(set(found.values())) == 1
+    assert next(iter(found.values()))[1] == sum(map(len, TEXTS))
+
+
+def test_the_fingerprint_sees_every_character_and_every_border(tmp_path: Path) -> None:
+    def of(*texts: str) -> str:
+        path = tmp_path / f"{abs(hash(texts))}.jsonl"
+        path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        return open_corpus(str(path)).survey()[0]
+
+    assert len({of("ab", "c"), of("a", "bc"), of("abc"), of("c", "ab"), of("ab", "d"), of("ab", "c", "")}) == 6
+
+
+def test_text_by_line_and_by_file(tmp_path: Path) -> None:
+    for name, text in (("a.txt", "x\n\n  \ny\n"), ("b.txt", "z\r\nw")):
+        (tmp_path / name).write_bytes(text.encode())
+    spec = str(tmp_path / "*.txt")
+    assert everything(open_corpus(spec, split_text="line")) == ["x", "y", "z", "w"]
+    assert everything(open_corpus(spec, split_text="file")) == ["x\n\n  \ny\n", "z\nw"]
+    assert open_corpus(spec, split_text="line").read(2, 4) == ["z", "w"]
+
+
+def test_a_split_is_chosen(files: dict[str, str]) -> None:
+    assert everything(open_corpus(files["splits"], split="test")) == TEXTS[:1]
+
+
+def test_filters_and_limits(files: dict[str, str]) -> None:
+    corpus = open_corpus(files["jsonl"], filters=Filters(min_chars=16, drop="ünï", limit_docs=3))
+    assert [corpus.keeps(i, d) for i, d in enumerate(everything(corpus))] == [False, False, True]
+    assert len(open_corpus(files["jsonl"], filters=Filters(limit_docs=2))) == 2
+    with pytest.raises(CorpusError, match="every one of the 3 documents was dropped"):
+        open_corpus(files["jsonl"], filters=Filters(min_chars=1000)).survey()
+
+
+def test_columns(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"question": "q", "answer": "a"}) + "\n")
+    assert everything(open_corpus(str(path), text_column="answer")) == ["a"]
+    with pytest.raises(CorpusError, match=r"no column 'text'.*it has question, answer"):
+        open_corpus(str(path))
+    with pytest.raises(CorpusError, match="no column 'body'; it has question, answer"):
+        open_corpus(str(path), text_column="body")
+    path.write_text(json.dumps({"input_ids": [1, 2], "labels": [-100, 2], "text": "x"}) + "\n")
+    corpus = open_corpus(str(path))
+    assert (corpus.form, everything(corpus)) == ("tokenised", [([1, 2], [-100, 2])])
+    with pytest.raises(ConfigError, match="already tokenised"):
+        open_corpus(str(path), filters=Filters(min_chars=3))
+
+
+def test_a_document_that_is_null_is_dropped_and_one_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"text": "a"}\n{"text": null}\n')
+    corpus = open_corpus(str(path))
+    assert [corpus.keeps(i, d) for i, d in enumerate(everything(corpus))] == [True, False]
+    numbers = tmp_path / "n.jsonl"
+    numbers.write_text('{"text": 3}\n')
+    with pytest.raises(CorpusError, match="document 0: column 'text' holds int, not text"):
+        open_corpus(str(numbers)).survey()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("gone.txt", None, "does not exist"),
+        ("empty.txt", b"", "is empty"),
+        ("blank.txt", b"\n \n\n", "holds no documents"),
+        ("latin.txt", "é".encode("latin-1") * 9, "not UTF-8"),
+        ("latin.jsonl", b'{"text": "\xe9\xe9"}\n', "not UTF-8"),
+        ("broken.jsonl", b'{"text": \n', "cannot be read"),
+        ("image.png", b"12", "must be files of one kind"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_one_line(tmp_path: Path, name: str, data: bytes | None, words: str) -> None:
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(CorpusError, match=words) as caught:
+        open_corpus(str(tmp_path / name)).survey()
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_filters() -> None:
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        Filters(drop="(")
+    with pytest.raises(ConfigError, match="--min-chars is -1"):
+        Filters(min_chars=-1)
+    with pytest.raises(ConfigError, match="--limit-docs is 0"):
+        Filters(limit_docs=0)
+    with pytest.raises(ConfigError, match="--split-text word"):
+        open_corpus("x.txt", split_text="word")

@@ -1,0 +1,80 @@
+"""What tests make for themselves: texts, a tokenizer, random models, options, processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TEXTS = [
+    f"The {animal} {verb} over the {thing} {n} times, and {n % 7} of them were {mood}."
+    + (" It was a long day, and nobody could say why." * (n % 5))
+    for n, (animal, verb, thing, mood) in enumerate(
+        (a, v, t, m)
+        for a in ("fox", "cat", "heron", "old dog")
+        for v in ("jumped", "looked", "sang")
+        for t in ("wall", "river", "gate")
+        for m in ("quick", "sad", "bright")
+    )
+]
+
+
+TEACHER = {
+    "vocab_size": 384,  # padded: the tokenizer has 320
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+STUDENT = {**TEACHER, "num_hidden_layers": 1, "num_key_value_heads": 4, "tie_word_embeddings": True}
+
+
+def make_tokenizer(folder: Path, size: int = 320) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_model(folder: Path, kind: str = "llama", scale: float = 8.0, **changes: Any) -> None:
+    """A random model whose logits are spread enough to have peaked and flat positions."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**TEACHER, **changes}))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(scale)
+    model.save_pretrained(folder)
+
+
+def dump_options(teacher: Path, corpus: Path, out: Path, **changes: Any) -> Any:
+    from kdcache.teacher.config import DumpConfig
+
+    options = {"seq_len": 64, "k": 8, "temperatures": "1,2", "docs_per_shard": 30, "batch_rows": 4, "device": "cpu"}
+    return DumpConfig(**{**options, "teacher": str(teacher), "corpus": str(corpus), "out": str(out), **changes})
+
+
+def kdcache(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the real command in a process of its own."""
+    command = [sys.executable, "-m", "kdcache_cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)

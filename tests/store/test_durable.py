@@ -1,0 +1,81 @@
+"""Files appear whole or not at all, and never replace one another."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from kdcache.errors import CacheError
+from kdcache.store import durable
+from kdcache.store.durable import NewFile, sha256_file, sweep, write_new
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_nothing_is_there_before_publish(tmp_path: Path) -> None:
+    with NewFile(tmp_path / "a") as file:
+        file.write(b"12")
+        file.write(b"345")
+        file.flush()
+        assert not (tmp_path / "a").exists()
+        assert file.publish()
+    assert (tmp_path / "a").read_bytes() == b"12345"
+    assert (file.size, file.sha256) == (5, hashlib.sha256(b"12345").hexdigest())
+    assert sha256_file(tmp_path / "a") == file.sha256
+    assert names(tmp_path) == ["a"]
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), NewFile(tmp_path / "a") as file:
+        file.write(b"12")
+        raise RuntimeError
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_first_writer_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    if not links:
+
+        def refuse(*_: object) -> None:
+            raise PermissionError("no hard links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+    assert write_new(tmp_path / "a", b"first")
+    assert not write_new(tmp_path / "a", b"second")
+    assert (tmp_path / "a").read_bytes() == b"first"
+    assert names(tmp_path) == ["a"]
+
+
+def test_the_systems_refusal_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match="cannot be written"):
+        write_new(tmp_path / "file" / "a", b"")
+
+
+def test_sweep_takes_the_dead_and_spares_the_living(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "_SWEEP_AGE", -1.0)
+    with NewFile(tmp_path / "living") as file:
+        file.write(b"1")
+        dead = tmp_path / f".dead.0{durable._TEMPORARY}"
+        dead.write_bytes(b"2")
+        (tmp_path / "kept").write_bytes(b"3")
+        sweep(tmp_path)
+        assert not dead.exists()
+        assert file.publish()
+    assert names(tmp_path) == ["kept", "living"]
+
+
+def test_sweep_leaves_what_was_just_made(tmp_path: Path) -> None:
+    young = tmp_path / f".young.0{durable._TEMPORARY}"
+    young.write_bytes(b"")
+    sweep(tmp_path)
+    assert young.exists()
+    os.utime(young, (time.time() - 60,) * 2)
+    sweep(tmp_path)
+    assert not young.exists()
