@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,33 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import kdcache
 from kdcache.corpus.shards import docs_per_shard, shard_rows
 from kdcache.corpus.sources import Corpus, Filters, open_corpus
-from kdcache.errors import CacheError, ConfigError, LogitsError
-from kdcache.isolation import packed_forward, probe
+from kdcache.errors import CacheError, ConfigError
 from kdcache.pretrained import (
     context_length,
-    find_device,
     fingerprint,
-    load_model,
     load_tokenizer,
     model_folder,
     read_config,
     tokenizer_fingerprint,
     vocabulary_size,
 )
-from kdcache.rows import IGNORE, PackedRow, position_ids
-from kdcache.selection import Selection, select
+from kdcache.selection import Selection
 from kdcache.store import arrow_store, commit
 from kdcache.store.arrow_store import ArrowShardWriter
 from kdcache.store.commit import Commit, read_commits
 from kdcache.store.durable import sha256_file, storage_errors, sweep, write_new
 from kdcache.store.manifest import NAME, Manifest
-from kdcache.targets import SparseTargets
 from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.forward import Teacher
 from kdcache.teacher.worker import Worker, find_worker
 
 Progress = Callable[[int, int, int], None]
@@ -81,7 +75,7 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     mine = [s for s in range(inputs.manifest.shards) if worker.owns(s) and s not in done]
     tally = _Tally(on_progress, sum(_range_size(inputs.manifest, s) for s in mine))
     if mine or not standing:
-        teacher = _Teacher(config, inputs)
+        teacher = Teacher(config, inputs.folder, inputs.manifest)
         with storage_errors(out):
             manifest = _create(out, inputs)
         for shard in mine:
@@ -190,62 +184,8 @@ def _create(out: Path, inputs: _Inputs) -> Manifest:
     return dataclasses.replace(inputs.manifest, tokenizer_files=files).create(out)
 
 
-class _Teacher:
-    """A loaded, probed teacher and how it is run."""
-
-    def __init__(self, config: DumpConfig, inputs: _Inputs) -> None:
-        self.device = find_device(config.device)
-        self.batch_rows = config.batch_rows
-        self.isolate = config.isolate
-        dtype = config.dtype
-        if dtype == "auto" and self.device.type == "cpu":
-            dtype = "float32"
-        self.model = load_model(inputs.folder, "teacher", dtype, self.device, config.device_map).eval()
-        if config.device_map:
-            self.device = self.model.device
-        vocab_size = inputs.manifest.vocab_size
-        rows = self.model.config.get_text_config().vocab_size
-        if rows < vocab_size:
-            raise ConfigError(f"the teacher predicts {rows} tokens, but its tokenizer has {vocab_size}")
-        if self.isolate:
-            probe(self.model, vocab_size, config.seq_len, self.device)
-        self.compute = {
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
-            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
-            "batch_rows": self.batch_rows,
-            "machine": platform.machine(),
-            "torch": torch.__version__.partition("+")[0],
-        }
-
-    @torch.inference_mode()
-    def run(self, rows: list[PackedRow], manifest: Manifest, rule: Selection) -> tuple[SparseTargets, list[int]]:
-        """Targets of all labelled slots of some rows, in order, and how many each row has."""
-        length = manifest.seq_len
-        tokens = torch.from_numpy(np.stack([row.padded_tokens(length) for row in rows])).to(self.device)
-        labels = torch.from_numpy(np.stack([row.labels(length) for row in rows])).to(self.device)
-        segments = np.stack([row.segments(length) for row in rows])
-        positions = torch.from_numpy(position_ids(segments if self.isolate else np.zeros_like(segments)))
-        logits = packed_forward(self.model, tokens, positions.to(self.device)).logits  # [R, L, >= V]
-        wanted = (labels != IGNORE).to(logits.device)
-        try:
-            targets = select(
-                logits[wanted][:, : manifest.vocab_size], rule,
-                labels=labels.to(logits.device)[wanted], temperatures=manifest.temperatures,
-            )  # fmt: skip
-        except LogitsError as error:
-            row, slot = (int(x) for x in wanted.nonzero()[error.position])
-            document, offset = rows[row].locate(slot)
-            raise LogitsError(
-                f"the teacher's logits are NaN or infinite in document {document} of the corpus, {offset} tokens "
-                "into its piece; try --dtype float32 or --dtype bfloat16",
-                error.position,
-            ) from None
-        return targets.to("cpu"), wanted.sum(-1).tolist()
-
-
 def _make_shard(
-    out: Path, shard: int, inputs: _Inputs, manifest: Manifest, teacher: _Teacher, tally: _Tally
+    out: Path, shard: int, inputs: _Inputs, manifest: Manifest, teacher: Teacher, tally: _Tally
 ) -> int | None:
     """Make and commit one shard. Positions written, or None if another worker was first."""
     start = shard * manifest.docs_per_shard

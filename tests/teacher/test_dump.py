@@ -87,15 +87,16 @@ def test_targets_are_a_real_teachers(assets: Path, tmp_path: Path, precision: st
     assert_faithful(open_cache(tmp_path / "c"), real, 200, tolerance)
 
 
-def test_every_document_is_there_once(cache: Path, teacher: Path) -> None:
+def test_every_document_is_there_once(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(teacher)
+    dump(dump_options(teacher, corpus, tmp_path / "c", seq_len=128))  # as long as the longest document
     found: dict[int, str] = {}
-    for row in open_cache(cache):
+    for row in open_cache(tmp_path / "c"):
         for piece, document in enumerate(row.documents.tolist()):
-            text = tokenizer.decode(row.tokens[row.segments == piece], skip_special_tokens=True)
-            found[document] = found.get(document, "") + text
+            assert document not in found
+            found[document] = tokenizer.decode(row.tokens[row.segments == piece], skip_special_tokens=True)
     assert [found[i] for i in range(len(TEXTS))] == TEXTS
 
 
