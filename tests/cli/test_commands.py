@@ -1,0 +1,169 @@
+"""The command line as a person or a script meets it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from kdcache_cli.main import app
+from typer.testing import CliRunner
+
+from kdcache.student.config import TrainConfig
+from kdcache.teacher.config import DumpConfig
+from tests.making import kdcache
+
+COMMANDS = ("dump-teacher", "train-student", "inspect-shard", "evaluate", "verify", "demo")
+
+
+def invoke(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = invoke(command, "--help")
+    assert code == 0
+    for flag in ("--config", "--json", "--quiet"):
+        assert flag in out
+
+
+@pytest.mark.parametrize(("command", "config"), [("dump-teacher", DumpConfig), ("train-student", TrainConfig)])
+def test_options_are_the_configuration(command: str, config: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = invoke(command, "--help")
+    for field in dataclasses.fields(config):
+        assert f"--{field.name.replace('_', '-')}" in out
+
+
+def test_the_whole_loop_in_real_processes(teacher: Path, corpus: Path, student_config: Path, tmp_path: Path) -> None:
+    cache, student = tmp_path / "c", tmp_path / "s"
+    dumped = kdcache(
+        "dump-teacher", "--teacher", teacher, "--corpus", corpus, "--out", cache, "--seq-len", 64, "--k", 8,
+        "--temperatures", "1,2", "--json",
+    )  # fmt: skip
+    assert dumped.returncode == 0 and dumped.stderr == "", dumped.stderr
+    summary = json.loads(dumped.stdout)
+    assert summary["complete"] is True and summary["cache"] == str(cache)
+    assert set(summary) >= {
+        "cache", "complete", "shards", "rows", "positions", "entries", "bytes", "bytes_per_position", "seconds",
+        "positions_per_second",
+    }  # fmt: skip
+    trained = kdcache(
+        "train-student", "--cache", cache, "--student", student_config, "--out", student, "--steps", 5, "--json"
+    )
+    assert trained.returncode == 0 and trained.stderr == "", trained.stderr
+    figures = json.loads(trained.stdout)
+    assert set(figures) >= {"out", "steps", "positions", "heldout", "seconds", "positions_per_second"}
+    assert set(figures["heldout"]["after"]) >= {"nll", "teacher_nll", "delta_nll", "kl", "top1_agreement"}
+    measured = kdcache("evaluate", "--student", student, "--cache", cache, "--json")
+    assert set(json.loads(measured.stdout)) >= {"nll", "teacher_nll", "delta_nll", "kl", "top1_agreement", "positions"}
+    assert json.loads(kdcache("verify", cache, "--json").stdout)["ok"] is True
+
+
+def test_inspect_shows_a_cache_a_row_and_a_position(cache: Path) -> None:
+    from kdcache import open_cache
+
+    code, out, _ = invoke("inspect-shard", cache, "--json")
+    summary = json.loads(out)
+    assert code == 0 and summary["rows"] == len(open_cache(cache))
+    assert summary["mean_kept_mass"] + summary["mean_tail"] == pytest.approx(1)
+    shard = json.loads(invoke("inspect-shard", cache, "--shard", 1, "--json")[1])
+    assert shard["rows"] == open_cache(cache).commits[1].rows
+
+    index = open_cache(cache).index(1, 2)
+    row = open_cache(cache)[index]
+    slot = int((row.labels != -100).nonzero()[5])
+    code, out, _ = invoke("inspect-shard", cache, "--shard", 1, "--row", 2, "--position", slot, "--top", 4, "--json")
+    at = json.loads(out)
+    assert (at["shard"], at["row"], at["position"]) == (1, 2, slot)
+    assert set(at) >= {"context", "token", "label", "entropy", "tail", "entries"}
+    assert at["label"]["id"] == int(row.tokens[slot + 1])
+    assert at["label"]["logprob"] == pytest.approx(float(row.targets.label_logprob[slot]))
+    assert [e["id"] for e in at["entries"]] == row.targets.ids[slot, :4].tolist()
+    assert set(at["entries"][0]) == {"id", "text", "logprob", "probability", "weight"}
+    again = json.loads(invoke("inspect-shard", cache, "--row", index, "--position", slot, "--top", 4, "--json")[1])
+    assert again == at
+
+    warm = json.loads(
+        invoke("inspect-shard", cache, "--row", index, "--position", slot, "--temperature", 2, "--json")[1]
+    )
+    assert sum(e["probability"] for e in warm["entries"]) + warm["tail"] == pytest.approx(1, abs=1e-5)
+    for arguments in ([], ["--shard", 1], ["--row", index], ["--row", index, "--position", slot]):
+        code, out, _ = invoke("inspect-shard", cache, *arguments)
+        assert code == 0 and out.strip()
+    text = json.loads(invoke("inspect-shard", cache, "--row", index, "--json")[1])
+    first = [t["text"] for t in text["tokens"] if t["piece"] == 0]
+    assert "".join(first).startswith("<s>The ")
+    end = int((row.segments == 0).nonzero()[-1])
+    last = json.loads(invoke("inspect-shard", cache, "--row", index, "--position", end, "--json")[1])
+    assert last["label"] is None and last["entries"] == []
+
+
+BAD = [
+    (["inspect-shard", "{cache}", "--row", "9999"], "has rows 0 to"),
+    (["inspect-shard", "{cache}", "--shard", "99"], "no committed shard 99"),
+    (["inspect-shard", "{cache}", "--shard", "1", "--row", "999"], "shard 1 has rows 0 to"),
+    (["inspect-shard", "{cache}", "--row", "0", "--position", "64"], "has positions 0 to"),
+    (["inspect-shard", "{cache}", "--position", "1"], "--position needs --row"),
+    (["inspect-shard", "{cache}", "--row", "0", "--position", "1", "--temperature", "3"], "temperature 3 is not exact"),
+    (["inspect-shard", "{cache}", "--row", "0", "--position", "1", "--top", "0"], "--top is 0"),
+    (["inspect-shard", "{tmp}"], "holds no cache"),
+    (["verify", "{tmp}"], "holds no cache"),
+    (["evaluate", "--student", "{tmp}", "--cache", "{cache}"], "has no config.json"),
+    (["dump-teacher", "--teacher", "{tmp}", "--corpus", "x.txt", "--out", "{tmp}/o"], "has no config.json"),
+    (["train-student", "--cache", "{tmp}", "--student", "s", "--out", "{tmp}/o"], "holds no cache"),
+    (["demo", "--out", "{tmp}"], "is not empty"),
+    (["demo", "--out", "{tmp}/new", "--budget", "0"], "--budget is 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=lambda x: x if isinstance(x, str) else x[0])
+def test_bad_input_is_one_sentence_and_exit_2(cache: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "something").write_text("")
+    code, out, err = invoke(*(a.format(cache=cache, tmp=tmp_path) for a in arguments))
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ") and words in err and err.count("\n") == 1, err
+
+
+def test_a_damaged_cache_fails_verification_with_exit_1(cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache, tmp_path / "c")
+    (tmp_path / "c/shards/00000.arrow").unlink()
+    code, out, _ = invoke("verify", tmp_path / "c", "--json")
+    report = json.loads(out)
+    assert code == 1 and report["ok"] is False
+    assert report["problems"] == [{"shard": 0, "object": "shards/00000.arrow", "what": "it is missing"}]
+    assert "it is missing" in invoke("verify", tmp_path / "c")[1]
+
+
+def test_a_config_file_gives_options_and_flags_win(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    config = tmp_path / "dump.toml"
+    config.write_text(
+        f'teacher = "{teacher}"\ncorpus = "{corpus}"\nout = "{tmp_path / "c"}"\nseq-len = 64\nk = 4\nlimit_docs = 9\n'
+    )
+    code, out, err = invoke("dump-teacher", "--config", config, "--k", 3, "--json")
+    assert code == 0, err
+    assert json.loads(out)["documents"] == 9
+    manifest = json.loads((tmp_path / "c/kdcache.json").read_text())
+    assert manifest["selection"]["k"] == 3 and manifest["seq_len"] == 64
+    config.write_text("sequence = 3\n")
+    code, _, err = invoke("dump-teacher", "--config", config)
+    assert code == 2 and "sets sequence, which dump-teacher does not know" in " ".join(err.replace("│", " ").split())
+    config.write_text("= 3\n")
+    assert invoke("dump-teacher", "--config", config)[0] == 2
+
+
+def test_quiet_says_nothing(cache: Path) -> None:
+    assert invoke("verify", cache, "--quiet") == (0, "", "")
+
+
+def test_version() -> None:
+    import kdcache as package
+
+    assert invoke("--version")[1].strip() == package.__version__

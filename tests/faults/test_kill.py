@@ -1,0 +1,91 @@
+"""A dump that is really killed, again and again, ends as the one that never was."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kdcache import verify_cache
+from tests.making import TEXTS, kdcache
+
+
+def command(teacher: Path, corpus: Path, out: Path) -> list[str]:
+    return [
+        "dump-teacher", "--teacher", str(teacher), "--corpus", str(corpus), "--out", str(out), "--seq-len", "64",
+        "--k", "8", "--docs-per-shard", "40", "--batch-rows", "2", "--json", "--device", "cpu",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("long") / "c.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{n}: {text}"}) + "\n" for n in range(20) for text in TEXTS))
+    return path
+
+
+def shards(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((out / "shards").glob("*.arrow"))}
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    run = [sys.executable, "-m", "kdcache_cli", *arguments]
+    return subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_commits(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while len(list((out / "commits").glob("*.json"))) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_kill_9_and_go_on(teacher: Path, long_corpus: Path, tmp_path: Path) -> None:
+    whole = kdcache(*command(teacher, long_corpus, tmp_path / "whole"))
+    planned = json.loads(whole.stdout)["shards"]["planned"]
+    out = tmp_path / "killed"
+    for commits in (1, planned // 2):
+        process = start(command(teacher, long_corpus, out))
+        wait_for_commits(out, commits, process)
+        time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    assert not verify_cache(out).ok
+    done = json.loads(kdcache(*command(teacher, long_corpus, out)).stdout)
+    assert done["complete"] and 0 < done["shards"]["by_this_worker"] < planned
+    assert verify_cache(out).ok
+    assert shards(out) == shards(tmp_path / "whole")
+    left = [p.name for p in out.rglob(".*")]
+    time.sleep(2.1)
+    kdcache(*command(teacher, long_corpus, out))
+    assert all(name.endswith(".kdcache-tmp") for name in left)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_cleanly(teacher: Path, long_corpus: Path, tmp_path: Path) -> None:
+    process = start(command(teacher, long_corpus, tmp_path / "c"))
+    wait_for_commits(tmp_path / "c", 1, process)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err == "stopped; what is finished is kept\n"
+    assert not list((tmp_path / "c").rglob(".*"))
+
+
+@pytest.mark.slow
+def test_workers_side_by_side(teacher: Path, long_corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    processes = [start([*command(teacher, long_corpus, out), "--worker", f"{i}/3"]) for i in range(3)]
+    results = [(p.communicate(timeout=120), p.returncode) for p in processes]
+    assert all(code == 0 for _, code in results), results
+    assert verify_cache(out).ok
+    kdcache(*command(teacher, long_corpus, tmp_path / "whole"))
+    assert shards(out) == shards(tmp_path / "whole")
