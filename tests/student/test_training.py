@@ -267,10 +267,12 @@ def test_bad_input_is_one_sentence(cache: Path, student_config: Path, teacher: P
         with pytest.raises(error, match=words) as caught:
             train(options(**given))
         assert "\n" not in str(caught.value)
-    for changes in (
+    out_of_range: list[dict[str, Any]] = [
         {"steps": 0}, {"steps": 3, "epochs": 1.0}, {"lr": 0.0}, {"soft_weight": 1.1}, {"heldout": 0.0},
-        {"heldout": 1.0}, {"schedule": "linear"}, {"dtype": "int8"}, {"batch_rows": 0}, {"warmup": 2.0}, {"temperature": 0.0},
-    ):  # fmt: skip
+        {"heldout": 1.0}, {"schedule": "linear"}, {"dtype": "int8"}, {"batch_rows": 0}, {"warmup": 2.0},
+        {"temperature": 0.0},
+    ]  # fmt: skip
+    for changes in out_of_range:
         with pytest.raises(ConfigError):
             options(cache, student_config, tmp_path / "x", **changes)
 
