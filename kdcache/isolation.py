@@ -68,11 +68,11 @@ def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device 
             known = _finite_tokens(model, vocab_size, device)
             if not len(known):  # the first position of real text will be refused, and named
                 return
-            base = known[torch.from_numpy(np.random.default_rng(0).integers(0, len(known), (2, slots)))]
+            index = torch.from_numpy(np.random.default_rng(0).integers(0, len(known), (2, slots)))
+            base, other = known[index], known[(index + 1) % len(known)]
             neighbour, other_row = base.clone(), base.clone()
-            neighbour[0, :first] = base[0, :first].flip(0).roll(1)
-            neighbour[0, 0] = known[(known == base[0, 0]).nonzero()[0, 0] - 1]  # another token, unless there is but one
-            other_row[1] = base[1].roll(1)
+            neighbour[0, :first] = other[0, :first]
+            other_row[1] = other[1]
             reference, again = second_piece(base), second_piece(base)
             moved = (second_piece(neighbour) - reference).abs().max().item()
             noise = max((x - reference).abs().max().item() for x in (again, second_piece(other_row)))

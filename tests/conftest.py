@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: tests start processes beside themselves
+
 from tests.making import STUDENT, TEXTS, dump_options, make_model, make_tokenizer
 
 

@@ -64,14 +64,20 @@ class Output:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} " + unit),
-            TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} " + unit),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=None, note="")
+            task = bar.add_task(what, total=None, rate="", note="")
 
             def update(done: int, total: int, note: str = "") -> None:
-                bar.update(task, completed=done, total=total, note=note)
+                speed = bar.tasks[0].speed
+                rate = f"{speed:,.1f}/s" if speed else ""
+                bar.update(task, completed=done, total=total, rate=rate, note=note)
 
             yield update
 
@@ -144,7 +150,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 @contextmanager
 def _manners() -> Iterator[None]:
     """One sentence for bad input, a traceback for defects, and a clean end for signals."""
-    _hush()
+    _settle()
 
     def stop(number: int, _: Any) -> None:
         raise _Stopped(number)
@@ -172,10 +178,16 @@ class _Stopped(BaseException):
         self.number = number
 
 
-def _hush() -> None:
-    """Keep the libraries' own bars and advice out of our output; ours say what matters."""
+def _settle() -> None:
+    """Set, before the libraries are loaded, what they read from the environment.
+
+    Their bars and advice stay out of our output. Idle OpenMP threads sleep instead of spinning: with
+    two processes on two cores, spinning made both sixteen times slower (docs/decisions/0004).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
