@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.codec import spread
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.arrow_store import ArrowShard, digest_row
@@ -141,7 +140,7 @@ def unpack(packed: PackedRow, targets: SparseTargets, seq_len: int) -> Row:
         labels=torch.from_numpy(labels),
         segments=torch.from_numpy(packed.segments(seq_len)),
         documents=torch.from_numpy(packed.piece_documents.astype(np.int64)),
-        targets=spread(targets, np.flatnonzero(labels != IGNORE), seq_len),
+        targets=targets.spread(torch.from_numpy(np.flatnonzero(labels != IGNORE)), seq_len),
     )
 
 

@@ -101,6 +101,21 @@ class SparseTargets:
         joined: dict[str, Any] = {n: torch.cat([getattr(p, n) for p in parts]) for n in names}
         return dataclasses.replace(first, **joined)
 
+    def spread(self, slots: Tensor, length: int) -> SparseTargets:
+        """Lay targets of n positions out over `length` slots; a slot without one has count 0 and zeros.
+
+        Args:
+            slots: `[n]` the slot of each position.
+            length: slots in all.
+        """
+
+        def place(tensor: Tensor, fill: float = 0) -> Tensor:
+            out = tensor.new_full((length, *tensor.shape[1:]), fill)
+            out[slots] = tensor
+            return out
+
+        return dataclasses.replace(self._map(place), logprobs=place(self.logprobs, -torch.inf))
+
     def at_temperature(self, temperature: float) -> tuple[Tensor, Tensor]:
         """Exact log-probabilities of the entries and of the tail at a temperature.
 

@@ -35,8 +35,8 @@ from kdcache.teacher.dump import dump
 
 SEQ_LEN = 256
 _STUDENT_SHARE = 0.25  # of the documents
-_SHARES = {"teacher": 0.5, "students": 0.4}  # of the time; the rest is the dump and the small things
-_STUDENT_STEPS = 1200
+_SHARES = {"teacher": 0.68, "students": 0.2}  # of the time; the rest is the dump and the small things
+_STUDENT_STEPS = 400
 
 
 @dataclass

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from kdcache.codec import STREAMS, Codec
+from kdcache.codec.streams import deflate, inflate
 from kdcache.errors import CorruptCacheError
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.durable import NewFile, sha256_file
@@ -60,7 +61,7 @@ class ArrowShardWriter:
     def write(self, row: PackedRow, targets: SparseTargets) -> None:
         """Append a row and the targets of its labelled slots, in slot order."""
         record: dict[str, Any] = {
-            "tokens": row.tokens.astype("<i4").tobytes(),
+            "tokens": deflate(row.tokens.astype(self._codec.id_dtype)),
             "piece_lengths": row.piece_lengths.astype("<i4").tobytes(),
             "piece_documents": row.piece_documents.astype("<i8").tobytes(),
             "supervised": b"" if row.supervised is None else np.packbits(row.supervised).tobytes(),
@@ -147,15 +148,15 @@ class ArrowShard:
             raise CorruptCacheError(f"{self._path}, row {row}: {error}") from None
 
     def _layout(self, columns: dict[str, Any]) -> PackedRow:
-        tokens = np.frombuffer(columns["tokens"], "<i4")
         lengths = np.frombuffer(columns["piece_lengths"], "<i4")
         documents = np.frombuffer(columns["piece_documents"], "<i8")
-        if not 1 <= len(tokens) <= self._seq_len:
-            raise CorruptCacheError(f"it has {len(tokens)} tokens, but a row has 1 to {self._seq_len}")
+        count = int(lengths.sum(dtype=np.int64))
+        if len(lengths) != len(documents) or lengths.min(initial=1) < 1 or not 1 <= count <= self._seq_len:
+            raise CorruptCacheError(f"its pieces do not add up to a row of 1 to {self._seq_len} tokens")
+        dtype = self._codec.id_dtype
+        tokens = inflate(columns, "tokens", count * dtype.itemsize).view(dtype).astype(np.int32)
         if tokens.min() < 0 or tokens.max() >= self._codec.vocab_size:
             raise CorruptCacheError("it has a token outside the vocabulary")
-        if len(lengths) != len(documents) or lengths.min(initial=1) < 1 or lengths.sum(dtype=np.int64) != len(tokens):
-            raise CorruptCacheError("its pieces do not add up to its tokens")
         mask = columns["supervised"]
         if len(mask) not in (0, -(-len(tokens) // 8)):
             raise CorruptCacheError("its mask is not as long as its tokens")

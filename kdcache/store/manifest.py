@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from kdcache.codec import Codec
+from kdcache.codec import Codec, make_codec
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
 from kdcache.selection import Selection
 from kdcache.store.durable import write_new
@@ -36,7 +37,8 @@ class Manifest:
         isolate: whether packed pieces are kept from seeing each other.
         selection: kind and settings of the selection.
         temperatures: T of each stored partition and tail.
-        precision: how values are stored.
+        precision: how values are stored: `float32`, `float16`, or a number of bits.
+        id_order: ids by falling frequency in the pilot, for the compact codec.
         store: `arrow`.
         origin: names and versions, for people; two caches of one configuration may differ here.
     """
@@ -54,6 +56,7 @@ class Manifest:
     selection: dict[str, Any]
     temperatures: tuple[float, ...]
     precision: str
+    id_order: tuple[int, ...]
     store: str
     origin: dict[str, Any]
 
@@ -62,14 +65,18 @@ class Manifest:
         """Shards planned."""
         return -(-self.documents // self.docs_per_shard)
 
-    @property
+    @cached_property
     def codec(self) -> Codec:
         """How targets are laid out."""
         rule = Selection(**self.selection)
-        return Codec(
-            kind=rule.kind, width=rule.width(self.vocab_size), vocab_size=self.vocab_size,
-            temperatures=self.temperatures, precision=self.precision,
-        )  # fmt: skip
+        return make_codec(
+            kind=rule.kind,
+            width=rule.width(self.vocab_size),
+            vocab_size=self.vocab_size,
+            temperatures=self.temperatures,
+            precision=self.precision,
+            id_order=self.id_order,
+        )
 
     @property
     def sha256(self) -> str:
@@ -83,7 +90,7 @@ class Manifest:
     def to_fields(self) -> dict[str, Any]:
         """The JSON object, without its checksum."""
         fields = dataclasses.asdict(self)
-        fields["temperatures"] = list(self.temperatures)
+        fields["temperatures"], fields["id_order"] = list(self.temperatures), list(self.id_order)
         return {"format": FORMAT, **fields}
 
     @classmethod
@@ -106,9 +113,10 @@ class Manifest:
         if set(fields) != names:
             raise CorruptCacheError(f"{path} does not have the fields of a manifest: {sorted(names ^ set(fields))}")
         try:
-            manifest = cls(**{**fields, "temperatures": tuple(fields["temperatures"])})
+            lists = {name: tuple(fields[name]) for name in ("temperatures", "id_order")}
+            manifest = cls(**{**fields, **lists})
             _check(manifest)
-        except (TypeError, ValueError, KeyError, ConfigError) as error:
+        except (TypeError, ValueError, KeyError, ConfigError, OverflowError) as error:
             raise CorruptCacheError(f"{path} does not describe a cache: {error}") from None
         return manifest
 
@@ -134,7 +142,7 @@ class Manifest:
         differences = [
             f"{name} (cache: {_short(mine[name])}, asked: {_short(theirs[name])})"
             for name in mine
-            if name not in ("origin", "tokenizer_files") and mine[name] != theirs[name]
+            if name not in ("origin", "tokenizer_files", "id_order") and mine[name] != theirs[name]
         ]
         if differences:
             raise CacheMismatchError(

@@ -35,7 +35,7 @@ class DumpConfig:
     k: int = option("entries a position", 64)
     temperatures: str = option("comma-separated T whose exact tails are kept", "1")
     # store
-    precision: str = option("how values are stored: float32 or float16", "float32")
+    precision: str = option("how values are stored: float32, float16, or 4 to 16 bits (compressed)", "float32")
     docs_per_shard: int | None = option("documents a shard  [default: from the corpus's size]", None)
     # compute
     device: str = option("auto, cpu, cuda, cuda:1, mps", "auto")

@@ -20,19 +20,7 @@ from typing import Any
 
 import numpy as np
 
-import kdcache
-from kdcache.corpus.shards import docs_per_shard, shard_rows
-from kdcache.corpus.sources import Corpus, Filters, open_corpus
-from kdcache.errors import CacheError, ConfigError
-from kdcache.pretrained import (
-    context_length,
-    fingerprint,
-    load_tokenizer,
-    model_folder,
-    read_config,
-    tokenizer_fingerprint,
-    vocabulary_size,
-)
+from kdcache.errors import CacheError
 from kdcache.selection import Selection
 from kdcache.store import arrow_store, commit
 from kdcache.store.arrow_store import ArrowShardWriter
@@ -41,20 +29,12 @@ from kdcache.store.durable import sha256_file, storage_errors, sweep, write_new
 from kdcache.store.manifest import NAME, Manifest
 from kdcache.teacher.config import DumpConfig
 from kdcache.teacher.forward import Teacher
+from kdcache.teacher.inputs import Inputs, open_inputs
+from kdcache.teacher.pilot import id_order
 from kdcache.teacher.worker import Worker, find_worker
 
 Progress = Callable[[int, int, int], None]
 """Called with documents done, documents to do, and positions done so far."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Inputs:
-    """Everything a shard is a function of, opened and fingerprinted."""
-
-    folder: Path
-    tokenizer: Any
-    corpus: Corpus
-    manifest: Manifest
 
 
 def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, Any]:
@@ -69,15 +49,16 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     started = time.perf_counter()
     worker = find_worker(config.worker, os.environ)
     out = Path(config.out)
-    inputs = _open_inputs(config)
+    inputs = open_inputs(config)
     standing = _require_free_or_same(out, inputs.manifest)
     done = read_commits(out, standing) if standing else {}
     mine = [s for s in range(inputs.manifest.shards) if worker.owns(s) and s not in done]
     tally = _Tally(on_progress, sum(_range_size(inputs.manifest, s) for s in mine))
     if mine or not standing:
         teacher = Teacher(config, inputs.folder, inputs.manifest)
+        order = () if standing else id_order(teacher, inputs)
         with storage_errors(out):
-            manifest = _create(out, inputs)
+            manifest = _create(out, dataclasses.replace(inputs.manifest, id_order=order), inputs.tokenizer)
         for shard in mine:
             tally.finish(_make_shard(out, shard, inputs, manifest, teacher, tally), _range_size(manifest, shard))
     return _summary(out, worker, tally, time.perf_counter() - started)
@@ -106,52 +87,6 @@ class _Tally:
         self.show(0, 0)
 
 
-def _open_inputs(config: DumpConfig) -> _Inputs:
-    rule = Selection(kind=config.select, k=config.k)
-    filters = Filters(min_chars=config.min_chars, drop=config.drop, limit_docs=config.limit_docs)
-    folder = model_folder(config.teacher, "teacher")
-    tokenizer = load_tokenizer(folder)
-    vocab_size = vocabulary_size(tokenizer)
-    rule.width(vocab_size)
-    longest = context_length(read_config(folder))
-    if longest is not None and config.seq_len > longest:
-        raise ConfigError(
-            f"--seq-len is {config.seq_len}, above the {longest} positions of the teacher {config.teacher}"
-        )
-    corpus = open_corpus(
-        config.corpus, split=config.split, split_text=config.split_text, text_column=config.text_column,
-        messages_column=config.messages_column, filters=filters,
-    )  # fmt: skip
-    corpus_sha256, size = corpus.survey()
-    manifest = Manifest(
-        teacher_sha256=fingerprint(folder),
-        tokenizer_sha256=tokenizer_fingerprint(tokenizer),
-        tokenizer_files={},
-        corpus_sha256=corpus_sha256,
-        filters=dataclasses.asdict(filters),
-        documents=len(corpus),
-        docs_per_shard=config.docs_per_shard or docs_per_shard(len(corpus), size),
-        vocab_size=vocab_size,
-        seq_len=config.seq_len,
-        isolate=config.isolate,
-        selection={"kind": rule.kind, "k": rule.width(vocab_size)},
-        temperatures=config.stored_temperatures,
-        precision=config.precision,
-        store="arrow",
-        origin={
-            "kdcache": kdcache.__version__,
-            "teacher": config.teacher,
-            "corpus": config.corpus,
-            "split": config.split,
-            "form": corpus.form,
-            "columns": list(corpus.columns),
-            "split_text": config.split_text,
-        },
-    )
-    _ = manifest.codec  # an unknown precision is refused here
-    return _Inputs(folder=folder, tokenizer=tokenizer, corpus=corpus, manifest=manifest)
-
-
 def _require_free_or_same(out: Path, manifest: Manifest) -> Manifest | None:
     """The manifest that stands in the folder, if it is of this configuration; None in a free folder."""
     if (out / NAME).exists():
@@ -169,29 +104,26 @@ def _require_free_or_same(out: Path, manifest: Manifest) -> Manifest | None:
     return None
 
 
-def _create(out: Path, inputs: _Inputs) -> Manifest:
+def _create(out: Path, manifest: Manifest, tokenizer: Any) -> Manifest:
     """Write the tokenizer and the manifest, or take those that another worker has written."""
     for folder in (out, out / "tokenizer", out / arrow_store.FOLDER, out / commit.FOLDER):
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
     if not (out / NAME).exists():
         with tempfile.TemporaryDirectory() as scratch:
-            inputs.tokenizer.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
             for path in sorted(Path(scratch).rglob("*")):
                 if path.is_file():
                     write_new(out / "tokenizer" / path.name, path.read_bytes())
     files = {p.name: sha256_file(p) for p in sorted((out / "tokenizer").iterdir()) if not p.name.startswith(".")}
-    return dataclasses.replace(inputs.manifest, tokenizer_files=files).create(out)
+    return dataclasses.replace(manifest, tokenizer_files=files).create(out)
 
 
 def _make_shard(
-    out: Path, shard: int, inputs: _Inputs, manifest: Manifest, teacher: Teacher, tally: _Tally
+    out: Path, shard: int, inputs: Inputs, manifest: Manifest, teacher: Teacher, tally: _Tally
 ) -> int | None:
     """Make and commit one shard. Positions written, or None if another worker was first."""
-    start = shard * manifest.docs_per_shard
-    made = shard_rows(
-        inputs.corpus, start, start + manifest.docs_per_shard, inputs.tokenizer, manifest.vocab_size, manifest.seq_len
-    )
+    made = inputs.shard_rows(shard)
     rule, codec = Selection(**manifest.selection), manifest.codec
     with ArrowShardWriter(out, shard, codec, manifest.seq_len) as writer:
         for first in range(0, len(made.rows), teacher.batch_rows):

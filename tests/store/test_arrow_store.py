@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from kdcache import Selection, SparseTargets, open_cache, select, verify_cache
-from kdcache.codec import Codec
+from kdcache.codec.plain import PlainCodec
+from kdcache.codec.streams import deflate
 from kdcache.errors import CorruptCacheError
 from kdcache.rows import PackedRow
 from kdcache.store.arrow_store import _SCHEMA, ArrowShard, ArrowShardWriter
 
-CODEC = Codec(kind="topk", width=3, vocab_size=50, temperatures=(1.0,))
+CODEC = PlainCodec(kind="topk", width=3, vocab_size=50, temperatures=(1.0,))
 
 
 def some_rows(count: int) -> list[tuple[PackedRow, SparseTargets]]:
@@ -102,7 +103,7 @@ def test_any_row_of_a_cache_reads_the_same_in_any_order(cache: Path) -> None:
 def lie_about(**columns: object) -> pa.RecordBatch:
     row, targets = some_rows(1)[0]
     honest = {
-        "tokens": row.tokens.astype("<i4").tobytes(),
+        "tokens": deflate(row.tokens.astype("<u2")),
         "piece_lengths": row.piece_lengths.astype("<i4").tobytes(),
         "piece_documents": row.piece_documents.astype("<i8").tobytes(),
         "supervised": b"",
@@ -121,11 +122,11 @@ def store(path: Path, batch: pa.RecordBatch) -> Path:
 @pytest.mark.parametrize(
     "lie",
     [
-        {"tokens": np.full(10, 50, "<i4").tobytes()},
-        {"tokens": np.full(10, -1, "<i4").tobytes()},
+        {"tokens": deflate(np.full(10, 50, "<u2"))},
+        {"tokens": np.zeros(10, "<u2").tobytes()},
         {"tokens": b""},
         {"tokens": b"123"},
-        {"tokens": np.zeros(13, "<i4").tobytes()},
+        {"tokens": deflate(np.zeros(13, "<u2"))},
         {"tokens": None},
         {"piece_lengths": np.array([4, 7], "<i4").tobytes()},
         {"piece_lengths": np.array([-4, 14], "<i4").tobytes()},

@@ -87,6 +87,32 @@ def test_targets_are_a_real_teachers(assets: Path, tmp_path: Path, precision: st
     assert_faithful(open_cache(tmp_path / "c"), real, 200, tolerance)
 
 
+def test_a_compact_cache_is_close_small_and_the_same_by_any_workers(
+    cache: Path, teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Six bits a value, ids re-ranked by the pilot of whoever creates the cache."""
+    whole = dump(dump_options(teacher, corpus, tmp_path / "a", precision="6"))
+    for i in (1, 0):
+        dump(dump_options(teacher, corpus, tmp_path / "b", precision="6", worker=f"{i}/2"))
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert verify_cache(tmp_path / "a").ok
+    compact, plain = open_cache(tmp_path / "a"), open_cache(cache)
+    size = {name: sum(p.stat().st_size for p in path.glob("*.arrow")) for name, path in
+            (("compact", tmp_path / "a/shards"), ("plain", cache / "shards"))}  # fmt: skip
+    assert whole["complete"] and size["compact"] < 0.5 * size["plain"]
+    assert compact.manifest.codec._ids[:9].tolist() == list(compact.manifest.id_order[:9]) != list(range(9))
+    for one, two in zip(compact, plain, strict=True):
+        keep = two.labels != -100
+        a, b = one.targets[keep], two.targets[keep]
+        assert torch.equal(one.tokens, two.tokens)
+        assert torch.equal(a.ids.long().sort(-1).values, b.ids.long().sort(-1).values)
+        for t in (1.0, 2.0):
+            (p, tail), (q, stored) = b.at_temperature(t), a.at_temperature(t)
+            p, q = p.gather(-1, b.ids.argsort(-1)), q.gather(-1, a.ids.argsort(-1))
+            kl = (p.exp() * (p - q)).sum(-1) + tail.exp() * (tail - stored)
+            assert kl.max() < 1e-2 and kl.mean() < 1e-3
+
+
 def test_every_document_is_there_once(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kdcache import Selection, SparseTargets, select
-from kdcache.codec import Codec, spread
+from kdcache.codec import make_codec
+from kdcache.codec.plain import PlainCodec
 from kdcache.errors import ConfigError, CorruptCacheError
 
 
@@ -22,9 +23,9 @@ def make(kind: str = "random", vocab: int = 500, k: int = 16) -> SparseTargets:
     return select(logits, Selection(k=k), labels=torch.randint(vocab, (200,)), temperatures=(1.0, 2.0))
 
 
-def codec(precision: str, vocab: int = 500, k: int = 16, **changes: Any) -> Codec:
-    return Codec(**{"kind": "topk", "width": k, "vocab_size": vocab, "temperatures": (1.0, 2.0), "precision": precision,
-                    **changes})  # fmt: skip
+def codec(precision: str, vocab: int = 500, k: int = 16, **changes: Any) -> PlainCodec:
+    usual: dict[str, Any] = {"kind": "topk", "width": k, "vocab_size": vocab, "temperatures": (1.0, 2.0)}
+    return PlainCodec(**{**usual, "precision": precision, **changes})
 
 
 @pytest.mark.parametrize("kind", ["random", "flat", "peaked", "wide"])
@@ -72,7 +73,7 @@ def test_a_row_without_targets() -> None:
 
 def test_spread_puts_zeros_where_there_is_no_target() -> None:
     whole = make()[:3]
-    row = spread(whole, [1, 4, 5], 8)
+    row = whole.spread(torch.tensor([1, 4, 5]), 8)
     assert row.count.tolist() == [0, 16, 0, 0, 16, 16, 0, 0]
     assert torch.equal(row[torch.tensor([1, 4, 5])].ids, whole.ids)
     assert row.entropy[0] == 0
@@ -106,7 +107,10 @@ def test_lies_are_refused(stream: str, lie: bytes) -> None:
 
 
 def test_bad_settings() -> None:
-    with pytest.raises(ConfigError, match="--precision float8"):
+    for precision in ("float8", "3", "17", "-4", ""):
+        with pytest.raises(ConfigError, match="--precision"):
+            make_codec(kind="topk", width=4, vocab_size=9, temperatures=(1.0,), precision=precision)
+    with pytest.raises(ConfigError, match="--precision"):
         codec("float8")
     with pytest.raises(ConfigError, match="must store temperature 1"):
         codec("float32", temperatures=(2.0,))

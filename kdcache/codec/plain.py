@@ -1,6 +1,6 @@
-"""Codec: SparseTargets of one row to bytes, and back.
+"""The plain codec: values as floats, nothing compressed, entries in the order of the selection.
 
-Three streams a row, little-endian, positions first, entries by falling probability:
+Streams of a row of n positions, little-endian, positions first, entries by falling probability:
 
     ids       [n, K] uint16 when the vocabulary fits, else uint32
     values    [n, K] float32 log p, or float16 sqrt(p) * 2^15
@@ -20,26 +20,25 @@ Shapes: n positions with a target in the row, K entries, n_T temperatures, F sca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from kdcache.codec.streams import Buffer, id_dtype, whole
 from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.targets import SparseTargets
 
 PRECISIONS = ("float32", "float16")
-STREAMS = ("ids", "values", "scalars")
-
-Buffer = bytes | memoryview
 
 _HALF_SCALE = 2.0**15
 _HALF_SMALLEST = 2.0**-24  # the least positive float16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Codec:
+class PlainCodec:
     """How the targets of one cache are laid out; everything comes from its manifest.
 
     Attributes:
@@ -66,8 +65,9 @@ class Codec:
             raise ConfigError("a cache must store temperature 1")
 
     @property
-    def _id_dtype(self) -> np.dtype[np.unsignedinteger]:
-        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+    def id_dtype(self) -> np.dtype[Any]:
+        """Of a stored id."""
+        return id_dtype(self.vocab_size)
 
     @property
     def _value_dtype(self) -> np.dtype[np.floating]:
@@ -88,7 +88,8 @@ class Codec:
         columns += [c for t, c in zip(self.temperatures, targets.log_partition.unbind(-1), strict=True) if t != 1]
         columns += [targets.entropy, targets.label_logprob]
         return {
-            "ids": targets.ids.numpy().astype(self._id_dtype).tobytes(),
+            "ids": targets.ids.numpy().astype(self.id_dtype).tobytes(),
+            "ids_far": b"",
             "values": values.tobytes(),
             "scalars": torch.stack(columns).numpy().astype("<f4").tobytes(),
         }
@@ -100,11 +101,11 @@ class Codec:
             CorruptCacheError: a stream whose length, ids or numbers cannot be what was encoded.
         """
         n, k = positions, self.width
-        ids = self._array(streams, "ids", self._id_dtype, (n, k)).astype(np.int32)
+        ids = whole(streams, "ids", self.id_dtype, (n, k)).astype(np.int32)
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
             raise CorruptCacheError(f"an entry has id {ids.max()}, but the vocabulary has {self.vocab_size} tokens")
-        raw = self._array(streams, "values", self._value_dtype, (n, k))
-        scalars = self._array(streams, "scalars", np.dtype("<f4"), (self._scalar_count, n)).astype(np.float32)
+        raw = whole(streams, "values", self._value_dtype, (n, k))
+        scalars = whole(streams, "scalars", np.dtype("<f4"), (self._scalar_count, n)).astype(np.float32)
         if np.isnan(raw).any() or np.isnan(scalars[:-1]).any():
             raise CorruptCacheError("a stored value is not a number")
         columns = torch.from_numpy(scalars)
@@ -132,34 +133,3 @@ class Codec:
         logprobs = 2 * torch.from_numpy(raw.astype(np.float32) / _HALF_SCALE).log()
         kept_mass = -torch.expm1(log_tail)
         return logprobs + (kept_mass.log() - logprobs.logsumexp(-1))[:, None]
-
-    def _array(self, streams: Mapping[str, Buffer], name: str, dtype: np.dtype, shape: tuple[int, int]) -> np.ndarray:
-        wanted = shape[0] * shape[1] * dtype.itemsize
-        if len(streams[name]) != wanted:
-            raise CorruptCacheError(
-                f"stream {name!r} has {len(streams[name])} bytes, but {shape[0]} x {shape[1]} {dtype.name} are {wanted}"
-            )
-        return np.frombuffer(streams[name], dtype).reshape(shape)
-
-
-def spread(targets: SparseTargets, slots: Sequence[int] | np.ndarray, seq_len: int) -> SparseTargets:
-    """Lay targets of n positions out over a row of L slots; slots without a target have count 0 and zeros."""
-    index = torch.as_tensor(np.asarray(slots))
-
-    def place(tensor: torch.Tensor, fill: float = 0) -> torch.Tensor:
-        out = tensor.new_full((seq_len, *tensor.shape[1:]), fill)
-        out[index] = tensor
-        return out
-
-    return SparseTargets(
-        ids=place(targets.ids),
-        logprobs=place(targets.logprobs, -torch.inf),
-        weights=place(targets.weights),
-        count=place(targets.count),
-        log_partition=place(targets.log_partition),
-        log_tail=place(targets.log_tail),
-        entropy=place(targets.entropy),
-        label_logprob=place(targets.label_logprob),
-        temperatures=targets.temperatures,
-        kind=targets.kind,
-    )

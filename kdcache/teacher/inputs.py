@@ -1,0 +1,93 @@
+"""Inputs: everything that a shard is a function of, opened, checked and fingerprinted."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kdcache
+from kdcache.corpus.shards import ShardRows, docs_per_shard, shard_rows
+from kdcache.corpus.sources import Corpus, Filters, open_corpus
+from kdcache.errors import ConfigError
+from kdcache.pretrained import (
+    context_length,
+    fingerprint,
+    load_tokenizer,
+    model_folder,
+    read_config,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
+from kdcache.selection import Selection
+from kdcache.store.manifest import Manifest
+from kdcache.teacher.config import DumpConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Everything a shard is a function of, opened and fingerprinted."""
+
+    folder: Path
+    tokenizer: Any
+    corpus: Corpus
+    manifest: Manifest
+
+    def shard_rows(self, shard: int) -> ShardRows:
+        """The packed rows of one shard."""
+        manifest, start = self.manifest, shard * self.manifest.docs_per_shard
+        stop = start + manifest.docs_per_shard
+        return shard_rows(self.corpus, start, stop, self.tokenizer, manifest.vocab_size, manifest.seq_len)
+
+
+def open_inputs(config: DumpConfig) -> Inputs:
+    """Open what the options name, and refuse what can be refused before a teacher is loaded.
+
+    Raises:
+        KdcacheError: see the exception tree.
+    """
+    rule = Selection(kind=config.select, k=config.k)
+    filters = Filters(min_chars=config.min_chars, drop=config.drop, limit_docs=config.limit_docs)
+    folder = model_folder(config.teacher, "teacher")
+    tokenizer = load_tokenizer(folder)
+    vocab_size = vocabulary_size(tokenizer)
+    rule.width(vocab_size)
+    longest = context_length(read_config(folder))
+    if longest is not None and config.seq_len > longest:
+        raise ConfigError(
+            f"--seq-len is {config.seq_len}, above the {longest} positions of the teacher {config.teacher}"
+        )
+    corpus = open_corpus(
+        config.corpus, split=config.split, split_text=config.split_text, text_column=config.text_column,
+        messages_column=config.messages_column, filters=filters,
+    )  # fmt: skip
+    corpus_sha256, size = corpus.survey()
+    manifest = Manifest(
+        teacher_sha256=fingerprint(folder),
+        tokenizer_sha256=tokenizer_fingerprint(tokenizer),
+        tokenizer_files={},
+        corpus_sha256=corpus_sha256,
+        filters=dataclasses.asdict(filters),
+        documents=len(corpus),
+        docs_per_shard=config.docs_per_shard or docs_per_shard(len(corpus), size),
+        vocab_size=vocab_size,
+        seq_len=config.seq_len,
+        isolate=config.isolate,
+        selection={"kind": rule.kind, "k": rule.width(vocab_size)},
+        temperatures=config.stored_temperatures,
+        precision=config.precision,
+        id_order=(),
+        store="arrow",
+        origin={
+            "kdcache": kdcache.__version__,
+            "teacher": config.teacher,
+            "corpus": config.corpus,
+            "split": config.split,
+            "form": corpus.form,
+            "columns": list(corpus.columns),
+            "split_text": config.split_text,
+        },
+    )
+    _ = manifest.codec  # an unknown precision is refused here
+    return Inputs(folder=folder, tokenizer=tokenizer, corpus=corpus, manifest=manifest)
