@@ -123,7 +123,7 @@ class Cache:
             path = _inside(self.path, data["name"])
             if not path.is_file() or path.stat().st_size != data["bytes"]:
                 raise CorruptCacheError(f"{path} is missing or not the {data['bytes']} bytes that were committed")
-            self._open[shard] = ArrowShard(path, self.manifest.codec, self.manifest.seq_len, commit.rows)
+            self._open[shard] = ArrowShard(path, shard, self.manifest.codec, self.manifest.seq_len, commit.rows)
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         return self._open[shard]

@@ -3,17 +3,20 @@
 A row is one record of binary columns: its tokens, the lengths and documents of its pieces,
 which tokens may be labels (empty when all may), the number of its targets, and the codec's
 streams. Record batches hold a fixed number of rows, so a row's batch is a division away.
+Each row carries a crc32c of itself, its number and its shard's, checked on every read.
 Bytes depend on nothing but the rows: the same shard is the same file.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 
@@ -27,7 +30,11 @@ from kdcache.targets import SparseTargets
 FOLDER = "shards"
 _ROWS_PER_BATCH = 16
 _LAYOUT = ("tokens", "piece_lengths", "piece_documents", "supervised")
-_SCHEMA = pa.schema([(name, pa.binary()) for name in (*_LAYOUT, *STREAMS)] + [("positions", pa.uint32())])
+_BYTES = (*_LAYOUT, *STREAMS)
+_SCHEMA = pa.schema([(name, pa.binary()) for name in _BYTES] + [("positions", pa.uint32()), ("crc32c", pa.uint32())])
+
+_DAMAGE = (CorruptCacheError, pa.ArrowException, IndexError, OSError, ValueError, TypeError, struct.error)
+"""What reading a damaged file can raise, in our code and in the libraries."""
 
 
 def shard_name(shard: int) -> str:
@@ -44,7 +51,7 @@ class ArrowShardWriter:
 
     def __init__(self, cache: Path, shard: int, codec: Codec, seq_len: int) -> None:
         self.name = shard_name(shard)
-        self._seq_len = seq_len
+        self._shard, self._seq_len = shard, seq_len
         self.rows = self.positions = self.entries = 0
         self._cache = cache
         self._codec = codec
@@ -68,6 +75,7 @@ class ArrowShardWriter:
             "positions": len(targets.count),
             **self._codec.encode(targets),
         }
+        record["crc32c"] = row_crc(self._shard, self.rows, record["positions"], [record[name] for name in _BYTES])
         digest_row(self._tokens, row)
         self.rows += 1
         self.positions += len(targets.count)
@@ -101,7 +109,7 @@ class ArrowShardWriter:
             return True
         digest = hashlib.sha256()
         try:
-            for row, _ in ArrowShard(path, self._codec, self._seq_len, self.rows):
+            for row, _ in ArrowShard(path, self._shard, self._codec, self._seq_len, self.rows):
                 digest_row(digest, row)
         except CorruptCacheError:
             return False
@@ -121,8 +129,8 @@ class ArrowShard:
         CorruptCacheError: the file is not the shard that its commit promises.
     """
 
-    def __init__(self, path: Path, codec: Codec, seq_len: int, rows: int) -> None:
-        self._path, self._codec, self._seq_len = path, codec, seq_len
+    def __init__(self, path: Path, shard: int, codec: Codec, seq_len: int, rows: int) -> None:
+        self._path, self._shard, self._codec, self._seq_len = path, shard, codec, seq_len
         try:
             self._file = pa.ipc.open_file(pa.memory_map(str(path)))
         except (OSError, pa.ArrowException) as error:
@@ -137,14 +145,17 @@ class ArrowShard:
         try:
             batch = self._file.get_batch(row // _ROWS_PER_BATCH)
             batch.validate(full=True)
-            record = {name: batch.column(name)[row % _ROWS_PER_BATCH] for name in _SCHEMA.names}
-            packed = self._layout({name: record[name].as_buffer() for name in _LAYOUT})
+            place = row % _ROWS_PER_BATCH
+            record = {name: batch.column(name)[place].as_buffer() for name in _BYTES}
+            promised, crc32c = (batch.column(name)[place].as_py() for name in ("positions", "crc32c"))
+            if crc32c != row_crc(self._shard, row, promised, list(record.values())):
+                raise CorruptCacheError("its crc32c does not match")
+            packed = self._layout(record)
             positions = int((packed.labels(self._seq_len) != IGNORE).sum())
-            if record["positions"].as_py() != positions:
-                raise CorruptCacheError(f"it has {record['positions']} targets for {positions} labels")
-            streams = {name: memoryview(record[name].as_buffer()) for name in STREAMS}
-            return packed, self._codec.decode(streams, positions)
-        except (CorruptCacheError, pa.ArrowException, IndexError, OSError, ValueError, TypeError) as error:
+            if promised != positions:
+                raise CorruptCacheError(f"it has {promised} targets for {positions} labels")
+            return packed, self._codec.decode(record, positions)
+        except _DAMAGE as error:
             raise CorruptCacheError(f"{self._path}, row {row}: {error}") from None
 
     def _layout(self, columns: dict[str, Any]) -> PackedRow:
@@ -165,6 +176,14 @@ class ArrowShard:
 
     def __iter__(self) -> Iterator[tuple[PackedRow, SparseTargets]]:
         return (self.read(row) for row in range(self.rows))
+
+
+def row_crc(shard: int, row: int, positions: int, columns: Sequence[bytes | memoryview]) -> int:
+    """crc32c of a row: its shard, number and target count (uint32 each), then each column's length and bytes."""
+    crc = google_crc32c.value(struct.pack("<III", shard, row, positions))
+    for column in columns:
+        crc = google_crc32c.extend(google_crc32c.extend(crc, struct.pack("<I", len(column))), column)
+    return int(crc)
 
 
 def digest_row(digest: Any, row: PackedRow) -> None:

@@ -15,7 +15,7 @@ from kdcache.codec.plain import PlainCodec
 from kdcache.codec.streams import deflate
 from kdcache.errors import CorruptCacheError
 from kdcache.rows import PackedRow
-from kdcache.store.arrow_store import _SCHEMA, ArrowShard, ArrowShardWriter
+from kdcache.store.arrow_store import _BYTES, _SCHEMA, ArrowShard, ArrowShardWriter, row_crc
 
 CODEC = PlainCodec(kind="topk", width=3, vocab_size=50, temperatures=(1.0,))
 
@@ -48,7 +48,7 @@ def test_rows_come_back_in_any_order(tmp_path: Path, count: int) -> None:
     rows = some_rows(count)
     data = write(tmp_path, rows)
     assert data["name"] == "shards/00007.arrow"
-    shard = ArrowShard(tmp_path / "shards/00007.arrow", CODEC, 12, count)
+    shard = ArrowShard(tmp_path / "shards/00007.arrow", 7, CODEC, 12, count)
     for i in np.random.default_rng(1).permutation(count):
         row, targets = shard.read(int(i))
         assert row.tokens.tolist() == rows[i][0].tokens.tolist()
@@ -110,7 +110,10 @@ def lie_about(**columns: object) -> pa.RecordBatch:
         "positions": len(targets.count),
         **CODEC.encode(targets),
     }
-    return pa.RecordBatch.from_pylist([{**honest, **columns}], schema=_SCHEMA)
+    record = {**honest, **columns}
+    data = [record[name] or b"" for name in _BYTES]
+    record["crc32c"] = row_crc(7, 0, record["positions"], data)  # a liar seals its lies
+    return pa.RecordBatch.from_pylist([record], schema=_SCHEMA)
 
 
 def store(path: Path, batch: pa.RecordBatch) -> Path:
@@ -145,23 +148,45 @@ def store(path: Path, batch: pa.RecordBatch) -> Path:
 def test_a_shard_that_lies_is_refused(tmp_path: Path, lie: dict[str, object]) -> None:
     path = store(tmp_path / "s.arrow", lie_about(**lie))
     with pytest.raises(CorruptCacheError, match="row 0"):
-        ArrowShard(path, CODEC, 12, 1).read(0)
+        ArrowShard(path, 7, CODEC, 12, 1).read(0)
 
 
 def test_an_honest_shard_of_the_same_making_is_read(tmp_path: Path) -> None:
-    assert ArrowShard(store(tmp_path / "s.arrow", lie_about()), CODEC, 12, 1).read(0)[0].tokens.size == 10
+    assert ArrowShard(store(tmp_path / "s.arrow", lie_about()), 7, CODEC, 12, 1).read(0)[0].tokens.size == 10
+
+
+@pytest.mark.parametrize("change", ["bit", "row", "shard"])
+def test_a_row_knows_its_bytes_its_number_and_its_shard(tmp_path: Path, change: str) -> None:
+    write(tmp_path, some_rows(20))
+    path = tmp_path / "shards/00007.arrow"
+    number, row = (8 if change == "shard" else 7), 0
+    if change == "bit":
+        ids = CODEC.encode(some_rows(1)[0][1])["ids"]
+        data = path.read_bytes()
+        at = data.index(ids)
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    elif change == "row":
+        batch = pa.ipc.open_file(str(path)).get_batch(0)
+        swapped = batch.take(pa.array([1, 0, *range(2, 16)]))
+        rest = pa.ipc.open_file(str(path)).get_batch(1)
+        path = tmp_path / "swapped.arrow"
+        with pa.ipc.new_file(str(path), batch.schema) as writer:
+            writer.write_batch(swapped)
+            writer.write_batch(rest)
+    with pytest.raises(CorruptCacheError, match=r"row 0: its crc32c does not match"):
+        ArrowShard(path, number, CODEC, 12, 20).read(row)
 
 
 def test_files_that_are_not_the_shard(tmp_path: Path) -> None:
     good = store(tmp_path / "s.arrow", lie_about())
     with pytest.raises(CorruptCacheError, match="not a shard of 40 rows"):
-        ArrowShard(good, CODEC, 12, 40)
+        ArrowShard(good, 7, CODEC, 12, 40)
     (tmp_path / "junk").write_bytes(b"junk")
     with pytest.raises(CorruptCacheError, match="cannot be read as a shard"):
-        ArrowShard(tmp_path / "junk", CODEC, 12, 1)
+        ArrowShard(tmp_path / "junk", 7, CODEC, 12, 1)
     other = store(tmp_path / "o.arrow", pa.RecordBatch.from_pydict({"tokens": [b"1"]}))
     with pytest.raises(CorruptCacheError, match="not a shard"):
-        ArrowShard(other, CODEC, 12, 1)
+        ArrowShard(other, 7, CODEC, 12, 1)
 
 
 def test_verify_finds_every_kind_of_damage(cache: Path, tmp_path: Path) -> None:
