@@ -8,6 +8,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test check clean
 
 demo: $(STAMP)
+	rm -rf kdcache-demo
 	$(BIN)/kdcache demo --out kdcache-demo
 
 test: check

@@ -6,7 +6,7 @@ is called. In transformers, position ids that restart build the block mask only 
 neighbour in. Because that is a promise of someone else's code, `probe` checks it on the model
 at hand: it changes one piece and looks whether the logits of the next one move.
 
-Cost of a probe: four forward passes over two rows of at most 96 tokens, and one over 64 single tokens.
+Cost of a probe: five forward passes over two rows of at most 96 tokens, and one over 64 single tokens.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def packed_forward(model: nn.Module, tokens: Tensor, positions: Tensor) -> Any:
     return model(input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False)
 
 
-def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device | str) -> None:
-    """Refuse a model that leaks between packed pieces.
+def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device | str, *, isolate: bool = True) -> None:
+    """Refuse a model that leaks between packed pieces, or from a token to those before it.
 
     Row 0 holds two pieces. The first is replaced, and the logits of the second must not move
     by more than they move for reasons that have nothing to do with it: repeating the call, and
-    replacing the other row of the batch (which shifts, for one, how experts are batched).
+    replacing the other row of the batch (which shifts, for one, how experts are batched). Likewise the
+    last token is replaced, and nothing before it must move. With `isolate` false only that is asked.
 
     Raises:
         IsolationError: they moved by more.
@@ -51,10 +52,10 @@ def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device 
     """
     slots = min(seq_len, _PROBE_SLOTS)
     first = slots // 3
-    if first < 1:  # a row of fewer than three slots cannot hold two pieces with a target
+    if first < 1:  # a row of two slots cannot hold two pieces
         return
     segments = np.repeat(np.arange(2), (first, slots - first))[None].repeat(2, 0)
-    positions = torch.from_numpy(position_ids(segments)).to(device)
+    positions = torch.from_numpy(position_ids(segments if isolate else np.zeros_like(segments))).to(device)
 
     def second_piece(tokens: Tensor) -> Tensor:
         logits = packed_forward(model, tokens.to(device), positions).logits
@@ -70,23 +71,28 @@ def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device 
                 return
             index = torch.from_numpy(np.random.default_rng(0).integers(0, len(known), (2, slots)))
             base, other = known[index], known[(index + 1) % len(known)]
-            neighbour, other_row = base.clone(), base.clone()
+            neighbour, other_row, last = base.clone(), base.clone(), base.clone()
             neighbour[0, :first] = other[0, :first]
             other_row[1] = other[1]
+            last[0, -1] = other[0, -1]
             reference, again = second_piece(base), second_piece(base)
-            moved = (second_piece(neighbour) - reference).abs().max().item()
+            moved = (second_piece(neighbour) - reference).abs().max().item() if isolate else 0.0
+            backward = (second_piece(last) - reference)[:-1].abs().max().item()
             noise = max((x - reference).abs().max().item() for x in (again, second_piece(other_row)))
     finally:
         model.train(training)
     if not torch.isfinite(reference).all():
         raise ModelError(f"{type(model).__name__} gives NaN or infinite logits for plain tokens; try another --dtype")
-    dtype = next(model.parameters()).dtype
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     allowed = 4 * noise + 0.25 * torch.finfo(dtype).eps * reference.abs().max().item()
-    if not moved <= allowed:
+    name = type(model).__name__
+    if backward > allowed:
+        raise IsolationError(f"{name} is not causal: changing a token moved the logits before it by {backward:.2g}")
+    if moved > allowed:
         raise IsolationError(
-            f"{type(model).__name__} lets packed pieces see each other: changing one piece moved the next one's "
-            f"logits by {moved:.2g} (noise allows {allowed:.2g}); choose an attention-only model that honours "
-            "position_ids, or pass --no-isolate to let every row be one context"
+            f"{name} lets packed pieces see each other: changing one piece moved the next one's logits by {moved:.2g} "
+            f"(noise allows {allowed:.2g}); it needs attention that honours position_ids, or a cache dumped with "
+            "--no-isolate, whose rows are one context each"
         )
 
 

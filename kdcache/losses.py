@@ -286,8 +286,8 @@ def sparse_kd_loss(
 
     def student_at(keep: Tensor, ids: Tensor, kept: Tensor | None, t: float) -> _Student:
         # hidden and bias scaled by 1/T give the logits scaled by 1/T.
-        scaled_bias = bias if bias is None or t == 1 else bias / t
-        scaled = hidden[keep] if t == 1 else hidden[keep] / t
+        scaled_bias = bias if bias is None or t == 1 else _wide(bias) / t
+        scaled = hidden[keep] if t == 1 else _wide(hidden[keep]) / t
         return _Student(*_LinearLse.apply(scaled, weight, scaled_bias, ids, kept))  # type: ignore[no-untyped-call]
 
     return _loss(student_at, targets, labels, loss, tail, temperature, soft_weight, num_items)
@@ -308,7 +308,7 @@ def sparse_kd_loss_from_logits(
 
     def student_at(keep: Tensor, ids: Tensor, kept: Tensor | None, t: float) -> _Student:
         chosen = logits if bool(keep.all()) else logits[keep]
-        scaled = chosen if t == 1 else chosen / t
+        scaled = chosen if t == 1 else _wide(chosen) / t
         return _Student(*_LogitsLse.apply(scaled, ids, kept))  # type: ignore[no-untyped-call]
 
     return _loss(student_at, targets, labels, loss, tail, temperature, soft_weight, num_items)

@@ -20,6 +20,7 @@ from kdcache.store.durable import sha256_file
 from kdcache.store.record import canonical
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 
 
@@ -51,7 +52,8 @@ def model_folder(name: str, role: str) -> Path:
 def fingerprint(folder: Path) -> str:
     """sha256 over a model's configuration and weight files, by content."""
     digest = hashlib.sha256()
-    digest.update(canonical({k: v for k, v in read_config(folder).items() if k not in _VOLATILE}))
+    config = json.loads((folder / "config.json").read_bytes())
+    digest.update(canonical({k: v for k, v in config.items() if k not in _VOLATILE}))
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(sha256_file(path).encode())
     return digest.hexdigest()
@@ -65,6 +67,8 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise ModelError(f"the folder {folder} has no tokenizer: none of {', '.join(_VOCABULARIES)}")
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:
@@ -100,6 +104,8 @@ def find_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise ConfigError(f"--device {name} is not a cpu, cuda or mps device")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
@@ -130,14 +136,19 @@ def load_model(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A model's config.json."""
+    """A model's configuration, its class's defaults included.
+
+    Raises:
+        ModelError: transformers does not know it.
+    """
+    from transformers import AutoConfig
+
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ModelError(f"{folder / 'config.json'} is not JSON: {one_line(error)}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder / 'config.json'} is not a model's configuration")
-    return config
+        return dict(AutoConfig.from_pretrained(str(folder), trust_remote_code=False).to_dict())
+    except Exception as error:
+        raise ModelError(
+            f"{folder / 'config.json'} is not a configuration that can be used: {one_line(error)}"
+        ) from error
 
 
 def context_length(config: dict[str, Any]) -> int | None:
@@ -150,5 +161,6 @@ def context_length(config: dict[str, Any]) -> int | None:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what a library said."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of what a library said, and the next when the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -81,7 +81,7 @@ def select(
 
     Raises:
         LogitsError: a NaN or infinite logit; its `position` is the first offending row.
-        ConfigError: k above V, or a temperature that is not positive and finite.
+        ConfigError: k above V, or a temperature outside 0.01 to 100.
     """
     check_temperatures(temperatures)
     width = selection.width(logits.shape[-1])
@@ -99,12 +99,12 @@ def select(
 
 
 def check_temperatures(temperatures: Sequence[float]) -> None:
-    """Refuse temperatures that are missing, repeated, or not positive and finite."""
+    """Refuse temperatures that are missing, repeated, or outside 0.01 to 100."""
     if not temperatures or len(set(temperatures)) != len(temperatures):
         raise ConfigError(f"temperatures must be named once each, got {list(temperatures)}")
     for t in temperatures:
-        if not 0 < t < float("inf"):
-            raise ConfigError(f"temperature {t:g} is not a positive, finite number")
+        if not 0.01 <= t <= 100:
+            raise ConfigError(f"temperature {t:g} is outside 0.01 to 100")
 
 
 def _select_tile(

@@ -126,6 +126,8 @@ class SparseTargets:
             TargetError: T was not stored, and some position has a tail that only a stored
                 partition could soften.
         """
+        if not temperature > 0:
+            raise TargetError(f"temperature {temperature:g} is not positive")
         if temperature in self.temperatures:
             column = self.temperatures.index(temperature)
             logprobs = self.logprobs / temperature - self.log_partition[..., column, None]

@@ -138,13 +138,32 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise typer.BadParameter(f"{path} cannot be read as TOML: {error}") from None
-    values = {key.replace("-", "_"): value for key, value in values.items()}
+    values = {
+        key.replace("-", "_"): ",".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in values.items()
+    }
     known = {parameter.name for parameter in context.command.params}
     unknown = sorted(set(values) - known)
     if unknown:
         raise typer.BadParameter(f"{path} sets {', '.join(unknown)}, which {context.info_name} does not know")
     context.default_map = {**(context.default_map or {}), **values}
     return path
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run the command line; a usage error is one sentence and exit code 2, like any other bad input."""
+    usage_error = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+    try:
+        code = app(standalone_mode=False)
+    except usage_error as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 @contextmanager
@@ -186,8 +205,8 @@ def _settle() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for library, level in (("TRANSFORMERS", "error"), ("DATASETS", "critical"), ("HF_HUB", "error")):
+        os.environ.setdefault(f"{library}_VERBOSITY", level)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

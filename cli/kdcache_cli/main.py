@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import typer
 from kdcache.options import option
 from kdcache.student.config import TrainConfig
 from kdcache.teacher.config import DumpConfig
-from kdcache_cli.frame import Output, command
+from kdcache_cli.frame import Output, command, run_app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,7 +83,8 @@ def train_student(config: TrainConfig, output: Output) -> None:
             f"{summary['seconds']:.1f} s, {summary['positions_per_second']:,.0f} positions/s"
         )
 
-    output.result(summary, show)
+    if int(os.environ.get("RANK", "0")) == 0:  # under torchrun, one summary for all ranks
+        output.result(summary, show)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,4 +206,4 @@ def demo(options: DemoOptions, output: Output) -> None:
 
 def run() -> None:
     """Entry point of the `kdcache` script."""
-    app()
+    run_app(app)

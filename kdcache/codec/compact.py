@@ -120,7 +120,9 @@ class CompactCodec:
         distance = np.diff(ranks, axis=-1, prepend=-1) - 1
         near = np.minimum(distance, _FAR).astype(np.uint8)
         low, high = key.astype(np.uint8), (key >> np.uint64(8)).astype(np.uint8)
-        odds = targets.log_tail - torch.log(-torch.expm1(targets.log_tail))  # [n, n_T]
+        pairs = [targets.at_temperature(t) for t in self.temperatures]
+        # Both masses summed directly: one minus the other would cancel where either is small.
+        odds = torch.stack([tail - logprobs.logsumexp(-1) for logprobs, tail in pairs], -1)  # [n, n_T]
         tails = (odds * _TAIL_STEPS).round().clamp(1 - _MIDDLE, _MIDDLE - 1) + _MIDDLE
         tails = torch.where(torch.isneginf(odds), 0, tails)
         plain = torch.stack([targets.entropy, -targets.label_logprob]) * _STEPS

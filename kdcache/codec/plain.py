@@ -8,8 +8,8 @@ Streams of a row of n positions, little-endian, positions first, entries by fall
               label_logprob
 
 Guarantee: `float32` loses nothing. `float16` keeps every log p within 2e-3 nats down to
-p = 2^-56 (-38.8 nats), and smaller ones stay above zero; the kept mass is scaled to what the
-exactly stored tail leaves, so neither the tail nor a probability near 1 is ever distorted.
+p = 2^-56 (-38.8 nats), and smaller ones stay above zero; a kept mass of a half or more is scaled to
+what the exactly stored tail leaves, so neither the tail nor a probability near 1 is ever distorted.
 (A float16 of log p itself would be off by 4e-3 at p = e^-12, and by 5e-4 of mass at p near 1.)
 Cost: a handful of vectorised passes; nothing is compressed.
 
@@ -131,5 +131,7 @@ class PlainCodec:
         if self.precision == "float32":
             return torch.from_numpy(raw.astype(np.float32))
         logprobs = 2 * torch.from_numpy(raw.astype(np.float32) / _HALF_SCALE).log()
+        # Where little is kept, float32 knows the kept mass worse from the tail than the entries know it.
         kept_mass = -torch.expm1(log_tail)
-        return logprobs + (kept_mass.log() - logprobs.logsumexp(-1))[:, None]
+        shift = torch.where(kept_mass >= 0.5, kept_mass.log() - logprobs.logsumexp(-1), 0.0)
+        return logprobs + shift[:, None]

@@ -43,7 +43,17 @@ def tokenise_chat(tokenizer: Any, number: int, messages: Sequence[dict[str, Any]
     if not messages or any(not isinstance(m, dict) or not m.get("role") or m.get("content") is None for m in messages):
         raise CorpusError(f"document {number} is not a list of messages with a role and content")
     # Arrow gives every message every key that any message has; a template must not see those.
-    messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
+    plain = [{key: value for key, value in m.items() if value is not None} for m in messages]
+    try:
+        return _render_chat(tokenizer, number, plain)
+    except CorpusError:
+        raise
+    except Exception as error:  # a template is a program, and raises what it likes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CorpusError(f"document {number}: the chat template refuses it: {reason}") from error
+
+
+def _render_chat(tokenizer: Any, number: int, messages: list[dict[str, Any]]) -> Tokens:
     template = tokenizer.get_chat_template()
     if "generation %}" in template.replace("-%}", "%}"):
         out = tokenizer.apply_chat_template(
@@ -82,6 +92,8 @@ def take_tokenised(number: int, ids: Sequence[int], labels: Sequence[int] | None
     Raises:
         CorpusError: an id outside the vocabulary, or labels that are not the tokens themselves.
     """
+    if any(value is None for value in (*ids, *(labels or ()))):
+        raise CorpusError(f"document {number} holds a null among its input_ids or labels")
     tokens = np.asarray(ids, np.int64)
     if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
         bad = tokens[(tokens < 0) | (tokens >= vocab_size)][0]

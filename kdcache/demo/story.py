@@ -28,6 +28,7 @@ from kdcache.demo.model import llama_config, train_teacher, train_tokenizer, wri
 from kdcache.errors import ConfigError
 from kdcache.report.inspect import inspect_position, inspect_summary
 from kdcache.report.plots import plot_curves
+from kdcache.store.durable import storage_errors
 from kdcache.student.config import TrainConfig
 from kdcache.student.train import BEFORE, METRICS, train
 from kdcache.teacher.config import DumpConfig
@@ -74,7 +75,10 @@ def play(out: str, seconds: float, seed: int, on_progress: Callable[..., None]) 
         raise ConfigError(f"--out {out} is not empty; choose a new folder or delete it")
     if not seconds > 0:
         raise ConfigError(f"--budget is {seconds / 60:g} minutes, but must be positive")
-    folder.mkdir(parents=True, exist_ok=True)
+    if seed < 0:
+        raise ConfigError(f"--seed is {seed}, but must not be negative")
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(_cores())
     clock = _Clock()
 

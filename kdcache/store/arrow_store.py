@@ -89,8 +89,8 @@ class ArrowShardWriter:
             self._writer.write_batch(pa.RecordBatch.from_pylist(self._pending, schema=_SCHEMA))
             self._pending.clear()
 
-    def publish(self) -> dict[str, Any]:
-        """Finish the file and give it its name; returns the object that stands there.
+    def publish(self) -> tuple[dict[str, Any], bool]:
+        """Finish the file and give it its name; returns the object that stands there, and whether it is this one.
 
         If a file of that name exists without a commit, some writer stopped between the two, or
         is about to commit. It appeared whole, so if it holds these tokens it is as good as this
@@ -102,7 +102,8 @@ class ArrowShardWriter:
         if not self._file.publish() and not self._same_tokens(path):
             path.unlink(missing_ok=True)
             self._file.publish()
-        return {"name": self.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        sha256 = sha256_file(path)
+        return {"name": self.name, "bytes": path.stat().st_size, "sha256": sha256}, sha256 == self._file.sha256
 
     def _same_tokens(self, path: Path) -> bool:
         if sha256_file(path) == self._file.sha256:

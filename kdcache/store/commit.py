@@ -63,6 +63,9 @@ class Commit:
         commit = cls(**{name: fields[name] for name in names})
         if commit.shard != shard or commit.manifest_sha256 != manifest_sha256:
             raise CorruptCacheError(f"{path} is the commit of another shard or of another cache")
+        objects = commit.objects
+        if not isinstance(objects, list) or not objects or any(set(x) != {"name", "bytes", "sha256"} for x in objects):
+            raise CorruptCacheError(f"{path} does not name the objects of its shard")
         counts = (commit.rows, commit.positions, commit.entries, commit.documents, commit.dropped)
         if any(not isinstance(n, int) or n < 0 for n in counts):
             raise CorruptCacheError(f"{path} has a count that is not a number of things")

@@ -52,14 +52,10 @@ class NewFile:
     """A file that comes into being at `publish`, or leaves nothing behind.
 
     It is a binary sink that hashes what passes through it. Use it as a context manager.
-
-    Attributes:
-        size: bytes written so far.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.size = 0
         self.closed = False
         self._digest = hashlib.sha256()
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY}")
@@ -78,7 +74,6 @@ class NewFile:
         with storage_errors(self.path):
             written = self._file.write(data)
         self._digest.update(data)
-        self.size += written
         return written
 
     def flush(self) -> None:
@@ -120,7 +115,7 @@ def write_new(path: Path, data: bytes) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Delete temporary files whose writers are gone.
+    """Delete temporary files in a folder, if it exists, whose writers are gone.
 
     A writer locks its file just after it made it; the age keeps a sweep out of that moment.
     """

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import CorruptCacheError
+from kdcache.errors import CacheError, CorruptCacheError
 
 _MOST_BYTES = 64 << 20
 
@@ -39,10 +39,14 @@ def read_record(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         CorruptCacheError: it is not JSON, or not what it was when it was sealed.
     """
-    if path.stat().st_size > _MOST_BYTES:
-        raise CorruptCacheError(f"{path} is larger than any record can be")
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise CorruptCacheError(f"{path} is larger than any record can be")
         fields = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise CorruptCacheError(f"{path} is damaged: it is not JSON ({error})") from None
     if not isinstance(fields, dict) or fields.get("checksum") != checksum(fields):

@@ -44,7 +44,8 @@ class TrainConfig:
     dtype: str = option("auto (bfloat16 on GPUs that have it), float32 or bfloat16", "auto")
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_rows", 1), ("accumulate", 1), ("save_every", 1), ("keep", 1), ("eval_every", 0)):
+        least_of = {"batch_rows": 1, "accumulate": 1, "save_every": 1, "keep": 1, "eval_every": 0, "seed": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least {least}")
         if self.steps is not None and self.epochs is not None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from kdcache.cache import Cache
+from kdcache.errors import ConfigError
 from kdcache.isolation import packed_forward
 from kdcache.losses import measure_positions
 from kdcache.student.data import Collator, RowDataset, labelled
@@ -31,7 +32,11 @@ def measure(
     batch_rows: int = 8,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Figures of a student over rows of a cache; see the module for what they mean."""
+    """Figures of a student over rows of a cache; see the module for what they mean.
+
+    Raises:
+        ConfigError: no row carries a label.
+    """
     data, collate = RowDataset(cache, rows), Collator(cache)
     sums: dict[str, float] = {}
     positions = 0
@@ -50,7 +55,9 @@ def measure(
             if on_progress:
                 on_progress(min(start + batch_rows, len(rows)), len(rows))
     model.train(training)
-    means = {name: total / max(1, positions) for name, total in sums.items()}
+    if not positions:
+        raise ConfigError(f"the {len(rows)} row(s) to measure on carry no label; hold out more, or measure other rows")
+    means = {name: total / positions for name, total in sums.items()}
     return {
         "nll": means["nll"],
         "teacher_nll": means["teacher_nll"],

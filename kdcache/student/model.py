@@ -43,8 +43,7 @@ def load_student(name: str, cache: Cache, device: torch.device, seed: int) -> An
     if longest is not None and longest < manifest.seq_len:
         raise ModelError(f"the student {name} takes {longest} positions, but a row of the cache has {manifest.seq_len}")
     model.to(device)
-    if manifest.isolate:
-        probe(model, manifest.vocab_size, manifest.seq_len, device)
+    probe(model, manifest.vocab_size, manifest.seq_len, device, isolate=manifest.isolate)
     return model
 
 

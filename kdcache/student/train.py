@@ -27,8 +27,9 @@ from transformers import TrainerCallback
 
 import kdcache
 from kdcache.cache import Cache, open_cache
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, ModelError
 from kdcache.pretrained import find_device
+from kdcache.store.durable import storage_errors
 from kdcache.student import checkpoints
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import split_heldout
@@ -38,7 +39,7 @@ from kdcache.student.trainer import DistillationTrainer, arguments
 
 CONFIG, BEFORE, METRICS, SUMMARY = "train-student.json", "heldout-before.json", "metrics.jsonl", "summary.json"
 
-_FREE_TO_CHANGE = ("resume", "device", "save_every", "keep", "eval_every")
+_FREE_TO_CHANGE = ("out", "cache", "resume", "device", "save_every", "keep", "eval_every", "kdcache", "torch")
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with steps done, steps to do, and the latest figures."""
@@ -58,13 +59,19 @@ def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str,
     _require_temperature(cache, config.temperature)
     train_rows, heldout_rows = split_heldout(len(cache), config.heldout)
     out, leader = Path(config.out), int(os.environ.get("RANK", "0")) == 0
-    _claim(out, config, cache, leader)
+    fields = _record(config, cache)
+    if leader:  # the other ranks start no step without it
+        _require_free_or_same(out, config.resume, fields)
     if config.resume and (out / SUMMARY).exists():
         summary: dict[str, Any] = json.loads((out / SUMMARY).read_text())
         return summary
 
     device = find_device(config.device)
     model = load_student(config.student, cache, device, config.seed)
+    if leader:
+        with storage_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            _write(out / CONFIG, fields)
     steps = _steps(config, len(train_rows))
     args = arguments(config, steps, device)
     _ = args.device
@@ -81,16 +88,21 @@ def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str,
     training_seconds = time.perf_counter() - training
 
     after = measure(trainer.model, cache, heldout_rows, args.device, config.batch_rows)
+    if not math.isfinite(after["nll"]):
+        raise ModelError(
+            f"the training diverged: the held-out nll is {after['nll']}; lower --lr, then start in another --out"
+        )
+    positions = int(trainer.accelerator.reduce(torch.tensor(trainer.positions, device=args.device)).item())
     seconds = time.perf_counter() - started
     summary = {
         "out": str(out),
         "steps": steps,
-        "positions": trainer.positions,
+        "positions": positions,
         "rows": {"train": len(train_rows), "heldout": len(heldout_rows)},
         "heldout": {"before": before, "after": after},
         "seconds": seconds,
         "training_seconds": training_seconds,
-        "positions_per_second": trainer.positions / seconds,
+        "positions_per_second": positions / seconds,
     }
     if leader:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
@@ -109,28 +121,38 @@ def _require_temperature(cache: Cache, temperature: float) -> None:
         )
 
 
-def _claim(out: Path, config: TrainConfig, cache: Cache, leader: bool) -> None:
-    """Make the run's folder, or check that it holds the run that is to be resumed."""
-    fields = {
-        **dataclasses.asdict(config), "cache_sha256": cache.manifest.sha256, "kdcache": kdcache.__version__,
+def _record(config: TrainConfig, cache: Cache) -> dict[str, Any]:
+    """What a run is: its configuration, with the student's place made absolute, and its surroundings."""
+    student = Path(config.student).expanduser()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return {
+        **dataclasses.asdict(config),
+        "student": str(student.resolve()) if student.exists() else config.student,
+        "rows_per_step": config.batch_rows * config.accumulate * world,
+        "cache_sha256": cache.manifest.sha256,
+        "kdcache": kdcache.__version__,
         "torch": torch.__version__,
-    }  # fmt: skip
+    }
+
+
+def _require_free_or_same(out: Path, resume: bool, fields: dict[str, Any]) -> None:
+    """Refuse a folder of something else, a run that is not to be resumed, and a run of another configuration."""
     standing = out / CONFIG
     if standing.exists():
-        if not config.resume:
+        if not resume:
             raise ConfigError(
                 f"--out {out} already holds a training run; pass --resume to go on with it, or another folder"
             )
         old = json.loads(standing.read_text())
-        free = (*_FREE_TO_CHANGE, "kdcache", "torch", "cache")
-        differing = [f"{n} (was {old.get(n)}, now {v})" for n, v in fields.items() if n not in free and old.get(n) != v]
+        differing = [
+            f"{name} (was {old.get(name)}, now {value})"
+            for name, value in fields.items()
+            if name not in _FREE_TO_CHANGE and old.get(name) != value
+        ]
         if differing:
             raise ConfigError(f"--out {out} holds a run of another configuration; it differs in {', '.join(differing)}")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} holds other files and no training run; choose another folder")
-    elif leader:
-        out.mkdir(parents=True, exist_ok=True)
-        _write(standing, fields)
 
 
 def _steps(config: TrainConfig, rows: int) -> int:

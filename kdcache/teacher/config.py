@@ -46,13 +46,11 @@ class DumpConfig:
     worker: str | None = option("I/N: this is worker I of N  [default: from SLURM or torchrun, else 0/1]", None)
 
     def __post_init__(self) -> None:
-        for name, least in (("seq_len", 2), ("k", 1), ("batch_rows", 1), ("min_chars", 0)):
+        for name, least in (("seq_len", 2), ("batch_rows", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least {least}")
-        for name in ("limit_docs", "docs_per_shard"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
+        if self.docs_per_shard is not None and self.docs_per_shard < 1:
+            raise ConfigError(f"--docs-per-shard is {self.docs_per_shard}, but must be at least 1")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"--dtype {self.dtype} is not one of auto, float32, bfloat16, float16")
         if self.device_map not in (None, "auto"):
@@ -68,6 +66,6 @@ class DumpConfig:
             raise ConfigError(
                 f"--temperatures {self.temperatures!r} is not a comma-separated list of numbers"
             ) from None
-        if len(set(named)) != len(named) or not all(0 < t < float("inf") for t in named):
-            raise ConfigError(f"--temperatures {self.temperatures!r} must be different, positive and finite")
+        if len(set(named)) != len(named) or not all(0.01 <= t <= 100 for t in named):
+            raise ConfigError(f"--temperatures {self.temperatures!r} must be different and lie in 0.01 to 100")
         return named if 1.0 in named else (*named, 1.0)

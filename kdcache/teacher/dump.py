@@ -33,6 +33,8 @@ from kdcache.teacher.inputs import Inputs, open_inputs
 from kdcache.teacher.pilot import id_order
 from kdcache.teacher.worker import Worker, find_worker
 
+_TOKENIZER = "tokenizer"
+
 Progress = Callable[[int, int, int], None]
 """Called with documents done, documents to do, and positions done so far."""
 
@@ -50,6 +52,7 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     worker = find_worker(config.worker, os.environ)
     out = Path(config.out)
     inputs = open_inputs(config)
+    inputs.require_positions()
     standing = _require_free_or_same(out, inputs.manifest)
     done = read_commits(out, standing) if standing else {}
     mine = [s for s in range(inputs.manifest.shards) if worker.owns(s) and s not in done]
@@ -89,34 +92,39 @@ class _Tally:
 
 def _require_free_or_same(out: Path, manifest: Manifest) -> Manifest | None:
     """The manifest that stands in the folder, if it is of this configuration; None in a free folder."""
-    if (out / NAME).exists():
+    if out.exists() and not out.is_dir():
+        raise CacheError(f"--out {out} is a file, not a folder")
+    names = {p.name for p in out.iterdir() if not p.name.startswith(".")} if out.exists() else set()
+    if NAME in names:
         standing = Manifest.read(out)
         standing.require_same(manifest, out)
         return standing
-    if out.exists():
-        if not out.is_dir():
-            raise CacheError(f"--out {out} is a file, not a folder")
-        strangers = [p.name for p in out.iterdir() if p.name != "tokenizer" and not p.name.startswith(".")]
-        if strangers:
-            raise CacheError(
-                f"--out {out} holds no cache but other files, such as {strangers[0]}; choose another folder"
-            )
+    strangers = sorted(names - {_TOKENIZER})  # which is written before the manifest
+    if strangers:
+        raise CacheError(f"--out {out} holds no cache but other files, such as {strangers[0]}; choose another folder")
     return None
 
 
 def _create(out: Path, manifest: Manifest, tokenizer: Any) -> Manifest:
-    """Write the tokenizer and the manifest, or take those that another worker has written."""
-    for folder in (out, out / "tokenizer", out / arrow_store.FOLDER, out / commit.FOLDER):
-        folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder)
+    """Write the tokenizer and then the manifest, or take those that another worker has written."""
+    folder = out / _TOKENIZER
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        files = {p.name: p.read_bytes() for p in sorted(Path(scratch).rglob("*")) if p.is_file()}
     if not (out / NAME).exists():
-        with tempfile.TemporaryDirectory() as scratch:
-            tokenizer.save_pretrained(scratch)
-            for path in sorted(Path(scratch).rglob("*")):
-                if path.is_file():
-                    write_new(out / "tokenizer" / path.name, path.read_bytes())
-    files = {p.name: sha256_file(p) for p in sorted((out / "tokenizer").iterdir()) if not p.name.startswith(".")}
-    return dataclasses.replace(manifest, tokenizer_files=files).create(out)
+        for name, data in files.items():
+            if not write_new(folder / name, data) and (folder / name).read_bytes() != data:
+                raise CacheError(
+                    f"{folder} holds the {name} of another tokenizer; delete the folder, or choose another --out"
+                )
+        strays = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in files)
+        if strays and not (out / NAME).exists():
+            raise CacheError(f"{folder} holds a stray file, {strays[0]}; delete the folder, or choose another --out")
+    sums = {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
+    standing = dataclasses.replace(manifest, tokenizer_files=sums).create(out)
+    for place in (out, folder, out / arrow_store.FOLDER, out / commit.FOLDER):
+        sweep(place)
+    return standing
 
 
 def _make_shard(
@@ -135,17 +143,18 @@ def _make_shard(
             tally.show(made.documents * (first + len(batch)) / len(made.rows), writer.positions)
         if Commit.read(out, shard, manifest.sha256) is not None:
             return None
+        data, ours = writer.publish()
         record = Commit(
             shard=shard,
             manifest_sha256=manifest.sha256,
-            objects=[writer.publish()],
+            objects=[data],
             rows=writer.rows,
             positions=writer.positions,
             entries=writer.entries,
             documents=made.documents,
             dropped=made.dropped,
             tokens_sha256=writer.tokens_sha256,
-            compute=teacher.compute,
+            compute=teacher.compute if ours else {"unknown": "its writer stopped before the commit"},
         )
         return writer.positions if record.write(out) else None
 

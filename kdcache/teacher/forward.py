@@ -46,8 +46,7 @@ class Teacher:
         rows = self.model.config.get_text_config().vocab_size
         if rows < vocab_size:
             raise ConfigError(f"the teacher predicts {rows} tokens, but its tokenizer has {vocab_size}")
-        if self.isolate:
-            probe(self.model, vocab_size, config.seq_len, self.device)
+        probe(self.model, vocab_size, config.seq_len, self.device, isolate=self.isolate)
         self.compute = {
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,

@@ -10,7 +10,7 @@ from typing import Any
 import kdcache
 from kdcache.corpus.shards import ShardRows, docs_per_shard, shard_rows
 from kdcache.corpus.sources import Corpus, Filters, open_corpus
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, CorpusError
 from kdcache.pretrained import (
     context_length,
     fingerprint,
@@ -20,6 +20,7 @@ from kdcache.pretrained import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
+from kdcache.rows import IGNORE
 from kdcache.selection import Selection
 from kdcache.store.manifest import Manifest
 from kdcache.teacher.config import DumpConfig
@@ -33,6 +34,19 @@ class Inputs:
     tokenizer: Any
     corpus: Corpus
     manifest: Manifest
+
+    def require_positions(self) -> None:
+        """Refuse a corpus in which no position would carry a target, before a teacher is loaded.
+
+        Raises:
+            CorpusError: there is none.
+        """
+        manifest, step = self.manifest, 64
+        for start in range(0, manifest.documents, step):
+            made = shard_rows(self.corpus, start, start + step, self.tokenizer, manifest.vocab_size, manifest.seq_len)
+            if any((row.labels(manifest.seq_len) != IGNORE).any() for row in made.rows):
+                return
+        raise CorpusError(f"none of the {manifest.documents} documents has a token to predict")
 
     def shard_rows(self, shard: int) -> ShardRows:
         """The packed rows of one shard."""

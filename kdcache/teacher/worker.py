@@ -55,6 +55,8 @@ def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
         step = number("SLURM_ARRAY_TASK_STEP", 1)
         task = (number("SLURM_ARRAY_TASK_ID", 0) - number("SLURM_ARRAY_TASK_MIN", 0)) // max(step, 1)
         tasks = number("SLURM_ARRAY_TASK_COUNT", 1)
+        if task >= tasks:
+            raise ConfigError("the SLURM array is not evenly spaced; use one like --array=0-15, or name --worker I/N")
     rank, ranks = 0, 1
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)

@@ -159,6 +159,23 @@ def test_a_config_file_gives_options_and_flags_win(teacher: Path, corpus: Path, 
     assert invoke("dump-teacher", "--config", config)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["dump-teacher", "--k", "abc"], "--k"),
+        (["dump-teacher"], "--teacher"),
+        (["inspect-shard", "--depth", "3"], "--depth"),
+        (["verify", "c", "--config", "/nowhere.toml"], "cannot be read as TOML"),
+        (["fly"], "fly"),
+    ],
+    ids=str,
+)
+def test_usage_errors_are_one_sentence_too(arguments: list[str], words: str) -> None:
+    done = kdcache(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr
+
+
 def test_quiet_says_nothing(cache: Path) -> None:
     assert invoke("verify", cache, "--quiet") == (0, "", "")
 

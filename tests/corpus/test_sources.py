@@ -99,15 +99,53 @@ def test_columns(tmp_path: Path) -> None:
         open_corpus(str(path), filters=Filters(min_chars=3))
 
 
-def test_a_document_that_is_null_is_dropped_and_one_that_is_not_text_is_refused(tmp_path: Path) -> None:
+def test_a_document_that_is_null_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "a"}\n{"text": null}\n')
     corpus = open_corpus(str(path))
     assert [corpus.keeps(i, d) for i, d in enumerate(everything(corpus))] == [True, False]
-    numbers = tmp_path / "n.jsonl"
-    numbers.write_text('{"text": 3}\n')
-    with pytest.raises(CorpusError, match="document 0: column 'text' holds int, not text"):
-        open_corpus(str(numbers)).survey()
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"text": 3}, "column 'text' holds int64, not text"),
+        ({"text": None}, "column 'text' holds null, not text"),
+        ({"messages": "hello"}, "column 'messages' holds string, not lists of messages"),
+        ({"input_ids": [1.5, 2.0]}, "not lists of integers"),
+        ({"input_ids": ["1"]}, "not lists of integers"),
+        ({"input_ids": 3}, "not lists of integers"),
+        ({"input_ids": [[1]]}, "not lists of integers"),
+        ({"input_ids": [1], "labels": "x"}, "column 'labels' holds string"),
+        ({"input_ids": [1, None, 2]}, "document 0 cannot be read"),
+    ],
+    ids=str,
+)
+def test_columns_of_another_type_are_refused(tmp_path: Path, record: dict[str, Any], words: str) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(CorpusError, match=words):
+        open_corpus(str(path)).survey()
+
+
+def test_a_table_saved_for_torch_is_read_like_any_other(tmp_path: Path) -> None:
+    import datasets
+
+    table = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3, 4]]})
+    table.set_format("torch")
+    table.save_to_disk(str(tmp_path / "d"))
+    corpus = open_corpus(str(tmp_path / "d"))
+    corpus.survey()
+    assert everything(corpus) == [([1, 2], None), ([3, 4], None)]
+
+
+def test_paragraphs_end_with_their_file_and_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfalpha one\nalpha two")
+    (tmp_path / "b.txt").write_text("beta one\n\nbeta two\n")
+    (tmp_path / "empty.txt").write_text("")
+    corpus = open_corpus(str(tmp_path / "*.txt"))
+    assert everything(corpus) == ["alpha one\nalpha two", "beta one", "beta two"]
+    assert corpus.read(1, 3) == ["beta one", "beta two"]
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,13 @@ def test_a_template_that_rewrites_the_past_is_refused(tokenizer: Any) -> None:
         tokenise_chat(tokenizer, 3, TALK)
 
 
+def test_a_template_that_refuses_is_one_sentence(tokenizer: Any) -> None:
+    for template in ("{{ raise_exception('roles must alternate') }}", "{% for %}"):
+        tokenizer.chat_template = template
+        with pytest.raises(CorpusError, match="document 3: the chat template refuses it"):
+            tokenise_chat(tokenizer, 3, TALK)
+
+
 def test_bad_conversations(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(CorpusError, match="no chat template"):

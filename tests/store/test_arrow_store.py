@@ -40,7 +40,7 @@ def write(folder: Path, rows: list[tuple[PackedRow, SparseTargets]]) -> dict[str
     with ArrowShardWriter(folder, 7, CODEC, 12) as writer:
         for row, targets in rows:
             writer.write(row, targets)
-        return writer.publish()
+        return writer.publish()[0]
 
 
 @pytest.mark.parametrize("count", [0, 1, 16, 37])

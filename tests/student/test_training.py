@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -275,6 +276,59 @@ def test_bad_input_is_one_sentence(cache: Path, student_config: Path, teacher: P
     for changes in out_of_range:
         with pytest.raises(ConfigError):
             options(cache, student_config, tmp_path / "x", **changes)
+
+
+def test_a_refused_student_leaves_its_folder_free(cache: Path, student_config: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({"model_type": "llama", **STUDENT, "vocab_size": 300}))
+    with pytest.raises(ModelError):
+        train(options(cache, small, tmp_path / "s"))
+    assert train(options(cache, student_config, tmp_path / "s", steps=1))["steps"] == 1
+
+
+def test_a_training_that_diverges_says_so(cache: Path, student_config: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="the training diverged"):
+        train(options(cache, student_config, tmp_path / "s", steps=4, lr=1e30))
+
+
+def test_a_run_is_the_same_under_another_spelling_of_its_paths(
+    cache: Path, student_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(options(cache, student_config, tmp_path / "s", steps=2))
+    monkeypatch.chdir(student_config.parent)
+    train(options(cache, Path(student_config.name), tmp_path / "." / "s", steps=2, resume=True))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"rows_per_step \(was 4, now 8\)"):
+        train(options(cache, student_config, tmp_path / "s", steps=2, resume=True))
+
+
+@pytest.mark.slow
+def test_two_ranks_from_a_fresh_folder(cache: Path, student_config: Path, tmp_path: Path) -> None:
+    """Two ranks of one row each make the steps of one rank of two, and print one summary."""
+    arguments = [
+        "train-student", "--cache", str(cache), "--student", str(student_config), "--steps", "5", "--lr", "1e-3",
+        "--heldout", "0.1", "--device", "cpu", "--json",
+    ]  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "kdcache_cli",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    two = subprocess.run(
+        [*launch, *arguments, "--batch-rows", "1", "--out", str(tmp_path / "two")],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    summary = json.loads(two.stdout)
+    one = train(options(cache, student_config, tmp_path / "one", batch_rows=2, steps=5, lr=1e-3, soft_weight=1.0))
+    assert summary["positions"] == one["positions"]
+    assert summary["heldout"]["after"]["nll"] == pytest.approx(one["heldout"]["after"]["nll"], abs=1e-4)
 
 
 def test_the_teacher_is_not_needed(cache: Path, student_config: Path, tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def test_poisoned_logits_name_the_document(teacher: Path, tmp_path: Path) -> Non
     corpus.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in ([1, 2, 3], [4, 5, 6, 7, 8, 9])))
     with pytest.raises(LogitsError, match=r"document 1 of the corpus, 3 tokens into its piece"):
         dump(dump_options(sick, corpus, tmp_path / "c"))
-    assert not list((tmp_path / "c/commits").iterdir())
+    assert not list(tmp_path.glob("c/commits/*"))
 
 
 Change = Callable[[Path], dict[str, Any]]
@@ -265,6 +265,8 @@ BAD: dict[str, tuple[type[KdcacheError], str, dict[str, Any]]] = {
     "precision": (ConfigError, "--precision float8", {"precision": "float8"}),
     "selection": (ConfigError, "--select best", {"select": "best"}),
     "device": (ConfigError, "--device quantum", {"device": "quantum"}),
+    "cold": (ConfigError, "lie in 0.01 to 100", {"temperatures": "1,1e-40"}),
+    "strange device": (ConfigError, "is not a cpu, cuda or mps device", {"device": "meta"}),
     "worker": (ConfigError, "I must lie in 0 to N-1", {"worker": "5/5"}),
 }
 
@@ -334,6 +336,52 @@ def test_a_folder_of_something_else_is_not_touched(teacher: Path, corpus: Path, 
     with pytest.raises(CacheError, match="is a file"):
         dump(dump_options(teacher, corpus, tmp_path / "thesis.tex"))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_creation_that_was_killed_goes_on(cache: Path, teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    """Between its first file and its manifest a cache is a tokenizer, or a part of it."""
+    out = tmp_path / "c"
+    shutil.copytree(cache / "tokenizer", out / "tokenizer")
+    (out / "tokenizer/tokenizer_config.json").unlink()
+    assert dump(dump_options(teacher, corpus, out))["complete"]
+    assert files(out) == files(cache)
+
+
+def test_the_tokenizer_of_something_else_is_not_adopted(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "c/tokenizer", size=300)
+    with pytest.raises(CacheError, match="of another tokenizer"):
+        dump(dump_options(teacher, corpus, tmp_path / "c"))
+    (tmp_path / "d/tokenizer").mkdir(parents=True)
+    (tmp_path / "d/tokenizer/added.json").write_text("{}")
+    with pytest.raises(CacheError, match=r"stray file, added\.json"):
+        dump(dump_options(teacher, corpus, tmp_path / "d"))
+
+
+def test_a_corpus_with_nothing_to_predict_is_refused(teacher: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text('{"input_ids": [4]}\n{"input_ids": [5]}\n')
+    with pytest.raises(CorpusError, match="none of the 2 documents has a token to predict"):
+        dump(dump_options(teacher, corpus, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_without_a_tokenizer(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    mute = tmp_path / "mute"
+    shutil.copytree(teacher, mute)
+    for path in mute.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        dump(dump_options(mute, corpus, tmp_path / "out"))
+
+
+def test_data_of_a_writer_that_stopped_is_not_called_ours(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    dump(dump_options(teacher, corpus, out, dtype="bfloat16"))
+    for path in (out / "commits").iterdir():
+        path.unlink()
+    dump(dump_options(teacher, corpus, out, dtype="float32"))
+    assert verify_cache(out).ok
+    assert all("unknown" in commit.compute for commit in open_cache(out).commits.values())
 
 
 def test_a_damaged_manifest_is_named(cache: Path, teacher: Path, corpus: Path, tmp_path: Path) -> None:

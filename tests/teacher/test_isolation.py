@@ -70,6 +70,19 @@ def test_a_llama_given_a_mask_is_refused() -> None:
         probe(model, 384, 64, "cpu")
 
 
+def test_a_model_that_sees_the_future_is_refused() -> None:
+    bert = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "intermediate_size": 64, "is_decoder": False}  # fmt: skip
+    model = build("bert", bert)
+    for isolate in (True, False):
+        with pytest.raises(IsolationError, match="is not causal"):
+            probe(model, 384, 64, "cpu", isolate=isolate)
+
+
+def test_without_isolation_only_causality_is_asked() -> None:
+    probe(build("mamba", STATE), 384, 64, "cpu", isolate=False)
+
+
 def test_the_probe_leaves_the_model_as_it_was() -> None:
     model = build("llama", SHAPE).train()
     probe(model, 384, 64, "cpu")

@@ -46,3 +46,9 @@ def test_bad_names(named: str) -> None:
 def test_bad_variables() -> None:
     with pytest.raises(ConfigError, match="RANK is 'x'"):
         find_worker(None, {"RANK": "x", "WORLD_SIZE": "2"})
+
+
+def test_an_uneven_array_is_refused() -> None:
+    uneven = {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "3"}
+    with pytest.raises(ConfigError, match="not evenly spaced"):
+        find_worker(None, uneven)

@@ -79,6 +79,9 @@ def test_a_temperature_that_is_not_stored_is_refused() -> None:
     found = select(logits_of("random", 50), Selection(kind="topk", k=5), temperatures=(1.0, 2.0))
     with pytest.raises(TargetError, match=r"temperature 3 is not exact.*1, 2 only"):
         found.at_temperature(3.0)
+    for t in (0.0, -1.0):
+        with pytest.raises(TargetError, match="is not positive"):
+            select(logits_of("random", 50), Selection(kind="full")).at_temperature(t)
 
 
 def test_probabilities_and_tail_at_a_stored_temperature_sum_to_one() -> None:
@@ -127,6 +130,7 @@ def test_no_positions() -> None:
         (lambda: select(torch.zeros(1, 5), Selection(k=6)), "--k is 6, above the vocabulary of 5"),
         (lambda: select(torch.zeros(1, 5), Selection(k=2), temperatures=()), "temperatures"),
         (lambda: select(torch.zeros(1, 5), Selection(k=2), temperatures=(0.0,)), "temperature 0"),
+        (lambda: select(torch.zeros(1, 5), Selection(k=2), temperatures=(1e-40, 1.0)), "temperature 1e-40"),
     ],
 )
 def test_bad_settings(make: object, words: str) -> None:
