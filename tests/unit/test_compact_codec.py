@@ -125,9 +125,7 @@ def test_a_small_kept_mass_is_not_lost() -> None:
                    temperatures=TEMPERATURES)  # fmt: skip
     how = codec(vocab=152_064, k=4)
     again = aligned(how.decode(how.encode(whole), 50), whole)
-    assert (
-        again.logprobs - whole.logprobs
-    ).abs().max() <= 1 / 32  # the kept mass within 1/128, and the spread of four values
+    assert (again.logprobs - whole.logprobs).abs().max() <= 1 / 32  # the kept mass, and the spread
 
 
 def test_a_row_without_targets() -> None:
