@@ -151,7 +151,7 @@ def _require_free_or_same(out: Path, resume: bool, fields: dict[str, Any]) -> No
         ]
         if differing:
             raise ConfigError(f"--out {out} holds a run of another configuration; it differs in {', '.join(differing)}")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
         raise ConfigError(f"--out {out} holds other files and no training run; choose another folder")
 
 

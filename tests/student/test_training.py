@@ -286,6 +286,12 @@ def test_a_refused_student_leaves_its_folder_free(cache: Path, student_config: P
     assert train(options(cache, student_config, tmp_path / "s", steps=1))["steps"] == 1
 
 
+def test_a_run_that_was_killed_before_its_record_starts_anew(cache: Path, student_config: Path, tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/.train-student.json.tmp").write_text("{")
+    assert train(options(cache, student_config, tmp_path / "s", steps=1, resume=True))["steps"] == 1
+
+
 def test_a_training_that_diverges_says_so(cache: Path, student_config: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="the training diverged"):
         train(options(cache, student_config, tmp_path / "s", steps=4, lr=1e30))

@@ -1,0 +1,49 @@
+"""A disk that is really full: one sentence, nothing half-written, and the same cache once there is room."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.making import TEXTS, kdcache
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one mebibyte, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("this system has no mount command")
+    if done.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_with_a_sentence_and_the_dump_goes_on(small_disk: Path, teacher: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"{n}: {text}"}) + "\n" for n in range(12) for text in TEXTS))
+    options = [
+        "--teacher", teacher, "--corpus", corpus, "--seq-len", "64", "--k", "8", "--docs-per-shard", "100", "--device",
+        "cpu", "--json",
+    ]  # fmt: skip
+    full = kdcache("dump-teacher", *options, "--out", small_disk / "cache")
+    assert full.returncode == 2 and full.stdout == ""
+    assert full.stderr.startswith("error: ") and full.stderr.endswith("No space left on device\n")
+    assert full.stderr.count("\n") == 1
+    assert not list(small_disk.rglob(".*"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    done = json.loads(kdcache("dump-teacher", *options, "--out", small_disk / "cache").stdout)
+    assert done["complete"] and 0 < done["shards"]["by_this_worker"] < done["shards"]["planned"]
+    kdcache("dump-teacher", *options, "--out", tmp_path / "whole")
+    for path in sorted((tmp_path / "whole/shards").iterdir()):
+        assert path.read_bytes() == (small_disk / "cache/shards" / path.name).read_bytes()
