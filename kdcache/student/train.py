@@ -109,6 +109,9 @@ def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str,
         for path in cache.tokenizer_path.iterdir():
             shutil.copyfile(path, out / path.name)
         _write(out / SUMMARY, summary)
+    if torch.distributed.is_initialized():  # a rank that exits with its group open aborts now and then
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.state.destroy_process_group()
     return summary
 
 
