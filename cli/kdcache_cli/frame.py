@@ -163,7 +163,19 @@ def run_app(app: typer.Typer) -> None:
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
+    _leave(code if isinstance(code, int) else 0)
+
+
+def _leave(code: int) -> None:
+    """Exit; a rank under torchrun without the interpreter's teardown.
+
+    Now and then a rank aborts there, its work done, and torchrun then kills the others.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextmanager
