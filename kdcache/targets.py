@@ -22,6 +22,9 @@ from kdcache.errors import TargetError
 TRUNCATED_KINDS = ("topk", "topp", "full")
 """Kinds whose entries keep the teacher's own probabilities; the rest of the mass is the tail."""
 
+SAMPLED_KINDS = ("sample", "ipps")
+"""Kinds whose weights are an unbiased estimate of p_T at one temperature; they have no tail."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparseTargets:
@@ -29,15 +32,19 @@ class SparseTargets:
 
     Attributes:
         ids: `[..., K]` token ids; 0 past `count`.
-        logprobs: `[..., K]` log p at T = 1 over the whole vocabulary, nats; -inf past `count`.
-        weights: `[..., K]` target weights: p itself for `topk`, `topp` and `full`; 0 past `count`.
+        logprobs: `[..., K]` log p at T = 1 over the whole vocabulary, nats; NaN for sampled entries that
+            store no value; -inf past `count`.
+        weights: `[..., K]` target weights: p itself for `topk`, `topp` and `full`, unbiased estimates of p_T
+            for `sample` and `ipps`, summing to 1; 0 past `count`.
         count: `[...]` entries in use; 0 where a position has no target (all its scalars are 0).
         log_partition: `[..., n_T]` log sum_j p_j^(1/T), one column for each of `temperatures`.
-        log_tail: `[..., n_T]` log of the mass at T of everything not kept; -inf if all is kept.
+        log_tail: `[..., n_T]` log of the mass at T of everything not kept; -inf if all is kept; NaN for
+            sampled kinds.
         entropy: `[...]` entropy of p, nats.
         label_logprob: `[...]` log p of the true next token; NaN if it was not given.
         temperatures: the T of each column, in the order named when the target was made.
         kind: the selection that made it.
+        sample_temperature: the T of the p_T that sampled weights estimate.
     """
 
     ids: Tensor
@@ -50,6 +57,7 @@ class SparseTargets:
     label_logprob: Tensor
     temperatures: tuple[float, ...] = (1.0,)
     kind: str = "topk"
+    sample_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         lead = self.count.shape
@@ -94,8 +102,11 @@ class SparseTargets:
     def cat(parts: list[SparseTargets]) -> SparseTargets:
         """Join along the first axis; all parts must agree on K, kind and temperatures."""
         first = parts[0]
-        if any((p.kind, p.temperatures, p.ids.shape[-1]) !=
-               (first.kind, first.temperatures, first.ids.shape[-1]) for p in parts):  # fmt: skip
+
+        def sort(part: SparseTargets) -> tuple[object, ...]:
+            return part.kind, part.temperatures, part.sample_temperature, part.ids.shape[-1]
+
+        if any(sort(part) != sort(first) for part in parts):
             raise TargetError("targets of different kinds, temperatures or widths cannot be joined")
         names = [f.name for f in dataclasses.fields(first) if isinstance(getattr(first, f.name), Tensor)]
         joined: dict[str, Any] = {n: torch.cat([getattr(p, n) for p in parts]) for n in names}
@@ -124,8 +135,10 @@ class SparseTargets:
 
         Raises:
             TargetError: T was not stored, and some position has a tail that only a stored
-                partition could soften.
+                partition could soften; or the targets are sampled, whose weights say nothing of one entry.
         """
+        if self.kind in SAMPLED_KINDS:
+            raise TargetError(f"{self.kind} targets have weights, but no log-probability of each entry")
         if not temperature > 0:
             raise TargetError(f"temperature {temperature:g} is not positive")
         if temperature in self.temperatures:
