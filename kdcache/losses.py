@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kdcache.errors import ConfigError, TargetError
 from kdcache.rows import IGNORE
-from kdcache.targets import TRUNCATED_KINDS, SparseTargets
+from kdcache.targets import SAMPLED_KINDS, SparseTargets
 
 LOSSES = ("forward-kl",)
 TAILS = ("bucket",)
@@ -187,6 +187,16 @@ def forward_kl(student: _Student, targets: SparseTargets, temperature: float) ->
     return kept + torch.where(some, r * (torch.where(some, log_tail, 0.0) - log_tail_q), 0.0)
 
 
+def sampled_cross_entropy(student: _Student, targets: SparseTargets) -> Tensor:
+    """`[N]` sum_i w_i (log-partition - logit_i): the cross-entropy of the student under sampled weights, in nats.
+
+    Its mean over draws is the dense cross-entropy with p_T, whose gradient is q - p; here it is q - w. It does not
+    change when a constant is added to the logits, and is never negative. The dense KL is this less the entropy of
+    p_T: a constant, so the loss leaves it out.
+    """
+    return (targets.weights * (student.lse[:, None] - student.gathered)).sum(-1)
+
+
 def _kept(targets: SparseTargets) -> Tensor:
     """`[N, K]` entries with padding replaced by the first entry, so that a mask built from it is exact."""
     return torch.where(targets.valid, targets.ids, targets.ids[:, :1]).long()
@@ -197,10 +207,13 @@ def _check(targets: SparseTargets, loss: str, tail: str, temperature: float, sof
         raise ConfigError(f"loss {loss!r} is not one of {', '.join(LOSSES)}")
     if tail not in TAILS:
         raise ConfigError(f"tail {tail!r} is not one of {', '.join(TAILS)}")
-    if targets.kind not in TRUNCATED_KINDS:
-        raise TargetError(f"targets of kind {targets.kind!r} carry no tail; {loss} needs {', '.join(TRUNCATED_KINDS)}")
     if not temperature > 0:
         raise ConfigError(f"temperature {temperature:g} is not positive")
+    if targets.kind in SAMPLED_KINDS and temperature != targets.sample_temperature:
+        raise TargetError(
+            f"{targets.kind} targets drawn at temperature {targets.sample_temperature:g} say nothing of temperature "
+            f"{temperature:g}: their weights cannot be softened without bias"
+        )
     if not 0 <= soft_weight <= 1:
         raise ConfigError(f"soft_weight is {soft_weight:g}, outside [0, 1]")
 
@@ -238,7 +251,10 @@ def _loss(
         keep = targets.count > 0 if labelled is None else (targets.count > 0) & labelled
         chosen = targets[keep]
         ids = _kept(chosen)
-        soft = forward_kl(student_at(keep, ids, ids, temperature), chosen, temperature)
+        if targets.kind in SAMPLED_KINDS:
+            soft = sampled_cross_entropy(student_at(keep, ids, None, temperature), chosen)
+        else:
+            soft = forward_kl(student_at(keep, ids, ids, temperature), chosen, temperature)
     if soft_weight < 1 and labels is not None and labelled is not None:
         view = student_at(labelled, labels[labelled][:, None].long(), None, 1.0)
         hard = view.lse - view.gathered[:, 0]
@@ -261,7 +277,8 @@ def sparse_kd_loss(
     """Distillation loss of a student with a linear head, without its logits in memory.
 
     `soft_weight * T^2 * KL(teacher_T ‖ student_T) + (1 - soft_weight) * cross-entropy(label)`
-    (T^2: Hinton et al. 2015, arXiv 1503.02531, section 2).
+    (T^2: Hinton et al. 2015, arXiv 1503.02531, section 2). For sampled targets the KL is an unbiased estimate of
+    the cross-entropy: the KL and a constant.
 
     Args:
         hidden: `[N, D]` the student's last hidden states.
@@ -269,8 +286,9 @@ def sparse_kd_loss(
         targets: SparseTargets over the same N positions.
         labels: `[N]` true next tokens; a position whose label is -100 counts for neither term.
         loss: `forward-kl`.
-        tail: `bucket`: everything not kept is one more outcome, its mass known exactly.
-        temperature: T; it must be one that the targets store, unless they keep everything.
+        tail: `bucket`: everything not kept is one more outcome, its mass known exactly. Sampled targets have no tail.
+        temperature: T; it must be one that the targets store, unless they keep everything; for sampled targets,
+            the one that they were drawn at.
         soft_weight: weight of the distillation term; the label term gets the rest.
         bias: `[V]`, optional.
         num_items: divisor of both sums, for accumulation over micro-batches and ranks; by default
@@ -323,18 +341,25 @@ def measure_positions(logits: Tensor, targets: SparseTargets, labels: Tensor) ->
         labels: `[N]` true next tokens, none masked.
 
     Returns:
-        `[N]` each: `nll` and `teacher_nll` of the label, `kl` (teacher to student, tail as one
-        bucket) and `top1_agreement` (1 where both have the same most likely token).
+        `[N]` each: `nll` and `teacher_nll` of the label, `kl` (teacher to student; tail as one
+        bucket) and `top1_agreement` (1 where both have the same most likely token). For sampled targets `kl` is an
+        unbiased estimate that may be negative, there only if they were drawn at T = 1, and the teacher's token is
+        the entry with the most weight.
     """
     ids = _kept(targets)
+    sampled = targets.kind in SAMPLED_KINDS
     with torch.no_grad():
         wanted = torch.cat([ids, labels[:, None]], -1)
-        student = _Student(*_LogitsLse.apply(logits, wanted, ids))  # type: ignore[no-untyped-call]
+        student = _Student(*_LogitsLse.apply(logits, wanted, None if sampled else ids))  # type: ignore[no-untyped-call]
         entries = _Student(student.lse, student.tail, student.gathered[:, :-1])
         best = ids.gather(-1, targets.weights.argmax(-1, keepdim=True))[:, 0]
-        return {
+        figures = {
             "nll": student.lse - student.gathered[:, -1],
             "teacher_nll": -targets.label_logprob,
-            "kl": forward_kl(entries, targets, 1.0),
             "top1_agreement": (logits.argmax(-1) == best).float(),
         }
+        if not sampled:
+            figures["kl"] = forward_kl(entries, targets, 1.0)
+        elif targets.sample_temperature == 1:
+            figures["kl"] = sampled_cross_entropy(entries, targets) - targets.entropy
+        return figures

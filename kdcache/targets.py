@@ -10,6 +10,7 @@ Shapes: `...` leading axes (positions, or rows and positions), K entries, n_T te
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,11 @@ class SparseTargets:
     def __getitem__(self, index: object) -> SparseTargets:
         """Index the leading axes: an int, a slice, an index tensor or a boolean mask."""
         return self._map(lambda tensor: tensor[index])  # type: ignore[index]
+
+    def split(self, counts: list[int]) -> list[SparseTargets]:
+        """Consecutive parts along the first axis, of so many positions each."""
+        ends = itertools.accumulate(counts, initial=0)
+        return [self[start:end] for start, end in itertools.pairwise(ends)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTargets:
         """The same targets on another device."""

@@ -210,5 +210,3 @@ def test_bad_settings() -> None:
             bad(targets, **options)
     with pytest.raises(TargetError, match="temperature 2 is not exact"):
         bad(targets, temperature=2.0)
-    with pytest.raises(TargetError, match="carry no tail"):
-        bad(dataclasses.replace(targets, kind="sample"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,19 +10,10 @@ import torch
 
 from kdcache import Selection, select
 from kdcache.errors import ConfigError, LogitsError, TargetError
+from kdcache.selection.largest import largest
+from tests.sampling import KINDS, logits_of
 
 TEMPERATURES = (1.0, 2.0, 0.5)
-
-
-def logits_of(kind: str, vocab: int, rows: int = 64) -> torch.Tensor:
-    torch.manual_seed(vocab)
-    if kind == "random":
-        return 3 * torch.randn(rows, vocab)
-    if kind == "flat":
-        return 1e-3 * torch.randn(rows, vocab)
-    peaked = torch.randn(rows, vocab)
-    peaked[torch.arange(rows), torch.randint(vocab, (rows,))] += 20 + 10 * torch.rand(rows)
-    return peaked
 
 
 def oracle(logits: torch.Tensor, ids: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -32,10 +24,10 @@ def oracle(logits: torch.Tensor, ids: torch.Tensor, t: float) -> tuple[torch.Ten
     return logp, partition, tail
 
 
-@pytest.mark.parametrize("vocab", [17, 512, 32_000])
-@pytest.mark.parametrize("kind", ["random", "flat", "peaked"])
+@pytest.mark.parametrize("vocab", [17, 512, 32_000, 152_064])
+@pytest.mark.parametrize("kind", ["random", "flat", "peaked", "tied", "half"])
 def test_topk_against_the_dense_oracle(kind: str, vocab: int) -> None:
-    logits = logits_of(kind, vocab)
+    logits = logits_of(kind, vocab, 64 if vocab < 32_000 else 8)
     labels = torch.randint(vocab, (len(logits),))
     found = select(logits, Selection(kind="topk", k=12), labels=labels, temperatures=TEMPERATURES)
     logp = logits.double().log_softmax(-1)
@@ -103,7 +95,7 @@ def test_logits_that_are_not_finite_are_refused_by_position(poison: float) -> No
 def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = logits_of("random", 100), torch.arange(64)
     whole = select(logits, Selection(k=4), labels=labels)
-    monkeypatch.setattr("kdcache.selection._TILE_ELEMENTS", 700)
+    monkeypatch.setattr("kdcache.selection.tiles.TILE_ELEMENTS", 700)
     tiled = select(logits, Selection(k=4), labels=labels)
     for name in ("ids", "logprobs", "log_tail", "entropy", "label_logprob"):
         assert torch.equal(getattr(whole, name), getattr(tiled, name)), name
@@ -122,11 +114,152 @@ def test_no_positions() -> None:
     assert found.ids.shape == (0, 4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab", [17, 500, 4097])
+def test_the_largest_are_in_order_and_ties_go_to_the_smaller_id(vocab: int, kind: str) -> None:
+    logits = logits_of(kind, vocab).float()
+    logits[0, ::2], logits[0, 1::2] = 0.0, -0.0  # alike
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    for k in (1, 5, 17, min(vocab, 70), vocab):
+        values, ids = largest(logits, k)
+        assert torch.equal(ids, order[:, :k])
+        assert torch.equal(values, logits.gather(-1, ids))
+
+
+@pytest.mark.parametrize("force_label", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_topp_against_the_dense_oracle(kind: str, force_label: bool) -> None:
+    logits = logits_of(kind, 512)
+    labels = torch.randint(512, (64,), generator=torch.Generator().manual_seed(0))
+    labels[::5], labels[1::5] = -100, logits[1::5].argmax(-1)
+    rule = Selection(kind="topp", k=20, min_k=3, top_p=0.9, force_label=force_label)
+    found = select(logits, rule, labels=labels, temperatures=TEMPERATURES)
+    logp = logits.double().log_softmax(-1)
+    order = logits.float().sort(dim=-1, descending=True, stable=True).indices
+    for row in range(64):
+        mass = logp[row, order[row]].exp().cumsum(-1)
+        count = min(20, max(3, int((mass < 0.9).sum()) + 1))
+        expected = order[row, :count].tolist()
+        if force_label and labels[row] != -100 and labels[row] not in expected:
+            expected[-1] = int(labels[row])
+        assert found.count[row] == count and found.ids[row, :count].tolist() == expected
+        outside = torch.ones(512, dtype=torch.bool)
+        outside[expected] = False
+        for column, t in enumerate(TEMPERATURES):
+            tail = (logp[row, outside] / t).logsumexp(-1) - (logp[row] / t).logsumexp(-1)
+            assert found.log_tail[row, column].item() == pytest.approx(tail.item(), abs=1e-5 / t, rel=1e-6)
+    torch.testing.assert_close(
+        torch.where(found.valid, found.logprobs, 0.0).double(),
+        torch.where(found.valid, logp.gather(-1, found.ids), 0.0), atol=4e-6, rtol=1e-6,
+    )  # fmt: skip
+    past = ~found.valid
+    assert past.any() == (kind not in ("flat", "tied"))  # whose 20 largest are not nine tenths
+    assert (found.ids[past] == 0).all() and (found.weights[past] == 0).all()
+    assert torch.isneginf(found.logprobs[past]).all()
+    assert (found.weights.double() - torch.where(past, 0.0, found.logprobs.double().exp())).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forced_label_displaces_the_smallest_of_topk(kind: str) -> None:
+    logits = logits_of(kind, 300)
+    labels = torch.randint(300, (64,), generator=torch.Generator().manual_seed(0))
+    labels[::5] = -100
+    plain = select(logits, Selection(k=6), labels=labels, temperatures=TEMPERATURES)
+    found = select(logits, Selection(k=6, force_label=True), labels=labels, temperatures=TEMPERATURES)
+    absent = (labels != -100) & ~(plain.ids == labels[:, None]).any(-1)
+    assert torch.equal(found.ids[~absent], plain.ids[~absent]) and absent.any()
+    torch.testing.assert_close(found.log_tail[~absent], plain.log_tail[~absent], atol=1e-6, rtol=1e-6)
+    assert torch.equal(found.ids[absent, :-1], plain.ids[absent, :-1])
+    assert torch.equal(found.ids[absent, -1], labels[absent])
+    torch.testing.assert_close(found.logprobs[absent, -1], found.label_logprob[absent])
+    for column, t in enumerate(TEMPERATURES):
+        _, _, tail = oracle(logits, found.ids, t)
+        torch.testing.assert_close(found.log_tail[:, column].double(), tail, atol=8e-6 / t, rtol=1e-6)
+
+
+def test_scalars_of_peaked_positions_are_exact_to_their_last_digits() -> None:
+    logits = torch.zeros(3, 1000)
+    logits[:, 3] = torch.tensor([20.0, 40.0, 80.0])
+    p = (999 * torch.exp(-logits[:, 3].double())) / (1 + 999 * torch.exp(-logits[:, 3].double()))  # all but the peak
+    entropy = -torch.log1p(-p) * (1 - p) - p * (p / 999).log()
+    for rule in (Selection(k=1), Selection(kind="ipps", k=2), Selection(kind="sample", draws=3)):
+        found = select(logits, rule, labels=torch.full((3,), 3))
+        torch.testing.assert_close(found.entropy.double(), entropy, atol=0, rtol=1e-6)
+        torch.testing.assert_close(found.label_logprob.double(), torch.log1p(-p), atol=0, rtol=1e-6)
+    assert select(logits, Selection(k=1)).log_tail[:, 0].double().tolist() == pytest.approx(p.log().tolist(), rel=1e-6)
+
+
+RULES = [
+    (Selection(), {"kind": "topk", "k": 64}),
+    (Selection(k=3, force_label=True), {"kind": "topk", "k": 3, "force_label": True}),
+    (Selection(kind="topp", k=9, top_p=0.9), {"kind": "topp", "k": 9, "top_p": 0.9}),
+    (
+        Selection(kind="topp", k=9, top_p=0.9, min_k=2, force_label=True),
+        {"kind": "topp", "k": 9, "top_p": 0.9, "min_k": 2, "force_label": True},
+    ),
+    (Selection(kind="sample", draws=50), {"kind": "sample", "draws": 50}),
+    (
+        Selection(kind="sample", draws=50, sample_temperature=2.0),
+        {"kind": "sample", "draws": 50, "sample_temperature": 2.0},
+    ),
+    (Selection(kind="ipps", k=12), {"kind": "ipps", "k": 12}),
+    (Selection(kind="ipps", k=12, min_k=2, tau=0.01), {"kind": "ipps", "k": 12, "min_k": 2, "tau": 0.01}),
+    (Selection(kind="full", k=7), {"kind": "full"}),
+]
+
+
+@pytest.mark.parametrize(("rule", "fields"), RULES, ids=str)
+def test_fields_of_a_rule(rule: Selection, fields: dict[str, object]) -> None:
+    assert rule.to_fields() == fields
+    again = Selection(**json.loads(json.dumps(fields)))
+    assert again == rule or rule.kind == "full"
+    assert again.to_fields() == fields
+
+
+def test_widths() -> None:
+    for rule, width in (
+        (Selection(k=5), 5),
+        (Selection(kind="topp", k=5, top_p=0.5), 5),
+        (Selection(kind="sample", draws=7), 7),
+        (Selection(kind="sample", draws=7, force_label=True), 8),
+        (Selection(kind="sample", draws=700), 40),
+        (Selection(kind="ipps", k=5), 5),
+        (Selection(kind="ipps", k=5, tau=0.1), 11),
+        (Selection(kind="ipps", k=5, tau=0.01), 40),
+        (Selection(kind="ipps", k=5, tau=0.9, min_k=4), 4),
+        (Selection(kind="full"), 40),
+    ):
+        assert rule.width(40) == width
+        found = select(torch.randn(5, 40), rule, labels=torch.arange(5))
+        assert found.ids.shape == (5, width) and found.count.max() <= width
+        assert rule.ragged or (found.count == width).all()
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: Selection(kind="best"), "--select best is not one of"),
         (lambda: Selection(k=0), "--k is 0"),
+        (lambda: Selection(k=2.5), "--k is 2.5"),  # type: ignore[arg-type]
+        (lambda: Selection(kind="topp", k=5), "--top-p is None, but --select topp needs"),
+        (lambda: Selection(kind="topp", k=5, top_p=float("nan")), "--top-p is nan"),
+        (lambda: Selection(kind="topp", k=5, top_p=1.1), "--top-p is 1.1"),
+        (lambda: Selection(kind="topp", k=5, top_p=0.5, min_k=6), "--min-k is 6, above --k 5"),
+        (lambda: Selection(k=5, min_k=2), "--min-k is 2, but --select topk has a fixed number"),
+        (lambda: Selection(k=5, top_p=0.5), "--top-p is 0.5, but only --select topp"),
+        (lambda: Selection(kind="sample"), "--draws is None, but --select sample needs at least 1"),
+        (lambda: Selection(kind="sample", draws=0), "--draws is 0"),
+        (lambda: Selection(draws=5), "--draws is 5, but only --select sample has it, not topk"),
+        (lambda: Selection(tau=0.5), "tau is 0.5, but only --select ipps"),
+        (lambda: Selection(kind="ipps", tau=0.0), "tau is 0, outside 0 to 1"),
+        (lambda: Selection(sample_temperature=2.0), "--sample-temperature is 2, but --select topk does not sample"),
+        (lambda: Selection(kind="ipps", sample_temperature=1e9), "--sample-temperature is 1e.09, outside"),
+        (
+            lambda: Selection(kind="ipps", k=1, force_label=True),
+            "--force-label with --select ipps needs",
+        ),
+        (lambda: Selection(force_label=1), "--force-label is 1"),  # type: ignore[arg-type]
+        (lambda: select(torch.zeros(1, 5), Selection(kind="ipps", k=6)), "--k is 6, above the vocabulary of 5"),
         (lambda: select(torch.zeros(1, 5), Selection(k=6)), "--k is 6, above the vocabulary of 5"),
         (lambda: select(torch.zeros(1, 5), Selection(k=2), temperatures=()), "temperatures"),
         (lambda: select(torch.zeros(1, 5), Selection(k=2), temperatures=(0.0,)), "temperature 0"),

@@ -1,0 +1,25 @@
+"""Selection: which entries a position keeps, and the exact scalars over everything else.
+
+    rule.py         Selection: the rule and its settings, checked when built
+    tiles.py        select: a rule over tiles of logits
+    largest.py      the k largest, ties by id
+    scan.py         one pass over a tile: head, complement at each temperature, entropy
+    truncated.py    topk, topp, full
+    ipps.py         tau, heavies and lights
+    adaptive.py     one tau for a whole cache
+    sample.py       draws with replacement
+    inverse_cdf.py  points of [0, 1) to ids, without a cumulative sum over the vocabulary
+    uniforms.py     the random numbers: a function of (seed, shard, row, position)
+    narrow.py       fewer entries from entries
+
+docs/selection.md says what each rule keeps, its bias and its variance.
+"""
+
+from __future__ import annotations
+
+from kdcache.selection.adaptive import solve_adaptive_tau
+from kdcache.selection.narrow import narrow, require_narrower
+from kdcache.selection.rule import KINDS, Selection, check_temperatures
+from kdcache.selection.tiles import select
+
+__all__ = ["KINDS", "Selection", "check_temperatures", "narrow", "require_narrower", "select", "solve_adaptive_tau"]

@@ -1,0 +1,102 @@
+"""Inverse CDF: points of [0, 1) to ids, with probability in proportion to exp(logit / T), in id order.
+
+Two levels: the cumulative sum of the blocks' masses, which the scan has made anyway, finds the block; the
+logits of that one block find the id. No cumulative sum over the vocabulary exists.
+Guarantee: an id of probability 0 is never found. A probability is off by at most 1e-6 of itself, the
+rounding of a block's float32 sum.
+Cost: a cumulative sum over V / 64 a position, and over 64 a point.
+
+Shapes: n positions, V vocabulary, W head, B blocks, D points a position, P points in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kdcache.selection.blocks import contents
+from kdcache.selection.scan import BLOCK, Scan
+
+_POINTS = 1 << 14
+"""Points whose blocks are looked into at once."""
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """The ids among which points choose: the complement of the head, and some of the head.
+
+    Attributes:
+        x: `[n, V]` float32 logits.
+        seen: their scan.
+        member: `[n, W]` which of the head belong. A label apart does not.
+        temperature: T, the sampling temperature of the scan.
+    """
+
+    x: Tensor
+    seen: Scan
+    member: Tensor
+    temperature: float
+
+    def find(self, points: Tensor, used: Tensor) -> Tensor:
+        """The ids that points fall on.
+
+        Args:
+            points: `[n, D]` float64 in [0, 1): shares of the crowd's mass, in id order.
+            used: `[n, D]` bool; where it is set, the crowd has some mass.
+
+        Returns:
+            `[n, D]` ids; 0 where not in use.
+        """
+        cdf = self._block_masses().cumsum(-1)  # [n, B]
+        block = locate(cdf, points)
+        after = cdf.gather(-1, block)
+        before = torch.where(block > 0, cdf.gather(-1, (block - 1).clamp(min=0)), 0.0)
+        share = (_reach(cdf, points) - before) / (after - before)  # where in its block each point lies
+        out = torch.zeros_like(block)
+        rows = used.nonzero()[:, 0]  # [P]
+        chosen = (rows, block[used], share[used])
+        parts = [self._in_block(*(t[i : i + _POINTS] for t in chosen)) for i in range(0, max(1, len(rows)), _POINTS)]
+        out[used] = torch.cat(parts)
+        return out
+
+    @cached_property
+    def _outsiders(self) -> Tensor:
+        """`[n, W + 1]` ids that do not belong; -1 where there is nobody."""
+        apart = torch.where(self.seen.apart > -torch.inf, self.seen.labels, -1)
+        return torch.cat([torch.where(self.member, -1, self.seen.ids), apart[:, None]], -1)
+
+    def _block_masses(self) -> Tensor:
+        """`[n, B]` float64 mass of each block, in units of the likeliest member."""
+        seen, t = self.seen, self.temperature
+        members = torch.where(self.member, seen.head, -torch.inf)
+        rest = torch.where(seen.rest_at(t) > -torch.inf, seen.centre, -torch.inf)
+        unit = torch.maximum(members.amax(-1), rest)
+        unit = torch.where(torch.isneginf(unit), 0.0, unit)[:, None]  # nobody is left: all masses are 0
+        masses = seen.blocks.double() * ((seen.centre[:, None] - unit) / t).exp()
+        return masses.scatter_add(-1, seen.ids // BLOCK, ((members - unit) / t).exp())
+
+    def _in_block(self, rows: Tensor, block: Tensor, share: Tensor) -> Tensor:
+        """`[P]` the id at a share of its block's mass."""
+        logits = contents(self.x, rows, block, BLOCK)  # [P, 64]
+        hit = (self._outsiders // BLOCK)[rows] == block[:, None]
+        point, which = hit.nonzero().unbind(-1)
+        logits[point, self._outsiders[rows[point], which] % BLOCK] = -torch.inf
+        below = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        return block * BLOCK + locate(below.exp().cumsum(-1, dtype=torch.float64), share[:, None])[:, 0]
+
+
+def locate(cdf: Tensor, points: Tensor) -> Tensor:
+    """`[n, D]` the column of a cumulative sum `[n, M]` that each of `[n, D]` points of [0, 1] falls on.
+
+    A column that adds nothing is never found, unless none adds anything.
+    """
+    return torch.searchsorted(cdf, _reach(cdf, points), right=True).clamp(max=cdf.shape[-1] - 1)
+
+
+def _reach(cdf: Tensor, points: Tensor) -> Tensor:
+    """Points as parts of the total, which they stay below however they are rounded."""
+    total = cdf[:, -1:]
+    return torch.minimum(points * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -1,0 +1,110 @@
+"""Tiles: a rule over the logits of many positions, a few megabytes at a time.
+
+Guarantee: log-probabilities are normalised over the whole vocabulary; the tail is summed over the
+complement itself; a target depends on its own logits, label and key alone, whatever batch it lies in, bit for bit.
+Cost: docs/selection.md has it, in units of torch.logsumexp over the same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from kdcache.errors import ConfigError, LogitsError
+from kdcache.selection.ipps import ipps
+from kdcache.selection.rule import Selection, check_temperatures
+from kdcache.selection.sample import sample
+from kdcache.selection.scan import Scan, scan
+from kdcache.selection.truncated import truncate
+from kdcache.selection.uniforms import SELECT, default_keys, uniforms
+from kdcache.targets import SAMPLED_KINDS, SparseTargets
+
+TILE_ELEMENTS = 1 << 22
+"""Logits of one tile on a CPU; everything but its scan works on `[n, K]`."""
+
+_GPU_TILE_ELEMENTS = 1 << 26
+
+
+def select(
+    logits: Tensor,
+    selection: Selection,
+    *,
+    labels: Tensor | None = None,
+    temperatures: Sequence[float] = (1.0,),
+    seed: int = 0,
+    keys: Tensor | None = None,
+) -> SparseTargets:
+    """Turn a teacher's logits into sparse targets, on the device where they lie.
+
+    Args:
+        logits: `[N, V]`, any floating dtype, taken as float32; padded vocabulary rows already dropped.
+        selection: the rule.
+        labels: `[N]` true next tokens, -100 where unknown.
+        temperatures: the T whose partition and tail are kept.
+        seed: of the sampled kinds.
+        keys: `[N, 3]` int64 shard, row and position of each, from which the sampled kinds draw; by default
+            shard 0, row 0 and the place in this batch.
+
+    Returns:
+        SparseTargets over N positions. Entries of truncated kinds are ordered by falling probability; `ipps` has
+        the heavies by falling probability, then the lights by id; `sample` has the forced label, then the rest by id.
+
+    Raises:
+        LogitsError: a NaN or infinite logit; its `position` is the first offending row.
+        ConfigError: k above V, a temperature outside 0.01 to 100, or a sampling temperature that is not
+            among the temperatures.
+    """
+    check_temperatures(temperatures)
+    named = tuple(map(float, temperatures))
+    if selection.kind in SAMPLED_KINDS and selection.sample_temperature not in named:
+        raise ConfigError(
+            f"--sample-temperature is {selection.sample_temperature:g}, but the temperatures are "
+            f"{', '.join(f'{t:g}' for t in named)}; name it among them"
+        )
+    selection.width(logits.shape[-1])
+    device = logits.device
+    if device.type == "mps":  # it has no float64
+        logits = logits.cpu()
+    labels = None if labels is None else labels.to(logits.device)
+    keys = default_keys(len(logits), logits.device) if keys is None else keys.to(logits.device)
+    size = TILE_ELEMENTS if logits.device.type == "cpu" else _GPU_TILE_ELEMENTS
+    rows = max(1, size // logits.shape[-1])
+
+    @torch.no_grad()
+    def tile(start: int) -> SparseTargets:
+        s = slice(start, start + rows)
+        x, known = logits[s].float(), None if labels is None else labels[s]
+        head = 1 if selection.kind == "sample" else selection.width(x.shape[-1])
+        seen = scan(x, head, named, known, selection.force_label, selection.sample_temperature)
+        if not seen.finite.all():
+            position = start + int((~seen.finite).nonzero()[0])
+            raise LogitsError(f"the teacher's logits at position {position} are not finite", position)
+        return _apply(x, seen, selection, named, seed, keys[s])
+
+    starts = range(0, max(1, len(logits)), rows)
+    return SparseTargets.cat(_run(tile, starts, logits.device)).to(device)
+
+
+def _run(tile: Callable[[int], SparseTargets], starts: range, device: torch.device) -> list[SparseTargets]:
+    """Tiles side by side, one to a thread: on a CPU most operations are too small to be split among threads."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or min(threads, len(starts)) == 1:
+        return [tile(start) for start in starts]
+    with ThreadPoolExecutor(min(threads, len(starts)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            return list(pool.map(tile, starts))
+        finally:
+            torch.set_num_threads(threads)  # what later threads start with
+
+
+def _apply(
+    x: Tensor, seen: Scan, rule: Selection, temperatures: tuple[float, ...], seed: int, keys: Tensor
+) -> SparseTargets:
+    if rule.kind == "sample":
+        return sample(x, seen, rule, temperatures, uniforms(seed, keys, SELECT, rule.draws))
+    if rule.kind == "ipps":
+        return ipps(x, seen, rule, temperatures, uniforms(seed, keys, SELECT))
+    return truncate(seen, rule, temperatures)
