@@ -1,201 +1,288 @@
-"""The compact codec: entries sorted by a re-ranked id, values in a few bits, everything under zstd.
+"""The compact codec: entries sorted by a re-ranked id, values in a few bits, log-odds where a mass may be tiny.
 
-Streams of a row of n positions, each a zstd frame:
+Streams of a row of n positions, E entries in all, K at most in each; all are bytes:
 
-    ids       [n, K] uint8: ranks rise along a position; each is stored as its distance to the one before, less
-              one (the first: as it is); 255 stands for 255 or more
-    ids_far   uint32 for each 255, in order: by how much the distance exceeds it
-    values    [n, K] round(c p^(1/e)), at least 1, c = 2^bits - 1; uint8, or a plane of high and one of low bytes
-    scalars   [2, F, n] uint8: high and low bytes of 32768 + round(64 logit(tail)) for each T, 0 for an empty tail;
-              then of round(128 x) for entropy and -label_logprob
+    ids          E distances of ranks and their far ends (runs.py); absent for `full`, which is in order of id
+    values       truncated kinds: E levels (levels.py), each less the least of its position; `ipps`: the heavies'
+                 levels; `sample`: how often each light was drawn; two planes, high bytes first, where one is too little
+    scalars      counts, and the high bytes of measures (numbers.py)
+    scalars_low  the low bytes of measures
 
-A rank is the place of an id in an order that puts the ids that the teacher proposes most often first; it comes
-from the manifest. Sorting by rank makes distances small. The exponent is e = 2 + 2 ceil(max T): at T = 1 large
-probabilities count, at a higher T small ones do too, and the least value, c^-e, must stay small when it is
-softened. Tails are stored apart and the kept part is scaled to what they leave, so a peaked position keeps its
-tail; log_partition follows from both, at every T.
+A position's numbers, in this order:
 
-Bounds: |p^(1/e) - stored| <= 0.5 / c before scaling (1 / c where p < c^-e); entropy and
-label_logprob within 1/256 nat; the log-odds of each tail within 1/128 up to 511, so neither a small tail nor a
-small kept mass is lost. docs/decisions/0005 has the measured KL and the losing alternatives.
-Cost of decoding: about 15 ns an entry on one core for rows of 500 positions, a fifth of it zstd.
+    count        entries, where they differ
+    heavies      `ipps`, and `sample` with a forced label
+    floor        truncated kinds: the least level
+    odds         truncated kinds but `full`: log-odds of the tail at each T; sampled kinds with heavies: of the lights
+    renyi        sampled kinds: the Rényi entropy of order 1/T for each T but 1, from which the partition follows
+    entropy, label
+
+What is kept is scaled to what the tail or the lights leave, so a peaked position keeps its tail and a flat one its few
+entries; a truncated kind's partitions follow from both. `streams` and `scalars_low` depend on the layout alone.
+
+Cost: docs/decisions/0009.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from kdcache.codec.streams import Buffer, deflate, id_dtype, inflate
-from kdcache.errors import ConfigError, CorruptCacheError
+from kdcache.codec.arrays import Ints, Keys
+from kdcache.codec.layout import Layout
+from kdcache.codec.levels import BITS, Levels, merge, split
+from kdcache.codec.numbers import ERROR_BOUND, LOG_MASS, LOG_REST, NATS, Numbers, nats_to_words, odds_to_words
+from kdcache.codec.order import IdOrder
+from kdcache.codec.packing import pack_values
+from kdcache.codec.runs import Runs
+from kdcache.codec.sampled import light_odds, multiplicities, renyi
+from kdcache.codec.streams import Shapes, Streams, id_dtype, whole
+from kdcache.codec.unpacking import PROBLEMS, unpack_sampled, unpack_truncated
+from kdcache.errors import ConfigError, CorruptCacheError, TargetError
 from kdcache.targets import SparseTargets
 
-BITS = range(4, 17)
+_BYTE = np.dtype("u1")
+_NOTHING = np.zeros(0, np.uint8)
+_NOTHING.flags.writeable = False
+Packed = tuple[dict[str, Ints], Streams, NDArray[np.float64], list[NDArray[np.float64]]]
+"""Counts by name, the streams of entries, `[*, n]` log-odds, and nats in front of those that every kind has."""
 
-_FAR = 255
-_TAIL_STEPS, _STEPS = 64.0, 128.0  # a nat
-_MIDDLE = 32768
+_SMALL_TAIL = -1e-3  # log of a tail above which one minus it is known worse than the entries' own sum
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompactCodec:
-    """How the targets of one cache are laid out; everything comes from its manifest.
+    """How the targets of one cache are packed; everything comes from its manifest.
 
     Attributes:
-        kind: the selection.
-        width: K.
-        vocab_size: ids lie below it.
-        temperatures: T of each tail; 1 among them.
+        layout: of the targets.
         bits: of a value, 4 to 16.
         id_order: ids by falling frequency; those that are absent follow in order of id.
 
     Raises:
-        ConfigError: bits out of range, or no temperature 1.
+        ConfigError: bits out of range.
         CorruptCacheError: an order that repeats an id or names one outside the vocabulary.
     """
 
-    kind: str
-    width: int
-    vocab_size: int
-    temperatures: tuple[float, ...]
+    layout: Layout
     bits: int
     id_order: tuple[int, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ConfigError(f"--precision {self.bits} is outside {BITS.start} to {BITS.stop - 1} bits")
-        if 1.0 not in self.temperatures:
-            raise ConfigError("a cache must store temperature 1")
-        order = self.id_order
-        if len(set(order)) != len(order) or any(type(i) is not int or not 0 <= i < self.vocab_size for i in order):
-            raise CorruptCacheError("the id order repeats an id or names one outside the vocabulary")
-
-    @cached_property
-    def _ids(self) -> NDArray[np.int32]:
-        """`[V]` the id of each rank."""
-        seen = np.array(self.id_order, np.int32)
-        rest = np.ones(self.vocab_size, bool)
-        rest[seen] = False
-        return np.concatenate([seen, np.flatnonzero(rest).astype(np.int32)])
-
-    @cached_property
-    def _ranks(self) -> NDArray[np.uint64]:
-        """`[V]` the rank of each id."""
-        ranks = np.empty(self.vocab_size, np.uint64)
-        ranks[self._ids] = np.arange(self.vocab_size, dtype=np.uint64)
-        return ranks
+        _ = self._runs  # refuses a bad order
 
     @property
     def id_dtype(self) -> np.dtype[Any]:
         """Of a stored token id."""
-        return id_dtype(self.vocab_size)
+        return id_dtype(self.layout.vocab_size)
 
     @property
-    def _levels(self) -> int:
-        return (1 << self.bits) - 1
+    def orders_ids(self) -> bool:
+        """Whether an order of ids by frequency makes the streams smaller."""
+        return self.layout.named_ids
 
     @property
-    def _exponent(self) -> int:
-        return 2 + 2 * math.ceil(max(self.temperatures))
+    def error_bound(self) -> dict[str, float]:
+        """The most by which each stored number is off, in the units that levels.py and numbers.py define."""
+        nats = ERROR_BOUND["nats"]
+        bound = {"entropy": nats, "label_logprob": nats}
+        if self._odds or (self.layout.sampled and self.layout.heavies):
+            bound["log_odds"] = ERROR_BOUND["log_odds"]
+        if self.layout.sampled and self.layout.others:
+            bound["renyi_entropy"] = nats
+        return bound | ({"multiplicity": 0.0} if self.layout.kind == "sample" else self._levels.error_bound)
 
     @cached_property
-    def _values(self) -> NDArray[np.float32]:
-        """`[c + 1]` what each stored value stands for, before scaling."""
-        return ((np.arange(self._levels + 1) / self._levels) ** self._exponent).astype(np.float32)
+    def _runs(self) -> Runs:
+        # `full` sorts by id: no order is needed to find its entries.
+        order = IdOrder(self.id_order, self.layout.vocab_size)
+        sample = self.layout.kind == "sample"
+        return Runs(
+            order=order if self.layout.named_ids else IdOrder((), self.layout.vocab_size),
+            vocab_size=self.layout.vocab_size,
+            width=self.layout.width,
+            payload_bits=8 * self._value_planes if sample else self.bits,
+        )
 
-    def encode(self, targets: SparseTargets) -> dict[str, bytes]:
-        """Pack the targets of one row's n positions, each with exactly K entries."""
-        root = (targets.logprobs.double() / self._exponent).exp().numpy() * self._levels
-        values = np.maximum(np.rint(root), 1).astype(np.uint64)
-        key = self._ranks[targets.ids.numpy()] << np.uint64(16) | values  # [n, K]
-        key.sort(axis=-1)
-        ranks = (key >> np.uint64(16)).astype(np.int64)
-        distance = np.diff(ranks, axis=-1, prepend=-1) - 1
-        near = np.minimum(distance, _FAR).astype(np.uint8)
-        low, high = key.astype(np.uint8), (key >> np.uint64(8)).astype(np.uint8)
-        pairs = [targets.at_temperature(t) for t in self.temperatures]
-        # Both masses summed directly: one minus the other would cancel where either is small.
-        odds = torch.stack([tail - logprobs.logsumexp(-1) for logprobs, tail in pairs], -1)  # [n, n_T]
-        tails = (odds * _TAIL_STEPS).round().clamp(1 - _MIDDLE, _MIDDLE - 1) + _MIDDLE
-        tails = torch.where(torch.isneginf(odds), 0, tails)
-        plain = torch.stack([targets.entropy, -targets.label_logprob]) * _STEPS
-        words = torch.cat([tails.T, plain.round().clamp(0, 65535)]).numpy().astype(np.uint16)  # [F, n]
-        return {
-            "ids": deflate(near),
-            "ids_far": deflate((distance[near == _FAR] - _FAR).astype("<u4").view(np.uint8)),
-            "values": deflate(low if self.bits <= 8 else np.stack([high, low])),
-            "scalars": deflate(np.stack([(words >> 8).astype(np.uint8), words.astype(np.uint8)])),
-        }
+    @cached_property
+    def _levels(self) -> Levels:
+        own = self.layout.own_temperature
+        if self.layout.sampled:
+            return Levels(bits=self.bits, width=self.layout.width, temperatures=(own,), hottest=own)
+        temperatures = self.layout.temperatures
+        others = tuple(temperatures[column] for column in self.layout.others)
+        return Levels(bits=self.bits, width=self.layout.width, temperatures=(1.0, *others), hottest=max(temperatures))
 
-    def decode(self, streams: Mapping[str, Buffer], positions: int) -> SparseTargets:
+    @property
+    def _value_planes(self) -> int:
+        return self.layout.multiplicity_dtype.itemsize if self.layout.kind == "sample" else 1 + (self.bits > 8)
+
+    @property
+    def _most_heavies(self) -> int:
+        return self.layout.width if self.layout.kind == "ipps" else int(self.layout.force_label)
+
+    @cached_property
+    def _odds(self) -> tuple[str, ...]:
+        """Names of the tail's log-odds at each T."""
+        tails = not self.layout.sampled and self.layout.named_ids
+        return tuple(f"odds{column}" for column in range(len(self.layout.temperatures))) if tails else ()
+
+    @cached_property
+    def _numbers(self) -> Numbers:
+        layout = self.layout
+        counts = {"count": layout.width} if layout.ragged else {}
+        words = self._odds
+        if layout.sampled:
+            if layout.heavies:
+                counts["heavies"] = self._most_heavies
+                words = ("odds",)
+            words += tuple(f"renyi{column}" for column in layout.others)
+        else:
+            counts["floor"] = self._levels.top
+        return Numbers(counts, (*words, "entropy", "label"))
+
+    def streams(self, positions: int) -> Shapes:
+        """Type and largest shape of each stream of a row."""
+        entries = (positions, self.layout.width)
+        ids: Shapes = {"ids": (_BYTE, (1 + self._runs.planes, *entries))} if self.layout.named_ids else {}
+        values: Shapes = {"values": (_BYTE, (self._value_planes, *entries))}
+        return ids | values | self._numbers.shapes(positions)
+
+    def encode(self, targets: SparseTargets) -> Streams:
+        """Pack the targets of one row.
+
+        Raises:
+            TargetError: targets that do not fit the layout.
+        """
+        pack = self._pack_sampled if self.layout.sampled else self._pack_truncated
+        numbers, streams, odds, nats = pack(targets, self.layout.counts(targets))
+        nats += [targets.entropy.numpy().astype(np.float64), -targets.label_logprob.numpy().astype(np.float64)]
+        words = [odds_to_words(odds), nats_to_words(np.stack(nats))]
+        return {**streams, **self._numbers.pack(numbers, np.concatenate(words))}
+
+    def decode(self, streams: Mapping[str, NDArray[Any]], positions: int) -> SparseTargets:
         """Unpack the targets of a row that has `positions` of them.
 
         Raises:
             CorruptCacheError: a stream whose length or numbers cannot be what was encoded.
         """
-        odds, entropy, label_logprob = self._scalars(streams, positions)
-        log_tail, log_kept = (torch.nn.functional.logsigmoid(x) for x in (odds, -odds))
-        weights = self._probabilities(streams, positions, log_kept[:, self.temperatures.index(1.0)])
-        logprobs = weights.log()
-        partitions = [
-            torch.zeros(positions) if t == 1 else (logprobs / t).exp().sum(-1).log() - log_kept[:, column]
-            for column, t in enumerate(self.temperatures)
-        ]
-        return SparseTargets(
-            ids=self._entry_ids(streams, positions),
-            logprobs=logprobs,
-            weights=weights,
-            count=torch.full((positions,), self.width, dtype=torch.int32),
-            log_partition=torch.stack(partitions, -1),
+        layout, n, width = self.layout, positions, self.layout.width
+        high, low = self._numbers.take(streams, n)
+        values = merge(whole(streams, "values", _BYTE, 0, n * width * self._value_planes), self._value_planes)
+        near = whole(streams, "ids", _BYTE, 0, self._runs.most(n * width)) if layout.named_ids else _NOTHING
+        ids = np.empty(n * width, np.int32) if layout.named_ids else np.tile(np.arange(width, dtype=np.int32), n)
+        weights, logprobs = np.empty(n * width, np.float32), np.empty(n * width, np.float32)
+        log_partition, log_tail = np.empty((2, n, len(layout.temperatures)), np.float32)
+        entropy, label = np.empty((2, n), np.float32)
+        counts = np.empty(n, np.int32)
+        unpack: Any = unpack_sampled if layout.sampled else unpack_truncated
+        problem = unpack(
+            near, values, high, low, *self._constants,
+            ids, weights, logprobs, counts, log_partition, log_tail, entropy, label,
+        )  # fmt: skip
+        if problem:
+            raise CorruptCacheError(PROBLEMS[problem])
+        return layout.targets(
+            ids=ids.reshape(n, width),
+            logprobs=logprobs.reshape(n, width),
+            weights=weights.reshape(n, width),
+            counts=counts,
+            log_partition=log_partition,
             log_tail=log_tail,
             entropy=entropy,
-            label_logprob=label_logprob,
-            temperatures=self.temperatures,
-            kind=self.kind,
+            label_logprob=label,
         )
 
-    def _entry_ids(self, streams: Mapping[str, Buffer], positions: int) -> torch.Tensor:
-        near = inflate(streams, "ids", positions * self.width)
-        distance = near.astype(np.int32)
-        far = np.flatnonzero(near == _FAR)
-        beyond = inflate(streams, "ids_far", 4 * len(far)).view("<u4")
-        if len(far):
-            if beyond.max() >= self.vocab_size:
-                raise CorruptCacheError("an entry lies outside the vocabulary")
-            distance[far] += beyond.astype(np.int32)
-        rising = distance.reshape(positions, self.width)
-        rising[:, 1:] += 1
-        # In 64 bits where K distances below V could overflow 32.
-        wide = torch.int32 if self.width * self.vocab_size < 1 << 31 else torch.int64
-        ranks = torch.from_numpy(rising).cumsum(-1, dtype=wide)
-        if positions and ranks.numpy()[:, -1].max() >= self.vocab_size:
-            raise CorruptCacheError(f"an entry lies outside the vocabulary of {self.vocab_size} tokens")
-        return torch.from_numpy(self._ids).index_select(0, ranks.view(-1)).view(positions, self.width)
+    @cached_property
+    def _constants(self) -> tuple[Any, ...]:
+        """What unpacking needs beside a row's streams, in the order of its kernel's parameters."""
+        return self._sampled_constants if self.layout.sampled else self._truncated_constants
 
-    def _probabilities(self, streams: Mapping[str, Buffer], positions: int, log_kept: torch.Tensor) -> torch.Tensor:
-        size = positions * self.width
-        if self.bits <= 8:
-            levels = inflate(streams, "values", size)
+    @property
+    def _truncated_constants(self) -> tuple[Any, ...]:
+        layout, tables, sizes = self.layout, self._levels.tables, self._numbers.sizes
+        return (
+            layout.width, self._runs.planes, self._runs.lookup, layout.vocab_size, layout.named_ids,
+            sizes[0] if layout.ragged else 0, sizes[-1],
+            self._levels.top, tables.weights, tables.logs, tables.fixed, tables.fields, tables.unit,
+            1 / np.array(self._levels.temperatures), np.array([layout.temperatures.index(1.0), *layout.others]),
+            LOG_MASS, LOG_REST, NATS,
+        )  # fmt: skip
+
+    @property
+    def _sampled_constants(self) -> tuple[Any, ...]:
+        layout, tables, sizes = self.layout, self._levels.tables, self._numbers.sizes
+        return (
+            layout.width, self._runs.planes, self._runs.lookup, layout.vocab_size, layout.draws or 0,
+            self._most_heavies, sizes[0], sizes[1] if layout.heavies else 0,
+            self._levels.top, tables.weights, tables.logs, tables.fixed, tables.unit,
+            np.array(layout.temperatures), np.array(layout.others, np.int64),
+            layout.temperatures.index(layout.own_temperature),
+            LOG_MASS, LOG_REST, NATS,
+        )  # fmt: skip
+
+    def _pack_truncated(self, targets: SparseTargets, counts: Ints) -> Packed:
+        keys, heavies = self._sort(targets, counts)
+        if (heavies != counts).any():
+            raise TargetError("an entry has no log-probability")
+        if not self.layout.named_ids and (keys >> self.bits != np.arange(self.layout.width)).any():
+            raise TargetError("a target of kind full does not name every id once")
+        values, floors = self._values(keys, np.zeros_like(counts), counts, lift=True)
+        odds = _tail_odds(targets) if self._odds else np.empty((0, len(counts)))
+        return {"count": counts, "floor": floors}, self._entries(keys, counts, counts, values), odds, []
+
+    def _pack_sampled(self, targets: SparseTargets, counts: Ints) -> Packed:
+        layout = self.layout
+        valid = np.arange(layout.width) < counts[:, None]
+        light = np.isnan(targets.logprobs.numpy()) & valid
+        weights = np.where(valid, targets.weights.double().numpy(), 0.0)
+        if layout.kind == "ipps":
+            keys, heavies = self._sort(targets, counts)
+            values, _ = self._values(keys, np.zeros_like(counts), heavies, lift=False)
         else:
-            high, low = inflate(streams, "values", 2 * size).reshape(2, size).astype(np.uint16)
-            levels = high << 8 | low
-        if size and (levels.min() < 1 or levels.max() > self._levels):
-            raise CorruptCacheError(f"a value lies outside 1 to {self._levels}")
-        p = torch.from_numpy(self._values.take(levels)).view(positions, self.width)  # before scaling
-        return p.mul_((log_kept.exp() / p.sum(-1))[:, None])
+            keys, heavies = self._runs.keys(targets.ids.numpy(), counts, light, multiplicities(layout, weights, light))
+            values, _ = self._values(keys, heavies, counts, lift=False)
+        if heavies.max(initial=0) > self._most_heavies:
+            raise TargetError("a sampled target has more entries with a probability than its forced label")
+        odds = light_odds(weights, light)[None] if layout.heavies else np.empty((0, len(counts)))
+        nats = [renyi(layout, targets, column) for column in layout.others]
+        return {"count": counts, "heavies": heavies}, self._entries(keys, counts, heavies, values), odds, nats
 
-    def _scalars(self, streams: Mapping[str, Buffer], positions: int) -> tuple[torch.Tensor, ...]:
-        count = len(self.temperatures) + 2
-        high, low = inflate(streams, "scalars", 2 * count * positions).reshape(2, count, positions).astype(np.uint16)
-        words = (high << 8 | low).astype(np.float32)
-        tails = words[:-2].T
-        odds = np.where(tails == 0, -np.inf, (tails - _MIDDLE) / _TAIL_STEPS)  # [n, n_T]
-        found = (odds.astype(np.float32), words[-2] / _STEPS, -words[-1] / _STEPS)
-        return tuple(torch.from_numpy(x) for x in found)
+    def _sort(self, targets: SparseTargets, counts: Ints) -> tuple[Keys, Ints]:
+        ids = np.ascontiguousarray(targets.ids.numpy(), np.int64)
+        logprobs = np.ascontiguousarray(targets.logprobs.numpy(), np.float32)
+        return self._levels.keys(self._runs, ids, logprobs, counts)
+
+    def _values(self, keys: Keys, starts: Ints, stops: Ints, *, lift: bool) -> tuple[NDArray[Any], Ints]:
+        values: Any = np.empty(int((stops - starts).sum()), np.uint8 if self._value_planes == 1 else np.uint16)
+        floors = np.empty_like(starts)
+        pack_values(keys, starts, stops, (1 << self._runs.payload_bits) - 1, lift, floors, values)
+        return values, floors
+
+    def _entries(self, keys: Keys, counts: Ints, heavies: Ints, values: NDArray[Any]) -> Streams:
+        ids = {"ids": self._runs.pack(keys, counts, heavies)} if self.layout.named_ids else {}
+        return {**ids, "values": split(values, self._value_planes)}
+
+
+def _tail_odds(targets: SparseTargets) -> NDArray[np.float64]:
+    """`[n_T, n]` log-odds of the tail.
+
+    One minus the tail is the kept mass, and exact enough but where little is kept: there the entries are summed.
+    """
+    log_tail = targets.log_tail.numpy().T.astype(np.float64)
+    with np.errstate(divide="ignore"):
+        log_kept = np.log(-np.expm1(np.minimum(log_tail, 0.0)))
+    for column, t in enumerate(targets.temperatures):
+        flat = np.flatnonzero(log_tail[column] > _SMALL_TAIL)
+        if len(flat):
+            some = targets[flat]
+            summed = (some.logprobs.double() / t).logsumexp(-1) - some.log_partition[:, column].double()
+            log_kept[column, flat] = summed.numpy()
+    return np.asarray(log_tail - log_kept, np.float64)

@@ -1,4 +1,4 @@
-"""Streams: the named byte strings that a codec makes of a row, and how they are read back safely."""
+"""Streams: the named arrays that a codec makes of a row, their compression, and how they are read back safely."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numcodecs import Zstd
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from kdcache.errors import CorruptCacheError
 
-STREAMS = ("ids", "ids_far", "values", "scalars")
-"""What a store keeps for each row, whatever the codec; a codec may leave some empty."""
+LEVEL = 1
+"""The zstd level of every stream. Level 3 makes them no smaller and takes half as long again; docs/decisions/0005."""
 
 Buffer = bytes | memoryview
+Streams = dict[str, NDArray[Any]]
+Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
-_ZSTD = Zstd(level=3)
+_ZSTD = pa.Codec("zstd", compression_level=LEVEL)
 _MAGIC = b"\x28\xb5\x2f\xfd"
 
 
@@ -24,54 +27,86 @@ def id_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def whole(streams: Mapping[str, Buffer], name: str, dtype: np.dtype[Any], shape: tuple[int, int]) -> np.ndarray:
-    """A stream as an array of exactly this shape.
+def take(streams: Mapping[str, NDArray[Any]], name: str, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
+    """A stream of exactly this type and length, `[size]`, aligned and not to be written to.
 
     Raises:
-        CorruptCacheError: it has another length.
+        CorruptCacheError: it has another type or length.
     """
-    wanted = shape[0] * shape[1] * dtype.itemsize
-    if len(streams[name]) != wanted:
-        raise CorruptCacheError(
-            f"stream {name!r} has {len(streams[name])} bytes, but {shape[0]} x {shape[1]} {dtype.name} are {wanted}"
-        )
-    return np.frombuffer(streams[name], dtype).reshape(shape)
+    return whole(streams, name, dtype, size, size)
 
 
-def deflate(data: np.ndarray) -> bytes:
-    """Compress an array's bytes; nothing becomes nothing."""
-    return bytes(_ZSTD.encode(np.ascontiguousarray(data))) if data.size else b""
+def whole(streams: Mapping[str, NDArray[Any]], name: str, dtype: np.dtype[Any], least: int, most: int) -> NDArray[Any]:
+    """A stream of this type and of any length between two bounds, aligned and not to be written to.
+
+    Raises:
+        CorruptCacheError: it is missing, or has another type or length.
+    """
+    stream = streams.get(name)
+    if stream is None or stream.dtype != dtype or stream.ndim != 1:
+        raise CorruptCacheError(f"stream {name!r} is not an array of {dtype.name}")
+    if not least <= len(stream) <= most:
+        limits = f"{least}" if least == most else f"{least} to {most}"
+        raise CorruptCacheError(f"stream {name!r} has {len(stream)} numbers, but its row has {limits}")
+    # One type whatever the caller's: compiled loops know nothing of byte order, and are compiled once for each type.
+    if not (stream.flags.c_contiguous and stream.flags.aligned and dtype.isnative):
+        stream = np.array(stream, dtype.newbyteorder("="))
+    if stream.flags.writeable:
+        stream = stream.view()
+        stream.flags.writeable = False
+    return stream
 
 
-def inflate(streams: Mapping[str, Buffer], name: str, size: int) -> np.ndarray:
-    """Decompress a stream to exactly `size` bytes, `[size]` uint8.
+def deflate(data: NDArray[Any]) -> bytes:
+    """Compress an array's bytes into one zstd frame; nothing becomes nothing."""
+    return (
+        bytes(_ZSTD.compress(np.ascontiguousarray(data).reshape(-1).view(np.uint8), asbytes=True)) if data.size else b""
+    )
+
+
+def inflate(data: Buffer, most: int, dtype: np.dtype[Any] | type = np.uint8) -> NDArray[Any]:
+    """Decompress one zstd frame into a read-only array.
 
     The size that the frame declares is read first, so a bomb allocates nothing.
 
+    Args:
+        data: a frame, or nothing for nothing.
+        most: bytes that it may hold.
+        dtype: of the result.
+
     Raises:
-        CorruptCacheError: not a frame of that size, or damaged.
+        CorruptCacheError: no frame, more than `most` bytes, not a whole number of items, or damaged.
     """
-    data = bytes(streams[name])
-    if not size and not data:
-        return np.zeros(0, np.uint8)
-    if _declared_size(data) != size:
-        raise CorruptCacheError(f"stream {name!r} does not hold the {size} bytes that its row needs")
-    out = np.empty(size, np.uint8)
+    if not len(data):
+        return np.zeros(0, dtype)
+    start, size = _declared_size(bytes(data[:18]))
+    if not 0 <= size <= most or size % np.dtype(dtype).itemsize:
+        raise CorruptCacheError(f"a frame declares {size} bytes, but at most {most} are due")
+    if _is_raw(data, start, size):
+        return np.frombuffer(bytes(data[start + 3 :]), dtype)
     try:
-        _ZSTD.decode(data, out=out)
-    except (RuntimeError, ValueError) as error:
-        raise CorruptCacheError(f"stream {name!r} is damaged: {error}") from None
-    return out
+        return np.frombuffer(_ZSTD.decompress(data, size, asbytes=True), dtype)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CorruptCacheError(f"a frame is damaged: {error}") from None
 
 
-def _declared_size(frame: bytes) -> int | None:
-    """The content size in a zstd frame header (RFC 8878, section 3.1.1.1), None if it has none."""
+def _declared_size(frame: bytes) -> tuple[int, int]:
+    """Where the first block starts and the content size of a zstd frame (RFC 8878, section 3.1.1.1), -1 if unknown."""
     if len(frame) < 6 or frame[:4] != _MAGIC:
-        return None
+        return 0, -1
     descriptor = frame[4]
     single, flag, dictionary = descriptor >> 5 & 1, descriptor >> 6, (0, 1, 2, 4)[descriptor & 3]
     width = (1 if single else 0, 2, 4, 8)[flag]
     start = 5 + (not single) + dictionary
     if not width or len(frame) < start + width:
-        return None
-    return int.from_bytes(frame[start : start + width], "little") + (256 if width == 2 else 0)
+        return 0, -1
+    return start + width, int.from_bytes(frame[start : start + width], "little") + (256 if width == 2 else 0)
+
+
+def _is_raw(data: Buffer, start: int, size: int) -> bool:
+    """Whether all that a frame has is one last block of bytes as they are; the library takes 5 us to find out.
+
+    Bytes that do not compress are stored so: a block header of three bytes, then they (RFC 8878, section 3.1.1.2).
+    """
+    plain = not data[4] & 0b00001111  # neither reserved bit, checksum nor dictionary
+    return plain and len(data) == start + 3 + size and data[start : start + 3] == (size << 3 | 1).to_bytes(3, "little")

@@ -1,183 +1,483 @@
-"""The compact codec: what comes back is within its bounds, costs what it says, and lies are refused."""
+"""The compact codec keeps its stated bounds, against float64, and its streams are what its description says."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numcodecs import Zstd
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from kdcache import Selection, SparseTargets, select
+from kdcache.codec import compiled as compiled_module
+from kdcache.codec import deflate, make_codec
 from kdcache.codec.compact import CompactCodec
-from kdcache.errors import ConfigError, CorruptCacheError
+from kdcache.codec.levels import Levels
+from kdcache.errors import CorruptCacheError, TargetError
+from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from tests.unit.made_targets import DRAWS, KINDS, codec_options, logits, make_targets
 
-TEMPERATURES = (1.0, 2.0)
-
-
-def make(kind: str = "random", vocab: int = 500, k: int = 16, rows: int = 200) -> SparseTargets:
-    torch.manual_seed(1)
-    logits = torch.randn(rows, vocab) * {"random": 3, "flat": 1e-3, "wide": 8}.get(kind, 1)
-    if kind == "peaked":
-        logits[:, 7] += torch.linspace(0, 60, rows)
-    return select(logits, Selection(k=k), labels=torch.randint(vocab, (rows,)), temperatures=TEMPERATURES)
+SHAPES = ("random", "flat", "peaked", "wide")
+Streams = dict[str, NDArray[Any]]
 
 
-def codec(bits: int = 6, vocab: int = 500, k: int = 16, **changes: Any) -> CompactCodec:
-    usual: dict[str, Any] = {
-        "kind": "topk",
-        "width": k,
-        "vocab_size": vocab,
-        "temperatures": TEMPERATURES,
-        "bits": bits,
-    }
-    return CompactCodec(**{**usual, **changes})
+def codec(kind: str = "topk", bits: int = 6, **changes: Any) -> CompactCodec:
+    order = {"id_order": changes.pop("id_order", ())}
+    how = make_codec(**codec_options(kind, **changes), precision=str(bits), **order)
+    assert isinstance(how, CompactCodec)
+    return how
 
 
-def aligned(again: SparseTargets, whole: SparseTargets) -> SparseTargets:
-    """The decoded targets with entries in the order of the original."""
-    assert torch.equal(again.ids.long().sort(-1).values, whole.ids.sort(-1).values)
-    order = again.ids.argsort(-1).gather(-1, whole.ids.argsort(-1).argsort(-1))
-    back = again._map(lambda x: x.gather(-1, order) if x.shape == order.shape else x)
-    assert torch.equal(back.ids.long(), whole.ids)
-    return back
+def there_and_back(how: CompactCodec, whole: SparseTargets) -> SparseTargets:
+    """Decoded targets, their entries in the order of the original's."""
+    again = how.decode(how.encode(whole), len(whole.count))
+    key, wanted = (torch.where(t.valid, t.ids.long(), 1 << 40) for t in (again, whole))
+    back = key.argsort(-1).gather(-1, wanted.argsort(-1).argsort(-1))
+    return dataclasses.replace(again, **{n: getattr(again, n).gather(-1, back) for n in ("ids", "logprobs", "weights")})
 
 
-def coarse_kl(whole: SparseTargets, again: SparseTargets, t: float) -> torch.Tensor:
-    """KL from the original to the stored targets, entries and tail, float64."""
-    (p, tail), (q, stored) = ([x.double() for x in targets.at_temperature(t)] for targets in (whole, again))
+def added_kl(whole: SparseTargets, again: SparseTargets, temperature: float) -> torch.Tensor:
+    (p, tail), (q, stored) = whole.at_temperature(temperature), again.at_temperature(temperature)
+    p, q, tail, stored = (x.double() for x in (p, q, tail, stored))
     last = torch.where(torch.isinf(tail), 0.0, tail.exp() * (tail - stored))
-    return (p.exp() * (p - q)).sum(-1) + last
+    return torch.where(whole.valid, p.exp() * (p - q), 0.0).sum(-1) + last
 
 
-@pytest.mark.parametrize("kind", ["random", "flat", "peaked", "wide"])
-@pytest.mark.parametrize("vocab", [16, 500, 70_000])
-@pytest.mark.parametrize("bits", [4, 6, 8, 9, 16])
-def test_what_comes_back(kind: str, vocab: int, bits: int) -> None:
-    whole, how = make(kind, vocab), codec(bits, vocab)
-    again = aligned(how.decode(how.encode(whole), 200), whole)
-    assert torch.isfinite(again.logprobs).all()
-    assert (again.weights > 0).all()
-    assert (again.entropy - whole.entropy).abs().max() <= 1 / 256 + 1e-5
-    assert (again.label_logprob - whole.label_logprob).abs().max() <= 1 / 256 + 1e-5
-    near = whole.log_tail > -100
-    torch.testing.assert_close(again.log_tail[near], whole.log_tail[near], atol=1 / 128 + 1e-4, rtol=0)
-    for t in TEMPERATURES:
-        logprobs, tail = again.at_temperature(t)
-        torch.testing.assert_close(logprobs.exp().sum(-1) + tail.exp(), torch.ones(200), atol=1e-4, rtol=0)
-    c = 2**bits - 1
-    levels = (c * (whole.logprobs.double() / 6).exp()).round().clamp(min=1)  # T up to 2: the sixth root
-    expected = (levels / c) ** 6
-    expected *= (1 - again.log_tail[:, :1].double().exp()) / expected.sum(-1, keepdim=True)
-    torch.testing.assert_close(again.weights.double(), expected, rtol=1e-3, atol=0)
+# The stated bounds.
 
 
-@pytest.mark.parametrize("bits", [6, 8, 12])
-def test_the_kl_that_storage_adds(bits: int) -> None:
-    """At 6 bits below 0.001 in the mean and 0.01 at worst, and four times less for each further bit."""
-    for kind in ("random", "peaked", "flat"):
-        whole, how = make(kind, 2000, 64), codec(bits, 2000, 64)
-        again = aligned(how.decode(how.encode(whole), 200), whole)
-        for t in TEMPERATURES:
-            kl = coarse_kl(whole, again, t)
-            assert kl.min() > -1e-6
-            assert kl.mean() <= 1e-3 / 4 ** (bits - 6) + 3e-6, (kind, t)
-            assert kl.max() <= 1e-2 / 4 ** (bits - 6) + 3e-5, (kind, t)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", (4, 6, 8, 9, 16))
+@pytest.mark.parametrize("kind", ("topk", "topp", "full", "ipps", "ipps+label"))
+def test_values_keep_the_stated_bound(kind: str, bits: int, shape: str) -> None:
+    whole, how = make_targets(kind, logits(shape)), codec(kind, bits)
+    again = there_and_back(how, whole)
+    bound = how.error_bound
 
+    def g(x: torch.Tensor) -> torch.Tensor:
+        return bound["tau"] * (x / bound["tau"]).exp() + bound["beta"] * x
 
-def test_nothing_is_lost_when_everything_is_kept() -> None:
-    whole, how = make("random", 16, 16), codec(16, 16, 16)
-    again = how.decode(how.encode(whole), 200)
-    assert torch.isneginf(again.log_tail).all()
-    torch.testing.assert_close(again.weights.sum(-1), torch.ones(200), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("vocab", [300, 65_536, 1 << 31])
-def test_vocabularies_up_to_2_31(vocab: int) -> None:
-    """Ids at both ends; the table of ranks is not built for the largest one here, only its arithmetic is used."""
-    if vocab == 1 << 31:
-        with pytest.raises(CorruptCacheError, match="outside the vocabulary"):
-            codec(vocab=vocab, id_order=(vocab,))
+    heavy = whole.valid & ~whole.logprobs.isnan()
+    if not heavy.any():  # a flat teacher has no heavies
+        assert (kind, shape) == ("ipps", "flat")
         return
-    whole, how = make(vocab=vocab, k=2, rows=5), codec(vocab=vocab, k=2)
-    ids = torch.tensor([[0, vocab - 1]] * 5)
-    whole = whole._map(lambda x: ids if x.shape == ids.shape and not x.is_floating_point() else x)
-    assert how.decode(how.encode(whole), 5).ids.tolist() == ids.tolist()
+    for targets in (whole, again):
+        assert torch.isfinite(targets.logprobs[heavy]).all()
+    x, stored = (
+        (t.logprobs.double() - torch.where(heavy, t.logprobs, -torch.inf).amax(-1, keepdim=True))[heavy]
+        for t in (whole, again)
+    )
+    told = x >= bound["cut"]
+    assert (g(stored) - g(x)).abs()[told].max() <= bound["step"] / 2 + 2e-5  # float32 of a logarithm near -50
+    assert (stored[~told] - bound["cut"]).abs().max() <= 2e-5 if (~told).any() else True
+    assert (again.weights[heavy] > 0).all() or shape in ("wide", "peaked")
 
 
-def test_an_order_changes_no_content_and_saves_bytes() -> None:
-    torch.manual_seed(3)
-    popularity = -2 * torch.arange(1, 5001).float().log()[torch.randperm(5000)]
-    whole = select(torch.randn(200, 5000) + popularity, Selection(k=32), labels=torch.zeros(200, dtype=torch.long),
-                   temperatures=TEMPERATURES)  # fmt: skip
-    popular = torch.bincount(whole.ids.flatten(), minlength=5000).argsort(descending=True)[:900].tolist()
-    plain, ordered = codec(vocab=5000, k=32), codec(vocab=5000, k=32, id_order=tuple(popular))
-    a, b = plain.encode(whole), ordered.encode(whole)
-    assert len(b["ids"]) + len(b["ids_far"]) < len(a["ids"]) + len(a["ids_far"])
-    one, two = (aligned(how.decode(streams, 200), whole) for how, streams in ((plain, a), (ordered, b)))
-    torch.testing.assert_close(one.logprobs, two.logprobs, atol=1e-5, rtol=0)  # summed in another order
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_measures_keep_the_stated_bounds(kind: str, shape: str) -> None:
+    whole, how = make_targets(kind, logits(shape)), codec(kind)
+    again, bound = there_and_back(how, whole), how.error_bound
+    for name in ("entropy", "label_logprob"):
+        assert (getattr(again, name) - getattr(whole, name)).abs().max() <= bound[name] + 1e-5
+    if kind == "full":
+        assert torch.isneginf(again.log_tail).all() and "log_odds" not in bound
+    elif whole.kind in SAMPLED_KINDS:
+        error = (again.log_partition - whole.log_partition).abs()
+        assert (error <= bound["renyi_entropy"] * 0.5 + 1e-5).all()  # log Z is half of it at T = 2
+    else:
+        for c in range(2):
+            odds, stored = (t.log_tail[:, c].double() for t in (whole, again))
+            odds, stored = (x - torch.log(-torch.expm1(x)) for x in (odds, stored))
+            known = whole.log_tail[:, c] < -1e-4
+            assert not known.any() or (odds - stored)[known].abs().max() <= bound["log_odds"] + 1e-3
+
+
+@pytest.mark.parametrize("kind", ("topk", "topp", "full"))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_entries_and_tail_are_one_distribution_at_every_temperature(kind: str, shape: str) -> None:
+    whole, how = make_targets(kind, logits(shape)), codec(kind)
+    again = there_and_back(how, whole)
+    torch.testing.assert_close(again.weights, again.logprobs.exp(), rtol=3e-5, atol=0)
+    for t in (1.0, 2.0):
+        entries, tail = again.at_temperature(t)
+        mass = entries.double().exp().sum(-1) + tail.double().exp()
+        torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=2e-5)
+    assert (again.log_partition[:, 0] == 0).all()
+
+
+TEMPERATURES = ((1.0,), (1.0, 2.0), (1.0, 4.0), (0.5, 1.0), (2.0, 1.0, 8.0), (1.0, 100.0))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperatures", TEMPERATURES)
+@pytest.mark.parametrize("k", (12, 64))
+def test_six_bits_add_little_kl_at_every_stored_temperature(
+    k: int, temperatures: tuple[float, ...], shape: str
+) -> None:
+    whole = make_targets("topk", logits(shape, n=40, vocab=2000), k=k, temperatures=temperatures)
+    again = there_and_back(codec("topk", k=k, vocab=2000, temperatures=temperatures), whole)
+    for t in temperatures:
+        kl = added_kl(whole, again, t)
+        assert kl.mean() <= 1e-3 and kl.max() <= 1e-2
+
+
+def test_each_further_bit_divides_the_kl_by_four() -> None:
+    whole = make_targets("topk", logits(n=200), k=64)
+    kl = [float(added_kl(whole, there_and_back(codec(k=64, bits=bits), whole), 1.0).mean()) for bits in (5, 7, 9)]
+    assert all(10 < a / b < 24 for a, b in itertools.pairwise(kl))
 
 
 def test_a_small_kept_mass_is_not_lost() -> None:
-    torch.manual_seed(0)
-    whole = select(0.02 * torch.randn(50, 152_064), Selection(k=4), labels=torch.zeros(50, dtype=torch.long),
-                   temperatures=TEMPERATURES)  # fmt: skip
-    how = codec(vocab=152_064, k=4)
-    again = aligned(how.decode(how.encode(whole), 50), whole)
-    assert (again.logprobs - whole.logprobs).abs().max() <= 1 / 32  # the kept mass, and the spread
+    whole = make_targets("topk", logits("flat", n=20, vocab=152_064) * 20, k=4)
+    again = there_and_back(codec(k=4, vocab=152_064), whole)
+    assert (again.logprobs - whole.logprobs).abs().max() <= 1 / 50  # 1/128 of the log-odds, and half a step
+    assert (again.log_tail - whole.log_tail).abs().max() <= 1e-5
 
 
-def test_a_row_without_targets() -> None:
-    how = codec()
-    assert how.decode(how.encode(make()[:0]), 0).ids.shape == (0, 16)
+def test_a_small_tail_is_not_lost() -> None:
+    whole = make_targets("topk", logits("peaked"))
+    again = there_and_back(codec(), whole)
+    assert whole.log_tail.min() < -35
+    assert (again.log_tail - whole.log_tail).abs().max() <= 1 / 100
 
 
-def frame(array: np.ndarray) -> bytes:
-    return bytes(Zstd(1).encode(np.ascontiguousarray(array)))
+def test_a_forced_label_below_the_cut_is_kept_at_the_cut() -> None:
+    whole = make_targets("topk", logits("random", n=8))
+    logprobs = whole.logprobs.clone()
+    logprobs[:, -1] = -200.0
+    again = there_and_back(codec(), dataclasses.replace(whole, logprobs=logprobs))
+    expected = again.logprobs[:, 0] + codec().error_bound["cut"]
+    torch.testing.assert_close(again.logprobs[:, -1], expected, rtol=0, atol=1e-4)
+    assert (again.weights[:, -1] > 0).all()
 
 
-SIZE = 200 * 16
-LIES: dict[str, tuple[str, bytes]] = {
-    "not a frame": ("ids", b"12345678"),
-    "empty": ("ids", b""),
-    "too short": ("ids", frame(np.zeros(SIZE - 1, np.uint8))),
-    "too long": ("values", frame(np.ones(SIZE + 1, np.uint8))),
-    "bomb": ("ids", frame(np.zeros(1 << 24, np.uint8))),
-    "cut off": ("values", frame(np.random.default_rng(0).integers(1, 64, SIZE).astype(np.uint8))[:-9]),
-    "ranks above the vocabulary": ("ids", frame(np.full(SIZE, 200, np.uint8))),
-    "far entries missing": ("ids", frame(np.full(SIZE, 255, np.uint8))),
-    "far entries for nothing": ("ids_far", frame(np.zeros(8, np.uint8))),
-    "value zero": ("values", frame(np.zeros(SIZE, np.uint8))),
-    "value above the levels": ("values", frame(np.full(SIZE, 64, np.uint8))),
-    "scalars short": ("scalars", frame(np.zeros(2 * 3 * 200, np.uint8))),
-}
+def test_a_label_that_is_not_known_stays_unknown() -> None:
+    whole = make_targets("topk", logits(n=4))
+    whole = dataclasses.replace(whole, label_logprob=torch.tensor([-1.0, torch.nan, -600.0, 0.0]))
+    stored = there_and_back(codec(), whole).label_logprob
+    assert stored[[0, 3]].tolist() == [-1.0, 0.0] and stored[1].isnan() and stored[2] == -65534 / 128
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_lies_are_refused(lie: str) -> None:
-    how, (stream, data) = codec(), LIES[lie]
-    with pytest.raises(CorruptCacheError):
-        how.decode({**how.encode(make()), stream: data}, 200)
+def test_the_scale_is_that_of_its_description() -> None:
+    for bits, width, hottest in ((4, 1, 1.0), (6, 64, 2.0), (8, 32_000, 2.0), (16, 12, 100.0)):
+        levels = Levels(bits=bits, width=width, temperatures=(1.0,), hottest=hottest)
+        bound, x = levels.error_bound, levels.logs
+        g = bound["tau"] * np.exp(x / bound["tau"]) + bound["beta"] * x
+        np.testing.assert_allclose(np.diff(g), bound["step"], rtol=1e-9)
+        assert x[0] == bound["cut"] == -min(hottest * math.log(4000 * width), 60) and x[-1] == 0
+        assert len(x) == 1 << bits
 
 
-def test_a_declared_size_is_believed_only_if_it_is_the_right_one() -> None:
-    """A frame whose header promises the right size and whose body does not keep it."""
-    how = codec()
-    honest = how.encode(make())
-    body = bytearray(frame(np.zeros(SIZE, np.uint8)))
-    body[-1] ^= 0xFF
-    for data in (bytes(body), honest["values"][:12] + honest["values"][13:]):
-        with pytest.raises(CorruptCacheError):
-            how.decode({**honest, "values": data}, 200)
+# Ids.
 
 
-def test_bad_settings() -> None:
-    for bits in (3, 17):
-        with pytest.raises(ConfigError, match="bits"):
-            codec(bits)
-    with pytest.raises(ConfigError, match="must store temperature 1"):
-        codec(temperatures=(2.0,))
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 2**31 - 1), st.integers(1, 9), st.integers(0, 1 << 20), st.booleans())
+def test_ids_of_any_vocabulary(vocab: int, k: int, seed: int, ordered: bool) -> None:
+    generator = np.random.default_rng(seed)
+    k = min(k, vocab)
+    near = min(vocab, 600)
+    ids = np.stack([generator.choice(near, k, replace=False) for _ in range(5)]).astype(np.int64)
+    ids[0] = vocab - 1 - ids[0]  # the last ids, and the gap before them
+    order = tuple(generator.permutation(near)[: near // 2].tolist()) if ordered else ()
+    whole = make_targets("topk", logits(n=5, vocab=max(k, 16)), k=k)
+    whole = dataclasses.replace(whole, ids=torch.from_numpy(ids))
+    how = codec(k=k, vocab=vocab, id_order=order)
+    assert torch.equal(there_and_back(how, whole).ids.long(), whole.ids)
+
+
+def test_an_order_changes_no_content_and_saves_bytes() -> None:
+    popularity = (
+        -2 * torch.arange(1, 5001).double().log()[torch.randperm(5000, generator=torch.Generator().manual_seed(3))]
+    )
+    whole = make_targets("topk", logits(n=200, vocab=5000) / 3 + popularity, k=32)
+    popular = torch.bincount(whole.ids.flatten(), minlength=5000).argsort(descending=True)[:900].tolist()
+    plain, ordered = codec(vocab=5000, k=32), codec(vocab=5000, k=32, id_order=tuple(popular))
+    a, b = (len(deflate(how.encode(whole)["ids"])) for how in (plain, ordered))
+    assert b < 0.8 * a
+    one, two = there_and_back(plain, whole), there_and_back(ordered, whole)
+    assert torch.equal(one.logprobs, two.logprobs) and torch.equal(one.log_partition, two.log_partition)
+
+
+def test_an_order_must_be_one() -> None:
     for order in ((1, 1), (-1,), (500,), (True,), ("1",)):
         with pytest.raises(CorruptCacheError, match="id order"):
             codec(id_order=order)
+
+
+def test_an_id_twice_is_not_packed() -> None:
+    whole = make_targets("topk", logits(n=3))
+    ids = whole.ids.clone()
+    ids[1, 2] = ids[1, 5]
+    with pytest.raises(TargetError, match="twice"):
+        codec().encode(dataclasses.replace(whole, ids=ids))
+
+
+# Against a decoder that is written from the description, an entry at a time, in float64.
+
+
+def reference(how: CompactCodec, streams: Streams, positions: int) -> list[dict[str, Any]]:
+    layout, bound, out = how.layout, how.error_bound, []
+    sampled, ipps = layout.kind in SAMPLED_KINDS, layout.kind == "ipps"
+    measures = ([] if layout.kind == "full" else [f"odds{t:g}" for t in layout.temperatures]) if not sampled else []
+    if sampled:
+        measures = ["odds"] * (ipps or layout.force_label) + [f"renyi{t:g}" for t in layout.temperatures if t != 1]
+    measures += ["entropy", "label"]
+    counts = [name for name, there in (
+        ("count", layout.kind not in ("topk", "full")), ("heavies", ipps or (sampled and layout.force_label)),
+        ("floor", not sampled),
+    ) if there]  # fmt: skip
+    most = {"count": layout.width, "heavies": layout.width if ipps else 1, "floor": (1 << how.bits) - 1}
+    sizes = [(most[name].bit_length() + 7) // 8 for name in counts]
+    high = streams["scalars"].reshape(-1, positions).tolist()
+    low = streams["scalars_low"].reshape(-1, positions).tolist()
+    planes = (
+        1 if layout.vocab_size <= 0 else 2 if layout.vocab_size <= 1 << 16 else 3 if layout.vocab_size <= 1 << 24 else 4
+    )
+    number = []
+    for i in range(positions):
+        row, at = {}, 0
+        for name, size in zip(counts, sizes, strict=True):
+            row[name] = int.from_bytes(bytes(high[at + b][i] for b in range(size)), "big")
+            at += size
+        for m, name in enumerate(measures):
+            word = high[at + m][i] << 8 | low[m][i]
+            if name.startswith("odds"):
+                row[name] = -math.inf if word == 0 else (word - 32768) / 64
+            else:
+                row[name] = math.nan if word == 65535 else word / 128
+        number.append({"count": layout.width, "heavies": 0, **row})
+    if not sampled:
+        number = [{**row, "heavies": row["count"]} for row in number]
+    entries = sum(row["count"] for row in number)
+    ids = iter(streams["ids"][:entries].tolist()) if "ids" in streams else iter(())
+    ends = streams["ids"][entries:].reshape(planes, -1).T.tolist() if "ids" in streams else []
+    far = iter([int.from_bytes(bytes(end), "big") for end in ends])
+    wide = layout.draws > 255 if layout.kind == "sample" else how.bits > 8
+    stored = streams["values"].reshape(2, -1).T.tolist() if wide else streams["values"].reshape(-1, 1).tolist()
+    values = iter([int.from_bytes(bytes(v), "big") for v in stored])
+    order = list(how.id_order) + [i for i in range(layout.vocab_size) if i not in set(how.id_order)]
+
+    def x_of(level: int) -> float:
+        left, right = bound["cut"], 0.0
+        g = lambda x: bound["tau"] * math.exp(x / bound["tau"]) + bound["beta"] * x  # noqa: E731
+        for _ in range(80):
+            middle = (left + right) / 2
+            left, right = (middle, right) if g(middle) < g(bound["cut"]) + level * bound["step"] else (left, middle)
+        return left
+
+    for row in number:
+        found, rank = [], -1
+        for j in range(row["count"]):
+            if layout.kind == "full":
+                found.append(j)
+                continue
+            rank = -1 if j in (0, row["heavies"]) else rank
+            distance = next(ids)
+            rank += 1 + distance + (next(far) if distance == 255 else 0)
+            found.append(order[rank])
+        t, heavy, light = layout.own_temperature, row["heavies"], row["count"] - row["heavies"]
+        rest = (
+            1 / (1 + math.exp(row.get("odds1" if not sampled else "odds", -math.inf))) if not sampled or light else 1.0
+        )
+        weights, logs = [], []
+        if not sampled or ipps:
+            logs = [x_of(next(values) + row.get("floor", 0)) for _ in range(heavy)]
+            total = sum(math.exp(x / t) for x in logs)
+            weights = [math.exp(x / t) * rest / total for x in logs]
+        elif heavy:
+            weights = [rest]
+        lights = [1] * light if ipps else [next(values) for _ in range(light if sampled else 0)]
+        mass = 1 - rest if heavy else 1.0
+        weights += [mass * times / sum(lights) for times in lights]
+        out.append({**row, "ids": found, "weights": weights})
+    for left in (ids, far, values):
+        assert next(left, None) is None
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", (6, 12))
+@pytest.mark.parametrize("vocab", (90, 70_000))
+def test_streams_are_what_their_description_says(kind: str, bits: int, vocab: int) -> None:
+    if kind == "full" and vocab > 90:
+        vocab = 300
+    x = logits(n=9, vocab=vocab)
+    order = tuple(range(50, 20, -1)) if kind != "full" else ()
+    how = codec(kind, bits, vocab=vocab, id_order=order)
+    whole = make_targets(kind, x)
+    streams = how.encode(whole)
+    again = how.decode(streams, 9)
+    for i, row in enumerate(reference(how, streams, 9)):
+        count = row["count"]
+        assert again.count[i] == count and again.ids[i, :count].tolist() == row["ids"]
+        np.testing.assert_allclose(again.weights[i, :count].numpy(), row["weights"], rtol=2e-5)
+        assert again.entropy[i] == row["entropy"] and again.label_logprob[i] == -row["label"]
+        for c, t in enumerate(how.layout.temperatures):
+            if f"odds{t:g}" in row:
+                expected = -math.log1p(math.exp(-row[f"odds{t:g}"]))
+                np.testing.assert_allclose(again.log_tail[i, c], expected, rtol=1e-6)
+            if f"renyi{t:g}" in row:
+                np.testing.assert_allclose(again.log_partition[i, c], row[f"renyi{t:g}"] * (1 - 1 / t), rtol=1e-6)
+
+
+def golden_targets(kind: str) -> SparseTargets:
+    """Three positions of four entries; `ipps` has two heavies, `sample` a forced label."""
+    rows = {
+        "topk": [[0.5, 0.25, 0.125, 0.0625], [0.9, 1e-3, 1e-6, 1e-12], [0.25, 0.25, 0.25, 0.2]],
+        "ipps": [[0.5, 0.2, 0.15, 0.15], [0.7, 0.2, 0.05, 0.05], [0.4, 0.3, 0.15, 0.15]],
+        "sample": [[0.5, 0.25, 0.15, 0.1], [0.2, 0.4, 0.2, 0.2], [0.0625, 0.375, 0.375, 0.1875]],
+    }
+    weights = torch.tensor(rows[kind], dtype=torch.float64)
+    known = torch.tensor([True, kind != "sample", kind == "topk", kind == "topk"])
+    tail = (1 - weights.sum(-1)).clamp(min=1e-7).log()
+    return SparseTargets(
+        ids=torch.tensor([[7, 3, 900, 4], [999, 0, 500, 250], [1, 2, 3, 4]]),
+        logprobs=torch.where(known, weights.log(), torch.nan).float(),
+        weights=weights.float(),
+        count=torch.full((3,), 4),
+        log_partition=torch.tensor([[0.0, 0.75]] * 3),
+        log_tail=torch.stack([tail, tail / 2], -1).float() if kind == "topk" else torch.full((3, 2), torch.nan),
+        entropy=torch.tensor([1.5, 0.25, 3.0]),
+        label_logprob=torch.tensor([-0.5, -12.0, torch.nan]),
+        temperatures=(1.0, 2.0),
+        kind=kind,
+    )
+
+
+GOLDEN: dict[str, dict[str, str]] = {
+    "topk": {
+        "ids": "000005ff04f5f9ff0000000002007df3",
+        "values": "000d16061100053f00030303",
+        "scalars": "29003c7f7f7f7f7f7f0000010006ff",
+        "scalars_low": "537344baceb0c020804000ff",
+    },
+    "ipps": {
+        "ids": "010500ff04fffaf902000000020284e3",
+        "values": "2b3f263f383f",
+        "scalars": "0404040202027f7f7f0000000000010006ff",
+        "scalars_low": "ca73cac0c0c0c020804000ff",
+    },
+    "sample": {
+        "ids": "070000ffff04f5f903000000020283e8",
+        "values": "040a060a0505040808",
+        "scalars": "0404040101018080800000000000010006ff",
+        "scalars_low": "0059adc0c0c0c020804000ff",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ("topk", "ipps", "sample"))
+def test_golden_streams(kind: str) -> None:
+    """Bytes that this format has written once are written and read for ever."""
+    options = {"width": 4, "vocab_size": 1000, "force_label": kind == "sample"}
+    how = codec(kind, **options, id_order=(4, 3, 2, 1))
+    streams = how.encode(golden_targets(kind))
+    assert {name: stream.tobytes().hex() for name, stream in streams.items()} == GOLDEN[kind]
+    again = how.decode({name: np.frombuffer(bytes.fromhex(text), np.uint8) for name, text in GOLDEN[kind].items()}, 3)
+    torch.testing.assert_close(again.weights.sum(-1) + again.log_tail[:, 0].exp().nan_to_num(), torch.ones(3))
+
+
+# Lies, by name.
+
+
+def lies() -> dict[str, tuple[str, str, NDArray[np.uint8]]]:
+    def every(value: int, size: int = 60 * 12) -> NDArray[np.uint8]:
+        return np.full(size, value, np.uint8)
+
+    return {
+        "ranks above the vocabulary": ("outside the vocabulary", "ids", every(200)),
+        "far ends missing": ("do not agree", "ids", every(255)),
+        "far ends for nothing": ("do not agree", "ids", np.concatenate([every(0), every(0, 2)])),
+        "half a far end": ("do not agree", "ids", np.concatenate([every(0), every(0, 1)])),
+        "ids short": ("do not agree", "ids", every(0, 719)),
+        "a far end beyond everything": (
+            "outside the vocabulary", "ids", np.concatenate([every(255, 1), every(0, 719), every(255, 2)]),
+        ),
+        "no value at the top": ("top level", "values", every(0)),
+        "values above the top": ("top level", "values", every(64)),
+        "values short": ("more or fewer values", "values", every(1, 719)),
+        "values long": ("'values' has", "values", every(1, 721)),
+        "scalars short": ("'scalars' has", "scalars", every(1, 60)),
+        "low scalars long": ("'scalars_low' has", "scalars_low", every(1, 60 * 5)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", lies())
+def test_lies_are_refused(lie: str) -> None:
+    message, name, stream = lies()[lie]
+    how = codec()
+    with pytest.raises(CorruptCacheError, match=message):
+        how.decode({**how.encode(make_targets("topk", logits())), name: stream}, 60)
+
+
+@pytest.mark.parametrize(
+    ("kind", "plane", "value", "message"),
+    (
+        ("topp", 0, 0, "no entries"),
+        ("topp", 0, 13, "no entries"),
+        ("ipps", 0, 0, "no entries"),
+        ("ipps", 1, 13, "no entries"),
+        ("sample+label", 1, 2, "no entries"),
+        ("sample", 0, 1, "values than entries"),
+        ("ipps", 1, 0, "values than entries"),
+        ("topk", 0, 64, "top level"),
+    ),
+)
+def test_counts_that_cannot_be(kind: str, plane: int, value: int, message: str) -> None:
+    how = codec(kind)
+    streams = how.encode(make_targets(kind, logits()))
+    scalars = streams["scalars"].copy().reshape(-1, 60)
+    scalars[plane] = value
+    with pytest.raises(CorruptCacheError, match=message):
+        how.decode({**streams, "scalars": scalars.reshape(-1)}, 60)
+
+
+@pytest.mark.parametrize(("kind", "word"), (("topk", 2), ("full", 0), ("ipps", 1), ("ipps", 2), ("sample", 0)))
+def test_an_entropy_is_a_number(kind: str, word: int) -> None:
+    how = codec(kind)
+    streams = {name: stream.copy() for name, stream in how.encode(make_targets(kind, logits())).items()}
+    lows = streams["scalars_low"].reshape(-1, 60)
+    lows[word, 7] = 255
+    streams["scalars"].reshape(-1, 60)[word - len(lows), 7] = 255
+    with pytest.raises(CorruptCacheError, match="entropy"):
+        how.decode(streams, 60)
+
+
+def test_draws_that_do_not_add_up() -> None:
+    how = codec("sample")
+    streams = how.encode(make_targets("sample", logits()))
+    for values in (streams["values"] + 1, streams["values"] * 0, np.full_like(streams["values"], DRAWS)):
+        with pytest.raises(CorruptCacheError, match="draws"):
+            how.decode({**streams, "values": values.astype(np.uint8)}, 60)
+
+
+# The machine.
+
+
+def test_threads_decode_side_by_side() -> None:
+    how, whole = codec(), make_targets("topk", logits(n=200))
+    streams = how.encode(whole)
+    expected = how.decode(streams, 200)
+    with ThreadPoolExecutor(4) as pool:
+        for again in pool.map(lambda _: how.decode(streams, 200), range(32)):
+            assert torch.equal(again.logprobs, expected.logprobs) and torch.equal(again.ids, expected.ids)
+
+
+def test_where_no_folder_can_be_written_loops_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = compiled_module.numba.njit
+
+    def njit(function: Any, **options: Any) -> Any:
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(function, **options)
+
+    monkeypatch.setattr(compiled_module.numba, "njit", njit)
+    assert compiled_module.compiled(lambda x: x + 1)(2) == 3
