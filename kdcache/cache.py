@@ -1,6 +1,6 @@
-"""Cache: rows by index, in O(1), memory-mapped, with no teacher in sight.
+"""Cache: rows by index, in O(1), from a folder or an object store, with no teacher in sight.
 
-Opening reads the manifest and one small commit a shard; a row costs one record batch. An
+Opening reads the manifest and one small commit a shard and lists the objects; a row costs one or a few range reads. An
 open cache may be sent to worker processes: it reopens its shards there.
 """
 
@@ -10,9 +10,11 @@ import bisect
 import hashlib
 import itertools
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,18 @@ import torch
 
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.rows import IGNORE, PackedRow
-from kdcache.store.arrow_store import ArrowShard, digest_row
-from kdcache.store.commit import Commit, commit_path, read_commits
-from kdcache.store.durable import sha256_file
-from kdcache.store.manifest import NAME, Manifest
+from kdcache.store.backends import open_shard
+from kdcache.store.commit import Commit, read_commits
+from kdcache.store.create import TOKENIZER
+from kdcache.store.local import LocalPlace
+from kdcache.store.manifest import Manifest
+from kdcache.store.place import Place
+from kdcache.store.places import mirror, open_place, parse_size
+from kdcache.store.recent import Recent
+from kdcache.store.shards import FOLDER, Shard
 from kdcache.targets import SparseTargets
 
-_OPEN_SHARDS = 64
+_MOST_TOKENIZER = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +60,64 @@ class Cache:
     """A cache of teacher targets, read by row.
 
     Attributes:
-        path: its folder.
+        place: where it lies.
         manifest: what it is.
         commits: the commit of each shard that exists.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, commits: dict[int, Commit]) -> None:
-        self.path, self.manifest, self.commits = path, manifest, commits
+    def __init__(self, place: Place, manifest: Manifest, commits: dict[int, Commit]) -> None:
+        self.place, self.manifest, self.commits = place, manifest, commits
         self._shards = list(commits)
         self._ends = list(itertools.accumulate(commit.rows for commit in commits.values()))
-        self._open: OrderedDict[int, ArrowShard] = OrderedDict()
+        self._open: Recent[Shard] = Recent(place.open_shards)
+        self._tokenizer: Path | None = None
 
     @property
     def tokenizer_path(self) -> Path:
-        """The folder of the cache's tokenizer."""
-        return self.path / "tokenizer"
+        """A local folder with the cache's tokenizer: the files that the manifest names, checked; fetched if remote.
+
+        Raises:
+            CorruptCacheError: a file is missing, is not the one that the manifest names, or is named by nobody.
+        """
+        if self._tokenizer is not None:
+            return self._tokenizer
+        files = {name: self._tokenizer_file(name) for name in self.manifest.tokenizer_files}
+        if isinstance(self.place, LocalPlace):
+            strays = set(self.place.names(TOKENIZER)) - {f"{TOKENIZER}/{name}" for name in files}
+            if strays:  # the library that loads a tokenizer takes whatever lies beside it
+                raise CorruptCacheError(f"{self.place.where(min(strays))} is not named by the manifest")
+            return self.place.folder / TOKENIZER
+        folder = Path(tempfile.mkdtemp(prefix="kdcache-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        self._tokenizer = folder
+        return folder
+
+    def _tokenizer_file(self, name: str) -> bytes:
+        where = self.place.where(f"{TOKENIZER}/{name}")
+        try:
+            data = self.place.read(f"{TOKENIZER}/{name}", _MOST_TOKENIZER)
+        except FileNotFoundError:
+            raise CorruptCacheError(f"{where} is missing") from None
+        if hashlib.sha256(data).hexdigest() != self.manifest.tokenizer_files[name]:
+            raise CorruptCacheError(f"{where} is not what the manifest names")
+        return data
+
+    def require_objects(self) -> None:
+        """Check that every object of every shard is there with the size that was committed; nothing is read.
+
+        Raises:
+            CorruptCacheError: naming the first that is not.
+        """
+        sizes = self.place.sizes(FOLDER)
+        for commit in self.commits.values():
+            for data in commit.objects:
+                if sizes.get(data["name"]) != data["bytes"]:
+                    raise CorruptCacheError(
+                        f"{self.place.where(data['name'])} has {sizes.get(data['name'], 0)} bytes, not the "
+                        f"{data['bytes']} that were committed; `kdcache verify` reports all that is wrong"
+                    )
 
     def missing(self) -> list[int]:
         """Planned shards that are not committed."""
@@ -77,7 +127,7 @@ class Cache:
         return self._ends[-1] if self._ends else 0
 
     def __iter__(self) -> Iterator[Row]:
-        return (self[i] for i in range(len(self)))
+        return (unpack(*row, self.manifest.seq_len) for row in self.read_rows(range(len(self))))
 
     def locate(self, index: int) -> tuple[int, int]:
         """The shard of a row, and the row's number inside it.
@@ -99,7 +149,7 @@ class Cache:
             CacheError: no such shard or row.
         """
         if shard not in self.commits:
-            raise CacheError(f"{self.path} has no committed shard {shard}")
+            raise CacheError(f"{self.place} has no committed shard {shard}")
         if not 0 <= row < self.commits[shard].rows:
             raise CacheError(f"shard {shard} has rows 0 to {self.commits[shard].rows - 1}, not {row}")
         place = self._shards.index(shard)
@@ -112,24 +162,18 @@ class Cache:
     def read_packed(self, index: int) -> tuple[PackedRow, SparseTargets]:
         """A row without padding, and the targets of its labelled slots."""
         shard, row = self.locate(index)
-        return self._reader(shard).read(row)
+        return self.shard(shard).read(row)
 
-    def _reader(self, shard: int) -> ArrowShard:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-        else:
-            commit = self.commits[shard]
-            data = commit.objects[0]
-            path = _inside(self.path, data["name"])
-            if not path.is_file() or path.stat().st_size != data["bytes"]:
-                raise CorruptCacheError(f"{path} is missing or not the {data['bytes']} bytes that were committed")
-            self._open[shard] = ArrowShard(path, shard, self.manifest.codec, self.manifest.seq_len, commit.rows)
-            if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
-        return self._open[shard]
+    def read_rows(self, indices: Iterable[int]) -> Iterator[tuple[PackedRow, SparseTargets]]:
+        """The same of several rows, in their order; over a network they are read ahead of who iterates."""
+        return self.place.map(self.read_packed, indices)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+    def shard(self, shard: int) -> Shard:
+        """The reader of a committed shard."""
+        return self._open.get(shard, lambda: open_shard(self.place, self.manifest, self.commits[shard]))
+
+    def __reduce__(self) -> tuple[type[Cache], tuple[Any, ...]]:
+        return Cache, (self.place, self.manifest, self.commits)
 
 
 def unpack(packed: PackedRow, targets: SparseTargets, seq_len: int) -> Row:
@@ -144,122 +188,39 @@ def unpack(packed: PackedRow, targets: SparseTargets, seq_len: int) -> Row:
     )
 
 
-def open_cache(path: str | os.PathLike[str], *, partial: bool = False) -> Cache:
+def open_cache(
+    path: str | os.PathLike[str],
+    *,
+    partial: bool = False,
+    local_copy: str | os.PathLike[str] | None = None,
+    local_limit: str | int = "20GB",
+) -> Cache:
     """Open a cache for reading.
 
     Args:
-        path: its folder.
+        path: its folder, or any URL that fsspec knows, such as `s3://bucket/cache`.
         partial: accept a cache of which some shards are not committed yet; the rows are those
             of the shards that exist now.
+        local_copy: keep copies of what is read from a URL in this folder.
+        local_limit: the most that the copies hold together, such as `20GB`.
 
     Raises:
+        ConfigError: a URL that cannot be used, a limit that is no size, or a local copy of a folder.
         CacheError: no cache there.
         IncompleteCacheError: shards are missing and `partial` is false.
-        CorruptCacheError: the manifest or a commit is damaged.
+        CorruptCacheError: the manifest or a commit is damaged, or (unless `partial`) an object is not there
+            with its size.
     """
-    folder = Path(path)
-    manifest = Manifest.read(folder)
-    cache = Cache(folder, manifest, read_commits(folder, manifest))
+    place, limit = open_place(path), parse_size(local_limit)
+    manifest = Manifest.read(place)
+    if local_copy is not None:
+        place = mirror(place, manifest.sha256, local_copy, limit)
+    cache = Cache(place, manifest, read_commits(place, manifest))
     if cache.missing() and not partial:
         raise IncompleteCacheError(
-            f"{folder} is incomplete: {len(cache.missing())} of {manifest.shards} shards are missing; "
+            f"{place} is incomplete: {len(cache.missing())} of {manifest.shards} shards are missing; "
             "run the same dump-teacher command again to finish it"
         )
+    if not partial:
+        cache.require_objects()
     return cache
-
-
-@dataclass(kw_only=True)
-class VerifyReport:
-    """What `verify_cache` found.
-
-    Attributes:
-        shards, objects, bytes: how much was checked.
-        problems: `{"shard", "object", "what"}` each; shard is None for what belongs to the whole cache.
-    """
-
-    shards: int = 0
-    objects: int = 0
-    bytes: int = 0
-    problems: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problems
-
-    def add(self, shard: int | None, name: str, what: object) -> None:
-        """Note a problem."""
-        self.problems.append({"shard": shard, "object": name, "what": str(what)})
-
-
-def verify_cache(path: str | os.PathLike[str], on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
-    """Re-hash every object, decode every row, and report all problems, not only the first.
-
-    Args:
-        path: the cache's folder.
-        on_progress: called with (shards done, shards planned).
-
-    Raises:
-        CacheError: there is no cache to verify.
-    """
-    folder, report = Path(path), VerifyReport()
-    try:
-        manifest = Manifest.read(folder)
-    except CorruptCacheError as error:
-        report.add(None, NAME, error)
-        return report
-    for name, sha256 in manifest.tokenizer_files.items():
-        _check_object(report, folder, None, {"name": f"tokenizer/{name}", "sha256": sha256})
-    manifest_sha256 = manifest.sha256
-    for shard in range(manifest.shards):
-        if on_progress:
-            on_progress(shard, manifest.shards)
-        name = str(commit_path(folder, shard).relative_to(folder))
-        try:
-            commit = Commit.read(folder, shard, manifest_sha256)
-        except CorruptCacheError as error:
-            report.add(shard, name, error)
-            continue
-        if commit is None:
-            report.add(shard, name, "the shard is not committed")
-            continue
-        report.shards += 1
-        sound = [_check_object(report, folder, shard, data) for data in commit.objects]
-        if all(sound):
-            _check_rows(report, Cache(folder, manifest, {shard: commit}), commit)
-    return report
-
-
-def _check_object(report: VerifyReport, folder: Path, shard: int | None, data: dict[str, Any]) -> bool:
-    path, report.objects = _inside(folder, data["name"]), report.objects + 1
-    if not path.is_file():
-        report.add(shard, data["name"], "it is missing")
-    elif sha256_file(path) != data["sha256"]:
-        report.add(shard, data["name"], "its sha256 is not the one recorded")
-    else:
-        report.bytes += path.stat().st_size
-        return True
-    return False
-
-
-def _check_rows(report: VerifyReport, cache: Cache, commit: Commit) -> None:
-    positions, entries, digest = 0, 0, hashlib.sha256()
-    name = commit.objects[0]["name"]
-    try:
-        for index in range(len(cache)):
-            packed, targets = cache.read_packed(index)
-            positions, entries = positions + len(targets.count), entries + int(targets.count.sum())
-            digest_row(digest, packed)
-    except CorruptCacheError as error:
-        report.add(commit.shard, name, error)
-        return
-    found = (positions, entries, digest.hexdigest())
-    if found != (commit.positions, commit.entries, commit.tokens_sha256):
-        report.add(commit.shard, name, "its rows are not the ones that were committed")
-
-
-def _inside(folder: Path, name: object) -> Path:
-    """A path that a record names, refused if it leads out of the cache."""
-    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise CorruptCacheError(f"{folder} names an object {name!r} outside of itself")
-    return folder / name

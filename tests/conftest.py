@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: tests start processes beside themselves
 
 from tests.making import STUDENT, TEXTS, dump_options, make_model, make_tokenizer
+from tests.objects import ENVIRONMENT, Bucket, Endpoint
+
+pytest.register_assert_rewrite("kdcache.store.testing")  # an inherited suite explains itself as any other
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +57,22 @@ def cache(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("cache") / "c"
     assert dump(dump_options(teacher, corpus, out))["complete"]
     return out
+
+
+@pytest.fixture(scope="session")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """A real S3 endpoint, for this process and those that it starts."""
+    server = Endpoint(tmp_path_factory.mktemp("endpoint") / "log")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": server.url}.items():
+            patch.setenv(name, value)
+        yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: Endpoint, request: pytest.FixtureRequest) -> Bucket:
+    import s3fs
+
+    name = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]
+    return Bucket(s3fs.S3FileSystem(use_listings_cache=False), f"s3://bucket-{name}")

@@ -70,8 +70,26 @@ def make_model(folder: Path, kind: str = "llama", scale: float = 8.0, **changes:
 def dump_options(teacher: Path, corpus: Path, out: Path, **changes: Any) -> Any:
     from kdcache.teacher.config import DumpConfig
 
-    options = {"seq_len": 64, "k": 8, "temperatures": "1,2", "docs_per_shard": 30, "batch_rows": 4, "device": "cpu"}
+    options = {
+        "seq_len": 64,
+        "k": 8,
+        "temperatures": "1,2",
+        "docs_per_shard": 30,
+        "batch_rows": 4,
+        "device": "cpu",
+        "precision": "float32",
+    }
     return DumpConfig(**{**options, "teacher": str(teacher), "corpus": str(corpus), "out": str(out), **changes})
+
+
+def run_dump(options: dict[str, Any]) -> None:
+    """A dump for a process of its own that is started without importing anything anew."""
+    import torch
+
+    from kdcache.teacher.dump import dump
+
+    torch.set_num_threads(1)
+    dump(dump_options(**options))
 
 
 def kdcache(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

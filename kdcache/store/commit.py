@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 from kdcache.errors import CorruptCacheError
-from kdcache.store.durable import write_new
 from kdcache.store.manifest import FORMAT, Manifest
-from kdcache.store.record import read_record, seal
+from kdcache.store.place import Place, inside
+from kdcache.store.record import read_record, require_fields, seal, short
+from kdcache.store.shards import shard_stem
 
 FOLDER = "commits"
+_LEAST_ROW = 16
+"""Bytes; a row has its offsets and its seal in any store. So a claim of rows is bounded by what lies there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class Commit:
         documents, dropped: documents in its range, and how many of them the filters dropped.
         objects: `{"name", "bytes", "sha256"}` of each file of the shard.
         tokens_sha256: of the token ids of its rows, the shape of the pieces included.
+        content_sha256: of all streams of its rows, before compression: equal in every store.
         compute: dtype, device, threads and batch size that made it; bit-identity is promised for
             equal values of these, near-identity otherwise.
     """
@@ -39,46 +42,72 @@ class Commit:
     dropped: int
     objects: list[dict[str, Any]]
     tokens_sha256: str
+    content_sha256: str
     compute: dict[str, Any]
 
-    def write(self, cache: Path) -> bool:
+    def write(self, place: Place) -> bool:
         """Commit the shard; False if another worker did so first."""
-        return write_new(commit_path(cache, self.shard), seal({"format": FORMAT, **dataclasses.asdict(self)}))
+        return place.create(commit_name(self.shard), seal({"format": FORMAT, **dataclasses.asdict(self)}))
 
     @classmethod
-    def read(cls, cache: Path, shard: int, manifest_sha256: str) -> Self | None:
+    def read(cls, place: Place, shard: int, manifest_sha256: str) -> Self | None:
         """The commit of a shard, or None if it is not committed.
 
         Raises:
             CorruptCacheError: damaged, or the commit of another shard or cache.
         """
-        path = commit_path(cache, shard)
+        path = place.where(commit_name(shard))
         try:
-            fields = read_record(path)
+            fields = read_record(place, commit_name(shard))
         except FileNotFoundError:
             return None
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) - {"checksum", "format"} != names or fields.get("format") != FORMAT:
-            raise CorruptCacheError(f"{path} does not have the fields of a commit")
-        commit = cls(**{name: fields[name] for name in names})
+        form = fields.pop("format", None)
+        del fields["checksum"]
+        try:
+            if type(form) is not int or form != FORMAT:
+                raise ValueError(f"it is of format {short(repr(form))}")
+            require_fields(fields, cls)
+            commit = cls(**fields)
+            commit._check()
+        except (ValueError, CorruptCacheError) as error:
+            raise CorruptCacheError(f"{path} does not describe a shard: {error}") from None
         if commit.shard != shard or commit.manifest_sha256 != manifest_sha256:
             raise CorruptCacheError(f"{path} is the commit of another shard or of another cache")
-        objects = commit.objects
-        if not isinstance(objects, list) or not objects or any(set(x) != {"name", "bytes", "sha256"} for x in objects):
-            raise CorruptCacheError(f"{path} does not name the objects of its shard")
-        counts = (commit.rows, commit.positions, commit.entries, commit.documents, commit.dropped)
-        if any(not isinstance(n, int) or n < 0 for n in counts):
-            raise CorruptCacheError(f"{path} has a count that is not a number of things")
         return commit
 
+    def _check(self) -> None:
+        stem = shard_stem(self.shard)
+        for data in self.objects:
+            require_fields(data, _Object)
+            if not inside(data["name"]).startswith((f"{stem}.", f"{stem}-")):
+                raise ValueError(f"it names an object {short(data['name'])} that is not of shard {self.shard}")
+        if not self.objects or len({data["name"] for data in self.objects}) != len(self.objects):
+            raise ValueError("it names no object, or one twice")
+        size = sum(data["bytes"] for data in self.objects)
+        if self.rows * _LEAST_ROW > size or self.rows >= 1 << 32:
+            raise ValueError(f"it claims {self.rows} rows in {size} bytes")
 
-def commit_path(cache: Path, shard: int) -> Path:
-    """Where the commit of a shard lies."""
-    return cache / FOLDER / f"{shard:05d}.json"
+
+@dataclass(frozen=True, kw_only=True)
+class _Object:
+    """The fields of an entry of `objects`."""
+
+    name: str
+    bytes: int
+    sha256: str
 
 
-def read_commits(cache: Path, manifest: Manifest) -> dict[int, Commit]:
+def commit_name(shard: int) -> str:
+    """The object that holds the commit of a shard."""
+    return f"{FOLDER}/{shard:05d}.json"
+
+
+def read_commits(place: Place, manifest: Manifest) -> dict[int, Commit]:
     """The commits of all shards that exist, by shard, in order."""
-    sha256 = manifest.sha256
-    found = ((shard, Commit.read(cache, shard, sha256)) for shard in range(manifest.shards))
-    return {shard: commit for shard, commit in found if commit is not None}
+    sha256, shards = manifest.sha256, []
+    for name in place.names(FOLDER):
+        number = name.removeprefix(f"{FOLDER}/").removesuffix(".json")
+        if number.isdecimal() and int(number) < manifest.shards and name == commit_name(int(number)):
+            shards.append(int(number))
+    found = place.map(lambda shard: Commit.read(place, shard, sha256), sorted(shards))
+    return {commit.shard: commit for commit in found if commit is not None}

@@ -1,8 +1,9 @@
 """Durable: files that appear whole or not at all, and never replace one another.
 
 A file is written under a temporary name in its own folder, flushed to the device, and then
-linked to its final name, which fails if that exists. While it is being written its writer
-holds a lock on it, so anyone can tell a live temporary file from one whose writer died.
+linked to its final name, which fails if that exists; a folder of files is renamed instead, which
+fails if that holds anything. While it is being written its writer holds a lock on it, so anyone
+can tell a live temporary file from one whose writer died.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import contextlib
 import hashlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from kdcache.errors import CacheError
 
@@ -40,7 +43,7 @@ def sha256_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path | str) -> Iterator[None]:
     """Turn the operating system's refusals (no room, no permission) into one sentence."""
     try:
         yield
@@ -51,30 +54,27 @@ def storage_errors(path: Path) -> Iterator[None]:
 class NewFile:
     """A file that comes into being at `publish`, or leaves nothing behind.
 
-    It is a binary sink that hashes what passes through it. Use it as a context manager.
+    It is a binary sink. Use it as a context manager.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.closed = False
-        self._digest = hashlib.sha256()
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY}")
+        self._temporary = temporary_name(path)
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._temporary.open("xb")
         _try_lock(self._file.fileno())
 
-    @property
-    def sha256(self) -> str:
-        """sha256 of the bytes written so far."""
-        return self._digest.hexdigest()
+    def reserve(self, size: int) -> None:
+        """Let the file count as one of this size, before anything is written."""
+        with storage_errors(self.path):
+            self._file.truncate(size)
 
     def write(self, data: bytes | memoryview) -> int:
         """Append bytes."""
         with storage_errors(self.path):
-            written = self._file.write(data)
-        self._digest.update(data)
-        return written
+            return self._file.write(data)
 
     def flush(self) -> None:
         """Hand buffered bytes to the operating system."""
@@ -114,15 +114,93 @@ def write_new(path: Path, data: bytes) -> bool:
         return file.publish()
 
 
-def sweep(folder: Path) -> None:
-    """Delete temporary files in a folder, if it exists, whose writers are gone.
+class NewFolder:
+    """A folder of files that comes into being at `publish`, or leaves nothing behind.
 
-    A writer locks its file just after it made it; the age keeps a sweep out of that moment.
+    Use it as a context manager.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = temporary_name(path)
+        self._files: list[BinaryIO] = []
+        with storage_errors(path):
+            self._temporary.mkdir(parents=True)
+        self._handle = os.open(self._temporary, os.O_RDONLY)
+        _try_lock(self._handle)
+
+    def file(self, name: str) -> BinaryIO:
+        """A new file in it, open for writing; folders on the way are made."""
+        with storage_errors(self.path):
+            path = self._temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("xb")
+        self._files.append(file)
+        return file
+
+    def publish(self) -> bool:
+        """Give the folder its name. False, and nothing changed, if that name is taken."""
+        with storage_errors(self.path):
+            for file in self._files:
+                if not file.closed:  # a second try, after something made room
+                    file.flush()
+                    os.fsync(file.fileno())
+                    file.close()
+            for inner in [p for p in self._temporary.rglob("*") if p.is_dir()] + [self._temporary]:
+                sync_folder(inner)
+            try:
+                self._temporary.rename(self.path)
+            except OSError:  # a folder that holds something is never replaced
+                if self.path.exists():
+                    return False
+                raise
+            sync_folder(self.path.parent)
+        return True
+
+    def __enter__(self) -> NewFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                file.close()
+        os.close(self._handle)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no reader looks at."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY}")
+
+
+def sweep(folder: Path) -> None:
+    """Delete temporary files and folders in a folder, if it exists, whose writers are gone.
+
+    A writer takes its lock just after it made them; the age keeps a sweep out of that moment.
     """
     for path in folder.glob(f".*{_TEMPORARY}"):
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            if time.time() - path.stat().st_mtime > _SWEEP_AGE and _try_lock(file.fileno()):
-                path.unlink()
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                if time.time() - path.stat().st_mtime > _SWEEP_AGE and _try_lock(handle):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder, where the system has such locks."""
+    with storage_errors(folder):
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _try_lock(handle: int) -> bool:

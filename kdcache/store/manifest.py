@@ -6,20 +6,32 @@ Where things came from (paths, hub names, versions) is recorded beside it and ma
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from kdcache.codec import Codec, make_codec
+from kdcache.codec.order import MOST_ORDERED
+from kdcache.codec.streams import deflate, id_dtype
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
-from kdcache.selection import Selection
-from kdcache.store.durable import write_new
-from kdcache.store.record import checksum, read_record, seal
+from kdcache.selection import Selection, check_temperatures
+from kdcache.store.place import Place, inside
+from kdcache.store.record import checksum, is_count, read_record, require_fields, seal, short
+from kdcache.store.row_format import RowFormat, read_stream
 
 FORMAT = 1
 NAME = "kdcache.json"
+STORES = ("arrow", "zarr")
+
+_MOST_SHARDS = 100_000
+_MOST_IDS = (1 << 31) - 1
+_MOST_TEMPERATURES = 64
+_MOST_ROW = 1 << 30
+"""Bytes of the streams of a row, unpacked. So whoever writes a manifest bounds what reading a row may allocate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +48,14 @@ class Manifest:
         seq_len: slots a row.
         isolate: whether packed pieces are kept from seeing each other.
         selection: kind and settings of the selection.
+        adaptive: whether one threshold, `tau`, holds for the whole cache.
+        tau: that threshold, from the pilot; None unless `adaptive`.
+        seed: of the draws of sampled kinds; 0 for the others.
         temperatures: T of each stored partition and tail.
         precision: how values are stored: `float32`, `float16`, or a number of bits.
+        error_bound: the most by which stored numbers are off, by name.
         id_order: ids by falling frequency in the pilot, for the compact codec.
-        store: `arrow`.
+        store: `arrow` or `zarr`.
         origin: names and versions, for people; two caches of one configuration may differ here.
     """
 
@@ -54,8 +70,12 @@ class Manifest:
     seq_len: int
     isolate: bool
     selection: dict[str, Any]
+    adaptive: bool
+    tau: float | None
+    seed: int
     temperatures: tuple[float, ...]
     precision: str
+    error_bound: dict[str, Any]
     id_order: tuple[int, ...]
     store: str
     origin: dict[str, Any]
@@ -65,10 +85,21 @@ class Manifest:
         """Shards planned."""
         return -(-self.documents // self.docs_per_shard)
 
+    @property
+    def rule(self) -> Selection:
+        """The selection, with the threshold that the pilot found."""
+        rule = Selection(**self.selection)
+        return rule if self.tau is None else dataclasses.replace(rule, tau=self.tau)
+
+    @property
+    def width(self) -> int:
+        """K, the most entries of a position."""
+        return self.rule.width(self.vocab_size)
+
     @cached_property
     def codec(self) -> Codec:
         """How targets are laid out."""
-        rule = Selection(**self.selection)
+        rule = self.rule
         return make_codec(
             kind=rule.kind,
             width=rule.width(self.vocab_size),
@@ -76,63 +107,106 @@ class Manifest:
             temperatures=self.temperatures,
             precision=self.precision,
             id_order=self.id_order,
+            draws=rule.draws,
+            force_label=rule.force_label,
+            sample_temperature=rule.sample_temperature,
         )
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        """The checksum that commits name."""
+        """The checksum that commits name; of a manifest that was read, the one that stands in it."""
         return checksum(self.to_fields())
 
     def exact_at(self, temperature: float) -> bool:
         """Whether targets at this temperature are exact."""
-        return temperature in self.temperatures or self.codec.width == self.vocab_size
+        return temperature in self.temperatures or self.width == self.vocab_size
 
     def to_fields(self) -> dict[str, Any]:
         """The JSON object, without its checksum."""
         fields = dataclasses.asdict(self)
-        fields["temperatures"], fields["id_order"] = list(self.temperatures), list(self.id_order)
+        fields["temperatures"] = list(self.temperatures)
+        fields["id_order"] = _fold_order(self.id_order, self.vocab_size)
         return {"format": FORMAT, **fields}
 
     @classmethod
-    def read(cls, cache: Path) -> Self:
+    def read(cls, place: Place) -> Self:
         """Read a cache's manifest.
 
         Raises:
             CacheError: no cache there, or one of a format that this version does not know.
             CorruptCacheError: damaged.
         """
-        path = cache / NAME
+        path = place.where(NAME)
         try:
-            fields = read_record(path)
-        except (FileNotFoundError, NotADirectoryError):
-            raise CacheError(f"{cache} holds no cache: there is no {NAME}") from None
-        if fields.get("format") != FORMAT:
-            raise CacheError(f"{path} is of format {fields.get('format')!r}; this version reads format {FORMAT}")
-        del fields["format"], fields["checksum"]
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) != names:
-            raise CorruptCacheError(f"{path} does not have the fields of a manifest: {sorted(names ^ set(fields))}")
+            fields = read_record(place, NAME)
+        except FileNotFoundError:
+            raise CacheError(f"{place} holds no cache: there is no {NAME}") from None
+        form, sha256 = fields.pop("format", None), fields.pop("checksum")
+        if is_count(form) and form != FORMAT:
+            raise CacheError(f"{path} is of format {form}; this version reads format {FORMAT}")
         try:
-            lists = {name: tuple(fields[name]) for name in ("temperatures", "id_order")}
-            manifest = cls(**{**fields, **lists})
-            _check(manifest)
-        except (TypeError, ValueError, KeyError, ConfigError, OverflowError) as error:
-            raise CorruptCacheError(f"{path} does not describe a cache: {error}") from None
+            if not is_count(form):
+                raise ValueError(f"its format is {short(repr(form))}")
+            require_fields(fields, cls)
+            _require_vocabulary(fields["vocab_size"])  # bounds what the order may unfold to
+            order = _unfold_order(fields["id_order"], fields["vocab_size"])
+            manifest = cls(**{**fields, "temperatures": tuple(fields["temperatures"]), "id_order": order})
+            manifest.require_sound()
+        except (TypeError, ValueError, ConfigError, CorruptCacheError, OverflowError) as error:
+            raise CorruptCacheError(f"{path} does not describe a cache: {short(error, 200)}") from None
+        vars(manifest)["sha256"] = sha256  # another zstd might fold the order otherwise
         return manifest
 
-    def create(self, cache: Path) -> Manifest:
+    def require_sound(self) -> None:
+        """Refuse what no cache can be; this, and not the size of a number, bounds what a reader allocates.
+
+        Raises:
+            ConfigError: a number that is too large, or settings that contradict each other.
+            CorruptCacheError: an order of ids that repeats one, or a tokenizer file that is not a plain name.
+        """
+        _require_vocabulary(self.vocab_size)
+        check_temperatures(self.temperatures)
+        if len(self.temperatures) > _MOST_TEMPERATURES:
+            raise ConfigError(f"{len(self.temperatures)} temperatures are above the limit of {_MOST_TEMPERATURES}")
+        for name in ("documents", "docs_per_shard", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if self.shards > _MOST_SHARDS:
+            raise ConfigError(
+                f"--docs-per-shard {self.docs_per_shard} makes {self.shards:,} shards of {self.documents:,} documents, "
+                f"above the limit of {_MOST_SHARDS:,}"
+            )
+        if self.row_format.most_bytes > _MOST_ROW:
+            raise ConfigError(
+                f"a row of --seq-len {self.seq_len} slots may hold {self.row_format.most_bytes:,} bytes, above the "
+                f"limit of {_MOST_ROW:,}; make rows shorter or keep fewer entries"
+            )
+        if self.store not in STORES:
+            raise ConfigError(f"--store {self.store} is not one of {', '.join(STORES)}")
+        for name in self.tokenizer_files:
+            if "/" in inside(name):
+                raise CorruptCacheError(f"tokenizer file {name} is not a plain name")
+
+    @property
+    def row_format(self) -> RowFormat:
+        """How rows become streams."""
+        return RowFormat(codec=self.codec, seq_len=self.seq_len, vocab_size=self.vocab_size, documents=self.documents)
+
+    def create(self, place: Place) -> Manifest:
         """Write the manifest unless another worker has; return the one that stands.
 
         Raises:
+            ConfigError: see `require_sound`.
             CacheMismatchError: the one that stands is of another configuration.
         """
-        if write_new(cache / NAME, seal(self.to_fields())):
+        self.require_sound()
+        if place.create(NAME, seal(self.to_fields())):
             return self
-        standing = Manifest.read(cache)
-        standing.require_same(self, cache)
+        standing = Manifest.read(place)
+        standing.require_same(self, place)
         return standing
 
-    def require_same(self, other: Manifest, cache: Path) -> None:
+    def require_same(self, other: Manifest, place: Place) -> None:
         """Refuse to add to a cache that was made otherwise.
 
         Raises:
@@ -140,34 +214,28 @@ class Manifest:
         """
         mine, theirs = self.to_fields(), other.to_fields()
         differences = [
-            f"{name} (cache: {_short(mine[name])}, asked: {_short(theirs[name])})"
+            f"{name} (cache: {short(mine[name], most)}, asked: {short(theirs[name], most)})"
             for name in mine
-            if name not in ("origin", "tokenizer_files", "id_order") and mine[name] != theirs[name]
+            for most in (15 if name.endswith("sha256") else 60,)
+            if name not in ("origin", "tokenizer_files", "id_order", "tau") and mine[name] != theirs[name]
         ]
         if differences:
             raise CacheMismatchError(
-                f"{cache} holds a cache of another configuration; it differs in {', '.join(differences)}; "
+                f"{place} holds a cache of another configuration; it differs in {', '.join(differences)}; "
                 "choose another --out or the same options"
             )
 
 
-def _check(manifest: Manifest) -> None:
-    for name in ("documents", "docs_per_shard", "vocab_size", "seq_len"):
-        value = getattr(manifest, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 63:
-            raise ValueError(f"{name} is {value!r}")
-    if manifest.vocab_size > 1 << 31 or manifest.seq_len > 1 << 31:
-        raise ValueError("vocab_size and seq_len lie below 2^31")
-    if any(not isinstance(t, int | float) or not t > 0 for t in manifest.temperatures):
-        raise ValueError(f"temperatures are {manifest.temperatures!r}")
-    if manifest.store != "arrow":
-        raise ValueError(f"store is {manifest.store!r}")
-    for name in manifest.tokenizer_files:
-        if Path(name).name != name:
-            raise ValueError(f"tokenizer file {name!r} is not a plain name")
-    _ = manifest.codec
+def _fold_order(order: tuple[int, ...], vocab_size: int) -> str:
+    """Base64 of a zstd frame of the ids: a list in JSON would outweigh the targets of a small cache."""
+    return base64.b64encode(deflate(np.array(order, id_dtype(vocab_size)))).decode()
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:12] + "..."
+def _unfold_order(text: str, vocab_size: int) -> tuple[int, ...]:
+    frame, most = base64.b64decode(text, validate=True), min(vocab_size, MOST_ORDERED)
+    return tuple(read_stream(frame, id_dtype(vocab_size), (most,)).tolist())
+
+
+def _require_vocabulary(size: int) -> None:
+    if not 1 <= size <= _MOST_IDS:
+        raise ConfigError(f"the vocabulary has {size:,} tokens, outside 1 to {_MOST_IDS:,}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 
 from kdcache.errors import CacheError
 from kdcache.store import durable
-from kdcache.store.durable import NewFile, sha256_file, sweep, write_new
+from kdcache.store.durable import NewFile, NewFolder, locked, sha256_file, sweep, write_new
+from kdcache.store.place import Sink
 
 
 def names(folder: Path) -> list[str]:
@@ -26,8 +28,7 @@ def test_nothing_is_there_before_publish(tmp_path: Path) -> None:
         assert not (tmp_path / "a").exists()
         assert file.publish()
     assert (tmp_path / "a").read_bytes() == b"12345"
-    assert file.sha256 == hashlib.sha256(b"12345").hexdigest()
-    assert sha256_file(tmp_path / "a") == file.sha256
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(b"12345").hexdigest()
     assert names(tmp_path) == ["a"]
 
 
@@ -56,6 +57,49 @@ def test_the_systems_refusal_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match="cannot be written"):
         write_new(tmp_path / "file" / "a", b"")
+
+
+def test_a_folder_appears_whole_and_again_after_something_made_room(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "other").write_bytes(b"1")
+    with NewFolder(tmp_path / "a") as folder:
+        folder.file("b/c").write(b"12")
+        folder.file("d").write(b"3")
+        assert not folder.publish()
+        assert (tmp_path / "a" / "other").exists()
+        (tmp_path / "a" / "other").unlink()
+        (tmp_path / "a").rmdir()
+        assert folder.publish()
+    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == {"a/b/c", "a/d"}
+
+
+def test_a_folder_that_is_not_published_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), NewFolder(tmp_path / "a") as folder:
+        folder.file("b/c").write(b"12")
+        raise RuntimeError
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_full_disk_under_a_part_is_one_sentence() -> None:
+    with Path("/dev/full").open("wb", buffering=0) as full, pytest.raises(CacheError, match=r"ids/c/0 cannot be wri"):
+        Sink("shards/00000.zarr/ids/c/0", full).write(b"12")
+
+
+def test_who_holds_a_folder_is_alone(tmp_path: Path) -> None:
+    order: list[str] = []
+    with locked(tmp_path):
+        other = threading.Thread(target=enter, args=(tmp_path, order))
+        other.start()
+        time.sleep(0.05)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
+
+
+def enter(folder: Path, order: list[str]) -> None:
+    with locked(folder):
+        order.append("second")
 
 
 def test_sweep_takes_the_dead_and_spares_the_living(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,92 @@
+"""Rows a second, in order and shuffled, from both stores: random access should cost nothing.
+
+    python -m benchmarks.reading [--rows 800] [--k 64] [--precision 6] [--repeats 5]
+
+One process, one thread, files in the page cache. The cache is made here of synthetic targets, 8 shards of rows of 512
+slots, the same rows in both stores; the two orders alternate, and the ratio is that of their medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.codec import synthetic
+from kdcache import Selection, open_cache
+from kdcache.cache import Cache
+from kdcache.rows import PackedRow
+from kdcache.store.backends import new_shard
+from kdcache.store.create import create_cache, publish_shard
+from kdcache.store.local import LocalPlace
+from kdcache.store.manifest import Manifest
+from kdcache.targets import SparseTargets
+
+SHARDS = 8
+SLOTS = 512
+NOBODY = "0" * 64
+
+
+def make(folder: Path, store: str, targets: list[SparseTargets], rows: int, vocab: int, precision: str) -> Cache:
+    ids = torch.cat([t.ids.flatten() for t in targets])
+    order = torch.bincount(ids, minlength=vocab).argsort(descending=True).tolist()
+    manifest = Manifest(
+        teacher_sha256=NOBODY, tokenizer_sha256=NOBODY, tokenizer_files={}, corpus_sha256=NOBODY,
+        filters={}, documents=SHARDS,
+        docs_per_shard=1, vocab_size=vocab, seq_len=SLOTS, isolate=True, adaptive=False, tau=None, seed=0,
+        selection={"kind": "topk", "k": targets[0].ids.shape[-1]}, temperatures=targets[0].temperatures,
+        precision=precision, error_bound={},
+        id_order=tuple(order) if precision.isdecimal() else (), store=store, origin={},
+    )  # fmt: skip
+    place, random = LocalPlace(folder), np.random.default_rng(0)
+    create_cache(place, manifest, {})
+    for shard in range(SHARDS):
+        with new_shard(place, manifest, shard) as writer:
+            for row in range(rows // SHARDS):
+                tokens = random.integers(0, vocab, SLOTS, np.int32)
+                packed = PackedRow(
+                    tokens=tokens, piece_lengths=np.array([SLOTS], np.int32), piece_documents=np.array([shard])
+                )
+                writer.write(packed, targets[row % len(targets)])
+            publish_shard(place, manifest, writer, documents=1, dropped=0, compute={})
+    return open_cache(folder)
+
+
+def rate(cache: Cache, order: list[int]) -> float:
+    started = time.perf_counter()
+    for index in order:
+        cache.read_packed(index)
+    return len(order) / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=800)
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--precision", default="6")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    targets, vocab = synthetic(16, Selection(k=options.k), positions=SLOTS - 1)
+    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}, one thread")
+    for store in ("arrow", "zarr"):
+        with tempfile.TemporaryDirectory() as folder:
+            cache = make(Path(folder), store, targets, options.rows, vocab, options.precision)
+            shuffled = np.random.default_rng(1).permutation(len(cache)).tolist()
+            rate(cache, shuffled)
+            rates = [(rate(cache, list(range(len(cache)))), rate(cache, shuffled)) for _ in range(options.repeats)]
+            in_order, random = (statistics.median(column) for column in zip(*rates, strict=True))
+            print(
+                f"{store}: {in_order:,.0f} rows/s in order, {random:,.0f} shuffled, ratio {random / in_order:.2f}"
+                f" ({random * (SLOTS - 1) / 1e6:.2f}M positions/s)"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""Remote: a cache under a URL that fsspec knows (s3://, gs://, az://, memory://, ...).
+
+Records are put only if absent (`pipe_file(mode="create")`: a conditional put on S3, GCS and others); a store that
+lets the second put pass is refused. The data of a shard is put under a name of its writer's own, so writers never touch
+each other's objects; the commit says whose counts, and the others are swept. An object appears whole or not at all,
+as object stores promise.
+Cost: a record is one request, a range of an object one, and those of one call are under way together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+import fsspec
+
+from kdcache.errors import CacheError, ConfigError, CorruptCacheError
+from kdcache.store.ahead import map_ahead
+from kdcache.store.durable import storage_errors
+from kdcache.store.place import NewData, Place, Readable, Sink
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_CONNECTIONS = 64
+_TRIES = 2
+"""Of s3fs, each around botocore's own (five, or AWS_MAX_ATTEMPTS); with five times five, twice nested, an endpoint that
+takes connections and says nothing would hold us for half an hour."""
+_PAUSES = (0.1, 0.5, 2.0)  # seconds between tries of a put that met another one
+
+
+class RemotePlace(Place):
+    """A cache in an object store.
+
+    Raises:
+        ConfigError: a protocol that fsspec does not know, or whose package is not installed.
+    """
+
+    remote = True
+    open_shards = 1024  # they hold no files, only where their rows lie
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        if "://" not in self.url:
+            raise ConfigError(f"{url} names no bucket")
+        self._connected: tuple[int, Any] | None = None
+        self._refuses_second_puts = False
+        self._root = self._connect()[1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemotePlace, (self.url,)
+
+    def _connect(self) -> tuple[Any, str]:
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if self.url.startswith(("s3://", "s3a://")):
+            wished = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+            options["config_kwargs"] = {"max_pool_connections": _CONNECTIONS, **wished}
+        try:
+            fs, root = fsspec.core.url_to_fs(self.url, **options)
+        except ImportError as error:
+            raise ConfigError(
+                f"{self.url} needs a package that is not installed ({error}); for s3:// it is kdcache[s3]"
+            ) from None
+        except ValueError as error:
+            raise ConfigError(f"{self.url} is no place that fsspec knows: {error}") from None
+        if "config_kwargs" in options:
+            fs.retries = min(fs.retries, _TRIES)
+        self._connected = os.getpid(), fs
+        return fs, str(root).rstrip("/")
+
+    @property
+    def _fs(self) -> Any:
+        """The file system; a process that was forked off makes its own, since connections do not survive a fork."""
+        if self._connected is None or self._connected[0] != os.getpid():
+            return self._connect()[0]
+        return self._connected[1]
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def read(self, name: str, most: int) -> bytes:
+        with _network(self.where(name), "read"):
+            try:
+                data = bytes(self._fs.cat_file(self._path(name), start=0, end=most + 1))
+            except FileNotFoundError:
+                raise
+            except OSError:  # a range of an empty object is an error to some stores
+                if self.size(name) != 0:
+                    raise
+                return b""
+        if len(data) > most:
+            raise CorruptCacheError(f"{self.where(name)} is larger than the {most:,} bytes that it can have")
+        return data
+
+    def size(self, name: str) -> int | None:
+        with _network(self.where(name), "read"):
+            try:
+                found = self._fs.info(self._path(name))
+            except FileNotFoundError as error:
+                _require_bucket(error, self.url)
+                return None
+            return int(found["size"]) if found["type"] == "file" else None
+
+    def open(self, name: str, promised: dict[str, Any] | None = None) -> Readable:
+        size = self.size(name) if promised is None else int(promised["bytes"])
+        if size is None:
+            raise CorruptCacheError(f"{self.where(name)} cannot be read: there is no such object")
+        return RemoteFile(self, name, size)
+
+    def read_ranges(self, requests: list[tuple[Readable, int, int]]) -> list[bytes]:
+        ours = [(s, a, n) for s, a, n in requests if isinstance(s, RemoteFile) and n]
+        for source, start, length in ours:
+            source.require(start, length)
+        paths, starts = [self._path(s.object) for s, _, _ in ours], [a for _, a, _ in ours]
+        with _network(self.url, "read"):
+            found = self._fs.cat_ranges(paths, starts, [a + n for _, a, n in ours], on_error="return") if ours else []
+        data = iter(found)
+        return [
+            source.checked(next(data), start, length)
+            if isinstance(source, RemoteFile) and length
+            else source.read(start, length)
+            for source, start, length in requests
+        ]
+
+    def map(self, function: Callable[[T], R], items: Iterable[T], at_once: int = 16) -> Iterator[R]:
+        return map_ahead(function, items, at_once)
+
+    def names(self, folder: str = "") -> list[str]:
+        return list(self.sizes(folder))
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        with _network(self.where(folder), "read"):
+            try:
+                found = self._fs.find(self._path(folder), detail=True)
+            except FileNotFoundError as error:
+                _require_bucket(error, self.url)
+                return {}
+        names = {path[len(self._root) + 1 :]: int(info["size"]) for path, info in sorted(found.items())}
+        return {n: size for n, size in names.items() if n and not n.endswith("/")}  # consoles put objects for folders
+
+    def create(self, name: str, data: bytes) -> bool:
+        made = self._put_new(name, data)
+        if made and not self._refuses_second_puts and self._put_new(name, data):
+            raise CacheError(
+                f"{self.url} lets a second put replace an object, so two workers could commit one shard; "
+                "dump into a folder, or into a store that honours If-None-Match"
+            )
+        self._refuses_second_puts = True
+        return made
+
+    def _put_new(self, name: str, data: bytes) -> bool:
+        with _network(self.where(name), "written"):
+            for pause in (*_PAUSES, None):
+                try:
+                    self._fs.pipe_file(self._path(name), data, mode="create")
+                except FileExistsError:
+                    return False
+                except OSError as error:  # stores have several words for "it exists", and for "two puts met: try again"
+                    _require_bucket(error, self.url)
+                    if self.size(name) is not None:
+                        return False
+                    if pause is None or isinstance(error, PermissionError):
+                        raise
+                    time.sleep(pause)
+                else:
+                    return True
+        return False
+
+    def new_data(self, stem: str, suffix: str, folder: bool) -> NewData:  # noqa: ARG002  a prefix needs no making
+        return _RemoteData(self, f"{stem}-{secrets.token_hex(6)}{suffix}")
+
+    def put(self, source: Path, name: str) -> None:
+        """Upload a local file under a name that is nobody else's."""
+        with _network(self.where(name), "written"):
+            self._fs.put_file(str(source), self._path(name))
+
+    def delete(self, name: str) -> None:
+        with _network(self.where(name), "deleted"), contextlib.suppress(FileNotFoundError):
+            self._fs.rm(self._path(name), recursive=True)
+
+    def sweep(self, committed: dict[str, set[str]]) -> None:
+        for name in self.names("shards"):
+            stem = name.split("-", 1)[0]
+            if stem in committed and name not in committed[stem]:
+                self.delete(name)
+
+
+class RemoteFile:
+    """An object that is read by ranges, each a request."""
+
+    def __init__(self, place: RemotePlace, name: str, size: int) -> None:
+        self._place, self.object, self.size = place, name, size
+        self.name = place.where(name)
+
+    def read(self, start: int, length: int) -> bytes:
+        """Exactly these bytes."""
+        self.require(start, length)
+        return self._place.read_ranges([(self, start, length)])[0] if length else b""
+
+    def require(self, start: int, length: int) -> None:
+        """Refuse a range that leads out of the object."""
+        if not 0 <= start <= start + length <= self.size:
+            raise CorruptCacheError(f"{self.name} ends before byte {start + length}")
+
+    def checked(self, found: bytes | Exception, start: int, length: int) -> bytes:
+        """What a request for a range has brought, if that is the range."""
+        if isinstance(found, FileNotFoundError):
+            raise CorruptCacheError(f"{self.name} cannot be read: there is no such object") from None
+        if isinstance(found, Exception):
+            size = self._place.size(self.object)
+            if size is None or size < start + length:
+                raise CorruptCacheError(f"{self.name} ends before byte {start + length}") from None
+            raise CacheError(f"{self.name} cannot be read: {_sentence(found)}") from found
+        if len(found) != length:
+            raise CorruptCacheError(f"{self.name} ends before byte {start + length}")
+        return bytes(found)
+
+
+class _RemoteData(NewData):
+    """Parts gathered in local temporary files and put at `publish`."""
+
+    def __init__(self, place: RemotePlace, name: str) -> None:
+        self.name, self._place = name, place
+        self._scratch = Path(tempfile.mkdtemp(prefix="kdcache-"))
+        self._parts: list[tuple[str, _ScratchFile]] = []
+
+    def part(self, name: str) -> Sink:
+        full = f"{self.name}/{name}" if name else self.name
+        file = _ScratchFile(self._scratch / str(len(self._parts)))
+        self._parts.append((full, file))
+        return Sink(full, cast(BinaryIO, file))
+
+    def publish(self) -> bool:
+        def put(part: tuple[str, _ScratchFile]) -> None:
+            part[1].close()
+            self._place.put(part[1].path, part[0])
+
+        for _ in self._place.map(put, self._parts, at_once=4):  # s3fs holds up to 100 MB of each in memory
+            pass
+        return True
+
+    def close(self) -> None:
+        for _, file in self._parts:
+            with contextlib.suppress(CacheError):
+                file.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+class _ScratchFile:
+    """A local file whose failures are one sentence."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with storage_errors(path):
+            self._file = path.open("xb")
+
+    def write(self, data: memoryview) -> int:
+        with storage_errors(self.path):
+            return self._file.write(data)
+
+    def flush(self) -> None:
+        with storage_errors(self.path):
+            self._file.flush()
+
+    def close(self) -> None:
+        with storage_errors(self.path):
+            self._file.close()
+
+
+@contextlib.contextmanager
+def _network(where: str, verb: str) -> Iterator[None]:
+    """One sentence for whatever the store's library raises; absent and present objects keep their errors."""
+    try:
+        yield
+    except CacheError:
+        raise
+    except (FileNotFoundError, FileExistsError) as error:
+        _require_bucket(error, where)
+        if verb == "written":
+            raise CacheError(f"{where} cannot be written: {_sentence(error)}") from error
+        raise
+    except Exception as error:
+        raise CacheError(f"{where} cannot be {verb}: {_sentence(error)}") from error
+
+
+def _require_bucket(error: OSError, where: str) -> None:
+    """An object that is absent is an answer; a bucket that is absent is an error."""
+    if re.search(r"(bucket|container) does not exist", str(error)):
+        raise CacheError(f"{where} cannot be used: {_sentence(error)}") from error
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

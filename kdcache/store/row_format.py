@@ -1,0 +1,157 @@
+"""Row format: a row and its targets as named streams, the same in every store.
+
+    tokens      [n] ids of the row, 1 <= n <= seq_len, without padding
+    pieces      [P, 2] int64: the length of each piece, at least 1, summing to n; its document
+    supervised  [n] uint8: 1 where a token may be a label; empty when every token may
+    ...         the streams of the codec: the targets of the slots that carry one, in slot order
+
+A store keeps the streams, their lengths, the number of positions, and a seal over all of it. Nothing read is
+believed before it is checked: lengths against what the manifest allows, tokens against the vocabulary, pieces
+against tokens, positions against labels, and the targets by the codec.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.codec import Codec
+from kdcache.codec.streams import inflate
+from kdcache.errors import CorruptCacheError
+from kdcache.rows import IGNORE, PackedRow
+from kdcache.targets import SparseTargets
+
+Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One row as it is stored.
+
+    Attributes:
+        positions: targets in it.
+        streams: each a 1-D array.
+    """
+
+    positions: int
+    streams: dict[str, NDArray[Any]]
+
+    def digest(self, running: Any) -> None:
+        """Add the row to a running hash of the logical content."""
+        running.update(struct.pack("<I", self.positions))
+        for stream in self.streams.values():
+            data = np.ascontiguousarray(stream).view(np.uint8)
+            running.update(struct.pack("<Q", data.size))
+            running.update(data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFormat:
+    """How the rows of one cache become streams; everything comes from its manifest.
+
+    Attributes:
+        codec: of the targets.
+        seq_len: slots a row.
+        vocab_size: tokens lie below it.
+        documents: in the corpus; pieces come from these.
+    """
+
+    codec: Codec
+    seq_len: int
+    vocab_size: int
+    documents: int
+
+    @property
+    def layout(self) -> Shapes:
+        """dtype and largest shape of the streams that say what the tokens are."""
+        length = self.seq_len
+        return {
+            "tokens": (self.codec.id_dtype, (length,)),
+            "pieces": (np.dtype("<i8"), (length, 2)),
+            "supervised": (np.dtype("u1"), (length,)),
+        }
+
+    @cached_property
+    def most_bytes(self) -> int:
+        """The most that the streams of a row can hold."""
+        shapes = self.shapes(self.seq_len).values()
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes)
+
+    def shapes(self, positions: int) -> Shapes:
+        """dtype and largest shape of every stream of a row with so many positions, in order.
+
+        Raises:
+            CorruptCacheError: a row cannot have so many.
+        """
+        if not 0 <= positions <= self.seq_len:
+            raise CorruptCacheError(f"it claims {positions} targets, but a row has {self.seq_len} slots")
+        return {**self.layout, **self.codec.streams(positions)}
+
+    def pack(self, row: PackedRow, targets: SparseTargets) -> Record:
+        """A row and the targets of its labelled slots, in slot order, as streams."""
+        pieces = np.stack([row.piece_lengths, row.piece_documents], -1).astype("<i8")
+        supervised = np.zeros(0, np.uint8) if row.supervised is None else row.supervised.astype(np.uint8)
+        streams = {"tokens": row.tokens.astype(self.codec.id_dtype), "pieces": pieces.ravel(), "supervised": supervised}
+        return Record(positions=len(targets.count), streams={**streams, **self.codec.encode(targets)})
+
+    def unpack(self, record: Record) -> tuple[PackedRow, SparseTargets]:
+        """The row and the targets of its labelled slots.
+
+        Raises:
+            CorruptCacheError: streams that no row can have.
+        """
+        for name, (_, shape) in self.shapes(record.positions).items():
+            if record.streams[name].size > math.prod(shape):
+                raise CorruptCacheError(f"its stream {name} has {record.streams[name].size} numbers, above {shape}")
+        row = self._row(record.streams)
+        positions = int((row.labels(self.seq_len) != IGNORE).sum())
+        if record.positions != positions:
+            raise CorruptCacheError(f"it has {record.positions} targets for {positions} labels")
+        return row, self.codec.decode(record.streams, positions)
+
+    def _row(self, streams: dict[str, NDArray[Any]]) -> PackedRow:
+        tokens, pieces, supervised = (streams[name] for name in self.layout)
+        if len(pieces) % 2:
+            raise CorruptCacheError("its pieces are not pairs of a length and a document")
+        lengths, documents = pieces.reshape(-1, 2).T
+        whole = lengths.min(initial=1) >= 1 and lengths.max(initial=1) <= self.seq_len
+        if not whole or int(lengths.sum()) != len(tokens) or not 1 <= len(tokens) <= self.seq_len:
+            raise CorruptCacheError(f"its pieces do not add up to a row of 1 to {self.seq_len} tokens")
+        if documents.min() < 0 or documents.max() >= self.documents:
+            raise CorruptCacheError(f"it has a piece of no document of the {self.documents} of the corpus")
+        if tokens.max() >= self.vocab_size:
+            raise CorruptCacheError(f"it has a token outside the vocabulary of {self.vocab_size}")
+        if len(supervised) not in (0, len(tokens)) or supervised.max(initial=0) > 1:
+            raise CorruptCacheError("its mask is not one flag for each token")
+        return PackedRow(
+            tokens=tokens.astype(np.int32),
+            piece_lengths=lengths.astype(np.int32),
+            piece_documents=documents.copy(),
+            supervised=supervised.astype(bool) if len(supervised) else None,
+        )
+
+
+def read_stream(frame: bytes | memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """A stream from its zstd frame; nothing is allocated for one that is larger than its shape allows.
+
+    Raises:
+        CorruptCacheError: not a frame, too large, or not whole numbers.
+    """
+    return inflate(frame, math.prod(shape) * dtype.itemsize, dtype)
+
+
+def row_seal(shard: int, row: int, positions: int, streams: Iterable[Any]) -> int:
+    """crc32c of a row: its shard, number and target count (uint32 each), then each stream's length and bytes."""
+    crc = google_crc32c.value(struct.pack("<III", shard, row, positions))
+    for stream in streams:
+        data = memoryview(stream).cast("B") if len(stream) else b""
+        crc = google_crc32c.extend(google_crc32c.extend(crc, struct.pack("<I", len(data))), bytes(data))
+    return int(crc)

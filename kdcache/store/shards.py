@@ -1,0 +1,209 @@
+"""Shards: what every store does alike when it writes and reads the rows of one shard.
+
+A store adds how a record becomes bytes and how a row is found again; counting, hashing, publishing and the
+checks of a row's content are here, once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.rows import PackedRow
+from kdcache.store.place import Place
+from kdcache.store.row_format import Record, RowFormat
+from kdcache.targets import SparseTargets
+
+FOLDER = "shards"
+
+_DAMAGE = (CorruptCacheError, IndexError, OverflowError, ValueError, TypeError, struct.error)
+"""What reading damaged bytes can raise, in our code and in the libraries."""
+
+
+def shard_stem(shard: int) -> str:
+    """How the name of a shard's data begins."""
+    return f"{FOLDER}/{shard:05d}"
+
+
+class Tally:
+    """Counts and hashes of the rows of a shard, as its commit names them.
+
+    Attributes:
+        rows, positions, entries: so far.
+    """
+
+    def __init__(self) -> None:
+        self.rows = self.positions = self.entries = 0
+        self._tokens, self._content = hashlib.sha256(), hashlib.sha256()
+
+    def add(self, row: PackedRow, targets: SparseTargets, record: Record) -> None:
+        """Count one more row."""
+        self._tokens.update(np.array([len(row.tokens), len(row.piece_lengths)], "<i8").tobytes())
+        self._tokens.update(row.tokens.astype("<i4").tobytes())
+        self._tokens.update(row.piece_lengths.astype("<i4").tobytes())
+        record.digest(self._content)
+        self.rows += 1
+        self.positions += record.positions
+        self.entries += int(targets.count.sum())
+
+    def fields(self) -> dict[str, Any]:
+        """Counts and hashes under the names that a commit has for them."""
+        return {
+            "rows": self.rows,
+            "positions": self.positions,
+            "entries": self.entries,
+            "tokens_sha256": self._tokens.hexdigest(),
+            "content_sha256": self._content.hexdigest(),
+        }
+
+
+class ShardWriter(ABC):
+    """Writes one shard; nothing is visible before `publish`. Use it as a context manager.
+
+    Attributes:
+        tally: of what is written so far.
+        data: where it goes.
+    """
+
+    suffix: ClassVar[str]
+    folder: ClassVar[bool]
+
+    def __init__(self, place: Place, shard: int, form: RowFormat) -> None:
+        self.place, self.shard, self.form = place, shard, form
+        self.tally = Tally()
+        self.data = place.new_data(shard_stem(shard), self.suffix, self.folder)
+
+    def write(self, row: PackedRow, targets: SparseTargets, record: Record | None = None) -> None:
+        """Append a row and the targets of its labelled slots, in slot order; `record` if it is packed already."""
+        record = record or self.form.pack(row, targets)
+        self._append(record)
+        self.tally.add(row, targets, record)
+
+    @abstractmethod
+    def _append(self, record: Record) -> None:
+        """Write one more record."""
+
+    @abstractmethod
+    def _finish(self) -> list[dict[str, Any]]:
+        """Write what comes last; the records of all objects."""
+
+    @classmethod
+    @abstractmethod
+    def reader(cls) -> type[Shard]:
+        """What reads these shards."""
+
+    def publish(self) -> tuple[list[dict[str, Any]], bool]:
+        """Make the data appear; returns its objects, and whether they are these.
+
+        If data of that name exists without a commit, some writer stopped between the two, or is about to
+        commit. It appeared whole, so if it holds these tokens it is as good as this and stays; if it is
+        damaged it makes room. Of several writers that find it damaged one replaces it, and the others find
+        what that one made.
+        """
+        objects = self._finish()
+        if self.data.publish():
+            return objects, True
+        with self.place.alone(FOLDER):
+            while not self.data.publish():
+                standing = self._standing()
+                if standing == objects:
+                    break
+                if standing and self._adopt(standing):
+                    return standing, False
+                self.place.delete(self.data.name)
+        return objects, True
+
+    def _standing(self) -> list[dict[str, Any]]:
+        """What lies under the name of this shard; nothing if it cannot be read."""
+        name = self.data.name
+        try:
+            return [
+                {"name": name, "bytes": self.place.open(name).size, "sha256": self.place.sha256(name)}
+                for name in (self.place.names(name) if self.folder else [name])
+            ]
+        except CacheError:
+            return []
+
+    def _adopt(self, standing: list[dict[str, Any]]) -> bool:
+        """Whether standing data is sound and holds these tokens; its content is then what this shard has."""
+        try:
+            found = self.reader()(self.place, self.shard, self.form, standing, self.tally.rows).count()
+        except CorruptCacheError:
+            return False
+        if found.fields()["tokens_sha256"] != self.tally.fields()["tokens_sha256"]:
+            return False
+        self.tally = found
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.data.close()
+
+
+class Shard(ABC):
+    """Reads one shard.
+
+    Args:
+        place: where the cache lies.
+        shard: its number.
+        form: of its rows.
+        objects: what its commit says of its objects.
+        rows: how many it holds.
+
+    Raises:
+        CorruptCacheError: the objects are not the shard that its commit promises.
+    """
+
+    def __init__(self, place: Place, shard: int, form: RowFormat, objects: list[dict[str, Any]], rows: int) -> None:
+        self.place, self.shard, self.form, self.rows = place, shard, form, rows
+        self.name = self._open(objects)
+
+    @abstractmethod
+    def _open(self, objects: list[dict[str, Any]]) -> str:
+        """Open the objects and check their outer form; the shard's name, for messages."""
+
+    @abstractmethod
+    def _record(self, row: int) -> Record:
+        """The streams of a row, their seal checked, each no longer than a row's can be."""
+
+    def read(self, row: int) -> tuple[PackedRow, SparseTargets]:
+        """A row and the targets of its labelled slots.
+
+        Raises:
+            CorruptCacheError: the row is damaged; the message names the shard and the row.
+        """
+        return self.read_with_record(row)[:2]
+
+    def read_with_record(self, row: int) -> tuple[PackedRow, SparseTargets, Record]:
+        """The same, and the streams that it was made of."""
+        try:
+            record = self._record(row)
+            return (*self.form.unpack(record), record)
+        except _DAMAGE as error:
+            what = f"{self.place.where(self.name)}, row {row}: {error}{self.place.damage_note}"
+            raise CorruptCacheError(what) from None
+
+    def count(self) -> Tally:
+        """Read every row, and count."""
+        tally = Tally()
+        for found in self.place.map(self.read_with_record, range(self.rows)):
+            tally.add(*found)
+        return tally
+
+    def _require(self, objects: list[dict[str, Any]], name: str) -> Any:
+        """An object of the commit, opened; its size is the one committed."""
+        promised = [x for x in objects if x["name"] == name]
+        if len(promised) != 1:
+            raise CorruptCacheError(f"{self.place.where(name)} is not among the objects that were committed")
+        opened, size = self.place.open(name, promised[0]), promised[0]["bytes"]
+        if opened.size != size:
+            raise CorruptCacheError(f"{opened.name} has {opened.size} bytes, not the {size} that were committed")
+        return opened

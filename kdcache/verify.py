@@ -1,0 +1,159 @@
+"""Verify: re-hash every object, decode every row, and report all that is wrong, not only the first."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.store.backends import open_shard
+from kdcache.store.commit import FOLDER as COMMITS
+from kdcache.store.commit import Commit, commit_name
+from kdcache.store.create import TOKENIZER
+from kdcache.store.manifest import NAME, Manifest
+from kdcache.store.place import Place
+from kdcache.store.places import open_place
+from kdcache.store.shards import FOLDER, shard_stem
+
+
+@dataclass(kw_only=True)
+class VerifyReport:
+    """What `verify_cache` found.
+
+    Attributes:
+        shards, objects, bytes: how much was checked.
+        content_sha256: over the content of all shards, equal for caches of equal content in any store; None if any is
+            missing or damaged.
+        problems: `{"shard", "object", "what"}` each; shard is None for what belongs to the whole cache.
+    """
+
+    shards: int = 0
+    objects: int = 0
+    bytes: int = 0
+    content_sha256: str | None = None
+    problems: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def add(self, shard: int | None, name: str, what: object) -> None:
+        """Note a problem."""
+        self.problems.append({"shard": shard, "object": name, "what": str(what)})
+
+
+def verify_cache(path: str | os.PathLike[str], on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+    """Re-hash every object, decode every row, and report all problems.
+
+    Args:
+        path: the cache's folder or URL.
+        on_progress: called with (shards done, shards planned).
+
+    Raises:
+        CacheError: there is no cache to verify, or it cannot be reached.
+    """
+    place, report = open_place(path), VerifyReport()
+    try:
+        manifest = Manifest.read(place)
+    except CorruptCacheError as error:
+        report.add(None, NAME, error)
+        return report
+    report.objects, report.bytes = 1, place.size(NAME) or 0
+    files = [{"name": f"{TOKENIZER}/{name}", "sha256": sha256} for name, sha256 in manifest.tokenizer_files.items()]
+    _check_objects(report, place, None, files)
+    content, listed = hashlib.sha256(), set(place.names(COMMITS))
+    known: dict[str, int | None] = {f"{TOKENIZER}/{name}": None for name in manifest.tokenizer_files}
+    for shard in range(manifest.shards):
+        if on_progress:
+            on_progress(shard, manifest.shards)
+        if commit_name(shard) not in listed:
+            report.add(shard, commit_name(shard), "the shard is not committed")
+            continue
+        known[commit_name(shard)] = None
+        commit = _read_commit(report, place, manifest, shard)
+        if commit is None:
+            continue
+        known |= {data["name"]: shard for data in commit.objects}
+        report.shards += 1
+        if _check_objects(report, place, shard, commit.objects):
+            _check_rows(report, place, manifest, commit)
+        content.update(commit.content_sha256.encode())
+    _check_strays(report, place, manifest, known)
+    if report.ok:
+        report.content_sha256 = content.hexdigest()
+    return report
+
+
+def _read_commit(report: VerifyReport, place: Place, manifest: Manifest, shard: int) -> Commit | None:
+    name = commit_name(shard)
+    try:
+        commit = Commit.read(place, shard, manifest.sha256)
+    except CacheError as error:
+        if place.remote and not isinstance(error, CorruptCacheError):
+            raise  # no answer says nothing of the cache
+        report.add(shard, name, error)
+        return None
+    if commit is None:
+        report.add(shard, name, "it cannot be read")
+        return None
+    first = shard * manifest.docs_per_shard
+    documents = min(manifest.docs_per_shard, manifest.documents - first)
+    if commit.documents != documents or commit.dropped > documents:
+        report.add(shard, name, f"it claims {commit.documents} documents, {commit.dropped} dropped, of {documents}")
+    report.objects, report.bytes = report.objects + 1, report.bytes + (place.size(name) or 0)
+    return commit
+
+
+def _check_objects(report: VerifyReport, place: Place, shard: int | None, objects: list[dict[str, Any]]) -> bool:
+    """Whether all of them are what their records say."""
+    sound = True
+    for data, (size, problem) in zip(objects, place.map(lambda data: _examine(place, data), objects), strict=True):
+        report.objects += 1
+        if problem is None:
+            report.bytes += size
+        else:
+            report.add(shard, data["name"], problem)
+            sound = False
+    return sound
+
+
+def _examine(place: Place, data: dict[str, Any]) -> tuple[int, object]:
+    """The size of an object, and what is wrong with it."""
+    size = place.size(data["name"])
+    if size is None:
+        return 0, "it is missing"
+    try:
+        sha256 = place.sha256(data["name"])
+    except CorruptCacheError as error:
+        return size, error
+    return size, None if sha256 == data["sha256"] else "its sha256 is not the one recorded"
+
+
+def _check_rows(report: VerifyReport, place: Place, manifest: Manifest, commit: Commit) -> None:
+    try:
+        found = open_shard(place, manifest, commit).count().fields()
+    except CorruptCacheError as error:
+        report.add(commit.shard, commit.objects[0]["name"], error)
+        return
+    if any(getattr(commit, name) != value for name, value in found.items()):
+        report.add(commit.shard, commit.objects[0]["name"], "its rows are not the ones that were committed")
+
+
+def _check_strays(report: VerifyReport, place: Place, manifest: Manifest, known: dict[str, int | None]) -> None:
+    """Objects that no record names: a copy under another name, or another cache's.
+
+    What a writer left that was not first, or has not committed, is no fault.
+    """
+    committed = set(known.values())
+    for name in (name for folder in (FOLDER, COMMITS, TOKENIZER) for name in place.names(folder)):
+        number = name.removeprefix(f"{FOLDER}/")[:5]
+        leftover = number.isdecimal() and int(number) < manifest.shards
+        if leftover and int(number) in committed:
+            leftover = name.startswith(f"{shard_stem(int(number))}-")
+        if name not in known and not leftover:
+            printable = name.encode("ascii", "backslashreplace").decode()
+            report.add(None, printable, "no record names it")

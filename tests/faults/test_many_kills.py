@@ -1,0 +1,78 @@
+"""Two workers killed by -9 at a random moment, then gone on with: always the cache of a run that was left alone.
+
+`KDCACHE_KILLS` says how many times (8 unless told; a release runs 100). Workers are forked from a process that has
+imported everything, so the moments fall into the work and not into imports.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcache import verify_cache
+from tests.making import TEXTS, run_dump
+
+KILLS = int(os.environ.get("KDCACHE_KILLS", "8"))
+
+
+@pytest.fixture(scope="module")
+def forge() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tests.making", "kdcache.teacher.dump", "transformers.models.llama.modeling_llama", "datasets"]
+    )
+    return context
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["arrow", "zarr"])
+def test_killed_workers_leave_what_the_next_run_completes(
+    forge: Any, teacher: Path, tmp_path: Path, store: str
+) -> None:
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"{n}: {text}"}) + "\n" for n in range(3) for text in TEXTS))
+    common = {"teacher": teacher, "corpus": corpus, "store": store, "docs_per_shard": 8, "precision": "6"}
+
+    def start(out: Path, worker: str) -> Any:
+        process = forge.Process(target=run_dump, args=({**common, "out": out, "worker": worker},))
+        process.start()
+        return process
+
+    def pair(out: Path) -> list[Any]:
+        return [start(out, "0/2"), start(out, "1/2")]
+
+    def finish(processes: list[Any]) -> float:
+        started = time.monotonic()
+        for process in processes:
+            process.join(120)
+            assert process.exitcode == 0
+        return time.monotonic() - started
+
+    finish(pair(tmp_path / "warm"))
+    duration = finish(pair(tmp_path / "whole"))
+    expected = verify_cache(tmp_path / "whole").content_sha256
+    assert expected is not None
+    moments = random.Random(store)
+    interrupted = 0
+    for _ in range(KILLS):
+        out = tmp_path / "c"
+        processes = pair(out)
+        time.sleep(moments.uniform(0.1, 1.0) * duration)
+        for process in processes:
+            process.kill()
+            process.join()
+        interrupted += any(process.exitcode for process in processes)
+        finish([start(out, "0/1")])
+        report = verify_cache(out)
+        assert report.ok, report.problems
+        assert report.content_sha256 == expected
+        shutil.rmtree(out)
+    assert interrupted > KILLS / 2

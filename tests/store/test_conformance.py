@@ -1,0 +1,146 @@
+"""Both stores pass the one suite, on every place; and what the formats promise to other libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import zarr
+from numcodecs import Zstd
+from numpy.typing import NDArray
+
+import kdcache
+from kdcache.store.arrow_store import ArrowShardWriter
+from kdcache.store.commit import read_commits
+from kdcache.store.examples import example_manifest, example_rows, write_cache
+from kdcache.store.local import LocalPlace
+from kdcache.store.manifest import Manifest
+from kdcache.store.place import Place
+from kdcache.store.places import open_place
+from kdcache.store.row_format import RowFormat
+from kdcache.store.testing import Objects, StoreConformance
+from kdcache.store.zarr_store import ZarrShardWriter
+from tests.objects import Bucket
+
+
+class InMemory:
+    """The same in an object store; one manifest, because what differs is the place."""
+
+    @pytest.fixture
+    def new_place(self, tmp_path: Path) -> Callable[[str], Place]:
+        return lambda name: open_place(f"memory:/{tmp_path}/{name}")
+
+    @pytest.fixture
+    def manifest(self, plain: Manifest) -> Manifest:
+        return plain
+
+
+class InBucket(InMemory):
+    """The same once more behind a real HTTP endpoint."""
+
+    @pytest.fixture
+    def new_place(self, bucket: Bucket) -> Callable[[str], Place]:
+        return lambda name: open_place(f"{bucket.url}/{name}")
+
+
+def arrow_table(place: Place, objects: Objects) -> tuple[bytes, pa.ipc.RecordBatchFileReader]:
+    data = b"".join(place.chunks(objects[0]["name"]))
+    return data, pa.ipc.open_file(pa.BufferReader(data))
+
+
+class TestArrow(StoreConformance):
+    store, writer = "arrow", ArrowShardWriter
+
+    def streams(self, place: Place, objects: Objects, form: RowFormat) -> list[dict[str, NDArray[Any]]]:
+        _, file = arrow_table(place, objects)
+        types = {name: dtype for name, (dtype, _) in form.shapes(0).items()}
+        return [
+            {
+                name: np.frombuffer(Zstd().decode(row[name]) if row[name] else b"", dtype)
+                for name, dtype in types.items()
+            }
+            for row in file.read_all().to_pylist()
+        ]
+
+    def spans(self, place: Place, objects: Objects, row: int) -> Iterator[tuple[str, int, int]]:
+        data, file = arrow_table(place, objects)
+        batch, at, base = file.get_batch(row // 4), row % 4, pa.py_buffer(data).address
+        for column in batch.columns:
+            where = [0 if buffer is None else buffer.address - base for buffer in column.buffers()]
+            if pa.types.is_binary(column.type):
+                start, end = np.frombuffer(data, "<i4", 2, where[1] + 4 * at)
+                yield objects[0]["name"], where[2] + int(start), where[2] + int(end)
+            else:
+                yield objects[0]["name"], where[1] + 4 * at, where[1] + 4 * at + 4
+
+
+class TestZarr(StoreConformance):
+    store, writer = "zarr", ZarrShardWriter
+
+    def streams(self, place: Place, objects: Objects, form: RowFormat) -> list[dict[str, NDArray[Any]]]:
+        group = zarr_group(place, objects)
+        names = list(form.shapes(0))
+        lengths = np.asarray(group["lengths"][:])
+        return [
+            {name: np.asarray(group[name][row]).ravel()[: lengths[row, column]] for column, name in enumerate(names)}
+            for row in range(len(lengths))
+        ]
+
+    def spans(self, place: Place, objects: Objects, row: int) -> Iterator[tuple[str, int, int]]:
+        rows = zarr_group(place, objects)["crc32c"].shape[0]
+        for name in (str(x["name"]) for x in objects if not x["name"].endswith("zarr.json")):
+            data = b"".join(place.chunks(name))
+            if "/crc32c/" in name or "/lengths/" in name:
+                yield name, 0, len(data)
+            else:
+                start, size = np.frombuffer(data, "<u8", 2, len(data) - 4 - 16 * (rows - row))
+                yield name, int(start), int(start + size)
+
+
+class TestArrowInMemory(InMemory, TestArrow):
+    pass
+
+
+class TestZarrInMemory(InMemory, TestZarr):
+    pass
+
+
+@pytest.mark.slow
+class TestArrowInBucket(InBucket, TestArrow):
+    pass
+
+
+@pytest.mark.slow
+class TestZarrInBucket(InBucket, TestZarr):
+    pass
+
+
+def zarr_group(place: Place, objects: Objects) -> Any:
+    """A shard as zarr-python opens it."""
+    from zarr.core.buffer import default_buffer_prototype
+
+    root = objects[0]["name"].partition(".zarr/")[0] + ".zarr/"
+    make = default_buffer_prototype().buffer.from_bytes
+    data = {x["name"].removeprefix(root): make(b"".join(place.chunks(x["name"]))) for x in objects}
+    return zarr.open_group(zarr.storage.MemoryStore(data), mode="r")
+
+
+@pytest.mark.parametrize("precision", ["float32", "6"])
+def test_content_is_the_same_in_both_stores(tmp_path: Path, precision: str) -> None:
+    found = []
+    for store in ("arrow", "zarr"):
+        manifest, place = example_manifest(store, precision=precision), LocalPlace(tmp_path / store)
+        commits = read_commits(place, write_cache(place, manifest, example_rows(manifest, 7)))
+        found.append([(c.rows, c.positions, c.entries, c.tokens_sha256, c.content_sha256) for c in commits.values()])
+    assert found[0] == found[1]
+
+
+def test_nothing_but_the_suite_needs_pytest() -> None:
+    package = Path(kdcache.__file__).parent
+    needy = {p.name for p in package.rglob("*.py") if "import pytest" in p.read_text()}
+    users = {p.name for p in package.rglob("*.py") if "kdcache.store.testing" in p.read_text()}
+    assert needy == {"testing.py"} and not users

@@ -1,0 +1,145 @@
+"""The JSON schemas of the records: true of every record that is written, and refusing what readers refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from kdcache.errors import CacheError
+from kdcache.selection import KINDS, Selection
+from kdcache.store.commit import Commit, read_commits
+from kdcache.store.examples import SELECTIONS, example_manifest, example_rows, write_cache
+from kdcache.store.local import LocalPlace
+from kdcache.store.manifest import NAME, STORES, Manifest
+from kdcache.store.record import seal
+
+SCHEMAS = Path(__file__).parents[2] / "docs/schema"
+RECORDS = {"manifest": Manifest, "commit": Commit}
+
+
+def schema(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((SCHEMAS / f"{name}.json").read_text())
+    return found
+
+
+def is_valid(name: str, record: Any) -> bool:
+    """To a schema 1.0 is a whole number; a reader refuses it."""
+    return Draft202012Validator(schema(name)).is_valid(record)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_schema_names_the_fields_of_its_record(name: str) -> None:
+    Draft202012Validator.check_schema(schema(name))
+    fields = {field.name for field in dataclasses.fields(RECORDS[name])} | {"format", "checksum"}
+    assert set(schema(name)["properties"]) == fields == set(schema(name)["required"])
+
+
+def test_a_schema_names_every_choice() -> None:
+    properties = schema("manifest")["properties"]
+    assert set(properties["selection"]["properties"]) == {field.name for field in dataclasses.fields(Selection)}
+    assert set(properties["selection"]["properties"]["kind"]["enum"]) == set(KINDS)
+    assert set(properties["store"]["enum"]) == set(STORES)
+    for precision in properties["precision"]["enum"]:
+        _ = example_manifest("arrow", precision=precision).codec
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("kind", SELECTIONS)
+def test_records_of_examples_are_valid(tmp_path: Path, store: str, kind: str) -> None:
+    manifest = example_manifest(store, selection=SELECTIONS[kind])
+    write_cache(LocalPlace(tmp_path), manifest, example_rows(manifest, 3))
+    Draft202012Validator(schema("manifest")).validate(json.loads((tmp_path / NAME).read_text()))
+    for path in (tmp_path / "commits").iterdir():
+        Draft202012Validator(schema("commit")).validate(json.loads(path.read_text()))
+
+
+LIES: list[tuple[str, dict[str, Any]]] = [
+    ("manifest", {"format": 2}),
+    ("manifest", {"surprise": 1}),
+    ("manifest", {"teacher_sha256": "0"}),
+    ("manifest", {"tokenizer_files": {"../tokenizer.json": "0" * 64}}),
+    ("manifest", {"tokenizer_files": {"..": "0" * 64}}),
+    ("manifest", {"tokenizer_files": {"a\n": "0" * 64}}),
+    ("manifest", {"tokenizer_files": {"a": "0" * 64 + "\n"}}),
+    ("manifest", {"tokenizer_files": {"a:b": "0" * 64}}),
+    ("manifest", {"tokenizer_files": {"tokenizer.json": "0"}}),
+    ("manifest", {"tokenizer_files": []}),
+    ("manifest", {"documents": 0}),
+    ("manifest", {"documents": "many"}),
+    ("manifest", {"docs_per_shard": -1}),
+    ("manifest", {"vocab_size": 1 << 31}),
+    ("manifest", {"seq_len": True}),
+    ("manifest", {"seq_len": 1 << 63}),
+    ("manifest", {"isolate": 1}),
+    ("manifest", {"selection": {"kind": "best"}}),
+    ("manifest", {"selection": {"kind": "topk", "k": "8"}}),
+    ("manifest", {"selection": {"kind": "topk", "k": 8, "q": 1}}),
+    ("manifest", {"selection": []}),
+    ("manifest", {"tau": 2.0}),
+    ("manifest", {"tau": "0.5"}),
+    ("manifest", {"seed": -1}),
+    ("manifest", {"adaptive": None}),
+    ("manifest", {"temperatures": []}),
+    ("manifest", {"temperatures": [2.0]}),
+    ("manifest", {"temperatures": [1.0, 1.0]}),
+    ("manifest", {"temperatures": [1.0, "2"]}),
+    ("manifest", {"temperatures": [1.0, 0]}),
+    ("manifest", {"temperatures": [1.0, 1000]}),
+    ("manifest", {"precision": "float8"}),
+    ("manifest", {"precision": 6}),
+    ("manifest", {"id_order": [1, 2]}),
+    ("manifest", {"store": "tape"}),
+    ("manifest", {"origin": None}),
+    ("commit", {"format": 0}),
+    ("commit", {"surprise": 1}),
+    ("commit", {"shard": -1}),
+    ("commit", {"shard": 100_000}),
+    ("commit", {"rows": -1}),
+    ("commit", {"rows": 1 << 32}),
+    ("commit", {"rows": "3"}),
+    ("commit", {"positions": None}),
+    ("commit", {"tokens_sha256": "F" * 64}),
+    ("commit", {"compute": []}),
+    ("commit", {"objects": []}),
+    ("commit", {"objects": {}}),
+    ("commit", {"objects": ["shards/00000.arrow"]}),
+    *(
+        ("commit", {"objects": [{"name": name, "bytes": 1000, "sha256": "0" * 64}]})
+        for name in (
+            "../00000.arrow", "/shards/00000.arrow", "shards/00000.arrow/../x", "shards/00000./..", "shards/00000.//x",
+            "shards/00000.a/./b", "shards/000001.arrow", "tokenizer/tokenizer.json", "shards/00000.\0",
+            "shards/00000.a\n", "shards/00000.C:x",
+            "shards/00000.a\\b", "shards/00000.é", "shards/00000." + "a" * 200, "", "shards/00000.a/",
+        )
+    ),
+    ("commit", {"objects": [{"name": "shards/00000.arrow", "bytes": -1, "sha256": "0" * 64}]}),
+    ("commit", {"objects": [{"name": "shards/00000.arrow", "bytes": 1000}]}),
+    ("commit", {"objects": [{"name": "shards/00000.arrow", "bytes": 1000, "sha256": "0"}]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "lie"), LIES, ids=str)
+def test_a_reader_refuses_what_the_schema_refuses(cache: Path, tmp_path: Path, name: str, lie: dict[str, Any]) -> None:
+    records = shutil.copytree(cache, tmp_path / "c", ignore=shutil.ignore_patterns("shards", "tokenizer"))
+    copy = LocalPlace(records)
+    path = copy.folder / (NAME if name == "manifest" else "commits/00000.json")
+    honest = json.loads(path.read_text())
+    assert is_valid(name, honest)
+    assert not is_valid(name, {**honest, **lie})
+    path.write_bytes(seal({**honest, **lie}))
+    with pytest.raises(CacheError, match=path.name):
+        read_commits(copy, Manifest.read(copy))
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_field_is_needed(cache: Path, name: str) -> None:
+    path = cache / (NAME if name == "manifest" else "commits/00000.json")
+    honest = json.loads(path.read_text())
+    for field in honest:
+        assert not is_valid(name, {k: v for k, v in honest.items() if k != field})
