@@ -66,7 +66,7 @@ def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device 
     model.eval()
     try:
         with torch.no_grad():
-            known = _finite_tokens(model, vocab_size, device)
+            known = finite_tokens(model, vocab_size, device)
             if not len(known):  # the first position of real text will be refused, and named
                 return
             index = torch.from_numpy(np.random.default_rng(0).integers(0, len(known), (2, slots)))
@@ -83,8 +83,7 @@ def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device 
         model.train(training)
     if not torch.isfinite(reference).all():
         raise ModelError(f"{type(model).__name__} gives NaN or infinite logits for plain tokens; try another --dtype")
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    allowed = 4 * noise + 0.25 * torch.finfo(dtype).eps * reference.abs().max().item()
+    allowed = 4 * noise + 0.25 * rounding(model) * reference.abs().max().item()
     name = type(model).__name__
     if backward > allowed:
         raise IsolationError(f"{name} is not causal: changing a token moved the logits before it by {backward:.2g}")
@@ -96,8 +95,14 @@ def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device 
         )
 
 
-def _finite_tokens(model: nn.Module, vocab_size: int, device: torch.device | str) -> Tensor:
-    """Some token ids, in a fixed order, after which alone the model's logits are finite."""
+def rounding(model: nn.Module) -> float:
+    """The relative spacing of numbers in a model's dtype."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return torch.finfo(dtype).eps
+
+
+def finite_tokens(model: nn.Module, vocab_size: int, device: torch.device | str) -> Tensor:
+    """`[<= 64]` some token ids, in a fixed order, after which alone the model's logits are finite."""
     ids = torch.from_numpy(np.random.default_rng(1).permutation(vocab_size)[:_PROBE_TOKENS])
     logits = packed_forward(
         model, ids[:, None].to(device), torch.zeros(len(ids), 1, dtype=torch.long, device=device)

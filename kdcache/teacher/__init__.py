@@ -2,7 +2,8 @@
 
 config.py   what a dump is asked to do
 inputs.py   what a shard is a function of, opened and fingerprinted
-worker.py   which share of the shards is mine
+head.py     the output head, a tile of positions at a time
+beside.py   encoding and writing, beside the forward pass
 forward.py  packed rows to sparse targets
 pilot.py    what must be known before the first shard
 dump.py     shard by shard: rows, forward pass, commit

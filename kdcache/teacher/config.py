@@ -18,7 +18,7 @@ class DumpConfig:
 
     teacher: str = option("folder or hub name of a causal language model")
     corpus: str = option(".txt, .jsonl, .parquet, .arrow file or glob, save_to_disk folder, hf:NAME[:CONFIG]")
-    out: str = option("folder of the cache; made, or gone on with")
+    out: str = option("folder or URL (s3://...) of the cache; made, or gone on with")
     # corpus
     text_column: str | None = option("column of texts  [default: text]", None)
     messages_column: str | None = option("column of conversations  [default: messages]", None)
@@ -31,17 +31,26 @@ class DumpConfig:
     seq_len: int = option("tokens a row", 512)
     isolate: bool = option("keep packed pieces from seeing each other", True)
     # target
-    select: str = option("which entries to keep: topk or full", "topk")
-    k: int = option("entries a position", 64)
+    select: str = option("which entries to keep: topk, topp, sample, ipps or full", "topk")
+    k: int = option("entries a position; the most of them for topp, the mean with --adaptive", 64)
+    min_k: int = option("the fewest entries, for topp and --adaptive", 1)
+    top_p: float | None = option("mass that topp keeps", None)
+    draws: int | None = option("draws of sample", None)
+    adaptive: bool = option("ipps: one threshold for the whole cache instead of one k", False)
+    force_label: bool = option("the true next token is always among the entries", False)
+    sample_temperature: float = option("T of the distribution that sample and ipps draw from", 1.0)
+    seed: int = option("of the draws", 0)
     temperatures: str = option("comma-separated T whose exact tails are kept", "1")
     # store
-    precision: str = option("how values are stored: float32, float16, or 4 to 16 bits (compressed)", "float32")
+    store: str = option("arrow or zarr", "arrow")
+    precision: str | None = option("float32, float16, or 4 to 16 bits a value  [default: 6, and 8 for full]", None)
     docs_per_shard: int | None = option("documents a shard  [default: from the corpus's size]", None)
     # compute
     device: str = option("auto, cpu, cuda, cuda:1, mps", "auto")
     device_map: str | None = option("auto spreads the teacher over several GPUs", None)
     dtype: str = option("auto (float32 on a CPU, the checkpoint's elsewhere), float32, bfloat16, float16", "auto")
     batch_rows: int = option("rows a forward pass", 8)
+    tile_head: bool = option("run the output head over tiles of positions", True)
     # work
     worker: str | None = option("I/N: this is worker I of N  [default: from SLURM or torchrun, else 0/1]", None)
 
@@ -49,8 +58,14 @@ class DumpConfig:
         for name, least in (("seq_len", 2), ("batch_rows", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least {least}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"--seed is {self.seed}, but must lie in 0 to 2^63 - 1")
+        if self.adaptive and self.select != "ipps":
+            raise ConfigError(f"--adaptive is for --select ipps, not {self.select}")
         if self.docs_per_shard is not None and self.docs_per_shard < 1:
             raise ConfigError(f"--docs-per-shard is {self.docs_per_shard}, but must be at least 1")
+        if self.store not in ("arrow", "zarr"):
+            raise ConfigError(f"--store {self.store} is not one of arrow, zarr")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"--dtype {self.dtype} is not one of auto, float32, bfloat16, float16")
         if self.device_map not in (None, "auto"):

@@ -4,12 +4,14 @@ Order of a run: look at everything that can be wrong (folders, corpus, options, 
 another configuration), load and probe the teacher, and only then write. Each shard is a
 function of its documents alone; a run that stops leaves whole shards behind and goes on with
 those that are not committed.
+Encoding and writing run beside the forward pass, in a thread of their own; `waited_seconds` says for how
+long the teacher stood still for them.
 Cost above the teacher's forward pass: the selection, and one copy of the entries off the device.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import os
 import tempfile
 import time
@@ -18,22 +20,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kdcache.errors import CacheError
-from kdcache.selection import Selection
-from kdcache.store import arrow_store, commit
-from kdcache.store.arrow_store import ArrowShardWriter
-from kdcache.store.commit import Commit, read_commits
-from kdcache.store.durable import sha256_file, storage_errors, sweep, write_new
-from kdcache.store.manifest import NAME, Manifest
+from kdcache.rows import PackedRow
+from kdcache.store.backends import new_shard
+from kdcache.store.commit import read_commits
+from kdcache.store.create import create_cache, publish_shard, require_free_or_same, sweep
+from kdcache.store.manifest import Manifest
+from kdcache.store.place import Place
+from kdcache.store.places import open_place
+from kdcache.store.shards import ShardWriter
+from kdcache.store.totals import totals
+from kdcache.targets import SparseTargets
+from kdcache.teacher.beside import Beside
 from kdcache.teacher.config import DumpConfig
 from kdcache.teacher.forward import Teacher
 from kdcache.teacher.inputs import Inputs, open_inputs
-from kdcache.teacher.pilot import id_order
-from kdcache.teacher.worker import Worker, find_worker
-
-_TOKENIZER = "tokenizer"
+from kdcache.teacher.pilot import run_pilot
+from kdcache.worker import Worker, find_worker
 
 Progress = Callable[[int, int, int], None]
 """Called with documents done, documents to do, and positions done so far."""
@@ -50,21 +52,22 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     """
     started = time.perf_counter()
     worker = find_worker(config.worker, os.environ)
-    out = Path(config.out)
+    place = open_place(config.out)
     inputs = open_inputs(config)
     inputs.require_positions()
-    standing = _require_free_or_same(out, inputs.manifest)
-    done = read_commits(out, standing) if standing else {}
+    standing = require_free_or_same(place, inputs.manifest)
+    done = read_commits(place, standing) if standing else {}
     mine = [s for s in range(inputs.manifest.shards) if worker.owns(s) and s not in done]
     tally = _Tally(on_progress, sum(_range_size(inputs.manifest, s) for s in mine))
     if mine or not standing:
         teacher = Teacher(config, inputs.folder, inputs.manifest)
-        order = () if standing else id_order(teacher, inputs)
-        with storage_errors(out):
-            manifest = _create(out, dataclasses.replace(inputs.manifest, id_order=order), inputs.tokenizer)
+        wanted = standing or run_pilot(teacher, inputs)
+        manifest = create_cache(place, wanted, _tokenizer_files(inputs.tokenizer))
+        sweep(place, manifest)
         for shard in mine:
-            tally.finish(_make_shard(out, shard, inputs, manifest, teacher, tally), _range_size(manifest, shard))
-    return _summary(out, worker, tally, time.perf_counter() - started)
+            tally.finish(_make_shard(place, shard, inputs, manifest, teacher, tally), _range_size(manifest, shard))
+        sweep(place, manifest)  # again: data without a commit is known to be nobody's once its shard has one
+    return _summary(place, worker, tally, time.perf_counter() - started)
 
 
 @dataclass
@@ -76,6 +79,7 @@ class _Tally:
     documents_done: int = 0
     shards: int = 0
     positions: int = 0
+    waited: float = 0.0
 
     def show(self, documents: float, positions: int) -> None:
         """Report progress inside a shard."""
@@ -90,73 +94,35 @@ class _Tally:
         self.show(0, 0)
 
 
-def _require_free_or_same(out: Path, manifest: Manifest) -> Manifest | None:
-    """The manifest that stands in the folder, if it is of this configuration; None in a free folder."""
-    if out.exists() and not out.is_dir():
-        raise CacheError(f"--out {out} is a file, not a folder")
-    names = {p.name for p in out.iterdir() if not p.name.startswith(".")} if out.exists() else set()
-    if NAME in names:
-        standing = Manifest.read(out)
-        standing.require_same(manifest, out)
-        return standing
-    strangers = sorted(names - {_TOKENIZER})  # which is written before the manifest
-    if strangers:
-        raise CacheError(f"--out {out} holds no cache but other files, such as {strangers[0]}; choose another folder")
-    return None
-
-
-def _create(out: Path, manifest: Manifest, tokenizer: Any) -> Manifest:
-    """Write the tokenizer and then the manifest, or take those that another worker has written."""
-    folder = out / _TOKENIZER
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_pretrained(scratch)
-        files = {p.name: p.read_bytes() for p in sorted(Path(scratch).rglob("*")) if p.is_file()}
-    if not (out / NAME).exists():
-        for name, data in files.items():
-            if not write_new(folder / name, data) and (folder / name).read_bytes() != data:
-                raise CacheError(
-                    f"{folder} holds the {name} of another tokenizer; delete the folder, or choose another --out"
-                )
-        strays = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in files)
-        if strays and not (out / NAME).exists():
-            raise CacheError(f"{folder} holds a stray file, {strays[0]}; delete the folder, or choose another --out")
-    sums = {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
-    standing = dataclasses.replace(manifest, tokenizer_files=sums).create(out)
-    for place in (out, folder, out / arrow_store.FOLDER, out / commit.FOLDER):
-        sweep(place)
-    return standing
-
-
 def _make_shard(
-    out: Path, shard: int, inputs: Inputs, manifest: Manifest, teacher: Teacher, tally: _Tally
+    place: Place, shard: int, inputs: Inputs, manifest: Manifest, teacher: Teacher, tally: _Tally
 ) -> int | None:
     """Make and commit one shard. Positions written, or None if another worker was first."""
-    made = inputs.shard_rows(shard)
-    rule, codec = Selection(**manifest.selection), manifest.codec
-    with ArrowShardWriter(out, shard, codec, manifest.seq_len) as writer:
+    made, rule, positions = inputs.shard_rows(shard), manifest.rule, 0
+    with new_shard(place, manifest, shard) as writer, Beside() as beside:
         for first in range(0, len(made.rows), teacher.batch_rows):
             batch = made.rows[first : first + teacher.batch_rows]
-            targets, counts = teacher.run(batch, manifest, rule)
-            ends = np.cumsum([0, *counts])
-            for row, begin, end in zip(batch, ends[:-1], ends[1:], strict=True):
-                writer.write(row, targets[int(begin) : int(end)])
-            tally.show(made.documents * (first + len(batch)) / len(made.rows), writer.positions)
-        if Commit.read(out, shard, manifest.sha256) is not None:
-            return None
-        data, ours = writer.publish()
-        record = Commit(
-            shard=shard,
-            manifest_sha256=manifest.sha256,
-            objects=[data],
-            rows=writer.rows,
-            positions=writer.positions,
-            entries=writer.entries,
-            documents=made.documents,
-            dropped=made.dropped,
-            tokens_sha256=writer.tokens_sha256,
-            compute=teacher.compute if ours else {"unknown": "its writer stopped before the commit"},
+            targets, counts = teacher.run(batch, manifest, rule, shard=shard, first_row=first, seed=manifest.seed)
+            beside.run(functools.partial(_write, writer, batch, targets, counts))
+            positions += sum(counts)
+            tally.show(made.documents * (first + len(batch)) / len(made.rows), positions)
+        beside.finish()
+        tally.waited += beside.waited
+        done = publish_shard(
+            place, manifest, writer, documents=made.documents, dropped=made.dropped, compute=teacher.compute
         )
-        return writer.positions if record.write(out) else None
+        return positions if done else None
+
+
+def _write(writer: ShardWriter, batch: list[PackedRow], targets: SparseTargets, counts: list[int]) -> None:
+    for row, part in zip(batch, targets.split(counts), strict=True):
+        writer.write(row, part)
+
+
+def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        return {p.name: p.read_bytes() for p in sorted(Path(scratch).rglob("*")) if p.is_file()}
 
 
 def _range_size(manifest: Manifest, shard: int) -> int:
@@ -164,22 +130,13 @@ def _range_size(manifest: Manifest, shard: int) -> int:
     return min(manifest.docs_per_shard, manifest.documents - start)
 
 
-def _summary(out: Path, worker: Worker, tally: _Tally, seconds: float) -> dict[str, Any]:
-    manifest = Manifest.read(out)
-    commits = read_commits(out, manifest)
-    names = ("rows", "positions", "entries", "documents", "dropped")
-    total = {name: sum(getattr(c, name) for c in commits.values()) for name in names}
-    size = (out / NAME).stat().st_size
-    for shard, record in commits.items():
-        size += commit.commit_path(out, shard).stat().st_size + sum(data["bytes"] for data in record.objects)
+def _summary(place: Place, worker: Worker, tally: _Tally, seconds: float) -> dict[str, Any]:
+    summary = totals(place)
+    summary["shards"]["by_this_worker"] = tally.shards
     return {
-        "cache": str(out),
-        "complete": len(commits) == manifest.shards,
-        "shards": {"planned": manifest.shards, "committed": len(commits), "by_this_worker": tally.shards},
+        **summary,
         "worker": f"{worker.index}/{worker.count}",
-        **total,
-        "bytes": size,
-        "bytes_per_position": size / max(1, total["positions"]),
         "seconds": seconds,
+        "waited_seconds": tally.waited,
         "positions_per_second": tally.positions / seconds,
     }

@@ -23,6 +23,7 @@ from kdcache.pretrained import (
 from kdcache.rows import IGNORE
 from kdcache.selection import Selection
 from kdcache.store.manifest import Manifest
+from kdcache.targets import SAMPLED_KINDS
 from kdcache.teacher.config import DumpConfig
 
 
@@ -61,7 +62,10 @@ def open_inputs(config: DumpConfig) -> Inputs:
     Raises:
         KdcacheError: see the exception tree.
     """
-    rule = Selection(kind=config.select, k=config.k)
+    rule = Selection(
+        kind=config.select, k=config.k, min_k=config.min_k, top_p=config.top_p, draws=config.draws,
+        force_label=config.force_label, sample_temperature=config.sample_temperature,
+    )  # fmt: skip
     filters = Filters(min_chars=config.min_chars, drop=config.drop, limit_docs=config.limit_docs)
     folder = model_folder(config.teacher, "teacher")
     tokenizer = load_tokenizer(folder)
@@ -88,11 +92,15 @@ def open_inputs(config: DumpConfig) -> Inputs:
         vocab_size=vocab_size,
         seq_len=config.seq_len,
         isolate=config.isolate,
-        selection={"kind": rule.kind, "k": rule.width(vocab_size)},
+        selection=rule.to_fields(),
+        adaptive=config.adaptive,
+        tau=None,
+        seed=config.seed if rule.kind in SAMPLED_KINDS else 0,
         temperatures=config.stored_temperatures,
-        precision=config.precision,
+        precision=config.precision or ("8" if rule.kind == "full" else "6"),
+        error_bound={},
         id_order=(),
-        store="arrow",
+        store=config.store,
         origin={
             "kdcache": kdcache.__version__,
             "teacher": config.teacher,
@@ -103,5 +111,5 @@ def open_inputs(config: DumpConfig) -> Inputs:
             "split_text": config.split_text,
         },
     )
-    _ = manifest.codec  # an unknown precision is refused here
+    manifest = dataclasses.replace(manifest, error_bound=manifest.codec.error_bound)
     return Inputs(folder=folder, tokenizer=tokenizer, corpus=corpus, manifest=manifest)

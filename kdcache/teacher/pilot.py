@@ -5,31 +5,58 @@ Run by whoever creates the cache and kept in its manifest; everyone else reads i
 
 from __future__ import annotations
 
-import numpy as np
+import dataclasses
+from collections.abc import Iterator
 
-from kdcache.codec.compact import CompactCodec
-from kdcache.selection import Selection
+import torch
+
+from kdcache.codec.frequency import FrequencyOrder
+from kdcache.rows import PackedRow
+from kdcache.selection import solve_adaptive_tau
+from kdcache.store.manifest import Manifest
 from kdcache.teacher.forward import Teacher
 from kdcache.teacher.inputs import Inputs
 
 _POSITIONS = 1 << 14
 
 
-def id_order(teacher: Teacher, inputs: Inputs) -> tuple[int, ...]:
-    """Ids that the teacher proposes in the first rows, most often first (ties: the smaller id first).
+def run_pilot(teacher: Teacher, inputs: Inputs) -> Manifest:
+    """The manifest, with the threshold and the order of ids that it asks for.
 
-    Empty if the codec has no use for an order. Cost: a forward pass over about 16 thousand positions.
+    Cost: for each of the two, a forward pass over about 16 thousand positions; nothing where neither is wanted.
     """
     manifest = inputs.manifest
-    if not isinstance(manifest.codec, CompactCodec):
-        return ()
-    counts, positions = np.zeros(manifest.vocab_size, np.int64), 0
-    rows = (row for shard in range(manifest.shards) for row in inputs.shard_rows(shard).rows)
-    for row in rows:
-        targets, _ = teacher.run([row], manifest, Selection(**manifest.selection))
-        counts += np.bincount(targets.ids.numpy().ravel(), minlength=manifest.vocab_size)
-        positions += len(targets.count)
-        if positions >= _POSITIONS:
+    if manifest.adaptive:
+        manifest = dataclasses.replace(manifest, tau=_tau(teacher, inputs))
+    if manifest.codec.orders_ids:
+        manifest = dataclasses.replace(manifest, id_order=_id_order(teacher, inputs, manifest))
+    return manifest
+
+
+def _rows(inputs: Inputs) -> Iterator[PackedRow]:
+    return (row for shard in range(inputs.manifest.shards) for row in inputs.shard_rows(shard).rows)
+
+
+def _tau(teacher: Teacher, inputs: Inputs) -> float:
+    """The threshold at which positions keep k entries in the mean."""
+
+    def tiles() -> Iterator[torch.Tensor]:
+        positions = 0
+        for row in _rows(inputs):
+            for logits in teacher.logits([row], inputs.manifest):
+                positions += len(logits)
+                yield logits
+            if positions >= _POSITIONS:
+                break
+
+    rule = inputs.manifest.rule
+    return solve_adaptive_tau(tiles(), rule.k, rule.sample_temperature)
+
+
+def _id_order(teacher: Teacher, inputs: Inputs, manifest: Manifest) -> tuple[int, ...]:
+    """Ids that the teacher proposes, most often first."""
+    order = FrequencyOrder(manifest.vocab_size)
+    for row in _rows(inputs):
+        if not order.add(teacher.run([row], manifest, manifest.rule, seed=manifest.seed)[0]):
             break
-    order = np.argsort(-counts, kind="stable")
-    return tuple(order[: np.count_nonzero(counts)].tolist())
+    return order.ids()
