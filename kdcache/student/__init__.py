@@ -5,6 +5,7 @@ data.py         rows of a cache as batches, the order of a run, the rows held ou
 model.py        a student from a checkpoint, a hub name or a config.json
 measure.py      figures over rows: nll, kl, agreement
 checkpoints.py  checkpoints that exist whole or not at all
+readers.py      processes that read batches ahead
 trainer.py      transformers.Trainer with our loss and our order of rows
 train.py        one run, from a cache to a checkpoint
 """

@@ -16,7 +16,7 @@ class TrainConfig:
         ConfigError: a value out of range.
     """
 
-    cache: str = option("folder of the cache to learn from")
+    cache: str = option("folder or URL of the cache to learn from")
     student: str = option("checkpoint folder, hub name, or config.json (fresh weights)")
     out: str = option("folder of the trained student; made, or gone on with by --resume")
     # objective
@@ -35,6 +35,10 @@ class TrainConfig:
     # measurement
     heldout: float = option("share of the rows kept for measuring, never trained on", 0.02)
     eval_every: int = option("steps between measurements; 0 for before and after only", 0)
+    # reading
+    readers: int | None = option("processes that read ahead  [default: 2 for a URL, else 0]", None)
+    local_copy: str | None = option("keep copies of what is read from a URL in this folder", None)
+    local_limit: str = option("the most that the copies there hold together", "20GB")
     # the run
     seed: int = option("order of rows and fresh weights", 0)
     resume: bool = option("go on from the newest complete checkpoint in --out", False)
@@ -48,6 +52,8 @@ class TrainConfig:
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least {least}")
+        if self.readers is not None and self.readers < 0:
+            raise ConfigError(f"--readers is {self.readers}, but must be at least 0")
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("--steps and --epochs exclude each other")
         for name in ("steps", "epochs", "lr", "temperature"):

@@ -9,6 +9,7 @@ Shapes: R rows, L slots, M positions with a target among the R x L.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,6 +37,10 @@ class RowDataset(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         return self.cache.read_packed(self.rows[index])
 
+    def __getitems__(self, indices: Sequence[int]) -> list[Item]:
+        """The items of one batch; DataLoader asks for them by this name."""
+        return list(self.cache.read_rows(self.rows[i] for i in indices))
+
 
 class Collator:
     """Rows to the batch that `packed_forward` and the losses take.
@@ -60,6 +65,13 @@ class Collator:
             "shift_labels": labels,
             "targets": SparseTargets.cat([targets for _, targets in items]),
         }
+
+
+def batches(cache: Cache, rows: Sequence[int], batch_rows: int) -> Iterator[dict[str, Any]]:
+    """Rows of a cache as batches, in order."""
+    items, collate = cache.read_rows(rows), Collator(cache)
+    while batch := list(itertools.islice(items, batch_rows)):
+        yield collate(batch)
 
 
 class RunOrder(Sampler[int]):

@@ -4,7 +4,9 @@
     teacher_nll     the same under the teacher, from the cache
     delta_nll       their difference
     kl              KL(teacher ‖ student); its kind is in `kl_kind`: `dense` when the cache keeps
-                    everything, `lower-bound` when the tail is one bucket (not comparable across k)
+                    everything, `lower-bound` when the tail is one bucket (not comparable across k),
+                    `estimate` when the targets are sampled: unbiased, with `kl_standard_error` from its spread
+                    over positions; None if they were sampled at another temperature
     top1_agreement  share of positions where both prefer the same token
 
 Sums are kept in float64, so the order of batches does not show.
@@ -12,6 +14,7 @@ Sums are kept in float64, so the order of batches does not show.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +24,8 @@ from kdcache.cache import Cache
 from kdcache.errors import ConfigError
 from kdcache.isolation import packed_forward
 from kdcache.losses import measure_positions
-from kdcache.student.data import Collator, RowDataset, labelled
+from kdcache.student.data import batches, labelled
+from kdcache.targets import SAMPLED_KINDS
 
 
 def measure(
@@ -37,33 +41,38 @@ def measure(
     Raises:
         ConfigError: no row carries a label.
     """
-    data, collate = RowDataset(cache, rows), Collator(cache)
     sums: dict[str, float] = {}
-    positions = 0
+    positions = done = 0
     training = model.training
     model.eval()
     with torch.inference_mode():
-        for start in range(0, len(rows), batch_rows):
-            batch = collate([data[i] for i in range(start, min(start + batch_rows, len(rows)))])
+        for batch in batches(cache, rows, batch_rows):
             mask = labelled(batch)
             logits = packed_forward(model, batch["input_ids"].to(device), batch["position_ids"].to(device)).logits
             logits = logits[mask.to(device)][:, : cache.manifest.vocab_size].float()  # [M, V]
             figures = measure_positions(logits, batch["targets"].to(device), batch["labels"][mask].to(device))
+            if "kl" in figures:
+                figures["kl_square"] = figures["kl"].double().square()
             for name, values in figures.items():
                 sums[name] = sums.get(name, 0.0) + values.double().sum().item()
             positions += int(mask.sum())
+            done += len(mask)
             if on_progress:
-                on_progress(min(start + batch_rows, len(rows)), len(rows))
+                on_progress(done, len(rows))
     model.train(training)
     if not positions:
         raise ConfigError(f"the {len(rows)} row(s) to measure on carry no label; hold out more, or measure other rows")
     means = {name: total / positions for name, total in sums.items()}
-    return {
+    kind = "dense" if cache.manifest.width == cache.manifest.vocab_size else "lower-bound"
+    found = {
         "nll": means["nll"],
         "teacher_nll": means["teacher_nll"],
         "delta_nll": means["nll"] - means["teacher_nll"],
-        "kl": means["kl"],
-        "kl_kind": "dense" if cache.manifest.codec.width == cache.manifest.vocab_size else "lower-bound",
+        "kl": means.get("kl"),
+        "kl_kind": "estimate" if cache.manifest.selection["kind"] in SAMPLED_KINDS else kind,
         "top1_agreement": means["top1_agreement"],
         "positions": positions,
     }
+    if found["kl_kind"] == "estimate" and "kl" in means:
+        found["kl_standard_error"] = math.sqrt(max(0.0, means["kl_square"] - means["kl"] ** 2) / positions)
+    return found

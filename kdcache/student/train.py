@@ -30,7 +30,7 @@ from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError, ModelError
 from kdcache.pretrained import find_device
 from kdcache.store.durable import storage_errors
-from kdcache.student import checkpoints
+from kdcache.student import checkpoints, readers
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import split_heldout
 from kdcache.student.measure import measure
@@ -39,7 +39,8 @@ from kdcache.student.trainer import DistillationTrainer, arguments
 
 CONFIG, BEFORE, METRICS, SUMMARY = "train-student.json", "heldout-before.json", "metrics.jsonl", "summary.json"
 
-_FREE_TO_CHANGE = ("out", "cache", "resume", "device", "save_every", "keep", "eval_every", "kdcache", "torch")
+_READING = ("cache", "readers", "local_copy", "local_limit")
+_FREE_TO_CHANGE = (*_READING, "out", "resume", "device", "save_every", "keep", "eval_every", "kdcache", "torch")
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with steps done, steps to do, and the latest figures."""
@@ -55,7 +56,8 @@ def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str,
         KdcacheError: see the exception tree.
     """
     started = time.perf_counter()
-    cache = open_cache(config.cache)
+    cache = open_cache(config.cache, local_copy=config.local_copy, local_limit=config.local_limit)
+    _ = cache.tokenizer_path  # it goes into the checkpoint: checked now, not after hours of training
     _require_temperature(cache, config.temperature)
     train_rows, heldout_rows = split_heldout(len(cache), config.heldout)
     out, leader = Path(config.out), int(os.environ.get("RANK", "0")) == 0
@@ -73,7 +75,7 @@ def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str,
             out.mkdir(parents=True, exist_ok=True)
             _write(out / CONFIG, fields)
     steps = _steps(config, len(train_rows))
-    args = arguments(config, steps, device)
+    args = arguments(config, steps, device, cache.place.remote)
     _ = args.device
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process would mean DataParallel; torchrun is the way
     before = _before(out, leader, lambda: measure(model, cache, heldout_rows, args.device, config.batch_rows))
@@ -84,7 +86,8 @@ def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str,
     trainer = DistillationTrainer(model, cache, train_rows, config, args, [watcher])
     watcher.measure = lambda: measure(trainer.model, cache, heldout_rows, args.device, config.batch_rows)
     training = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(resumable[-1]) if resumable else None)
+    with readers.in_our_words():
+        trainer.train(resume_from_checkpoint=str(resumable[-1]) if resumable else None)
     training_seconds = time.perf_counter() - training
 
     after = measure(trainer.model, cache, heldout_rows, args.device, config.batch_rows)

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from kdcache.cache import Cache
 from kdcache.isolation import packed_forward
 from kdcache.losses import sparse_kd_loss_from_logits
-from kdcache.student import checkpoints
+from kdcache.student import checkpoints, readers
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import Collator, RowDataset, RunOrder, labelled
 
@@ -64,6 +64,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         total = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
         return RunOrder(len(train_dataset or self.train_dataset), total, self.config.seed)
 
+    def get_train_dataloader(self) -> Any:
+        """Trainer's own loader, its workers detached."""
+        return readers.detached(super().get_train_dataloader())
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -98,8 +102,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def arguments(config: TrainConfig, steps: int, device: torch.device) -> TrainingArguments:
-    """Trainer's arguments for a run."""
+def arguments(config: TrainConfig, steps: int, device: torch.device, remote: bool) -> TrainingArguments:
+    """Trainer's arguments for a run; `remote` says whether reading the cache crosses a network."""
     schedules: dict[str, tuple[str, dict[str, Any]]] = {
         "cosine": ("cosine", {}),
         "constant": ("constant_with_warmup", {}),
@@ -131,6 +135,7 @@ def arguments(config: TrainConfig, steps: int, device: torch.device) -> Training
         logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        dataloader_num_workers=readers.how_many(config.readers, remote),
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
