@@ -59,6 +59,8 @@ def dump_teacher(config: DumpConfig, output: Output) -> None:
             f"{summary['bytes']:,} bytes, {summary['bytes_per_position']:.1f} a position; "
             f"{summary['seconds']:.1f} s, {summary['positions_per_second']:,.0f} positions/s"
         )
+        if summary["waited_seconds"] > 0.05 * summary["seconds"]:
+            console.print(f"the teacher waited {summary['waited_seconds']:.1f} s for encoding and writing to catch up")
 
     output.result(summary, show)
 
@@ -91,7 +93,7 @@ def train_student(config: TrainConfig, output: Output) -> None:
 class InspectOptions:
     """What `inspect-shard` is asked to show."""
 
-    cache: str = option("folder of the cache")
+    cache: str = option("folder or URL of the cache")
     shard: int | None = option("look at this shard; --row then counts inside it", None)
     row: int | None = option("show one row as text", None)
     position: int | None = option("show the entries of one position of the row", None)
@@ -128,12 +130,14 @@ class EvaluateOptions:
     """What `evaluate` is asked to measure."""
 
     student: str = option("checkpoint folder or hub name")
-    cache: str = option("folder of the cache")
+    cache: str = option("folder or URL of the cache")
     teacher: str | None = option("run this teacher too, for the dense KL and the acceptance rate", None)
     heldout: float | None = option("measure only the rows that train-student holds out at this share", None)
     rows: int | None = option("measure only so many rows, evenly spread", None)
     batch_rows: int = option("rows a forward pass", 8)
     device: str = option("auto, cpu, cuda or mps", "auto")
+    local_copy: str | None = option("keep copies of what is read from a URL in this folder", None)
+    local_limit: str = option("the most that the copies there hold together", "20GB")
 
 
 @command(app, "evaluate", EvaluateOptions)
@@ -156,27 +160,81 @@ def evaluate_student(options: EvaluateOptions, output: Output) -> None:
 class VerifyOptions:
     """What `verify` is asked to check."""
 
-    cache: str = option("folder of the cache")
+    cache: str = option("folder or URL of the cache")
+    teacher: str | None = option("run this teacher again over some rows and compare", None)
+    rows: int = option("rows that the teacher reads again", 32)
+    seed: int = option("of the choice of rows", 0)
+    device: str = option("auto, cpu, cuda, cuda:1, mps", "auto")
+    dtype: str = option("auto, float32, bfloat16, float16", "auto")
 
 
 @command(app, "verify", VerifyOptions, positional=("cache",))
 def verify(options: VerifyOptions, output: Output) -> None:
     """Re-hash and decode everything in a cache, and report all that is wrong."""
-    from kdcache.cache import verify_cache
+    from kdcache.verify import verify_cache
 
     with output.progress("verify", "shards") as bar:
         report = verify_cache(options.cache, bar)
     value: dict[str, Any] = {"ok": report.ok, **vars(report)}
+    if options.teacher is not None and report.ok:
+        from kdcache.report.faithfulness import check_faithfulness
+
+        with output.progress("teacher", "rows") as bar:
+            found = check_faithfulness(
+                options.cache, options.teacher, options.rows, options.seed, options.device, options.dtype, bar
+            )
+        value["faithfulness"] = found
+        if not found["agrees"]:
+            report.add(None, "shards", "its targets are not what this teacher says of its tokens")
+            value["ok"] = False
 
     def show(console: Console) -> None:
         for problem in report.problems:
             console.print(f"{problem['object']}: {problem['what']}", markup=False)
         state = "ok" if report.ok else f"{len(report.problems)} problem(s)"
         console.print(f"{state}: {report.shards} shards, {report.objects} objects, {report.bytes:,} bytes")
+        if report.content_sha256:
+            console.print(f"content {report.content_sha256}")
+        if "faithfulness" in value:
+            from kdcache_cli.tables import faithfulness_table
+
+            console.print(faithfulness_table(value["faithfulness"]))
 
     output.result(value, show)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What `convert` is asked to do."""
+
+    cache: str = option("folder or URL of the cache")
+    out: str = option("folder or URL of the new cache; made, or gone on with")
+    store: str | None = option("arrow or zarr  [default: as it is]", None)
+    k: int | None = option("keep so many entries a position, or make so many draws of those stored", None)
+    precision: str | None = option("store the values anew: float32, float16, or 4 to 16 bits", None)
+    worker: str | None = option("I/N: this is worker I of N  [default: from SLURM or torchrun, else 0/1]", None)
+
+
+@command(app, "convert", ConvertOptions, positional=("cache",))
+def convert_cache(options: ConvertOptions, output: Output) -> None:
+    """Write a cache anew in another store, at another place, or with fewer entries; no teacher is needed."""
+    from kdcache.convert import convert
+
+    with output.progress("convert", "shards") as bar:
+        summary = convert(**vars(options), on_progress=bar)
+
+    def show(console: Console) -> None:
+        shards = summary["shards"]
+        console.print(
+            f"{summary['cache']}: {shards['committed']} of {shards['planned']} shards "
+            f"({shards['by_this_worker']} by this worker), {summary['positions']:,} positions, "
+            f"{summary['entries']:,} entries\n"
+            f"{summary['bytes']:,} bytes, {summary['bytes_per_position']:.1f} a position"
+        )
+
+    output.result(summary, show)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,23 +37,30 @@ def summary_table(summary: dict[str, Any]) -> Table:
     shards = summary["shards"]
     state = "complete" if summary["complete"] else "incomplete"
     selection = summary["selection"]
+    rule = " ".join([selection["kind"], *(f"{name}={value}" for name, value in selection.items() if name != "kind")])
     temperatures = ", ".join(f"{t:g}" for t in summary["temperatures"])
     for name, value in (
         ("cache", f"{where} ({state}, {shards['committed']} of {shards['planned']} shards)"),
         ("teacher", str(summary["teacher"])),
         ("corpus", str(summary["corpus"])),
-        ("target", f"{selection['kind']} k={selection['k']}, T = {temperatures}, {summary['precision']}"),
+        ("target", f"{rule}, T = {temperatures}, {summary['precision']}"),
         ("documents", f"{summary['documents']:,} ({summary['dropped']:,} dropped)"),
         ("rows", f"{summary['rows']:,} of {summary['seq_len']} slots, {summary['tokens']:,} tokens"),
         ("positions", f"{summary['positions']:,}"),
         ("entries", f"{summary['entries']:,}"),
         ("bytes", f"{summary['bytes']:,}, {summary['bytes_per_position']:.1f} a position"),
-        ("kept mass", f"{summary['mean_kept_mass']:.6f} in the mean, tail {summary['mean_tail']:.2g}"),
+        ("kept mass", _kept_mass(summary)),
         ("entropy", f"{summary['mean_entropy']:.4f} nats in the mean"),
         ("teacher nll", f"{summary['teacher_nll']:.4f} nats in the mean"),
     ):
         table.add_row(Text(name, style="bold"), Text(value))
     return table
+
+
+def _kept_mass(summary: dict[str, Any]) -> str:
+    if summary["mean_tail"] is None:
+        return "an unbiased sample stands for all of it"
+    return f"{summary['mean_kept_mass']:.6f} in the mean, tail {summary['mean_tail']:.2g}"
 
 
 def print_row(console: Console, row: dict[str, Any]) -> None:
@@ -91,19 +98,27 @@ def print_position(console: Console, at: dict[str, Any]) -> None:
         Text.assemble(("next     ", "bold"), f"{label['text']!r} (id {label['id']}, log p {label['logprob']:.4f})")
     )
     console.print(Text.assemble(("entropy  ", "bold"), f"{at['entropy']:.4f} nats"))
-    table = Table("id", "text", "log p", f"p (T = {at['temperature']:g})", "", box=None, pad_edge=False)
+    table = Table("id", "text", "log p", f"p (T = {at['temperature']:g})", "weight", "", box=None, pad_edge=False)
     for entry in at["entries"]:
         style = "bold green" if entry["id"] == label["id"] else ""
         table.add_row(
-            str(entry["id"]), Text(repr(entry["text"])), f"{entry['logprob']:.4f}", f"{entry['probability']:.6f}",
-            _bar(entry["probability"]), style=style,
+            str(entry["id"]), Text(repr(entry["text"])), _figure(entry["logprob"], 4), _figure(entry["probability"], 6),
+            f"{entry['weight']:.6f}", _bar(entry["weight"]), style=style,
         )  # fmt: skip
     hidden = at["kept"] - len(at["entries"])
+    if at["tail"] is None:
+        console.print(table)
+        console.print(f"{hidden} more entries; sampled: the weights stand for the whole distribution", style="dim")
+        return
     if hidden:
         rest = 1 - at["tail"] - sum(entry["probability"] for entry in at["entries"])
-        table.add_row("", f"{hidden} more", "", f"{max(rest, 0.0):.6f}", _bar(max(rest, 0.0)), style="dim")
-    table.add_row("", "tail", "", f"{at['tail']:.6f}", _bar(at["tail"]), style="dim")
+        table.add_row("", f"{hidden} more", "", f"{max(rest, 0.0):.6f}", "", _bar(max(rest, 0.0)), style="dim")
+    table.add_row("", "tail", "", f"{at['tail']:.6f}", "", _bar(at["tail"]), style="dim")
     console.print(table)
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _bar(share: float) -> str:
@@ -123,3 +138,13 @@ def print_demo(console: Console, summary: dict[str, Any]) -> None:
         table.add_row(stage["name"], f"{stage['seconds']:.1f}", "" if steps is None else f"{steps:,}")
     console.print(table)
     console.print(f"\n{summary['verdict']}\nplot: {summary['plot']}\neverything: {summary['out']}")
+
+
+def faithfulness_table(found: dict[str, Any]) -> Table:
+    """The stored targets beside the teacher's own, and the control beside itself."""
+    title = f"the teacher again over {found['rows']} rows, {found['positions']:,} positions"
+    table = Table("", "stored: mean", "worst", "control: mean", "worst", title=title, box=None, pad_edge=False)
+    for name in ("total_variation", "entropy", "label_logprob"):
+        cells = [found[who].get(name, {}).get(what) for who in ("stored", "control") for what in ("mean", "worst")]
+        table.add_row(name.replace("_", " "), *("" if cell is None else f"{cell:.2g}" for cell in cells))
+    return table

@@ -17,7 +17,7 @@ from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError, ModelError
 from kdcache.isolation import packed_forward
 from kdcache.pretrained import find_device, fingerprint, load_model, model_folder
-from kdcache.student.data import Collator, RowDataset, labelled, split_heldout
+from kdcache.student.data import batches, labelled, split_heldout
 from kdcache.student.measure import measure
 from kdcache.student.model import load_student
 
@@ -32,24 +32,27 @@ def evaluate(
     rows: int | None = None,
     batch_rows: int = 8,
     device: str = "auto",
+    local_copy: str | None = None,
+    local_limit: str = "20GB",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a student on rows of a cache.
 
     Args:
         student: checkpoint folder or hub name.
-        cache: folder of the cache.
+        cache: folder or URL of the cache.
         teacher: the cache's teacher, run live for `dense_kl` and `acceptance`.
         heldout: measure only the rows that training holds out at this share.
         rows: measure only so many rows, evenly spread.
         batch_rows: rows a forward pass.
         device: where to run.
+        local_copy, local_limit: as for `open_cache`.
         on_progress: called with (rows done, rows to do).
 
     Raises:
         KdcacheError: see the exception tree.
     """
-    opened, where = open_cache(cache), find_device(device)
+    opened, where = open_cache(cache, local_copy=local_copy, local_limit=local_limit), find_device(device)
     if rows is not None and rows < 1:
         raise ConfigError(f"--rows is {rows}, but must be at least 1")
     if batch_rows < 1:
@@ -80,10 +83,9 @@ def evaluate(
 def _against(
     teacher: Any, student: Any, cache: Cache, rows: Sequence[int], device: torch.device, batch_rows: int
 ) -> dict[str, float]:
-    data, collate, vocab = RowDataset(cache, rows), Collator(cache), cache.manifest.vocab_size
+    vocab = cache.manifest.vocab_size
     kl, acceptance, positions = 0.0, 0.0, 0
-    for start in range(0, len(rows), batch_rows):
-        batch = collate([data[i] for i in range(start, min(start + batch_rows, len(rows)))])
+    for batch in batches(cache, rows, batch_rows):
         mask = labelled(batch).to(device)
         tokens, places = batch["input_ids"].to(device), batch["position_ids"].to(device)
         both = [packed_forward(m, tokens, places).logits[mask][:, :vocab] for m in (teacher, student)]

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from kdcache.cache import Cache, Row, open_cache
-from kdcache.errors import CacheError
+from kdcache.errors import CacheError, TargetError
 from kdcache.pretrained import load_tokenizer
 from kdcache.rows import IGNORE
+from kdcache.targets import SAMPLED_KINDS, SparseTargets
 
 _CONTEXT_TOKENS = 32
 _WINDOW = 8  # tokens that decide how the next one reads
@@ -27,12 +28,12 @@ def inspect_summary(path: str, shard: int | None = None) -> dict[str, Any]:
         )
     chosen = list(cache.commits.values()) if shard is None else [cache.commits[shard]]
     manifest = cache.manifest
+    sampled = manifest.selection["kind"] in SAMPLED_KINDS  # whose weights stand for everything: there is no tail
     kept = tail = entropy = label = 0.0
     slots = 0
     for commit in chosen:
         base = cache.index(commit.shard, 0) if commit.rows else 0
-        for index in range(base, base + commit.rows):
-            row, targets = cache.read_packed(index)
+        for row, targets in cache.read_rows(range(base, base + commit.rows)):
             slots += len(row.tokens)
             log_tail = targets.log_tail[:, manifest.temperatures.index(1.0)].double()
             tail += log_tail.exp().sum().item()
@@ -53,8 +54,8 @@ def inspect_summary(path: str, shard: int | None = None) -> dict[str, Any]:
         "tokens": slots,
         "bytes": size,
         "bytes_per_position": size / positions,
-        "mean_kept_mass": kept / positions,
-        "mean_tail": tail / positions,
+        "mean_kept_mass": None if sampled else kept / positions,
+        "mean_tail": None if sampled else tail / positions,
         "mean_entropy": entropy / positions,
         "teacher_nll": label / positions,
         "teacher": manifest.origin.get("teacher"),
@@ -92,7 +93,9 @@ def inspect_position(
 ) -> dict[str, Any]:
     """One position: its context, the true next token, and the entries of its target.
 
-    `probability` and `tail` are at `temperature`; `logprob` and `weight` are as stored, at T = 1.
+    `probability` and `tail` are at `temperature`; `logprob` and `weight` are as stored, `logprob` at T = 1. Of a
+    sampled target only the weight is always known: an entry that was drawn has no `logprob` and no `probability`,
+    and there is no `tail`.
 
     Raises:
         CacheError: no such row or position.
@@ -124,24 +127,38 @@ def inspect_position(
     if label_id == IGNORE:
         return found
     targets = value.targets[position : position + 1]
-    logprobs, log_tail = targets.at_temperature(temperature)
+    logprobs, log_tail = _at(targets, temperature)
     count = int(targets.count[0])
     order = targets.weights[0, :count].argsort(descending=True, stable=True)[:top].tolist()
     found.update(
         label={"id": label_id, "text": _text(tokenizer, inside, label_id), "logprob": float(targets.label_logprob[0])},
         entropy=float(targets.entropy[0]),
-        tail=float(log_tail[0].exp()),
+        tail=_known(log_tail[0].exp()),
         kept=count,
         entries=[
             {
                 "id": int(targets.ids[0, i]), "text": _text(tokenizer, inside, int(targets.ids[0, i])),
-                "logprob": float(targets.logprobs[0, i]), "probability": float(logprobs[0, i].exp()),
+                "logprob": _known(targets.logprobs[0, i]), "probability": _known(logprobs[0, i].exp()),
                 "weight": float(targets.weights[0, i]),
             }
             for i in order
         ],
     )  # fmt: skip
     return found
+
+
+def _at(targets: SparseTargets, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p_T of the entries and of the tail; NaN where a sampled target does not know them."""
+    if targets.kind not in SAMPLED_KINDS:
+        return targets.at_temperature(temperature)
+    if temperature not in targets.temperatures:
+        raise TargetError(f"temperature {temperature:g} is not among those that the cache stores")
+    partition = targets.log_partition[..., targets.temperatures.index(temperature), None]
+    return targets.logprobs / temperature - partition, torch.full_like(targets.entropy, torch.nan)
+
+
+def _known(value: torch.Tensor) -> float | None:
+    return None if torch.isnan(value) else float(value)
 
 
 def _text(tokenizer: Any, before: list[int], token: int) -> str:

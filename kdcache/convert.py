@@ -1,0 +1,154 @@
+"""Convert: a cache into another store, another place, another precision or fewer entries, without its teacher.
+
+Between stores the streams of every row are carried over as they are, so the content is the same bit for bit and so
+is its hash. Fewer entries follow the rule of the selection (`kdcache.selection.narrow`): the largest stay and the
+rest moves into every tail, or sampled weights are drawn again without bias. Shard by shard, create-only, any number
+of workers: a run that stops goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcache.cache import Cache, open_cache
+from kdcache.codec.frequency import FrequencyOrder
+from kdcache.errors import ConfigError, CorruptCacheError
+from kdcache.rows import IGNORE
+from kdcache.selection import Selection, narrow, require_narrower
+from kdcache.store.backends import new_shard
+from kdcache.store.commit import read_commits
+from kdcache.store.create import TOKENIZER, create_cache, publish_shard, require_free_or_same, sweep
+from kdcache.store.manifest import STORES, Manifest
+from kdcache.store.places import open_place
+from kdcache.store.totals import totals
+from kdcache.worker import find_worker
+
+_MOST_TOKENIZER = 1 << 30
+
+
+def convert(
+    cache: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    store: str | None = None,
+    k: int | None = None,
+    precision: str | None = None,
+    worker: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Convert this worker's share of the shards that are not there yet.
+
+    Args:
+        cache: folder or URL of the cache.
+        out: folder or URL of the new cache; made, or gone on with.
+        store: `arrow` or `zarr`; None leaves it as it is.
+        k: entries a position, or draws; None leaves them as they are.
+        precision: of the values; None leaves the stored streams alone where k does.
+        worker: `I/N`; None takes it from SLURM or torchrun.
+        on_progress: called with (shards done, shards to do).
+
+    Returns:
+        What `kdcache convert --json` prints.
+
+    Raises:
+        ConfigError: more entries than there are, an unknown store or precision.
+        KdcacheError: see the exception tree; nothing already written is harmed.
+    """
+    started = time.perf_counter()
+    me = find_worker(worker, os.environ)
+    source, place = open_cache(cache), open_place(out)
+    wanted = _plan(source, store, k, precision)
+    standing = require_free_or_same(place, wanted)
+    if standing is None:
+        wanted = dataclasses.replace(wanted, id_order=_id_order(source, wanted))
+    manifest = create_cache(place, standing or wanted, _tokenizer_files(source))
+    sweep(place, manifest)
+    done = read_commits(place, manifest)
+    mine = [shard for shard in range(manifest.shards) if me.owns(shard) and shard not in done]
+    for number, shard in enumerate(mine):
+        if on_progress:
+            on_progress(number, len(mine))
+        commit = source.commits[shard]
+        with new_shard(place, manifest, shard) as writer:
+            made = functools.partial(_row, source, manifest, shard)
+            for row in source.place.map(made, range(commit.rows)):
+                writer.write(*row)
+            publish_shard(
+                place, manifest, writer, documents=commit.documents, dropped=commit.dropped, compute=commit.compute
+            )
+    sweep(place, manifest)
+    summary = totals(place)
+    summary["shards"]["by_this_worker"] = len(mine)
+    return {**summary, "seconds": time.perf_counter() - started}
+
+
+def _plan(source: Cache, store: str | None, k: int | None, precision: str | None) -> Manifest:
+    """The manifest of the new cache, but for its order of ids."""
+    if store not in (None, *STORES):
+        raise ConfigError(f"--store {store} is not one of {', '.join(STORES)}")
+    old = source.manifest
+    rule = old.rule if k is None else _fewer(old.rule, k)
+    require_narrower(rule, old.rule, old.width)
+    new = dataclasses.replace(
+        old,
+        selection=old.selection if k is None else rule.to_fields(),
+        adaptive=old.adaptive and k is None,
+        tau=old.tau if k is None else None,
+        store=store or old.store,
+        precision=precision or old.precision,
+        id_order=old.id_order if precision in (None, old.precision) else (),
+        origin={**old.origin, "converted_from": old.sha256},
+    )
+    return dataclasses.replace(new, error_bound=new.codec.error_bound)
+
+
+def _fewer(rule: Selection, k: int) -> Selection:
+    """The rule that keeps k entries, or makes k draws; whether that is fewer is checked by `narrow`."""
+    if rule.kind == "full":
+        return Selection(kind="topk", k=k)
+    if rule.kind == "sample":
+        return dataclasses.replace(rule, draws=k)
+    return dataclasses.replace(rule, k=k, min_k=min(rule.min_k, k), tau=None)
+
+
+def _id_order(source: Cache, manifest: Manifest) -> tuple[int, ...]:
+    """The order that stands, or one from the first rows of the cache where a compact codec has none yet."""
+    if manifest.id_order or not manifest.codec.orders_ids:
+        return manifest.id_order
+    order = FrequencyOrder(manifest.vocab_size)
+    for _, targets in source.read_rows(range(len(source))):
+        if not order.add(targets):
+            break
+    return order.ids()
+
+
+def _row(source: Cache, manifest: Manifest, shard: int, row: int) -> tuple[Any, ...]:
+    """Row, targets and, if nothing about them changes, the streams as they are."""
+    packed, targets, record = source.shard(shard).read_with_record(row)
+    old = source.manifest
+    if (manifest.selection, manifest.precision) == (old.selection, old.precision):
+        return packed, targets, record
+    if manifest.selection != old.selection:
+        slots = np.flatnonzero(packed.labels(manifest.seq_len) != IGNORE)
+        keys = torch.tensor([[shard, row, int(slot)] for slot in slots], dtype=torch.int64).reshape(-1, 3)
+        labels = torch.from_numpy(packed.labels(manifest.seq_len)[slots])
+        targets = narrow(targets, manifest.rule, source=old.rule, labels=labels, seed=manifest.seed, keys=keys)
+    return packed, targets
+
+
+def _tokenizer_files(source: Cache) -> dict[str, bytes]:
+    files = {}
+    for name, sha256 in source.manifest.tokenizer_files.items():
+        files[name] = source.place.read(f"{TOKENIZER}/{name}", _MOST_TOKENIZER)
+        if hashlib.sha256(files[name]).hexdigest() != sha256:
+            raise CorruptCacheError(f"{source.place.where(f'{TOKENIZER}/{name}')} is not what the manifest names")
+    return files

@@ -1,0 +1,115 @@
+"""Faithfulness: whether a cache says what its teacher says, on rows drawn at random.
+
+The teacher reads the stored tokens of a row and its targets are made again, twice: once to compare with the
+stored ones, once as the control, which shows how far two runs of the same rows are apart on this machine.
+
+    total_variation  sum |w - w'| / 2 over all ids, at each position: 0 for the same target, 1 for disjoint ones.
+                     A token shifted by one or the targets of another row give values near 1.
+    entropy, label_logprob  absolute difference, nats
+
+Storage in few bits and other hardware move the stored targets a little; `agrees` allows the mean total variation of
+the control plus 0.05.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.cache import Cache, open_cache
+from kdcache.errors import ConfigError, ModelError
+from kdcache.pretrained import fingerprint, model_folder
+from kdcache.targets import SparseTargets
+from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.forward import Teacher
+
+_ALLOWED = 0.05
+_TILE = 1 << 22
+
+
+def check_faithfulness(
+    path: str | os.PathLike[str],
+    teacher: str,
+    rows: int = 32,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run the teacher again over some rows of a cache.
+
+    Args:
+        path: folder or URL of the cache.
+        teacher: folder or hub name of the model that made it.
+        rows: how many, drawn without replacement.
+        seed: of the draw.
+        device, dtype: as for a dump.
+        on_progress: called with (rows done, rows to do).
+
+    Returns:
+        `rows`, `positions`, `agrees`, and `stored` and `control`: mean and worst of each difference.
+
+    Raises:
+        ModelError: the teacher is not the one whose fingerprint the manifest names.
+        KdcacheError: see the exception tree.
+    """
+    if rows < 1:
+        raise ConfigError(f"--rows is {rows}, but must be at least 1")
+    cache = open_cache(path, partial=True)
+    folder = model_folder(teacher, "teacher")
+    if fingerprint(folder) != cache.manifest.teacher_sha256:
+        raise ModelError(f"the teacher {teacher} is not the one that made {path}: its weights or configuration differ")
+    config = DumpConfig(
+        teacher=teacher, corpus="", out="", seq_len=cache.manifest.seq_len, isolate=cache.manifest.isolate,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    model = Teacher(config, folder, cache.manifest)
+    chosen = sorted(np.random.default_rng(seed).permutation(len(cache))[:rows].tolist())
+    found: dict[str, list[dict[str, Tensor]]] = {"stored": [], "control": []}
+    for done, index in enumerate(chosen):
+        if on_progress:
+            on_progress(done, len(chosen))
+        stored, fresh, again = _three(cache, model, index)
+        found["stored"].append(differences(stored, fresh, cache.manifest.vocab_size))
+        found["control"].append(differences(again, fresh, cache.manifest.vocab_size))
+    figures = {name: _summary(parts) for name, parts in found.items()}
+    limit = figures["control"]["total_variation"]["mean"] + _ALLOWED
+    positions = sum(len(part["entropy"]) for part in found["stored"])
+    agrees = figures["stored"]["total_variation"]["mean"] <= limit
+    return {"rows": len(chosen), "positions": positions, "agrees": agrees, **figures}
+
+
+def _three(cache: Cache, model: Teacher, index: int) -> tuple[SparseTargets, SparseTargets, SparseTargets]:
+    manifest, (shard, row) = cache.manifest, cache.locate(index)
+    packed, stored = cache.read_packed(index)
+    fresh, again = (
+        model.run([packed], manifest, manifest.rule, shard=shard, first_row=row, seed=manifest.seed)[0]
+        for _ in range(2)
+    )
+    return stored, fresh, again
+
+
+def differences(one: SparseTargets, two: SparseTargets, vocab_size: int) -> dict[str, Tensor]:
+    """How far two targets of the same positions are apart, `[N]` each."""
+    step, parts = max(1, _TILE // vocab_size), []
+    for start in range(0, len(one.count), step):
+        dense = [
+            torch.zeros(len(part.count), vocab_size).scatter_add_(-1, part.ids.long(), part.weights)
+            for part in (one[start : start + step], two[start : start + step])
+        ]
+        parts.append((dense[0] - dense[1]).abs().sum(-1) / 2)
+    return {
+        "total_variation": torch.cat(parts) if parts else torch.zeros(0),
+        "entropy": (one.entropy - two.entropy).abs(),
+        "label_logprob": (one.label_logprob - two.label_logprob).abs(),
+    }
+
+
+def _summary(parts: list[dict[str, Tensor]]) -> dict[str, dict[str, float]]:
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: {"mean": float(x.mean()), "worst": float(x.max())} for name, x in joined.items() if len(x)}
