@@ -9,11 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdcache.cache import Cache, Row, open_cache, verify_cache
+    from kdcache.cache import Cache, Row, open_cache
     from kdcache.errors import KdcacheError
     from kdcache.losses import linear_lse_gather, sparse_kd_loss, sparse_kd_loss_from_logits
     from kdcache.selection import Selection, select
     from kdcache.targets import SparseTargets
+    from kdcache.verify import verify_cache
 
 __version__ = "0.1.0"
 
@@ -42,7 +43,7 @@ _HOMES = {
     "select": "selection",
     "sparse_kd_loss": "losses",
     "sparse_kd_loss_from_logits": "losses",
-    "verify_cache": "cache",
+    "verify_cache": "verify",
 }
 
 

@@ -16,11 +16,12 @@ import kdcache
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
     {"errors", "options", "rows"},
-    {"targets"},
+    {"targets", "worker"},
     {"selection", "losses", "codec", "isolation"},
     {"store", "corpus"},
     {"pretrained"},
-    {"cache"},
+    {"cache", "verify"},
+    {"convert"},
     {"teacher", "student"},
     {"report"},
     {"demo"},
@@ -45,7 +46,7 @@ def test_every_module_has_a_layer() -> None:
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path: Path) -> None:
     room = path.relative_to(ROOT).with_suffix("").parts[0]
-    if room == "__init__":
+    if room == "__init__" or path.name == "testing.py":  # a suite of tests stands above what it tests
         return
     for module in imports(path):
         target = module.split(".")[1]
