@@ -24,18 +24,19 @@ _PROBE_SLOTS = 96
 _PROBE_TOKENS = 64
 
 
-def packed_forward(model: nn.Module, tokens: Tensor, positions: Tensor) -> Any:
+def packed_forward(model: nn.Module, tokens: Tensor, positions: Tensor, **more: Any) -> Any:
     """Run a causal language model over packed rows so that each piece sees only itself.
 
     Args:
         model: a transformers causal language model, wrapped or not.
         tokens: `[R, L]` token ids.
         positions: `[R, L]` position of each token inside its piece (`rows.position_ids`).
+        more: for the model's forward, as it is.
 
     Returns:
         The model's own output, with `.logits [R, L, V]`.
     """
-    return model(input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False)
+    return model(input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False, **more)
 
 
 def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device | str, *, isolate: bool = True) -> None:

@@ -20,7 +20,12 @@ class TrainConfig:
     student: str = option("checkpoint folder, hub name, or config.json (fresh weights)")
     out: str = option("folder of the trained student; made, or gone on with by --resume")
     # objective
-    temperature: float = option("T of the distillation term; one that the cache stores", 1.0)
+    loss: str = option(
+        "forward-kl, reverse-kl, skew-kl, skew-reverse-kl, jsd or tvd; jsd:0.9 sets a constant", "forward-kl"
+    )
+    tail: str = option("what topk leaves out: bucket, none, renormalise, label, label-sample or uniform", "bucket")
+    temperature: str = option("T of the distillation term, one that the cache stores; 3:1 steps down through them", "1")
+    position_weights: str = option("none, confidence, or entropy-gate:LO:HI (nats of the teacher)", "none")
     soft_weight: float = option("weight of the distillation term; the label term gets the rest", 1.0)
     # length
     steps: int | None = option("optimiser steps  [default: one epoch]", None)
@@ -56,7 +61,9 @@ class TrainConfig:
             raise ConfigError(f"--readers is {self.readers}, but must be at least 0")
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("--steps and --epochs exclude each other")
-        for name in ("steps", "epochs", "lr", "temperature"):
+        object.__setattr__(self, "temperature", str(self.temperature))  # from Python a number will do
+        self.temperature_ends()
+        for name in ("steps", "epochs", "lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"--{name} is {value}, but must be positive")
@@ -69,3 +76,18 @@ class TrainConfig:
             raise ConfigError(f"--schedule {self.schedule} is not one of cosine, wsd, constant")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"--dtype {self.dtype} is not one of auto, float32, bfloat16")
+
+    def temperature_ends(self) -> tuple[float, float]:
+        """The first and the last T of the run.
+
+        Raises:
+            ConfigError: not a number, or two of them with a colon between.
+        """
+        try:
+            first, *rest = (float(part) for part in self.temperature.split(":"))
+        except ValueError:
+            first, rest = 0.0, []
+        last = rest[0] if rest else first
+        if len(rest) > 1 or not all(0 < t < float("inf") for t in (first, last)):  # NaN included
+            raise ConfigError(f"--temperature is {self.temperature}, but must be positive, or two such as 3:1")
+        return first, last

@@ -4,7 +4,7 @@ What a run leaves in its folder:
 
     train-student.json   the resolved configuration and the cache's fingerprint, written first
     heldout-before.json  the student's figures before the first step
-    metrics.jsonl        loss and learning rate, held-out figures when measured; a line each
+    metrics.jsonl        loss, learning rate and the student's figures; held-out ones when measured; a line each
     checkpoint-N/        whole checkpoints to resume from
     model.safetensors, config.json, tokenizer files   the student, a plain Hugging Face model
     summary.json         what `--json` prints, written last
@@ -35,12 +35,17 @@ from kdcache.student.config import TrainConfig
 from kdcache.student.data import split_heldout
 from kdcache.student.measure import measure
 from kdcache.student.model import load_student
+from kdcache.student.schedule import Schedule
 from kdcache.student.trainer import DistillationTrainer, arguments
 
 CONFIG, BEFORE, METRICS, SUMMARY = "train-student.json", "heldout-before.json", "metrics.jsonl", "summary.json"
 
 _READING = ("cache", "readers", "local_copy", "local_limit")
 _FREE_TO_CHANGE = (*_READING, "out", "resume", "device", "save_every", "keep", "eval_every", "kdcache", "torch")
+
+_LOGGED = (
+    "loss", "grad_norm", "learning_rate", "nll", "kl", "top1_agreement", "kept_mass", "log_partition",
+)  # fmt: skip
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with steps done, steps to do, and the latest figures."""
@@ -58,8 +63,9 @@ def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str,
     started = time.perf_counter()
     cache = open_cache(config.cache, local_copy=config.local_copy, local_limit=config.local_limit)
     _ = cache.tokenizer_path  # it goes into the checkpoint: checked now, not after hours of training
-    _require_temperature(cache, config.temperature)
     train_rows, heldout_rows = split_heldout(len(cache), config.heldout)
+    steps = _steps(config, len(train_rows))
+    schedule = Schedule.of(config, cache.manifest, steps)
     out, leader = Path(config.out), int(os.environ.get("RANK", "0")) == 0
     fields = _record(config, cache)
     if leader:  # the other ranks start no step without it
@@ -74,7 +80,6 @@ def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str,
         with storage_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             _write(out / CONFIG, fields)
-    steps = _steps(config, len(train_rows))
     args = arguments(config, steps, device, cache.place.remote)
     _ = args.device
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process would mean DataParallel; torchrun is the way
@@ -83,7 +88,7 @@ def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str,
     resumable = checkpoints.complete(out) if config.resume else []
     first_step = int(resumable[-1].name.rpartition("-")[2]) if resumable else 0
     watcher = _Watcher(out if leader else None, first_step, config.eval_every, on_progress)
-    trainer = DistillationTrainer(model, cache, train_rows, config, args, [watcher])
+    trainer = DistillationTrainer(model, cache, train_rows, config, schedule, args, [watcher])
     watcher.measure = lambda: measure(trainer.model, cache, heldout_rows, args.device, config.batch_rows)
     training = time.perf_counter()
     with readers.in_our_words():
@@ -116,15 +121,6 @@ def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str,
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.state.destroy_process_group()
     return summary
-
-
-def _require_temperature(cache: Cache, temperature: float) -> None:
-    if not cache.manifest.exact_at(temperature):
-        stored = ", ".join(f"{t:g}" for t in cache.manifest.temperatures)
-        raise ConfigError(
-            f"--temperature {temperature:g} would not be exact: the cache stores temperature(s) {stored}; choose one "
-            f"of them, or dump again with --temperatures 1,{temperature:g}"
-        )
 
 
 def _record(config: TrainConfig, cache: Cache) -> dict[str, Any]:
@@ -199,7 +195,7 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
             self._path.write_text("".join(line + "\n" for line in lines))
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        figures = {k: v for k, v in (logs or {}).items() if k in ("loss", "grad_norm", "learning_rate")}
+        figures = {k: v for k, v in (logs or {}).items() if k in _LOGGED}
         if figures:
             self._latest.update(figures)
             self._append({"step": state.global_step, **figures})

@@ -2,7 +2,8 @@
 
 Everything else (accumulation, precision, optimiser, resume, logging, distribution) is Trainer's own.
 The loss is a sum over positions divided by the labelled positions of the whole optimiser step,
-across accumulation and ranks; Trainer counts them from `shift_labels`.
+across accumulation and ranks; Trainer counts them from `shift_labels`. It is made inside the model's forward
+(`student.head`), tile by tile, so `[positions, V]` never exists; figures of the student come with it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from kdcache.cache import Cache
 from kdcache.isolation import packed_forward
-from kdcache.losses import sparse_kd_loss_from_logits
+from kdcache.losses import Figures, distil
 from kdcache.student import checkpoints, readers
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import Collator, RowDataset, RunOrder, labelled
+from kdcache.student.head import fuse_head
+from kdcache.student.schedule import Schedule
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -29,7 +32,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         model: a causal language model.
         cache: where the rows and targets are.
         rows: the rows to train on.
-        config: objective and seed.
+        config: seed, and checkpoints to keep.
+        schedule: the objective of each step, and how much each position counts.
         args: Trainer's own arguments; `max_steps` decides how many rows are read.
         callbacks: as for Trainer.
 
@@ -43,9 +47,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         cache: Cache,
         rows: list[int],
         config: TrainConfig,
+        schedule: Schedule,
         args: TrainingArguments,
         callbacks: list[Any],
     ) -> None:
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
@@ -53,9 +59,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             data_collator=Collator(cache),
             callbacks=callbacks,
         )
+        if use_cache is not None:  # Trainer turns it off, and would save it so; packed_forward does without in any case
+            model.config.use_cache = use_cache
         self.remove_callback(PrinterCallback)  # only the command line prints
-        self.cache, self.config = cache, config
+        self.cache, self.config, self.schedule = cache, config, schedule
+        self.head = fuse_head(model, args.device)
         self.positions = 0
+        self._sums: dict[str, torch.Tensor] = {}
         self.model_accepts_loss_kwargs = True  # so that positions are counted for any architecture
         self.loss_is_scaled_for_ga = True  # our loss is divided by that count
 
@@ -72,20 +82,41 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Distillation and label loss of one micro-batch, divided by the positions of the whole step."""
-        mask = labelled(inputs)
-        self.positions += len(inputs["targets"].count)
-        outputs = packed_forward(model, inputs["input_ids"], inputs["position_ids"])
-        loss = sparse_kd_loss_from_logits(
-            outputs.logits[mask][:, : self.cache.manifest.vocab_size],
-            inputs["targets"].to(mask.device, non_blocking=True),
-            labels=inputs["labels"][mask],
-            temperature=self.config.temperature,
-            soft_weight=self.config.soft_weight,
-            num_items=None if num_items_in_batch is None else num_items_in_batch.clamp(min=1),
-        )
-        if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages over ranks what must be summed
-        return (loss, outputs) if return_outputs else loss
+        mask, labels = labelled(inputs), inputs["labels"]
+        targets = inputs["targets"].to(mask.device, non_blocking=True)
+        self.positions += len(targets.count)
+        items = None
+        if num_items_in_batch is not None:  # DDP averages over ranks what must be summed
+            items = num_items_in_batch.clamp(min=1) / self.accelerator.num_processes
+        figures = Figures()
+
+        def on_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            source = self.head.source(hidden[mask], weight, bias, self.cache.manifest.vocab_size)
+            weights = self.schedule.weights.of(targets, source.vocab)
+            objective = self.schedule.at(self.state.global_step)
+            return distil(
+                source, targets, labels[mask], objective,
+                num_items=items, position_weights=weights, figures=figures,
+            )  # fmt: skip
+
+        loss = packed_forward(model, inputs["input_ids"], inputs["position_ids"], on_head=on_head)
+        self._add({name: values.sum() for name, values in figures.values().items()}, len(targets.count))
+        return (loss, {}) if return_outputs else loss
+
+    def _add(self, sums: dict[str, torch.Tensor], positions: int) -> None:
+        for name, value in {**sums, "positions": torch.tensor(float(positions), device=self.args.device)}.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's figures and ours: means over the positions of all ranks since the last time."""
+        if "loss" in logs and self._sums:
+            names = sorted(self._sums)
+            sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]))
+            totals = dict(zip(names, sums.tolist(), strict=True))
+            positions = max(1.0, totals.pop("positions"))
+            logs.update({name: total / positions for name, total in totals.items()})
+            self._sums = {}
+        super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002 - Trainer's signature
         return str(Path(self.args.output_dir) / checkpoints.STAGING)

@@ -1,0 +1,41 @@
+"""Losses on sparse targets, from one primitive that never keeps `[positions, vocabulary]`.
+
+    divergences.py   the registry: forward and reverse KL, their skewed forms, JSD, TVD
+    aims.py          what targets ask of a student: buckets, other tails, sampled weights
+    tile.py          one tile of logits, reduced and turned into its gradient in place
+    heads.py         where logits come from: an output head, or logits that exist
+    primitive.py     the functions of autograd that walk the tiles
+    figures.py       how a student does at each position, from the same tiles
+    weights.py       how much each position counts
+    distillation.py  the loss of a step
+
+docs/mathematics.md derives each loss and its gradient.
+"""
+
+from __future__ import annotations
+
+from kdcache.losses.aims import TAILS
+from kdcache.losses.distillation import Objective, distil, sparse_kd_loss, sparse_kd_loss_from_logits
+from kdcache.losses.divergences import Teacher, divergence_names, register_divergence
+from kdcache.losses.figures import Figures, measure, measure_positions
+from kdcache.losses.heads import LinearHead, StoredLogits
+from kdcache.losses.primitive import linear_lse_gather
+from kdcache.losses.weights import PositionWeights
+
+__all__ = [
+    "TAILS",
+    "Figures",
+    "LinearHead",
+    "Objective",
+    "PositionWeights",
+    "StoredLogits",
+    "Teacher",
+    "distil",
+    "divergence_names",
+    "linear_lse_gather",
+    "measure",
+    "measure_positions",
+    "register_divergence",
+    "sparse_kd_loss",
+    "sparse_kd_loss_from_logits",
+]

@@ -1,0 +1,64 @@
+"""The objective of each optimiser step: fixed, or stepping through the temperatures that a cache stores.
+
+Between stored temperatures a truncated target is not exact, so a schedule from 3 to 1 is a staircase over those that
+are stored, each for an equal share of the run. A run that is resumed at a step is at the same stair.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from kdcache.errors import ConfigError
+from kdcache.losses import Objective, PositionWeights
+from kdcache.store.manifest import Manifest
+from kdcache.student.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a run minimises at each of its steps.
+
+    Attributes:
+        stairs: the objectives, in order; never empty.
+        weights: how much each position counts.
+        steps: of the whole run.
+    """
+
+    stairs: tuple[Objective, ...]
+    weights: PositionWeights
+    steps: int
+
+    @staticmethod
+    def of(config: TrainConfig, manifest: Manifest, steps: int) -> Schedule:
+        """The schedule of a configuration over a cache.
+
+        Raises:
+            ConfigError: a loss, tail or temperature that does not exist or that the cache cannot give.
+            TargetError: one that its kind of targets cannot give.
+        """
+        first, last = config.temperature_ends()
+        for t in (first, last):
+            if not manifest.exact_at(t):
+                stored = ", ".join(f"{t:g}" for t in manifest.temperatures)
+                raise ConfigError(
+                    f"--temperature {t:g} would not be exact: the cache stores temperature(s) {stored}; choose one "
+                    f"of them, or dump again with --temperatures 1,{t:g}"
+                )
+        between = {t for t in manifest.temperatures if min(first, last) < t < max(first, last)}
+        ladder = sorted({first, last} | between, reverse=first > last)
+        base = Objective(loss=config.loss, tail=config.tail, soft_weight=config.soft_weight)
+        stairs = tuple(dataclasses.replace(base, temperature=t) for t in ladder)
+        rule = manifest.selection
+        for stair in stairs:
+            stair.require_fit(rule["kind"], rule.get("sample_temperature", 1.0))
+        if config.tail == "label-sample" and rule.get("force_label"):
+            raise ConfigError(
+                "--tail label-sample needs labels that are entries only by merit, but the cache was dumped with "
+                "--force-label, where a label never stands for the tail"
+            )
+        return Schedule(stairs, PositionWeights(config.position_weights), steps)
+
+    def at(self, step: int) -> Objective:
+        """The objective of a step, counted from 0."""
+        return self.stairs[min(len(self.stairs) - 1, step * len(self.stairs) // self.steps)]

@@ -1,0 +1,39 @@
+"""Two ranks under DDP or FSDP2 make the gradients of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdcache.student.head import fuse_head
+from tests.distributed import ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ranks.WAYS)
+def test_two_ranks_are_one_process(way: str, tmp_path: Path) -> None:
+    model = ranks.make(way)
+    loss, sums = ranks.step(model, fuse_head(model, "cpu"), slice(0, ranks.ROWS), 1)
+    out = tmp_path / "gradients.pt"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [*launch, "-m", "tests.distributed.ranks", way, str(out)],
+        capture_output=True, text=True, check=False, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = torch.load(out, weights_only=True)
+    assert found["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
+    assert found["sums"].keys() == sums.keys()
+    for name, value in sums.items():
+        assert found["sums"][name].item() == pytest.approx(value.item(), rel=1e-6), name
+    own = {name: p.grad for name, p in model.named_parameters()}
+    assert found["gradients"].keys() == own.keys()
+    for name, gradient in own.items():
+        off = (found["gradients"][name] - gradient).abs().max() / gradient.abs().max()
+        assert off <= 1e-6, f"{name} is off by {off:.2g}"

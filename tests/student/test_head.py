@@ -1,0 +1,150 @@
+"""The fused head: the loss and gradients of a model's own logits, whatever it does to them, and no [positions, V]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdcache import Selection, select, sparse_kd_loss_from_logits
+from kdcache.errors import ModelError
+from kdcache.isolation import packed_forward
+from kdcache.losses import Objective, distil
+from kdcache.losses.primitive import TILE_ELEMENTS
+from kdcache.student.head import FusedHead, fuse_head
+
+VOCAB, PADDED, ROWS, LENGTH = 100, 112, 3, 24
+SMALL: dict[str, Any] = {
+    "vocab_size": PADDED, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+KINDS: dict[str, tuple[str, dict[str, Any], FusedHead]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}, FusedHead()),
+    "tied": ("llama", {"tie_word_embeddings": True}, FusedHead()),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}, FusedHead()),
+    "bias": ("phi", {}, FusedHead()),
+    "soft cap": ("gemma2", {"head_dim": 16, "final_logit_softcapping": 5.0}, FusedHead(1.0, 5.0)),
+    "multiplied": ("cohere", {"logit_scale": 0.25}, FusedHead(0.25)),
+    "divided": ("granite", {"logits_scaling": 8.0}, FusedHead(0.125)),
+    "no name": ("llama", {"logit_scale": 7.0}, FusedHead()),
+}
+
+
+def make(kind: str, **changes: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    name, options, _ = KINDS[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SMALL, **options, **changes}))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    return model.eval()  # no dropout
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCAB, (ROWS, LENGTH), generator=g)
+    positions = torch.arange(LENGTH).repeat(ROWS, 1)
+    labels = torch.randint(VOCAB, (ROWS, LENGTH), generator=g)
+    labels[:, ::5] = -100
+    return tokens, positions, labels, 3 * torch.randn(int((labels != -100).sum()), VOCAB, generator=g)
+
+
+def on_head(head: FusedHead, labels: Tensor, teacher: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    mask = labels != -100
+    targets = select(teacher, Selection(k=8), temperatures=(1.0, 2.0))
+    objective = Objective(temperature=2.0, soft_weight=0.7)
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return distil(head.source(hidden[mask], weight, bias, VOCAB), targets, labels[mask], objective)
+
+    return loss
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_the_loss_of_the_models_own_logits(kind: str) -> None:
+    model = make(kind)
+    tokens, positions, labels, teacher = batch()
+    mask = labels != -100
+    own = packed_forward(model, tokens, positions).logits
+    exact = sparse_kd_loss_from_logits(
+        own[mask][:, :VOCAB], select(teacher, Selection(k=8), temperatures=(1.0, 2.0)),
+        labels=labels[mask], temperature=2.0, soft_weight=0.7,
+    )  # fmt: skip
+    exact.backward()
+    true = gradients(model)
+
+    head = fuse_head(model, "cpu")
+    assert head.scale == pytest.approx(KINDS[kind][2].scale) and head.softcap == KINDS[kind][2].softcap
+    loss = packed_forward(model, tokens, positions, on_head=on_head(head, labels, teacher))
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    mine = gradients(model)
+    assert mine.keys() == true.keys()
+    for name in true:
+        assert (mine[name] - true[name]).abs().max() <= 1e-5 * true[name].abs().max() + 1e-8, name
+    assert torch.equal(packed_forward(model, tokens, positions).logits, own)  # and without a loss it is what it was
+
+
+def test_a_cap_is_found_though_fresh_weights_never_reach_it() -> None:
+    model = make("soft cap", final_logit_softcapping=30.0)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e-3)
+    assert fuse_head(model, "cpu").softcap == 30.0
+
+
+def test_what_is_not_known_is_refused() -> None:
+    model = make("llama")
+    inner = model.forward
+
+    def odd(*args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        output.logits = output.logits + output.logits.square()
+        return output
+
+    model.forward = odd
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM does something between its hidden states and its logits"):
+        fuse_head(model, "cpu")
+    model = make("llama")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ModelError, match=r"has no linear output head over hidden states of its own \(Sequential\)"):
+        fuse_head(model, "cpu")
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any result of an operation has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_no_tensor_is_as_large_as_positions_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TILE_ELEMENTS, "cpu", 0)
+    monkeypatch.setattr("kdcache.losses.primitive.LEAST_POSITIONS", 16)
+    model = make("tied")
+    tokens, positions, labels, teacher = batch()
+    loss = on_head(fuse_head(model, "cpu"), labels, teacher)
+    with Largest() as fused:
+        packed_forward(model, tokens, positions, on_head=loss).backward()
+    with Largest() as plain:
+        packed_forward(model, tokens, positions).logits.sum().backward()
+    weight = model.get_output_embeddings().weight
+    assert plain.elements >= ROWS * LENGTH * PADDED > fused.elements
+    assert fused.elements <= max(weight.numel(), 16 * VOCAB)
