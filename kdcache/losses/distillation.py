@@ -133,6 +133,11 @@ def distil(
     soft, hard = objective.soft_weight > 0, objective.soft_weight < 1 and labels is not None
     if not soft and not hard:
         raise ConfigError("nothing to learn from: soft_weight is 0 and no labels were given")
+    for name, given in (("targets", targets.count), ("labels", labels), ("position_weights", position_weights)):
+        if given is not None and given.shape != (source.positions,):
+            raise TargetError(
+                f"{name} are of shape {tuple(given.shape)}, but the student has {source.positions} positions"
+            )
     has_target = targets.count > 0
     labelled = torch.ones_like(has_target) if labels is None else labels != IGNORE
     keep = labelled if hard else labelled & has_target

@@ -20,6 +20,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from kdcache.errors import ConfigError
+
 Grads = tuple[Tensor | None, ...]
 
 
@@ -33,11 +35,13 @@ class Source(ABC):
 
     Attributes:
         tensors: what gradients are taken in; `gradients` follows their order.
+        positions: N.
         vocab: V.
         dtype: of the logits, float32 or float64.
     """
 
     tensors: tuple[Tensor | None, ...]
+    positions: int
     vocab: int
     dtype: torch.dtype
 
@@ -59,10 +63,16 @@ class Source(ABC):
 
 
 class StoredLogits(Source):
-    """Logits `[N, V]` that exist."""
+    """Logits `[N, V]` that exist.
+
+    Raises:
+        ConfigError: another shape.
+    """
 
     def __init__(self, logits: Tensor) -> None:
-        self.tensors, self.vocab = (logits,), logits.shape[-1]
+        if logits.dim() != 2:
+            raise ConfigError(f"logits have shape {tuple(logits.shape)}, but must be [positions, vocabulary]")
+        self.tensors, (self.positions, self.vocab) = (logits,), logits.shape
         self.dtype = wide(logits[:0]).dtype
         self._logits = logits
         self._grad: Tensor | None = None
@@ -96,6 +106,9 @@ class LinearHead(Source):
         scale: a constant factor of the logits.
         softcap: logits are bounded by it as `softcap * tanh(logits / softcap)`.
         operand: dtype of the factors of matrix products; see the module for the default.
+
+    Raises:
+        ConfigError: shapes that do not fit.
     """
 
     def __init__(
@@ -109,7 +122,14 @@ class LinearHead(Source):
         softcap: float | None = None,
         operand: torch.dtype | None = None,
     ) -> None:
-        self.tensors = (hidden, weight, bias)
+        if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+            raise ConfigError(
+                f"hidden states of shape {tuple(hidden.shape)} and a head of {tuple(weight.shape)} do not fit: they "
+                "must be [positions, D] and [vocabulary, D]"
+            )
+        if vocab is not None and not 1 <= vocab <= len(weight):
+            raise ConfigError(f"vocab_size is {vocab}, but the head has {len(weight)} rows")
+        self.tensors, self.positions = (hidden, weight, bias), len(hidden)
         self.vocab = weight.shape[0] if vocab is None else vocab
         self.dtype = torch.promote_types(wide(hidden[:0]).dtype, wide(weight[:0]).dtype)
         self.operand = operand or _operand_dtype(hidden, weight, self.dtype)

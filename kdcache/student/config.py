@@ -62,7 +62,7 @@ class TrainConfig:
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("--steps and --epochs exclude each other")
         object.__setattr__(self, "temperature", str(self.temperature))  # from Python a number will do
-        self.temperature_ends()
+        object.__setattr__(self, "temperature", ":".join(f"{t:g}" for t in dict.fromkeys(self.temperature_ends())))
         for name in ("steps", "epochs", "lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

@@ -1,10 +1,12 @@
 """Head: a student's body, output head and loss in one forward pass, so that `[positions, V]` never exists in training.
 
-The forward of the model is replaced on the instance, not by a wrapper (which breaks the saving of tied weights) and not
-by another class (which would write its name into `config.json`). DDP and FSDP wrap the module whose forward holds body,
-head and loss, so parameters are gathered where they are used. Without a loss to apply, the forward is the model's own.
+Two forwards are replaced on their instances: the output head's hands its input to the loss instead of multiplying it,
+and the model's returns that loss. All that a model does up to its head is its own code, run as ever. There is no
+wrapper (which breaks the saving of tied weights) and no other class (which would write its name into `config.json`).
+DDP and FSDP wrap the module whose forward holds body, head and loss, so parameters are gathered where they are used,
+also those of a head that is sharded on its own. Without a loss to apply, both forwards are what they were.
 
-A head by hand loses what the model does to its logits afterwards. Known are a factor and a soft cap, found by the names
+What a model does to its logits after the head is lost that way. Known are a factor and a soft cap, found by the names
 that transformers gives them, and `fuse_head` compares with the model's own logits, those of ordinary size and those
 where a cap bends. A model that does anything else is refused.
 
@@ -25,13 +27,14 @@ from torch import Tensor, nn
 from kdcache.errors import ModelError
 from kdcache.isolation import packed_forward
 from kdcache.losses import LinearHead
+from kdcache.pretrained import one_line
 
-OnHead = Callable[[Tensor, Tensor, Tensor | None], Any]
-"""`(hidden [R, L, D], weight [V, D], bias [V] or None)` to anything that holds the loss."""
+OnHead = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""`(hidden [R, L, D], weight [V, D], bias [V] or None)` to a scalar loss."""
 
-_CAPS = ("final_logit_softcapping", "output_logit_soft_cap")
+_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap", "softcap")
 # The second of these divides in some models and multiplies in others; the check tells which.
-_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier", "output_multiplier")
 
 _CHECKED_TOKENS = 16
 _WIDE = 40.0
@@ -56,10 +59,10 @@ class FusedHead:
 
 
 def fuse_head(model: Any, device: torch.device | str) -> FusedHead:
-    """Let a model's forward take `on_head`, a function that makes the loss of its last hidden states.
+    """Let a model's forward take `on_head`, a function that makes the loss of what its output head is given.
 
-    `packed_forward(model, tokens, positions, on_head=f)` then returns what f returns. To be called before the model is
-    wrapped; the model stays what it is otherwise, and saves as it did.
+    `packed_forward(model, tokens, positions, on_head=f)` then returns the loss that f returns. To be called before the
+    model is wrapped; the model stays what it is otherwise, and saves as it did.
 
     Args:
         model: a transformers causal language model.
@@ -68,65 +71,81 @@ def fuse_head(model: Any, device: torch.device | str) -> FusedHead:
     Raises:
         ModelError: the model's logits are not those of a linear head, scaled and capped.
     """
-    body, head = model.base_model, model.get_output_embeddings()
-    name = type(model).__name__
-    if body is model or type(head) is not nn.Linear:
-        raise ModelError(
-            f"the student {name} has no linear output head over hidden states of its own ({type(head).__name__}), "
-            "which its loss needs"
-        )
-    found = _matching(model, body, head, device)
-    if isinstance(found, float):
-        raise ModelError(
-            f"the student {name} does something between its hidden states and its logits that is not known here; known "
-            f"are a factor ({', '.join(_FACTORS)}) and a soft cap ({', '.join(_CAPS)}), which leave {found:.2g} of them"
-        )
-    _patch(model, body, head)
+    head, name = model.get_output_embeddings(), type(model).__name__
+    if type(head) is not nn.Linear:
+        raise ModelError(f"the student {name} has no linear output head, which its loss needs ({type(head).__name__})")
+    tokens = torch.arange(_CHECKED_TOKENS, device=device)[None] % head.weight.shape[0]
+    places = torch.arange(_CHECKED_TOKENS, device=device)[None]
+    training = model.training
+    model.eval()
+    try:
+        found = _matching(model, head, tokens, places)
+        _patch(model, head)
+        with torch.no_grad():
+            packed_forward(model, tokens, places, on_head=lambda hidden, *_: hidden.new_zeros(()))
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"the student {name} cannot make its loss at its output head: {one_line(error)}") from error
+    finally:
+        model.train(training)
     return found
 
 
-def _patch(model: Any, body: nn.Module, head: nn.Linear) -> None:
+def _patch(model: Any, head: nn.Linear) -> None:
     own_forward, own_head = model.forward, head.forward
+    waiting: list[OnHead] = []
 
     def forward(_self: Any, *args: Any, on_head: OnHead | None = None, **kwargs: Any) -> Any:
         if on_head is None:
             return own_forward(*args, **kwargs)
-        # By a call of the head itself, so that a head that FSDP shards apart is gathered for it.
-        return head(body(*args, **kwargs).last_hidden_state, on_head)
+        made: list[Tensor] = []
 
-    def head_forward(self: nn.Linear, hidden: Tensor, on_head: OnHead | None = None) -> Any:
-        return own_head(hidden) if on_head is None else on_head(hidden, self.weight, self.bias)
+        def make(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            # In the place of logits [R, L, V], so that the model's code goes on with it. It is this very tensor that
+            # FSDP hooks to know when the head's backward begins.
+            made.append(on_head(hidden, weight, bias).reshape(1, 1, 1))
+            return made[-1]
+
+        waiting.append(make)
+        try:
+            own_forward(*args, **kwargs)
+        finally:
+            waiting.clear()
+        (loss,) = made
+        return loss.reshape(())
+
+    def head_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
+        return waiting[-1](hidden, self.weight, self.bias) if waiting else own_head(hidden)
 
     model.forward = types.MethodType(forward, model)
     head.forward = types.MethodType(head_forward, head)  # type: ignore[method-assign]
 
 
 @torch.no_grad()
-def _matching(model: Any, body: nn.Module, head: nn.Linear, device: torch.device | str) -> FusedHead | float:
-    """What the model does after its head; or, if that is not known, by how much the best guess is off."""
-    training = model.training
-    model.eval()
-    try:
-        tokens = torch.arange(_CHECKED_TOKENS, device=device)[None] % head.weight.shape[0]
-        places = torch.arange(_CHECKED_TOKENS, device=device)[None]
-        hidden = packed_forward(body, tokens, places).last_hidden_state
-        size = head(hidden).abs().max().item()
-        cases = [_own_logits(model, head, tokens, places, x) for x in (1.0, _WIDE / max(size, 1e-6))]
-    finally:
-        model.train(training)
-    if not torch.allclose(cases[0][0].float(), hidden.float(), rtol=1e-3, atol=1e-3 * hidden.abs().max().item()):
-        return float((cases[0][0] - hidden).abs().max())
-    best = float("inf")
+def _matching(model: Any, head: nn.Linear, tokens: Tensor, places: Tensor) -> FusedHead:
+    """What the model does after its head.
+
+    Raises:
+        ModelError: that is not known.
+    """
+    given, logits = _own_logits(model, head, tokens, places, 1.0)
+    size = head(given).abs().max().clamp(min=1e-6).item()
+    cases = [(given, logits), _own_logits(model, head, tokens, places, _WIDE / size)]
+    least = float("inf")
     for guess in _guesses(model.config.get_text_config()):
         off = 0.0
         for given, logits in cases:
             mine = guess.source(given.flatten(0, -2), head.weight, head.bias).logits(slice(None))
             own = logits.flatten(0, -2).float()
             off = max(off, ((mine - own).abs().max() / own.abs().max().clamp(min=1e-6)).item())
-        if off < max(1e-4, 4 * torch.finfo(logits.dtype).eps):
+        if off <= max(1e-4, 4 * torch.finfo(logits.dtype).eps):
             return guess
-        best = min(best, off)
-    return best
+        least = min(least, off)
+    raise ModelError(
+        f"the student {type(model).__name__} does something to its logits that is not known here; known are a factor "
+        f"({', '.join(_FACTORS)}) and a soft cap ({', '.join(_CAPS)}), and {least:.2g} of the logits is left over"
+    )
 
 
 def _own_logits(model: Any, head: nn.Module, tokens: Tensor, places: Tensor, factor: float) -> tuple[Tensor, Tensor]:

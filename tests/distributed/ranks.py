@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,4 @@ def main(way: str, out: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(sys.argv[1], Path(sys.argv[2]))
+    os._exit(0)  # without the interpreter's teardown, in which a rank now and then aborts or hangs

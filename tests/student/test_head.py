@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], FusedHead]] = {
     "multiplied": ("cohere", {"logit_scale": 0.25}, FusedHead(0.25)),
     "divided": ("granite", {"logits_scaling": 8.0}, FusedHead(0.125)),
     "no name": ("llama", {"logit_scale": 7.0}, FusedHead()),
+    "before the head": ("modernbert-decoder", {"num_hidden_layers": 3}, FusedHead()),
 }
 
 
@@ -114,11 +115,13 @@ def test_what_is_not_known_is_refused() -> None:
         return output
 
     model.forward = odd
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM does something between its hidden states and its logits"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM does something to its logits that is not known here"):
         fuse_head(model, "cpu")
     model = make("llama")
     model.lm_head = torch.nn.Sequential(model.lm_head)
-    with pytest.raises(ModelError, match=r"has no linear output head over hidden states of its own \(Sequential\)"):
+    with pytest.raises(
+        ModelError, match=r"LlamaForCausalLM has no linear output head, which its loss needs \(Sequential\)"
+    ):
         fuse_head(model, "cpu")
 
 
@@ -148,3 +151,35 @@ def test_no_tensor_is_as_large_as_positions_by_vocabulary(monkeypatch: pytest.Mo
     weight = model.get_output_embeddings().weight
     assert plain.elements >= ROWS * LENGTH * PADDED > fused.elements
     assert fused.elements <= max(weight.numel(), 16 * VOCAB)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its tracing
+def test_in_a_compiled_model() -> None:
+    model = make("soft cap")
+    tokens, positions, labels, teacher = batch()
+    loss = on_head(fuse_head(model, "cpu"), labels, teacher)
+    plain = packed_forward(model, tokens, positions, on_head=loss)
+    plain.backward()
+    true = gradients(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    found = packed_forward(compiled, tokens, positions, on_head=loss)
+    found.backward()
+    assert found.item() == pytest.approx(plain.item(), rel=1e-6)
+    mine = gradients(model)
+    for name in true:
+        torch.testing.assert_close(mine[name], true[name], atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # its new name is younger
+def test_under_gradient_checkpointing() -> None:
+    model = make("tied")
+    tokens, positions, labels, teacher = batch()
+    loss = on_head(fuse_head(model, "cpu"), labels, teacher)
+    packed_forward(model, tokens, positions, on_head=loss).backward()
+    true = gradients(model)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    packed_forward(model, tokens, positions, on_head=loss).backward()
+    mine = gradients(model)
+    for name in true:
+        torch.testing.assert_close(mine[name], true[name], atol=1e-8, rtol=1e-6)

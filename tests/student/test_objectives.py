@@ -20,6 +20,8 @@ from kdcache.student.data import Collator, RowDataset, RunOrder, split_heldout
 from kdcache.student.measure import measure
 from kdcache.student.schedule import Schedule
 from kdcache.student.train import train
+from kdcache.teacher.dump import dump
+from tests.making import dump_options
 
 
 def options(cache: Path, student: Path, out: Path, **changes: Any) -> TrainConfig:
@@ -102,6 +104,12 @@ def test_a_temperature_steps_through_what_is_stored(cache: Path, student_config:
             Schedule.of(options(cache, student_config, tmp_path, temperature=bad), stored, 6)
 
 
+def test_a_temperature_has_one_spelling(cache: Path, student_config: Path, tmp_path: Path) -> None:
+    """A run is resumed only with the same options."""
+    for given, told in ((2, "2"), (2.0, "2"), ("2.0", "2"), ("2:2", "2"), ("3.50:1", "3.5:1"), ("1:2", "1:2")):
+        assert options(cache, student_config, tmp_path, temperature=given).temperature == told
+
+
 @pytest.mark.parametrize("temperature", ["", "x", "0", "-1", "inf", "nan", "1:2:3", "2:", 0.0])
 def test_a_temperature_that_is_none(temperature: Any, cache: Path, student_config: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--temperature is .*must be positive, or two such as 3:1"):
@@ -123,6 +131,21 @@ def test_bad_objectives_are_refused_before_anything_is_written(
         with pytest.raises(ConfigError, match=words):
             train(options(cache, student_config, tmp_path / "s", **changes))
         assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("kind", ["ipps", "sample"])
+def test_a_student_learns_from_draws(
+    kind: str, teacher: Path, corpus: Path, student_config: Path, tmp_path: Path
+) -> None:
+    draws = {"draws": 8} if kind == "sample" else {}
+    dump(dump_options(teacher, corpus, tmp_path / "c", select=kind, sample_temperature=2.0, limit_docs=80, **draws))
+    config = options(tmp_path / "c", student_config, tmp_path / "s", soft_weight=1.0)
+    after = train(config)["heldout"]["after"]
+    assert after["nll"] < json.loads((tmp_path / "s/heldout-before.json").read_text())["nll"]
+    assert after["kl"] is None  # weights of p_2 say nothing of p
+    assert "kl" not in json.loads((tmp_path / "s/metrics.jsonl").read_text().splitlines()[0])
+    with pytest.raises(TargetError, match=f"loss 'tvd' needs the teacher's probabilities, but {kind} targets"):
+        train(dataclasses.replace(config, out=str(tmp_path / "t"), loss="tvd"))
 
 
 def test_a_cache_of_draws_refuses_what_would_be_biased(cache: Path, student_config: Path, tmp_path: Path) -> None:

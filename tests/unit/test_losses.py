@@ -106,14 +106,16 @@ def test_on_real_rows(loss: str, tail: str, real: Problem) -> None:
         require_as_exact_as_naive(real, targets, **options)
 
 
-@pytest.fixture(scope="module")
-def real(assets: Path) -> Problem:
+@pytest.fixture(scope="module", params=[("stories260K", 257), ("lab32k", 65)], ids=lambda param: param[0])
+def real(assets: Path, request: pytest.FixtureRequest) -> Problem:
     """A trained model as teacher, on text it knows; the student is that model, its hidden states disturbed."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = assets / "models/stories260K"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    tokens = tokenizer((assets / "text/tinystories.txt").read_text()[:1500], return_tensors="pt").input_ids[:, :257]
+    name, length = request.param
+    folder = assets / "models" / name
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer((assets / "text/tinystories.txt").read_text()[:1500], return_tensors="pt").input_ids[:, :length]
     with torch.no_grad():
         hidden = model.model(input_ids=tokens).last_hidden_state[0, :-1]
         weight = model.get_output_embeddings().weight.detach().clone()
@@ -357,6 +359,16 @@ def test_bad_settings() -> None:
             bad(targets, **options)
     with pytest.raises(TargetError, match="temperature 3 is not exact"):
         bad(targets, temperature=3.0)
+    with pytest.raises(TargetError, match=r"labels are of shape \(39,\), but the student has 40 positions"):
+        bad(targets, labels=labels[1:])
+    with pytest.raises(TargetError, match=r"targets are of shape \(39,\)"):
+        bad(targets[1:])
+    with pytest.raises(ConfigError, match=r"logits have shape \(2, 20, 300\)"):
+        sparse_kd_loss_from_logits(torch.zeros(2, 20, V), targets)
+    with pytest.raises(ConfigError, match=r"\(40, 16\) and a head of \(300, 17\) do not fit"):
+        sparse_kd_loss(torch.zeros(N, D), torch.zeros(V, D + 1), targets)
+    with pytest.raises(ConfigError, match="vocab_size is 301, but the head has 300 rows"):
+        sparse_kd_loss(torch.zeros(N, D), torch.zeros(V, D), targets, vocab_size=V + 1)
 
 
 @pytest.mark.parametrize("kind", ["ipps", "sample"])
