@@ -36,7 +36,8 @@ class SparseTargets:
         logprobs: `[..., K]` log p at T = 1 over the whole vocabulary, nats; NaN for sampled entries that
             store no value; -inf past `count`.
         weights: `[..., K]` target weights: p itself for `topk`, `topp` and `full`, unbiased estimates of p_T
-            for `sample` and `ipps`, summing to 1; 0 past `count`.
+            for `sample` and `ipps`, summing to 1 (in the mean only, where draws have importance weights); 0 past
+            `count`.
         count: `[...]` entries in use; 0 where a position has no target (all its scalars are 0).
         log_partition: `[..., n_T]` log sum_j p_j^(1/T), one column for each of `temperatures`.
         log_tail: `[..., n_T]` log of the mass at T of everything not kept; -inf if all is kept; NaN for

@@ -3,6 +3,7 @@
     interface.py  Codec: what a store may ask
     plain.py      float32 or float16 values
     compact.py    4 to 16 bits a value, ids by rank
+    weighted.py   draws with importance weights, by either of the two
     layout.py     what a manifest says of targets before any is read
     order.py      ids by how often they are proposed
     runs.py       sorted ranks in a byte each
@@ -27,6 +28,7 @@ from kdcache.codec.layout import Layout
 from kdcache.codec.levels import BITS
 from kdcache.codec.plain import PRECISIONS, PlainCodec
 from kdcache.codec.streams import LEVEL, deflate, inflate
+from kdcache.codec.weighted import WeightedCodec
 from kdcache.errors import ConfigError
 
 __all__ = ["LEVEL", "Codec", "deflate", "inflate", "make_codec"]
@@ -43,6 +45,7 @@ def make_codec(
     draws: int | None = None,
     force_label: bool = False,
     sample_temperature: float = 1.0,
+    weighted: bool = False,
 ) -> Codec:
     """The codec that a manifest describes.
 
@@ -56,6 +59,7 @@ def make_codec(
         draws: N of `sample`.
         force_label: whether `sample` keeps the label apart from its draws.
         sample_temperature: T of the p_T that sampled weights estimate.
+        weighted: whether the weights of `sample` are importance weights and no counts of draws.
 
     Raises:
         ConfigError: a precision that is neither a float's name nor a number of bits, or settings that no selection has.
@@ -70,6 +74,12 @@ def make_codec(
         force_label=force_label,
         sample_temperature=sample_temperature,
     )
+    if weighted:
+        inner = make_codec(
+            kind="ipps", width=width, vocab_size=vocab_size, temperatures=temperatures, precision=precision,
+            id_order=id_order, sample_temperature=sample_temperature,
+        )  # fmt: skip
+        return WeightedCodec(layout=layout, inner=inner, exact=precision == "float32")
     if precision in PRECISIONS:
         return PlainCodec(layout=layout, precision=precision)
     if not precision.isdecimal() or int(precision) not in BITS:

@@ -102,6 +102,10 @@ def require_narrower(new: Selection, old: Selection, width: int) -> None:
             f"--sample-temperature is {new.sample_temperature:g}, "
             f"but the entries were drawn at {old.sample_temperature:g}"
         )
+    if old.proposal_power != 1 or new.proposal_power != 1:
+        raise ConfigError(
+            "draws with --proposal-power cannot be thinned out, as their weights are no counts; dump them anew"
+        )
     if new.tau is not None and (old.tau is None or new.tau < old.tau):
         stands = "--k, not with tau" if old.tau is None else f"tau {old.tau:g}"
         raise ConfigError(f"tau is {new.tau:g}, but the entries were kept with {stands}; it can only be raised")

@@ -25,7 +25,7 @@ _FIELDS = {
 _OPTIONAL = {
     "topk": ("force_label",),
     "topp": ("min_k", "force_label"),
-    "sample": ("force_label", "sample_temperature"),
+    "sample": ("force_label", "sample_temperature", "proposal_power"),
     "ipps": ("min_k", "tau", "force_label", "sample_temperature"),
     "full": (),
 }
@@ -46,6 +46,8 @@ class Selection:
         tau: the threshold shared by the whole cache, for `ipps` with `--adaptive`; in (0, 1].
         force_label: the true next token is always among the entries.
         sample_temperature: T of the p_T that `sample` and `ipps` estimate.
+        proposal_power: t of the distribution in proportion to p_T^t that `sample` draws from, 0.5 to 2; where it is not
+            1, importance weights make up for it.
 
     Raises:
         ConfigError: an unknown kind, a setting out of range, or one that the kind does not have.
@@ -59,6 +61,7 @@ class Selection:
     tau: float | None = None
     force_label: bool = False
     sample_temperature: float = 1.0
+    proposal_power: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -100,6 +103,17 @@ class Selection:
             raise ConfigError(
                 f"--sample-temperature is {self.sample_temperature:g}, but --select {self.kind} does not sample"
             )
+        if not 0.5 <= self.proposal_power <= 2:
+            raise ConfigError(f"--proposal-power is {self.proposal_power:g}, outside 0.5 to 2")
+        if self.proposal_power != 1 and self.kind != "sample":
+            raise ConfigError(
+                f"--proposal-power is {self.proposal_power:g}, but only --select sample has it, not {self.kind}"
+            )
+
+    @property
+    def drawn_temperature(self) -> float:
+        """T of the p_T that is drawn from; the weights make up for the difference to `sample_temperature`."""
+        return self.sample_temperature / self.proposal_power
 
     @property
     def ragged(self) -> bool:

@@ -3,6 +3,9 @@
 RS-KD ("Sparse Logit Sampling", arXiv 2503.16870). A forced label weighs its own p, and the draws come from the
 rest, weighing (1 - p_label) count / N: put among the draws, it would count twice.
 
+With a proposal power t the draws come from q in proportion to p^t, and an entry weighs count / N times p / q: unbiased
+(importance sampling), though the weights of a position sum to 1 in the mean only.
+
 Shapes: n positions, V vocabulary, N draws, K width of the targets.
 """
 
@@ -29,7 +32,7 @@ def sample(x: Tensor, seen: Scan, rule: Selection, temperatures: tuple[float, ..
         uniform: `[n, N]` in [0, 1).
     """
     n, draws = uniform.shape
-    width, t = rule.width(x.shape[-1]), rule.sample_temperature
+    width, t = rule.width(x.shape[-1]), rule.drawn_temperature
     forced, alone = seen.forced, seen.column == 0
     head = torch.where(alone, 0.0, (seen.head[:, 0] / t).exp())
     others = head + seen.rest_at(t).exp()
@@ -47,6 +50,8 @@ def sample(x: Tensor, seen: Scan, rule: Selection, temperatures: tuple[float, ..
     log_total = seen.log_total(1.0)
     logprobs = torch.cat([(seen.label - log_total)[:, None], torch.full_like(share, torch.nan)], -1)
     weights = torch.cat([own[:, None], share], -1) / (own + others)[:, None]
+    if rule.proposal_power != 1:
+        weights, logprobs = _importance(x, seen, rule, distinct, share), torch.full_like(logprobs, torch.nan)
     return SparseTargets(
         ids=lay(places, torch.cat([seen.labels[:, None], distinct], -1), width, 0),
         logprobs=lay(places, logprobs, width, -torch.inf).float(),
@@ -56,5 +61,17 @@ def sample(x: Tensor, seen: Scan, rule: Selection, temperatures: tuple[float, ..
         **seen.scalars(temperatures),
         temperatures=temperatures,
         kind=rule.kind,
-        sample_temperature=t,
+        sample_temperature=rule.sample_temperature,
     )
+
+
+def _importance(x: Tensor, seen: Scan, rule: Selection, distinct: Tensor, share: Tensor) -> Tensor:
+    """`[n, 1 + N]` weights of the forced label, which is p_T, and of `[n, N]` distinct ids, count / N times p_T / q.
+
+    `share` holds count / N times the mass that q is a part of, both in units of the largest logit's.
+    """
+    t, total = rule.sample_temperature, seen.log_total(rule.sample_temperature)[:, None]
+    logits = x.gather(-1, distinct).double() - x.amax(-1, keepdim=True).double()
+    ratio = (logits / t - total - logits / rule.drawn_temperature).exp()
+    own = torch.where(seen.forced[:, None], seen.label[:, None] / t - total, -torch.inf).exp()
+    return torch.cat([own, (share * ratio).clamp(min=torch.finfo(torch.float32).tiny)], -1)

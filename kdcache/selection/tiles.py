@@ -78,7 +78,8 @@ def select(
         s = slice(start, start + rows)
         x, known = logits[s].float(), None if labels is None else labels[s]
         head = 1 if selection.kind == "sample" else selection.width(x.shape[-1])
-        seen = scan(x, head, named, known, selection.force_label, selection.sample_temperature)
+        drawn = selection.drawn_temperature
+        seen = scan(x, head, tuple(dict.fromkeys((*named, drawn))), known, selection.force_label, drawn)
         if not seen.finite.all():
             position = start + int((~seen.finite).nonzero()[0])
             raise LogitsError(f"the teacher's logits at position {position} are not finite", position)

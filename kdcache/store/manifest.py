@@ -110,6 +110,7 @@ class Manifest:
             draws=rule.draws,
             force_label=rule.force_label,
             sample_temperature=rule.sample_temperature,
+            weighted=rule.proposal_power != 1,
         )
 
     @cached_property

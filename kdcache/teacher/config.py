@@ -39,6 +39,7 @@ class DumpConfig:
     adaptive: bool = option("ipps: one threshold for the whole cache instead of one k", False)
     force_label: bool = option("the true next token is always among the entries", False)
     sample_temperature: float = option("T of the distribution that sample and ipps draw from", 1.0)
+    proposal_power: float = option("sample: draw from p to this power, with importance weights", 1.0)
     seed: int = option("of the draws", 0)
     temperatures: str = option("comma-separated T whose exact tails are kept", "1")
     # store

@@ -65,6 +65,7 @@ def open_inputs(config: DumpConfig) -> Inputs:
     rule = Selection(
         kind=config.select, k=config.k, min_k=config.min_k, top_p=config.top_p, draws=config.draws,
         force_label=config.force_label, sample_temperature=config.sample_temperature,
+        proposal_power=config.proposal_power,
     )  # fmt: skip
     filters = Filters(min_chars=config.min_chars, drop=config.drop, limit_docs=config.limit_docs)
     folder = model_folder(config.teacher, "teacher")

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdcache import open_cache
+from kdcache.convert import convert
 from kdcache.errors import ConfigError, TargetError
 from kdcache.losses import PositionWeights, aims
 from kdcache.student.config import TrainConfig
@@ -133,12 +134,20 @@ def test_bad_objectives_are_refused_before_anything_is_written(
         assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("kind", ["ipps", "sample"])
+@pytest.mark.parametrize("kind", ["ipps", "sample", "sample+power"])
 def test_a_student_learns_from_draws(
     kind: str, teacher: Path, corpus: Path, student_config: Path, tmp_path: Path
 ) -> None:
+    kind, _, power = kind.partition("+")
     draws = {"draws": 8} if kind == "sample" else {}
+    if power:
+        draws["proposal_power"] = 0.8
     dump(dump_options(teacher, corpus, tmp_path / "c", select=kind, sample_temperature=2.0, limit_docs=80, **draws))
+    if power:
+        weights = open_cache(tmp_path / "c")[0].targets.weights.sum(-1)
+        assert ((weights - 1).abs() > 1e-3).any()
+        with pytest.raises(ConfigError, match="draws with --proposal-power cannot be thinned out"):
+            convert(tmp_path / "c", tmp_path / "d", k=4)
     config = options(tmp_path / "c", student_config, tmp_path / "s", soft_weight=1.0)
     after = train(config)["heldout"]["after"]
     assert after["nll"] < json.loads((tmp_path / "s/heldout-before.json").read_text())["nll"]

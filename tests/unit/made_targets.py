@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kdcache.targets import SparseTargets
 
-KINDS = ("topk", "topp", "full", "sample", "sample+label", "ipps", "ipps+label")
-DRAWS = 20
+KINDS = ("topk", "topp", "full", "sample", "sample+label", "sample+power", "ipps", "ipps+label")
+DRAWS, POWER = 20, 0.7
 
 
 def logits(shape: str = "random", n: int = 60, vocab: int = 500, seed: int = 0) -> Tensor:
@@ -39,6 +39,7 @@ def codec_options(kind: str, k: int = 12, vocab: int = 500, **changes: Any) -> d
         "temperatures": (1.0, 2.0),
         "force_label": kind.endswith("+label"),
         "draws": DRAWS if kind.startswith("sample") else None,
+        "weighted": kind.endswith("+power"),
     }
     return {**options, **changes}
 
@@ -64,6 +65,9 @@ def make_targets(
     for i in range(n):
         if kind.startswith(("sample", "ipps")):
             p = (logp[i] / sample_temperature).softmax(-1)
+            if kind.endswith("+power"):
+                rows.append(_weighted(p, generator))
+                continue
             draw = _sample if kind.startswith("sample") else _ipps
             rows.append(draw(p, k, int(labels[i]) if kind.endswith("+label") else None, generator))
         else:
@@ -114,6 +118,12 @@ def _sample(p: Tensor, _: int, label: int | None, generator: torch.Generator) ->
         return drawn, weights, known
     first = torch.tensor([label]), torch.tensor([own], dtype=torch.float64), torch.ones(1, dtype=torch.bool)
     return torch.cat([first[0], drawn]), torch.cat([first[1], weights]), torch.cat([first[2], known])
+
+
+def _weighted(p: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    q = p**POWER / (p**POWER).sum()
+    drawn, shares, known = _sample(q, 0, None, generator)
+    return drawn, shares * p[drawn] / q[drawn], known
 
 
 def _ipps(p: Tensor, k: int, label: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -252,6 +252,8 @@ def test_widths() -> None:
         (lambda: Selection(draws=5), "--draws is 5, but only --select sample has it, not topk"),
         (lambda: Selection(tau=0.5), "tau is 0.5, but only --select ipps"),
         (lambda: Selection(kind="ipps", tau=0.0), "tau is 0, outside 0 to 1"),
+        (lambda: Selection(kind="ipps", proposal_power=0.8), "--proposal-power is 0.8, but only --select sample"),
+        (lambda: Selection(kind="sample", draws=5, proposal_power=3.0), "--proposal-power is 3, outside 0.5 to 2"),
         (lambda: Selection(sample_temperature=2.0), "--sample-temperature is 2, but --select topk does not sample"),
         (lambda: Selection(kind="ipps", sample_temperature=1e9), "--sample-temperature is 1e.09, outside"),
         (

@@ -94,6 +94,30 @@ def test_draws_are_those_that_the_points_fall_on(kind: str, vocab: int, temperat
     assert differ.sum() <= 1 + 0.02 * len(logits)  # a point within rounding of an edge moves one draw
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("power", [0.5, 0.8, 2.0])
+@pytest.mark.parametrize("vocab", ROWS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_importance_weights_make_up_for_the_proposal(kind: str, vocab: int, power: float, temperature: float) -> None:
+    """The entries are those that draws at T / t find; each weighs its share of the draws times p_T over q."""
+    logits = logits_of(kind, vocab, ROWS[vocab])
+    rule = Selection(kind="sample", draws=40, proposal_power=power, sample_temperature=temperature)
+    found = select(logits, rule, seed=5, temperatures=(1.0, 2.0))
+    drawn = temperature / power
+    plain = select(
+        logits, Selection(kind="sample", draws=40, sample_temperature=drawn), seed=5,
+        temperatures=tuple({1.0, 2.0, drawn}),
+    )  # fmt: skip
+    assert torch.equal(found.ids, plain.ids)
+    assert torch.equal(found.count, plain.count)
+    assert torch.equal(found.log_partition, select(logits, Selection(k=1), temperatures=(1.0, 2.0)).log_partition)
+    log_p, log_q = ((logits.double() / t).log_softmax(-1).gather(-1, found.ids) for t in (temperature, drawn))
+    expected = torch.where(found.valid, plain.weights * (log_p - log_q).exp(), 0.0)
+    torch.testing.assert_close(found.weights.double(), expected.double(), atol=1e-30, rtol=2e-5)
+    assert found.logprobs[found.valid].isnan().all()
+    assert found.sample_temperature == temperature
+
+
 def law(rule: Selection, p: torch.Tensor, label: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Variance of each weight, and the probability that the id is an entry; `[V]` each."""
     own = torch.zeros_like(p, dtype=torch.bool)
@@ -102,9 +126,10 @@ def law(rule: Selection, p: torch.Tensor, label: int | None) -> tuple[torch.Tens
     others = torch.where(own, 0.0, p)
     if rule.kind == "sample":
         assert rule.draws is not None
-        mass = others.sum()
-        q = others / mass
-        return mass**2 * q * (1 - q) / rule.draws, torch.where(own, 1.0, 1 - (1 - q) ** rule.draws)
+        q = others**rule.proposal_power
+        q = q / q.sum()
+        ratio = torch.where(own, 0.0, others / q)
+        return ratio**2 * q * (1 - q) / rule.draws, torch.where(own, 1.0, 1 - (1 - q) ** rule.draws)
     count = rule.k if rule.tau is None else max(rule.min_k, round((p / rule.tau).clamp(max=1).sum().item()))
     tau = tau_of(others[None], count - int(own.any()))
     light = ~own & (p < tau)
@@ -119,6 +144,8 @@ RULES = (
     Selection(kind="sample", draws=8),
     Selection(kind="sample", draws=8, force_label=True),
     Selection(kind="sample", draws=8, sample_temperature=2.0),
+    Selection(kind="sample", draws=8, proposal_power=0.8),
+    Selection(kind="sample", draws=8, proposal_power=1.5, sample_temperature=2.0, force_label=True),
 )
 
 

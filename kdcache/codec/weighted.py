@@ -1,0 +1,102 @@
+"""The weighted codec: draws with importance weights, as targets of `ipps` that are all heavy.
+
+Another codec keeps the weights as parts of a unit; one more stream keeps the unit:
+
+    unit    [n] float32: the sum of a position's weights; for float32 the least power of two that is not below it
+
+Guarantee: that of the other codec for each weight as a part of its position's sum; `float32` loses nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcache.codec.layout import Layout
+from kdcache.codec.streams import Shapes, Streams, take
+from kdcache.errors import CorruptCacheError
+from kdcache.targets import SparseTargets
+
+if TYPE_CHECKING:
+    from kdcache.codec.interface import Codec
+
+_UNIT, _SINGLE = "unit", np.dtype("<f4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedCodec:
+    """How the targets of one cache are laid out; everything comes from its manifest.
+
+    Attributes:
+        layout: of the targets, of kind `sample`.
+        inner: the codec of the weights, for kind `ipps` with as many entries.
+        exact: whether that one keeps every bit.
+    """
+
+    layout: Layout
+    inner: Codec
+    exact: bool
+
+    @property
+    def id_dtype(self) -> np.dtype[Any]:
+        """Of a stored token id."""
+        return self.inner.id_dtype
+
+    @property
+    def orders_ids(self) -> bool:
+        """Whether an order of ids by frequency makes the streams smaller."""
+        return self.inner.orders_ids
+
+    @property
+    def error_bound(self) -> dict[str, float]:
+        """The most by which each stored number is off, of weights as parts of their sum."""
+        return self.inner.error_bound
+
+    def streams(self, positions: int) -> Shapes:
+        """Type and largest shape of each stream of a row."""
+        return {**self.inner.streams(positions), _UNIT: (_SINGLE, (positions,))}
+
+    def encode(self, targets: SparseTargets) -> Streams:
+        """Pack the targets of one row.
+
+        Raises:
+            TargetError: targets that do not fit the layout.
+        """
+        self.layout.counts(targets)
+        weights = torch.where(targets.valid, targets.weights.double(), 0.0)
+        unit = weights.sum(-1, keepdim=True).float().double()
+        if self.exact:
+            unit = torch.exp2(unit.log2().ceil())
+        heavy = dataclasses.replace(
+            targets,
+            kind="ipps",
+            weights=(weights / unit).float(),
+            logprobs=(self.layout.own_temperature * (weights / unit).log()).float(),
+        )
+        return {**self.inner.encode(heavy), _UNIT: unit[:, 0].numpy().astype(_SINGLE)}
+
+    def decode(self, streams: Mapping[str, NDArray[Any]], positions: int) -> SparseTargets:
+        """Unpack the targets of a row that has `positions` of them.
+
+        Raises:
+            CorruptCacheError: a stream whose length or numbers cannot be what was encoded.
+        """
+        unit = take(streams, _UNIT, _SINGLE, positions)
+        # A comparison with NaN is false.
+        if not ((unit > 0) & (unit < np.inf)).all():
+            raise CorruptCacheError("the weights of a position do not have a sum that they can have")
+        heavy = self.inner.decode(streams, positions)
+        if heavy.logprobs.isnan().any():
+            raise CorruptCacheError("a weighted draw has no weight of its own")
+        return dataclasses.replace(
+            heavy,
+            kind=self.layout.kind,
+            weights=heavy.weights * torch.from_numpy(unit.copy())[:, None],
+            logprobs=torch.where(heavy.valid, torch.nan, -torch.inf),
+        )
