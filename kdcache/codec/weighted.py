@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from kdcache.codec.interface import Codec
 
 _UNIT, _SINGLE = "unit", np.dtype("<f4")
+_MOST = 2.0**40
+"""p / q is at most sqrt(V) for t below 1, and Z / p above; an id whose q is below 2^-53 is never drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ class WeightedCodec:
         """
         unit = take(streams, _UNIT, _SINGLE, positions)
         # A comparison with NaN is false.
-        if not ((unit > 0) & (unit < np.inf)).all():
+        if not ((unit > 0) & (unit <= _MOST)).all():
             raise CorruptCacheError("the weights of a position do not have a sum that they can have")
         heavy = self.inner.decode(streams, positions)
         if heavy.logprobs.isnan().any():
