@@ -4,18 +4,21 @@
                               [--tile-logits N ...] [--no-tile-head]
 
 Bare is `model(...).logits` with isolation, and nothing done with them. Beside it, each as a ratio to the bare pass
-of the same round: the logits alone, as the dump makes them, and `Teacher.run` with each selection. A round runs
-all of them once, the order turned by one each time. Three ratios: of the least times, the least of the rounds, and
-the median of the rounds. What `dump-teacher` does besides (reading, packing, encoding, writing) is not in it.
+of the same round: the logits alone, as the dump makes them; `Teacher.run` with each selection; and the same with the
+shard encoded and written beside it, as `dump-teacher` does. A round runs all of them once, the order turned by one each
+time. Three ratios: of the least times, the least of the rounds, and the median of the rounds. Reading and packing the
+corpus are not in it.
 Teacher and text default to those of KDCACHE_ASSETS.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,10 +27,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdcache import KdcacheError, Selection
+from kdcache import Selection, SparseTargets
+from kdcache.codec.frequency import FrequencyOrder
 from kdcache.isolation import packed_forward
 from kdcache.rows import IGNORE, PackedRow, position_ids
+from kdcache.store.backends import new_shard
+from kdcache.store.create import publish_shard
+from kdcache.store.manifest import Manifest
+from kdcache.store.places import open_place
 from kdcache.teacher import head
+from kdcache.teacher.beside import Beside
 from kdcache.teacher.config import DumpConfig
 from kdcache.teacher.forward import Teacher
 from kdcache.teacher.inputs import Inputs, open_inputs
@@ -35,14 +44,30 @@ from kdcache.teacher.inputs import Inputs, open_inputs
 Batches = list[list[PackedRow]]
 
 
-def selections() -> dict[str, Selection]:
-    found = {}
-    for kind, k in (("topk", 64), ("ipps", 12)):
-        try:
-            found[f"{kind} {k}"] = Selection(kind=kind, k=k)
-        except KdcacheError:
-            print(f"{kind} is not a selection of this version")
-    return found
+SELECTIONS = {"topk 64": Selection(k=64), "ipps 12": Selection(kind="ipps", k=12)}
+
+
+def with_order(teacher: Teacher, inputs: Inputs, batches: Batches, rule: Selection) -> Manifest:
+    """The manifest of a cache of that selection, its ids ordered by these very batches."""
+    manifest = dataclasses.replace(inputs.manifest, selection=rule.to_fields())
+    order = FrequencyOrder(manifest.vocab_size)
+    for batch in batches:
+        order.add(teacher.run(batch, manifest, rule)[0])
+    return dataclasses.replace(manifest, id_order=order.ids())
+
+
+def dump(teacher: Teacher, manifest: Manifest, batches: Batches) -> None:
+    def write(batch: list[PackedRow], targets: SparseTargets, counts: list[int]) -> None:
+        for row, part in zip(batch, targets.split(counts), strict=True):
+            writer.write(row, part)
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = open_place(folder)
+        with new_shard(place, manifest, 0) as writer, Beside() as beside:
+            for batch in batches:
+                beside.run(partial(write, batch, *teacher.run(batch, manifest, manifest.rule)))
+            beside.finish()
+            publish_shard(place, manifest, writer, documents=1, dropped=0, compute={})
 
 
 def some_batches(inputs: Inputs, rows: int, batch_rows: int) -> Batches:
@@ -80,6 +105,8 @@ def works(teacher: Teacher, inputs: Inputs, batches: Batches, sizes: list[int]) 
         for batch in batches:
             teacher.run(batch, inputs.manifest, rule)
 
+    manifests = {name: with_order(teacher, inputs, batches, rule) for name, rule in SELECTIONS.items()}
+
     def tiled(size: int, work: Callable[[], None]) -> Callable[[], None]:
         def sized() -> None:
             head.TILE_LOGITS[teacher.device.type] = size
@@ -88,10 +115,11 @@ def works(teacher: Teacher, inputs: Inputs, batches: Batches, sizes: list[int]) 
         return sized
 
     found: dict[str, Callable[[], None]] = {"bare": bare}
-    rules = selections()
     for size in sizes:
         found[f"logits alone, tiles of {size:,}"] = tiled(size, logits_alone)
-        found |= {f"{name}, tiles of {size:,}": tiled(size, partial(run, rule)) for name, rule in rules.items()}
+        for name, rule in SELECTIONS.items():
+            found[f"{name}, tiles of {size:,}"] = tiled(size, partial(run, rule))
+            found[f"{name}, tiles of {size:,}, written"] = tiled(size, partial(dump, teacher, manifests[name], batches))
     return found
 
 
@@ -146,11 +174,11 @@ def main() -> None:
     )
     sizes = options.tile_logits or [head.TILE_LOGITS[teacher.device.type]]
     seconds = measure(works(teacher, inputs, batches, sizes), options.repeats, teacher.device)
-    print(f"{'least seconds, and how often the bare pass':42} seconds  positions/s   minima    least   median")
+    print(f"{'least seconds, and how often the bare pass':48} seconds  positions/s   minima    least   median")
     for name, values in seconds.items():
         ratios = [value / bare for value, bare in zip(values, seconds["bare"], strict=True)]
         print(
-            f"{name:42} {min(values):7.3f}  {slots / min(values):11,.0f}  {min(values) / min(seconds['bare']):7.2f}  "
+            f"{name:48} {min(values):7.3f}  {slots / min(values):11,.0f}  {min(values) / min(seconds['bare']):7.2f}  "
             f"{min(ratios):7.2f}  {statistics.median(ratios):7.2f}"
         )
 
