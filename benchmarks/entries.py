@@ -118,7 +118,8 @@ def plot(points: list[Point], path: Path, title: str) -> None:
         for p in line:
             if p.size in (12, 50):
                 axes.annotate(
-                    f"{'k' if rule.startswith('ipps') else 'N'} = {p.size}", (p.bytes, p.squared_error), xytext=(5, 5),
+                    f"{'k' if rule.startswith('ipps') else 'N'} = {p.size}", (p.bytes, p.squared_error), xytext=(7, 3),
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
                     textcoords="offset points", color=colour, fontsize=9,
                 )  # fmt: skip
     axes.set(
