@@ -67,24 +67,18 @@ def main() -> None:
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     for name, changes in CACHES.items():
-        made = dump(
-            DumpConfig(
-                teacher=options.teacher,
-                corpus=options.corpus,
-                out=str(work / name),
-                seq_len=256,
-                device="cpu",
-                limit_docs=options.limit_docs,
-                **changes,
-            )  # fmt: skip
-        )
+        config = DumpConfig(
+            teacher=options.teacher, corpus=options.corpus, out=str(work / name), seq_len=256, device="cpu",
+            limit_docs=options.limit_docs, **changes,
+        )  # fmt: skip
+        made = dump(config)
         print(f"{name:6} {made['positions']:,} positions, {made['bytes_per_position']:,.1f} bytes each", flush=True)
     vocab = json.loads((Path(options.teacher) / "config.json").read_text())["vocab_size"]
     (work / "student.json").write_text(json.dumps({**STUDENT, "vocab_size": vocab}))
     lines = []
     print(
-        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}, {options.steps} steps, means and "
-        f"standard deviations over {options.seeds} seeds, held-out rows"
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}, {options.steps} steps, "
+        f"means and standard deviations over {options.seeds} seeds, held-out rows"
     )
     for way in WAYS:
         runs = [run(way, seed, work, options.steps) for seed in range(options.seeds)]
