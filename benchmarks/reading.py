@@ -39,7 +39,8 @@ def make(folder: Path, store: str, targets: list[SparseTargets], rows: int, voca
     manifest = Manifest(
         teacher_sha256=NOBODY, tokenizer_sha256=NOBODY, tokenizer_files={}, corpus_sha256=NOBODY,
         filters={}, documents=SHARDS,
-        docs_per_shard=1, vocab_size=vocab, seq_len=SLOTS, isolate=True, adaptive=False, tau=None, seed=0,
+        docs_per_shard=1, vocab_size=vocab, seq_len=SLOTS, isolate=True, adaptive=False, tau=None,
+        positions="all", seed=0,
         selection={"kind": "topk", "k": targets[0].ids.shape[-1]}, temperatures=targets[0].temperatures,
         precision=precision, error_bound={},
         id_order=tuple(order) if precision.isdecimal() else (), store=store, origin={},
@@ -54,7 +55,8 @@ def make(folder: Path, store: str, targets: list[SparseTargets], rows: int, voca
                     tokens=tokens, piece_lengths=np.array([SLOTS], np.int32), piece_documents=np.array([shard])
                 )
                 writer.write(packed, targets[row % len(targets)])
-            publish_shard(place, manifest, writer, documents=1, dropped=0, compute={})
+            entropies = [writer.tally.labels]  # nobody looks at them here
+            publish_shard(place, manifest, writer, documents=1, dropped=0, entropies=entropies, compute={})
     return open_cache(folder)
 
 

@@ -83,8 +83,9 @@ def convert(
             for row in source.place.map(made, range(commit.rows)):
                 writer.write(*row)
             publish_shard(
-                place, manifest, writer, documents=commit.documents, dropped=commit.dropped, compute=commit.compute
-            )
+                place, manifest, writer, documents=commit.documents, dropped=commit.dropped,
+                entropies=commit.entropy_histogram, compute=commit.compute,
+            )  # fmt: skip
     sweep(place, manifest)
     summary = totals(place)
     summary["shards"]["by_this_worker"] = len(mine)
@@ -138,10 +139,12 @@ def _row(source: Cache, manifest: Manifest, shard: int, row: int) -> tuple[Any, 
     if (manifest.selection, manifest.precision) == (old.selection, old.precision):
         return packed, targets, record
     if manifest.selection != old.selection:
-        slots = np.flatnonzero(packed.labels(manifest.seq_len) != IGNORE)
+        chosen = (targets.count > 0).nonzero()[:, 0]  # of the labelled slots
+        slots = np.flatnonzero(packed.labels(manifest.seq_len) != IGNORE)[chosen.numpy()]
         keys = torch.tensor([[shard, row, int(slot)] for slot in slots], dtype=torch.int64).reshape(-1, 3)
         labels = torch.from_numpy(packed.labels(manifest.seq_len)[slots])
-        targets = narrow(targets, manifest.rule, source=old.rule, labels=labels, seed=manifest.seed, keys=keys)
+        fewer = narrow(targets[chosen], manifest.rule, source=old.rule, labels=labels, seed=manifest.seed, keys=keys)
+        targets = fewer.spread(chosen, len(targets.count))
     return packed, targets
 
 

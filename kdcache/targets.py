@@ -119,11 +119,11 @@ class SparseTargets:
         joined: dict[str, Any] = {n: torch.cat([getattr(p, n) for p in parts]) for n in names}
         return dataclasses.replace(first, **joined)
 
-    def spread(self, slots: Tensor, length: int) -> SparseTargets:
+    def spread(self, slots: Tensor | slice, length: int) -> SparseTargets:
         """Lay targets of n positions out over `length` slots; a slot without one has count 0 and zeros.
 
         Args:
-            slots: `[n]` the slot of each position.
+            slots: `[n]` the slot of each position, or the slice of them.
             length: slots in all.
         """
 

@@ -44,6 +44,7 @@ def main(
 def dump_teacher(config: DumpConfig, output: Output) -> None:
     """Run the teacher over a corpus once and write its targets into a cache."""
     from kdcache.teacher.dump import dump
+    from kdcache_cli import tables
 
     with output.progress("dump", "documents") as bar:
         summary = dump(config, lambda done, total, positions: bar(done, total, f"{positions:,} positions"))
@@ -55,10 +56,12 @@ def dump_teacher(config: DumpConfig, output: Output) -> None:
             f"{summary['cache']}: {state}, {shards['committed']} of {shards['planned']} shards "
             f"({shards['by_this_worker']} by this worker)\n"
             f"{summary['documents']:,} documents ({summary['dropped']:,} dropped), {summary['rows']:,} rows, "
-            f"{summary['positions']:,} positions, {summary['entries']:,} entries\n"
+            f"{tables.count_of_labels(summary)}, {summary['entries']:,} entries\n"
             f"{summary['bytes']:,} bytes, {summary['bytes_per_position']:.1f} a position; "
             f"{summary['seconds']:.1f} s, {summary['positions_per_second']:,.0f} positions/s"
         )
+        if summary["entropy_quantiles"]:
+            console.print(f"the teacher's entropy, nats: {tables.quantiles(summary['entropy_quantiles'])}")
         if summary["waited_seconds"] > 0.05 * summary["seconds"]:
             console.print(f"the teacher waited {summary['waited_seconds']:.1f} s for encoding and writing to catch up")
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_FIGURES = ("nll", "teacher_nll", "delta_nll", "kl", "top1_agreement", "dense_kl", "acceptance", "positions")
+_FIGURES = ("nll", "teacher_nll", "delta_nll", "kl", "top1_agreement", "dense_kl", "acceptance", "positions", "targets")
 _BAR = 24
 
 
@@ -46,15 +46,29 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("target", f"{rule}, T = {temperatures}, {summary['precision']}"),
         ("documents", f"{summary['documents']:,} ({summary['dropped']:,} dropped)"),
         ("rows", f"{summary['rows']:,} of {summary['seq_len']} slots, {summary['tokens']:,} tokens"),
-        ("positions", f"{summary['positions']:,}"),
+        ("positions", f"{count_of_labels(summary)} ({summary['position_choice']})"),
         ("entries", f"{summary['entries']:,}"),
         ("bytes", f"{summary['bytes']:,}, {summary['bytes_per_position']:.1f} a position"),
         ("kept mass", _kept_mass(summary)),
         ("entropy", f"{summary['mean_entropy']:.4f} nats in the mean"),
+        ("of all labels", quantiles(summary["entropy_quantiles"] or {})),
         ("teacher nll", f"{summary['teacher_nll']:.4f} nats in the mean"),
     ):
         table.add_row(Text(name, style="bold"), Text(value))
     return table
+
+
+def count_of_labels(summary: dict[str, Any]) -> str:
+    """How many positions carry a target, and of how many."""
+    positions, labels = summary["positions"], summary["labels"]
+    if positions == labels:
+        return f"{positions:,} positions"
+    return f"{positions:,} positions of {labels:,} labels ({positions / labels:.1%})"
+
+
+def quantiles(found: dict[str, float]) -> str:
+    """Quantiles in one line."""
+    return ", ".join(f"{float(level):.0%} below {value:.3g}" for level, value in found.items())
 
 
 def _kept_mass(summary: dict[str, Any]) -> str:
@@ -90,8 +104,10 @@ def print_position(console: Console, at: dict[str, Any]) -> None:
     """One position: its entries, with a bar each."""
     console.print(f"shard {at['shard']}, row {at['row']}, position {at['position']}, document {at['document']}")
     console.print(Text.assemble(("context  ", "bold"), repr(at["context"])))
-    if at["label"] is None:
-        console.print("no target here: the next token is not in this piece, or is masked")
+    if at["no_target"] is not None:
+        if at["label"] is not None:
+            console.print(Text.assemble(("next     ", "bold"), f"{at['label']['text']!r} (id {at['label']['id']})"))
+        console.print(f"no target here: {at['no_target']}", highlight=False)
         return
     label = at["label"]
     console.print(
@@ -144,7 +160,8 @@ def faithfulness_table(found: dict[str, Any]) -> Table:
     """The stored targets beside the teacher's own, and the control beside itself."""
     title = f"the teacher again over {found['rows']} rows, {found['positions']:,} positions"
     table = Table("", "stored: mean", "worst", "control: mean", "worst", title=title, box=None, pad_edge=False)
-    for name in ("total_variation", "entropy", "label_logprob"):
-        cells = [found[who].get(name, {}).get(what) for who in ("stored", "control") for what in ("mean", "worst")]
-        table.add_row(name.replace("_", " "), *("" if cell is None else f"{cell:.2g}" for cell in cells))
+    for name in ("total_variation", "entropy", "label_logprob", "choice"):
+        if name in found["stored"]:
+            cells = [found[who][name][what] for who in ("stored", "control") for what in ("mean", "worst")]
+            table.add_row(name.replace("_", " "), *(f"{cell:.2g}" for cell in cells))
     return table

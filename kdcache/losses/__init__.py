@@ -17,13 +17,14 @@ from __future__ import annotations
 from kdcache.losses.aims import TAILS
 from kdcache.losses.distillation import Objective, distil, sparse_kd_loss, sparse_kd_loss_from_logits
 from kdcache.losses.divergences import Teacher, divergence_names, register_divergence
-from kdcache.losses.figures import Figures, measure, measure_positions
+from kdcache.losses.figures import TEACHER_FIGURES, Figures, measure, measure_positions
 from kdcache.losses.heads import LinearHead, StoredLogits
 from kdcache.losses.primitive import linear_lse_gather
 from kdcache.losses.weights import PositionWeights
 
 __all__ = [
     "TAILS",
+    "TEACHER_FIGURES",
     "Figures",
     "LinearHead",
     "Objective",

@@ -1,9 +1,10 @@
 """The loss of a distillation step: divergence, label cross-entropy, temperature and weights, summed and divided once.
 
-    soft_weight * T^2 * sum_t a_t D(teacher_T, student_T) / items + (1 - soft_weight) * sum_t CE(label) / items
+    soft_weight * T^2 * sum_t a_t D(teacher_T, student_T) / targets + (1 - soft_weight) * sum_t CE(label) / items
 
 T^2 (T for `tvd`) keeps the gradient's size as T grows (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
-A position whose label is -100 counts for neither term, one without a target not for the first. Both terms, all
+A position whose label is -100 counts for neither term, one without a target not for the first: `targets` are the
+positions of the step that have one, `items` those that have a label. Both terms, all
 temperatures and all figures come out of one pass over the tiles.
 
 Shapes: N positions, M positions that count, V vocabulary, D hidden, K entries.
@@ -122,6 +123,7 @@ def distil(
     objective: Objective,
     *,
     num_items: Tensor | float | None = None,
+    num_targets: Tensor | float | None = None,
     position_weights: Tensor | None = None,
     figures: Figures | None = None,
 ) -> Tensor:
@@ -145,9 +147,8 @@ def distil(
     chosen, told = (targets, labels) if index is None else (targets[index], None if labels is None else labels[index])
     has_target = chosen.count > 0
 
-    def share(counts: Tensor, scale: float) -> Tensor:
-        items = counts.sum().clamp(min=1) if num_items is None else num_items
-        return counts.to(source.dtype) * scale / items
+    def share(counts: Tensor, scale: float, given: Tensor | float | None) -> Tensor:
+        return counts.to(source.dtype) * scale / (counts.sum().clamp(min=1) if given is None else given)
 
     at: dict[float, list[_Term]] = {}
     ids, kept = label_view(chosen, told)
@@ -155,14 +156,13 @@ def distil(
     if soft:
         aim = objective.aim(chosen, told, source.vocab)
         tail_mean = aim.tail_mean
-        factor = share(has_target, objective.scale)
+        factor = share(has_target, objective.scale, num_items if num_targets is None else num_targets)
         if position_weights is not None:
             factor = factor * (position_weights if index is None else position_weights[index])
         at.setdefault(objective.temperature, []).append(_Term(factor, aim.losses))
     if hard:
-        at.setdefault(1.0, []).append(
-            _Term(share(torch.ones_like(has_target), 1 - objective.soft_weight), _label_losses)
-        )
+        factor = share(torch.ones_like(has_target), 1 - objective.soft_weight, num_items)
+        at.setdefault(1.0, []).append(_Term(factor, _label_losses))
     look: Any = None
     if figures is not None and told is not None:
         at.setdefault(1.0, [])
@@ -208,6 +208,7 @@ def sparse_kd_loss(
     soft_weight: float = 1.0,
     bias: Tensor | None = None,
     num_items: Tensor | float | None = None,
+    num_targets: Tensor | float | None = None,
     position_weights: Tensor | None = None,
     vocab_size: int | None = None,
     logit_scale: float = 1.0,
@@ -237,6 +238,8 @@ def sparse_kd_loss(
         bias: `[V]`, optional.
         num_items: divisor of both sums, for accumulation over micro-batches and ranks; by default
             each term is divided by its own number of positions.
+        num_targets: divisor of the distillation term, where fewer positions have a target than have a label; by
+            default `num_items`.
         position_weights: `[N]` factors of the distillation term of each position; they do not change the divisor.
         vocab_size: ids of the cache, if the head has more rows than that (padding): the rest do not exist.
         logit_scale: a constant factor of the logits, where the model has one.
@@ -251,7 +254,10 @@ def sparse_kd_loss(
     """
     objective = Objective(loss=loss, tail=tail, temperature=temperature, soft_weight=soft_weight)
     source = LinearHead(hidden, weight, bias, vocab=vocab_size, scale=logit_scale, softcap=softcap)
-    return distil(source, targets, labels, objective, num_items=num_items, position_weights=position_weights)
+    return distil(
+        source, targets, labels, objective,
+        num_items=num_items, num_targets=num_targets, position_weights=position_weights,
+    )  # fmt: skip
 
 
 @eager
@@ -265,10 +271,12 @@ def sparse_kd_loss_from_logits(
     temperature: float = 1.0,
     soft_weight: float = 1.0,
     num_items: Tensor | float | None = None,
+    num_targets: Tensor | float | None = None,
     position_weights: Tensor | None = None,
 ) -> Tensor:
     """`sparse_kd_loss` for a student whose logits `[N, V]` exist, cut to the cache's vocabulary."""
     objective = Objective(loss=loss, tail=tail, temperature=temperature, soft_weight=soft_weight)
     return distil(
-        StoredLogits(logits), targets, labels, objective, num_items=num_items, position_weights=position_weights
-    )
+        StoredLogits(logits), targets, labels, objective,
+        num_items=num_items, num_targets=num_targets, position_weights=position_weights,
+    )  # fmt: skip

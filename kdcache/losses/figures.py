@@ -6,6 +6,7 @@
     top1_agreement  1 where the teacher's most likely entry is the student's most likely token
     kl              forward KL with the tail as one bucket, a lower bound; for targets sampled at T = 1 an unbiased
                     estimate, which may be negative; absent if they were sampled at another temperature
+    has_target      1 where there is a target; `TEACHER_FIGURES` are 0 where there is none
 
 Guarantee: no gradient, nothing averaged: sums over positions add up across micro-batches and ranks.
 Cost: operations on `[n, K]`, where the loss is at T = 1 or has a label term; else one more exponential of each tile.
@@ -26,6 +27,9 @@ from kdcache.losses.heads import Source, StoredLogits
 from kdcache.losses.primitive import View, fused_loss
 from kdcache.losses.tile import Student
 from kdcache.targets import SAMPLED_KINDS, SparseTargets
+
+TEACHER_FIGURES = ("kept_mass", "top1_agreement", "kl", "teacher_nll")
+"""Those that compare with a target: their mean is over the positions that have one."""
 
 
 class Figures:
@@ -57,7 +61,10 @@ class Figures:
                 found["kl"] = aim.losses(student, rows)
                 if targets.kind in SAMPLED_KINDS:
                     found["kl"] = found["kl"] - held.entropy
-            self._parts.append(found)
+            has_target = held.count > 0
+            for name in found.keys() & TEACHER_FIGURES:
+                found[name] = torch.where(has_target, found[name], 0.0)
+            self._parts.append({**found, "has_target": has_target.to(student.lse.dtype)})
 
         return look
 
@@ -82,11 +89,11 @@ def label_view(targets: SparseTargets, labels: Tensor | None) -> tuple[Tensor, T
 
 @torch.no_grad()
 def measure(source: Source, targets: SparseTargets, labels: Tensor) -> dict[str, Tensor]:
-    """Figures of a student over positions that each have a target and a label.
+    """Figures of a student over positions that each have a label.
 
     Args:
         source: where its logits come from; N positions.
-        targets: over the same positions.
+        targets: over the same positions; some may have none.
         labels: `[N]` true next tokens, none masked.
 
     Returns:
@@ -94,7 +101,7 @@ def measure(source: Source, targets: SparseTargets, labels: Tensor) -> dict[str,
     """
     figures = Figures()
     fused_loss(source, [View(1.0, *label_view(targets, labels), look=figures.over(targets))])
-    return {**figures.values(), "teacher_nll": -targets.label_logprob}
+    return {**figures.values(), "teacher_nll": torch.where(targets.count > 0, -targets.label_logprob, 0.0)}
 
 
 def measure_positions(logits: Tensor, targets: SparseTargets, labels: Tensor) -> dict[str, Tensor]:

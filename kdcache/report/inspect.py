@@ -13,6 +13,7 @@ from kdcache.cache import Cache, Row, open_cache
 from kdcache.errors import CacheError, TargetError
 from kdcache.pretrained import load_tokenizer
 from kdcache.rows import IGNORE
+from kdcache.store.entropies import added, quantiles
 from kdcache.targets import SAMPLED_KINDS, SparseTargets
 
 _CONTEXT_TOKENS = 32
@@ -20,7 +21,10 @@ _WINDOW = 8  # tokens that decide how the next one reads
 
 
 def inspect_summary(path: str, shard: int | None = None) -> dict[str, Any]:
-    """What a cache, or one shard of it, holds. A cache that is still being dumped may be looked at."""
+    """What a cache, or one shard of it, holds. A cache that is still being dumped may be looked at.
+
+    Means are over the positions that carry a target, `entropy_quantiles` over all labelled ones.
+    """
     cache = open_cache(path, partial=True)
     if shard is not None and shard not in cache.commits:
         raise CacheError(
@@ -35,14 +39,14 @@ def inspect_summary(path: str, shard: int | None = None) -> dict[str, Any]:
         base = cache.index(commit.shard, 0) if commit.rows else 0
         for row, targets in cache.read_rows(range(base, base + commit.rows)):
             slots += len(row.tokens)
+            targets = targets[targets.count > 0]
             log_tail = targets.log_tail[:, manifest.temperatures.index(1.0)].double()
             tail += log_tail.exp().sum().item()
             kept -= torch.expm1(log_tail).sum().item()
             entropy += targets.entropy.double().sum().item()
             label -= targets.label_logprob.double().sum().item()
-    total = {
-        name: sum(getattr(c, name) for c in chosen) for name in ("rows", "positions", "entries", "documents", "dropped")
-    }
+    names = ("rows", "labels", "positions", "entries", "documents", "dropped")
+    total = {name: sum(getattr(c, name) for c in chosen) for name in names}
     size = sum(data["bytes"] for c in chosen for data in c.objects)
     positions = max(1, total["positions"])
     return {
@@ -58,9 +62,11 @@ def inspect_summary(path: str, shard: int | None = None) -> dict[str, Any]:
         "mean_tail": None if sampled else tail / positions,
         "mean_entropy": entropy / positions,
         "teacher_nll": label / positions,
+        "entropy_quantiles": quantiles(added(commit.entropy_histogram for commit in chosen)),
         "teacher": manifest.origin.get("teacher"),
         "corpus": manifest.origin.get("corpus"),
         "selection": manifest.selection,
+        "position_choice": manifest.positions,
         "temperatures": list(manifest.temperatures),
         "precision": manifest.precision,
         "seq_len": manifest.seq_len,
@@ -69,7 +75,7 @@ def inspect_summary(path: str, shard: int | None = None) -> dict[str, Any]:
 
 
 def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]:
-    """A row as text: each token with the probability that the teacher gave it."""
+    """A row as text: each token with the probability that the teacher gave it, where a target tells it."""
     cache, shard, row, value = _find(path, row, shard)
     tokenizer = load_tokenizer(cache.tokenizer_path)
     ids = value.tokens[value.segments >= 0].tolist()
@@ -78,7 +84,7 @@ def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]
     ]
     tokens = []
     for slot in range(len(ids)):
-        told = slot > 0 and int(value.labels[slot - 1]) != IGNORE
+        told = slot > 0 and int(value.targets.count[slot - 1]) > 0
         logprob = float(value.targets.label_logprob[slot - 1]) if told else None
         segment = int(value.segments[slot])
         tokens.append({
@@ -95,7 +101,7 @@ def inspect_position(
 
     `probability` and `tail` are at `temperature`; `logprob` and `weight` are as stored, `logprob` at T = 1. Of a
     sampled target only the weight is always known: an entry that was drawn has no `logprob` and no `probability`,
-    and there is no `tail`.
+    and there is no `tail`. Where the position carries no target, `no_target` says why.
 
     Raises:
         CacheError: no such row or position.
@@ -123,15 +129,21 @@ def inspect_position(
         "tail": None,
         "kept": 0,
         "entries": [],
+        "no_target": None,
     }
     if label_id == IGNORE:
-        return found
+        return {**found, "no_target": "the next token is not in this piece, or is masked"}
+    label = {"id": label_id, "text": _text(tokenizer, inside, label_id), "logprob": None}
+    if not value.targets.count[position]:
+        above = cache.manifest.choice.above or 0.0
+        why = f"the teacher's entropy here is not above {above:g} nats (--positions {cache.manifest.positions})"
+        return {**found, "label": label, "no_target": why}
     targets = value.targets[position : position + 1]
     logprobs, log_tail = _at(targets, temperature)
     count = int(targets.count[0])
     order = targets.weights[0, :count].argsort(descending=True, stable=True)[:top].tolist()
     found.update(
-        label={"id": label_id, "text": _text(tokenizer, inside, label_id), "logprob": float(targets.label_logprob[0])},
+        label={**label, "logprob": float(targets.label_logprob[0])},
         entropy=float(targets.entropy[0]),
         tail=_known(log_tail[0].exp()),
         kept=count,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from kdcache.errors import CorruptCacheError
+from kdcache.store.entropies import MOST_BINS
 from kdcache.store.manifest import FORMAT, Manifest
 from kdcache.store.place import Place, inside
 from kdcache.store.record import read_record, require_fields, seal, short
@@ -24,11 +25,12 @@ class Commit:
     Attributes:
         shard: the shard's own number.
         manifest_sha256: the cache that it belongs to.
-        rows, positions, entries: what the shard holds.
+        rows, labels, positions, entries: what the shard holds; positions are the labelled ones that carry a target.
         documents, dropped: documents in its range, and how many of them the filters dropped.
         objects: `{"name", "bytes", "sha256"}` of each file of the shard.
         tokens_sha256: of the token ids of its rows, the shape of the pieces included.
         content_sha256: of all streams of its rows, before compression: equal in every store.
+        entropy_histogram: of the teacher, over all labelled positions; see `entropies`.
         compute: dtype, device, threads and batch size that made it; bit-identity is promised for
             equal values of these, near-identity otherwise.
     """
@@ -36,6 +38,7 @@ class Commit:
     shard: int
     manifest_sha256: str
     rows: int
+    labels: int
     positions: int
     entries: int
     documents: int
@@ -43,6 +46,7 @@ class Commit:
     objects: list[dict[str, Any]]
     tokens_sha256: str
     content_sha256: str
+    entropy_histogram: list[int]
     compute: dict[str, Any]
 
     def write(self, place: Place) -> bool:
@@ -86,6 +90,10 @@ class Commit:
         size = sum(data["bytes"] for data in self.objects)
         if self.rows * _LEAST_ROW > size or self.rows >= 1 << 32:
             raise ValueError(f"it claims {self.rows} rows in {size} bytes")
+        if self.positions > self.labels:
+            raise ValueError(f"it claims {self.positions} targets for {self.labels} labels")
+        if len(self.entropy_histogram) > MOST_BINS or sum(self.entropy_histogram) != self.labels:
+            raise ValueError(f"its histogram is not of the entropies of {self.labels} labels")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,14 @@ def create_cache(place: Place, manifest: Manifest, tokenizer: dict[str, bytes]) 
 
 
 def publish_shard(
-    place: Place, manifest: Manifest, writer: ShardWriter, *, documents: int, dropped: int, compute: dict[str, Any]
+    place: Place,
+    manifest: Manifest,
+    writer: ShardWriter,
+    *,
+    documents: int,
+    dropped: int,
+    entropies: list[int],
+    compute: dict[str, Any],
 ) -> bool:
     """Make a written shard appear and commit it. False if another worker was first.
 
@@ -71,6 +78,7 @@ def publish_shard(
         manifest: the one that stands there.
         writer: all rows written.
         documents, dropped: documents in its range, and how many the filters dropped.
+        entropies: histogram of the teacher's entropy over its labelled positions.
         compute: how its numbers were made.
     """
     if Commit.read(place, writer.shard, manifest.sha256) is not None:
@@ -83,6 +91,7 @@ def publish_shard(
         documents=documents,
         dropped=dropped,
         **writer.tally.fields(),
+        entropy_histogram=entropies,
         compute=compute if ours else {"unknown": "its writer stopped before the commit"},
     )
     if commit.write(place):

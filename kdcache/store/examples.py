@@ -11,6 +11,7 @@ from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import KINDS, Selection, select
 from kdcache.store.backends import new_shard
 from kdcache.store.create import create_cache, publish_shard
+from kdcache.store.entropies import histogram
 from kdcache.store.manifest import Manifest
 from kdcache.store.place import Place
 from kdcache.store.row_format import Record
@@ -39,7 +40,7 @@ def example_manifest(store: str, **changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "teacher_sha256": zero, "tokenizer_sha256": zero, "tokenizer_files": {}, "corpus_sha256": zero, "filters": {},
         "documents": 20 * SHARDS, "docs_per_shard": 20, "vocab_size": 50, "seq_len": 12, "isolate": True,
-        "adaptive": False, "tau": None, "seed": 0,
+        "adaptive": False, "tau": None, "positions": "all", "seed": 0,
         "selection": SELECTIONS["topk"], "temperatures": (1.0, 2.0), "precision": "float32",
         "error_bound": {}, "id_order": (),
         "store": store, "origin": {},
@@ -71,7 +72,11 @@ def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | No
         labels = row.labels(manifest.seq_len)
         labels = labels[labels != IGNORE]
         scores = 4 * torch.randn(len(labels), manifest.vocab_size, generator=logits)
-        found.append((row, select(scores, rule, labels=torch.from_numpy(labels), temperatures=manifest.temperatures)))
+        targets = select(scores, rule, labels=torch.from_numpy(labels), temperatures=manifest.temperatures)
+        chosen = manifest.choice.chosen(targets.entropy)
+        if chosen is not None:
+            targets = targets[chosen].spread(chosen.nonzero()[:, 0], len(labels))
+        found.append((row, targets))
     return found
 
 
@@ -103,7 +108,15 @@ def write_shard(place: Place, manifest: Manifest, rows: list[Example], shard: in
     with new_shard(place, manifest, shard) as writer:
         for row, targets in rows:
             writer.write(row, targets)
-        return publish_shard(place, manifest, writer, documents=manifest.docs_per_shard, dropped=0, compute={"a": 1})
+        return publish_shard(
+            place, manifest, writer, documents=manifest.docs_per_shard, dropped=0, entropies=histogram_of(rows),
+            compute={"a": 1},
+        )  # fmt: skip
+
+
+def histogram_of(rows: list[Example]) -> list[int]:
+    """What a commit says of the entropies of these rows; a position without a target counts as one of none."""
+    return histogram(torch.cat([torch.zeros(0), *(targets.entropy for _, targets in rows)]))
 
 
 def overwrite(place: Place, name: str, data: bytes) -> None:

@@ -18,6 +18,7 @@ from kdcache.codec import Codec, make_codec
 from kdcache.codec.order import MOST_ORDERED
 from kdcache.codec.streams import deflate, id_dtype
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
+from kdcache.positions import Positions
 from kdcache.selection import Selection, check_temperatures
 from kdcache.store.place import Place, inside
 from kdcache.store.record import checksum, is_count, read_record, require_fields, seal, short
@@ -50,6 +51,7 @@ class Manifest:
         selection: kind and settings of the selection.
         adaptive: whether one threshold, `tau`, holds for the whole cache.
         tau: that threshold, from the pilot; None unless `adaptive`.
+        positions: which labelled positions carry a target: `all`, or `entropy>X`.
         seed: of the draws of sampled kinds; 0 for the others.
         temperatures: T of each stored partition and tail.
         precision: how values are stored: `float32`, `float16`, or a number of bits.
@@ -72,6 +74,7 @@ class Manifest:
     selection: dict[str, Any]
     adaptive: bool
     tau: float | None
+    positions: str
     seed: int
     temperatures: tuple[float, ...]
     precision: str
@@ -90,6 +93,11 @@ class Manifest:
         """The selection, with the threshold that the pilot found."""
         rule = Selection(**self.selection)
         return rule if self.tau is None else dataclasses.replace(rule, tau=self.tau)
+
+    @property
+    def choice(self) -> Positions:
+        """Which labelled positions carry a target."""
+        return Positions(self.positions)
 
     @property
     def width(self) -> int:
@@ -166,6 +174,8 @@ class Manifest:
             CorruptCacheError: an order of ids that repeats one, or a tokenizer file that is not a plain name.
         """
         _require_vocabulary(self.vocab_size)
+        if self.choice.rule != self.positions:
+            raise ConfigError(f"positions {self.positions!r} must be spelled {self.choice.rule!r}")
         check_temperatures(self.temperatures)
         if len(self.temperatures) > _MOST_TEMPERATURES:
             raise ConfigError(f"{len(self.temperatures)} temperatures are above the limit of {_MOST_TEMPERATURES}")
@@ -191,7 +201,10 @@ class Manifest:
     @property
     def row_format(self) -> RowFormat:
         """How rows become streams."""
-        return RowFormat(codec=self.codec, seq_len=self.seq_len, vocab_size=self.vocab_size, documents=self.documents)
+        return RowFormat(
+            codec=self.codec, seq_len=self.seq_len, vocab_size=self.vocab_size, documents=self.documents,
+            chooses=self.choice.above is not None,
+        )  # fmt: skip
 
     def create(self, place: Place) -> Manifest:
         """Write the manifest unless another worker has; return the one that stands.

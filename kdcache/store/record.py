@@ -125,6 +125,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "float | None": lambda value: value is None or type(value) in (int, float),
     "dict[str, Any]": lambda value: isinstance(value, dict),
     "dict[str, str]": lambda value: isinstance(value, dict) and all(map(_is_sha256, value.values())),
+    "list[int]": lambda value: isinstance(value, list) and all(map(is_count, value)),
     "list[dict[str, Any]]": lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value),
     "tuple[float, ...]": lambda value: isinstance(value, list) and all(type(v) in (int, float) for v in value),
     "tuple[int, ...]": lambda value: isinstance(value, str),  # folded

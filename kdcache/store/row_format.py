@@ -3,11 +3,12 @@
     tokens      [n] ids of the row, 1 <= n <= seq_len, without padding
     pieces      [P, 2] int64: the length of each piece, at least 1, summing to n; its document
     supervised  [n] uint8: 1 where a token may be a label; empty when every token may
+    chosen      a bit for each labelled slot: 1 where it carries a target; only in caches that choose positions
     ...         the streams of the codec: the targets of the slots that carry one, in slot order
 
 A store keeps the streams, their lengths, the number of positions, and a seal over all of it. Nothing read is
 believed before it is checked: lengths against what the manifest allows, tokens against the vocabulary, pieces
-against tokens, positions against labels, and the targets by the codec.
+against tokens, positions against labels and chosen bits, and the targets by the codec.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kdcache.codec import Codec
@@ -62,22 +64,27 @@ class RowFormat:
         seq_len: slots a row.
         vocab_size: tokens lie below it.
         documents: in the corpus; pieces come from these.
+        chooses: whether a labelled slot may be without a target.
     """
 
     codec: Codec
     seq_len: int
     vocab_size: int
     documents: int
+    chooses: bool
 
     @property
     def layout(self) -> Shapes:
-        """dtype and largest shape of the streams that say what the tokens are."""
+        """dtype and largest shape of the streams that say what the tokens are, and which slots carry a target."""
         length = self.seq_len
-        return {
+        shapes: Shapes = {
             "tokens": (self.codec.id_dtype, (length,)),
             "pieces": (np.dtype("<i8"), (length, 2)),
             "supervised": (np.dtype("u1"), (length,)),
         }
+        if self.chooses:
+            shapes["chosen"] = (np.dtype("u1"), (-(-length // 8),))
+        return shapes
 
     @cached_property
     def most_bytes(self) -> int:
@@ -96,14 +103,21 @@ class RowFormat:
         return {**self.layout, **self.codec.streams(positions)}
 
     def pack(self, row: PackedRow, targets: SparseTargets) -> Record:
-        """A row and the targets of its labelled slots, in slot order, as streams."""
+        """A row and the targets of its labelled slots, in slot order, as streams.
+
+        In a cache that chooses positions a slot whose target has no entries carries none, and nothing of it is stored.
+        """
         pieces = np.stack([row.piece_lengths, row.piece_documents], -1).astype("<i8")
         supervised = np.zeros(0, np.uint8) if row.supervised is None else row.supervised.astype(np.uint8)
         streams = {"tokens": row.tokens.astype(self.codec.id_dtype), "pieces": pieces.ravel(), "supervised": supervised}
+        if self.chooses:
+            chosen = targets.count > 0
+            streams["chosen"] = np.packbits(chosen.numpy(), bitorder="little")
+            targets = targets[chosen]
         return Record(positions=len(targets.count), streams={**streams, **self.codec.encode(targets)})
 
     def unpack(self, record: Record) -> tuple[PackedRow, SparseTargets]:
-        """The row and the targets of its labelled slots.
+        """The row and the targets of its labelled slots; `count` is 0 at those that carry none.
 
         Raises:
             CorruptCacheError: streams that no row can have.
@@ -112,13 +126,16 @@ class RowFormat:
             if record.streams[name].size > math.prod(shape):
                 raise CorruptCacheError(f"its stream {name} has {record.streams[name].size} numbers, above {shape}")
         row = self._row(record.streams)
-        positions = int((row.labels(self.seq_len) != IGNORE).sum())
-        if record.positions != positions:
-            raise CorruptCacheError(f"it has {record.positions} targets for {positions} labels")
-        return row, self.codec.decode(record.streams, positions)
+        labels = int((row.labels(self.seq_len) != IGNORE).sum())
+        slots = _chosen(record.streams["chosen"], labels) if self.chooses else None
+        if record.positions != (labels if slots is None else len(slots)):
+            wanted = f"{labels} labels" if slots is None else f"{len(slots)} chosen of {labels} labels"
+            raise CorruptCacheError(f"it has {record.positions} targets for {wanted}")
+        targets = self.codec.decode(record.streams, record.positions)
+        return row, targets if slots is None else targets.spread(torch.from_numpy(slots), labels)
 
     def _row(self, streams: dict[str, NDArray[Any]]) -> PackedRow:
-        tokens, pieces, supervised = (streams[name] for name in self.layout)
+        tokens, pieces, supervised = (streams[name] for name in ("tokens", "pieces", "supervised"))
         if len(pieces) % 2:
             raise CorruptCacheError("its pieces are not pairs of a length and a document")
         lengths, documents = pieces.reshape(-1, 2).T
@@ -137,6 +154,16 @@ class RowFormat:
             piece_documents=documents.copy(),
             supervised=supervised.astype(bool) if len(supervised) else None,
         )
+
+
+def _chosen(stream: NDArray[np.uint8], labels: int) -> NDArray[np.int64]:
+    """Which of a row's labelled slots carry a target."""
+    if len(stream) != -(-labels // 8):
+        raise CorruptCacheError(f"its stream chosen has {len(stream)} bytes for the bits of {labels} labels")
+    bits = np.unpackbits(stream, bitorder="little")
+    if bits[labels:].any():
+        raise CorruptCacheError(f"its stream chosen has bits beyond its {labels} labels")
+    return np.flatnonzero(bits[:labels])
 
 
 def read_stream(frame: bytes | memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -35,11 +35,11 @@ class Tally:
     """Counts and hashes of the rows of a shard, as its commit names them.
 
     Attributes:
-        rows, positions, entries: so far.
+        rows, labels, positions, entries: so far.
     """
 
     def __init__(self) -> None:
-        self.rows = self.positions = self.entries = 0
+        self.rows = self.labels = self.positions = self.entries = 0
         self._tokens, self._content = hashlib.sha256(), hashlib.sha256()
 
     def add(self, row: PackedRow, targets: SparseTargets, record: Record) -> None:
@@ -49,6 +49,7 @@ class Tally:
         self._tokens.update(row.piece_lengths.astype("<i4").tobytes())
         record.digest(self._content)
         self.rows += 1
+        self.labels += len(targets.count)
         self.positions += record.positions
         self.entries += int(targets.count.sum())
 
@@ -56,6 +57,7 @@ class Tally:
         """Counts and hashes under the names that a commit has for them."""
         return {
             "rows": self.rows,
+            "labels": self.labels,
             "positions": self.positions,
             "entries": self.entries,
             "tokens_sha256": self._tokens.hexdigest(),

@@ -36,6 +36,7 @@ from kdcache.store.examples import (
     everything,
     example_manifest,
     example_rows,
+    histogram_of,
     overwrite,
     same_records,
     same_rows,
@@ -188,8 +189,11 @@ class StoreConformance:
             for writer in (one, two):
                 for row in rows:
                     writer.write(*row)
+            entropies = histogram_of(rows)
             done += [
-                publish_shard(place, standing, w, documents=plain.docs_per_shard, dropped=0, compute={})
+                publish_shard(
+                    place, standing, w, documents=plain.docs_per_shard, dropped=0, entropies=entropies, compute={}
+                )
                 for w in (two, one)
             ]
         assert done == [True, False]
@@ -352,7 +356,7 @@ class StoreConformance:
         """Hashes and counts that a commit claims are compared with what its rows say, even if its seal is right."""
         standing = write_cache(place, plain, example_rows(plain, 3))
         commit = read_commits(place, standing)[1]
-        for field in ("positions", "entries", "documents", "dropped", "tokens_sha256", "content_sha256"):
+        for field in ("labels", "positions", "entries", "documents", "dropped", "tokens_sha256", "content_sha256"):
             lie = "f" * 64 if field.endswith("sha256") else getattr(commit, field) + plain.docs_per_shard + 1
             place.delete(commit_name(1))
             Commit(**{**vars(commit), field: lie}).write(place)

@@ -63,6 +63,11 @@ def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str,
     started = time.perf_counter()
     cache = open_cache(config.cache, local_copy=config.local_copy, local_limit=config.local_limit)
     _ = cache.tokenizer_path  # it goes into the checkpoint: checked now, not after hours of training
+    if config.soft_weight > 0 and not any(commit.positions for commit in cache.commits.values()):
+        raise ConfigError(
+            f"no position of {config.cache} carries a target (--positions {cache.manifest.positions}), so there is "
+            "nothing to distil; dump with a lower X, or train on its labels alone with --soft-weight 0"
+        )
     train_rows, heldout_rows = split_heldout(len(cache), config.heldout)
     steps = _steps(config, len(train_rows))
     schedule = Schedule.of(config, cache.manifest, steps)
@@ -203,7 +208,8 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         if self._eval_every and state.global_step % self._eval_every == 0 and self.measure is not None:
             figures = self.measure()
-            self._latest.update({"heldout nll": figures["nll"], "heldout kl": figures["kl"]})
+            known = {f"heldout {name}": figures[name] for name in ("nll", "kl") if figures[name] is not None}
+            self._latest.update(known)
             self._append({"step": state.global_step, "heldout": figures})
         if self._on_progress:
             self._on_progress(state.global_step, state.max_steps, self._latest)

@@ -1,9 +1,10 @@
 """Trainer: transformers.Trainer with our order of rows, our loss and whole checkpoints.
 
 Everything else (accumulation, precision, optimiser, resume, logging, distribution) is Trainer's own.
-The loss is a sum over positions divided by the labelled positions of the whole optimiser step,
-across accumulation and ranks; Trainer counts them from `shift_labels`. It is made inside the model's forward
-(`student.head`), tile by tile, so `[positions, V]` never exists; figures of the student come with it.
+Each term of the loss is a sum over positions divided by those that it has in the whole optimiser step, across
+accumulation and ranks: labelled ones, which Trainer counts from `shift_labels`, and ones with a target. It is made
+inside the model's forward (`student.head`), tile by tile, so `[positions, V]` never exists; figures of the student come
+with it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from kdcache.cache import Cache
 from kdcache.isolation import packed_forward
-from kdcache.losses import Figures, distil
+from kdcache.losses import TEACHER_FIGURES, Figures, distil
+from kdcache.rows import IGNORE
 from kdcache.student import checkpoints, readers
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import Collator, RowDataset, RunOrder, labelled
@@ -78,6 +80,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Trainer's own loader, its workers detached."""
         return readers.detached(super().get_train_dataloader())
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
+        """`[2]` labelled positions of the whole step, and those with a target: Trainer's own count of each."""
+        count = super()._get_num_items_in_batch
+        marks = [torch.where(batch["targets"].count > 0, 0, IGNORE) for batch in batch_samples]
+        items = count(batch_samples, device)
+        targets = count([{"labels": mark, "shift_labels": mark} for mark in marks], device)
+        return None if items is None else torch.stack([items, targets])
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -85,9 +95,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         mask, labels = labelled(inputs), inputs["labels"]
         targets = inputs["targets"].to(mask.device, non_blocking=True)
         self.positions += len(targets.count)
-        items = None
+        items = with_target = None
         if num_items_in_batch is not None:  # DDP averages over ranks what must be summed
-            items = num_items_in_batch.clamp(min=1) / self.accelerator.num_processes
+            items, with_target = num_items_in_batch.clamp(min=1) / self.accelerator.num_processes
         figures = Figures()
 
         def on_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -96,25 +106,25 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             objective = self.schedule.at(self.state.global_step)
             return distil(
                 source, targets, labels[mask], objective,
-                num_items=items, position_weights=weights, figures=figures,
+                num_items=items, num_targets=with_target, position_weights=weights, figures=figures,
             )  # fmt: skip
 
         loss = packed_forward(model, inputs["input_ids"], inputs["position_ids"], on_head=on_head)
-        self._add({name: values.sum() for name, values in figures.values().items()}, len(targets.count))
+        self._add(figures.values())
         return (loss, {}) if return_outputs else loss
 
-    def _add(self, sums: dict[str, torch.Tensor], positions: int) -> None:
-        for name, value in {**sums, "positions": torch.tensor(float(positions), device=self.args.device)}.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+    def _add(self, figures: dict[str, torch.Tensor]) -> None:
+        for name, values in {**figures, "positions": torch.ones_like(figures["nll"])}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + values.sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's figures and ours: means over the positions of all ranks since the last time."""
+        """Trainer's figures and ours: means over the positions that the losses of all ranks saw since the last time."""
         if "loss" in logs and self._sums:
             names = sorted(self._sums)
             sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]))
             totals = dict(zip(names, sums.tolist(), strict=True))
-            positions = max(1.0, totals.pop("positions"))
-            logs.update({name: total / positions for name, total in totals.items()})
+            positions, targets = max(1.0, totals.pop("positions")), max(1.0, totals.pop("has_target"))
+            logs.update({n: total / (targets if n in TEACHER_FIGURES else positions) for n, total in totals.items()})
             self._sums = {}
         super().log(logs, start_time)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kdcache.errors import ConfigError
 from kdcache.options import option
+from kdcache.positions import Positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class DumpConfig:
     force_label: bool = option("the true next token is always among the entries", False)
     sample_temperature: float = option("T of the distribution that sample and ipps draw from", 1.0)
     proposal_power: float = option("sample: draw from p to this power, with importance weights", 1.0)
+    positions: str = option("which labelled positions carry a target: all, or entropy>X (nats, of the teacher)", "all")
     seed: int = option("of the draws", 0)
     temperatures: str = option("comma-separated T whose exact tails are kept", "1")
     # store
@@ -71,6 +73,7 @@ class DumpConfig:
             raise ConfigError(f"--dtype {self.dtype} is not one of auto, float32, bfloat16, float16")
         if self.device_map not in (None, "auto"):
             raise ConfigError(f"--device-map {self.device_map} is not auto")
+        object.__setattr__(self, "positions", Positions(self.positions).rule)
         _ = self.stored_temperatures
 
     @property

@@ -24,6 +24,7 @@ from kdcache.rows import PackedRow
 from kdcache.store.backends import new_shard
 from kdcache.store.commit import read_commits
 from kdcache.store.create import create_cache, publish_shard, require_free_or_same, sweep
+from kdcache.store.entropies import added, histogram
 from kdcache.store.manifest import Manifest
 from kdcache.store.place import Place
 from kdcache.store.places import open_place
@@ -38,7 +39,7 @@ from kdcache.teacher.pilot import run_pilot
 from kdcache.worker import Worker, find_worker
 
 Progress = Callable[[int, int, int], None]
-"""Called with documents done, documents to do, and positions done so far."""
+"""Called with documents done, documents to do, and labelled positions done so far."""
 
 
 def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, Any]:
@@ -97,20 +98,23 @@ class _Tally:
 def _make_shard(
     place: Place, shard: int, inputs: Inputs, manifest: Manifest, teacher: Teacher, tally: _Tally
 ) -> int | None:
-    """Make and commit one shard. Positions written, or None if another worker was first."""
+    """Make and commit one shard. Its labelled positions, or None if another worker was first."""
     made, rule, positions = inputs.shard_rows(shard), manifest.rule, 0
+    entropies: list[list[int]] = []
     with new_shard(place, manifest, shard) as writer, Beside() as beside:
         for first in range(0, len(made.rows), teacher.batch_rows):
             batch = made.rows[first : first + teacher.batch_rows]
-            targets, counts = teacher.run(batch, manifest, rule, shard=shard, first_row=first, seed=manifest.seed)
-            beside.run(functools.partial(_write, writer, batch, targets, counts))
-            positions += sum(counts)
+            found = teacher.run(batch, manifest, rule, shard=shard, first_row=first, seed=manifest.seed)
+            beside.run(functools.partial(_write, writer, batch, found.targets, found.labels))
+            entropies.append(histogram(found.entropy))
+            positions += len(found.entropy)
             tally.show(made.documents * (first + len(batch)) / len(made.rows), positions)
         beside.finish()
         tally.waited += beside.waited
         done = publish_shard(
-            place, manifest, writer, documents=made.documents, dropped=made.dropped, compute=teacher.compute
-        )
+            place, manifest, writer, documents=made.documents, dropped=made.dropped, entropies=added(entropies),
+            compute=teacher.compute,
+        )  # fmt: skip
         return positions if done else None
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from kdcache.errors import ConfigError, LogitsError
 from kdcache.isolation import probe
+from kdcache.positions import Positions
 from kdcache.pretrained import find_device, load_model
 from kdcache.rows import IGNORE, PackedRow, position_ids
 from kdcache.selection import Selection, select
@@ -22,6 +24,20 @@ from kdcache.store.manifest import Manifest
 from kdcache.targets import SparseTargets
 from kdcache.teacher.config import DumpConfig
 from kdcache.teacher.head import TiledHead, logit_tiles, require_same_logits
+
+
+class Targets(NamedTuple):
+    """What a teacher says of some rows; positions are their labelled slots, in order.
+
+    Attributes:
+        targets: of all N positions; `count` is 0 at those that the cache does not choose.
+        labels: positions of each row.
+        entropy: `[N]` of the teacher at each of them, chosen or not, nats.
+    """
+
+    targets: SparseTargets
+    labels: list[int]
+    entropy: torch.Tensor
 
 
 class Teacher:
@@ -75,12 +91,12 @@ class Teacher:
         shard: int = 0,
         first_row: int = 0,
         seed: int = 0,
-    ) -> tuple[SparseTargets, list[int]]:
-        """Targets of all labelled slots of some rows, in order, and how many each row has.
+    ) -> Targets:
+        """Targets of the labelled slots of some rows.
 
         Args:
             rows: one batch, all of one shard.
-            manifest: of the cache.
+            manifest: of the cache; it says which slots carry a target.
             rule: the selection.
             shard: theirs.
             first_row: the number of the first of them in it.
@@ -93,7 +109,7 @@ class Teacher:
         wanted = labels != IGNORE
         slots = wanted.nonzero()  # [N, 2]
         keys = torch.cat([torch.full_like(slots[:, :1], shard), slots + torch.tensor([first_row, 0])], -1)  # [N, 3]
-        labels, found = labels[wanted].to(self.device), _Joined(len(slots))
+        labels, found = labels[wanted].to(self.device), _Joined(len(slots), manifest.choice)
         for logits in self._logits(rows, manifest, slots):  # [n, V]
             tile = slice(found.done, found.done + len(logits))
             try:
@@ -106,7 +122,7 @@ class Teacher:
                 raise self._named(rows, slots, tile.start + error.position) from None
             found.add(targets)
             del logits, targets  # before the next tile is made
-        return found.targets, wanted.sum(-1).tolist()
+        return Targets(found.targets, wanted.sum(-1).tolist(), found.entropy)
 
     @torch.inference_mode()
     def logits(self, rows: list[PackedRow], manifest: Manifest) -> Iterator[torch.Tensor]:
@@ -166,15 +182,20 @@ class _Joined:
 
     targets: SparseTargets
 
-    def __init__(self, positions: int) -> None:
-        self._positions, self.done = positions, 0
+    def __init__(self, positions: int, choice: Positions) -> None:
+        self._positions, self._choice, self.done = positions, choice, 0
+        self.entropy = torch.empty(positions)
 
     def add(self, tile: SparseTargets) -> None:
-        end = self.done + len(tile.count)
-        if self.done == 0:
-            self.targets = tile.to("cpu").spread(torch.arange(end), self._positions)
+        start, self.done = self.done, self.done + len(tile.count)
+        self.entropy[start : self.done] = tile.entropy
+        slots: torch.Tensor | slice = slice(start, self.done)
+        chosen = self._choice.chosen(tile.entropy)
+        if chosen is not None:  # the others stay on the device
+            tile, slots = tile[chosen], torch.arange(start, self.done)[chosen.cpu()]
+        if start == 0:
+            self.targets = tile.to("cpu").spread(slots, self._positions)
         else:
             for name, whole in vars(self.targets).items():
                 if isinstance(whole, torch.Tensor):
-                    whole[self.done : end] = getattr(tile, name)
-        self.done = end
+                    whole[slots] = getattr(tile, name).to("cpu")

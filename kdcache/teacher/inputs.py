@@ -96,6 +96,7 @@ def open_inputs(config: DumpConfig) -> Inputs:
         selection=rule.to_fields(),
         adaptive=config.adaptive,
         tau=None,
+        positions=config.positions,
         seed=config.seed if rule.kind in SAMPLED_KINDS else 0,
         temperatures=config.stored_temperatures,
         precision=config.precision or ("8" if rule.kind == "full" else "6"),

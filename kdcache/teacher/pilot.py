@@ -11,13 +11,15 @@ from collections.abc import Iterator
 import torch
 
 from kdcache.codec.frequency import FrequencyOrder
+from kdcache.errors import ConfigError
 from kdcache.rows import PackedRow
-from kdcache.selection import solve_adaptive_tau
+from kdcache.selection import Selection, select, solve_adaptive_tau
 from kdcache.store.manifest import Manifest
 from kdcache.teacher.forward import Teacher
 from kdcache.teacher.inputs import Inputs
 
 _POSITIONS = 1 << 14
+_CHEAPEST = Selection(kind="topk", k=1)
 
 
 def run_pilot(teacher: Teacher, inputs: Inputs) -> Manifest:
@@ -38,18 +40,27 @@ def _rows(inputs: Inputs) -> Iterator[PackedRow]:
 
 
 def _tau(teacher: Teacher, inputs: Inputs) -> float:
-    """The threshold at which positions keep k entries in the mean."""
+    """The threshold at which positions that carry a target keep k entries in the mean."""
+    rule, choice = inputs.manifest.rule, inputs.manifest.choice
+    seen = kept = 0
 
     def tiles() -> Iterator[torch.Tensor]:
-        positions = 0
+        nonlocal seen, kept
         for row in _rows(inputs):
             for logits in teacher.logits([row], inputs.manifest):
-                positions += len(logits)
-                yield logits
-            if positions >= _POSITIONS:
+                seen += len(logits)
+                chosen = None if choice.above is None else choice.chosen(select(logits, _CHEAPEST).entropy)
+                part = logits if chosen is None else logits[chosen]
+                kept += len(part)
+                yield part
+            if seen >= _POSITIONS:
                 break
+        if seen and not kept:
+            raise ConfigError(
+                f"--positions {choice.rule} leaves none of the first {seen} positions to --adaptive, which needs some "
+                "to find its threshold; lower X"
+            )
 
-    rule = inputs.manifest.rule
     return solve_adaptive_tau(tiles(), rule.k, rule.sample_temperature)
 
 
@@ -57,6 +68,6 @@ def _id_order(teacher: Teacher, inputs: Inputs, manifest: Manifest) -> tuple[int
     """Ids that the teacher proposes, most often first."""
     order = FrequencyOrder(manifest.vocab_size)
     for row in _rows(inputs):
-        if not order.add(teacher.run([row], manifest, manifest.rule, seed=manifest.seed)[0]):
+        if not order.add(teacher.run([row], manifest, manifest.rule, seed=manifest.seed).targets):
             break
     return order.ids()

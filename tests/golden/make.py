@@ -22,6 +22,7 @@ from kdcache.codec.frequency import FrequencyOrder
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.backends import new_shard
 from kdcache.store.create import create_cache, publish_shard
+from kdcache.store.entropies import added, histogram
 from kdcache.store.local import LocalPlace
 from kdcache.store.manifest import Manifest
 
@@ -40,7 +41,10 @@ SELECTIONS = {
     "ipps-label": Selection(kind="ipps", k=5, force_label=True),
     "ipps-adaptive": Selection(kind="ipps", k=5, tau=0.1),
     "full": Selection(kind="full"),
+    "topk-entropy": Selection(kind="topk", k=5),
+    "ipps-entropy": Selection(kind="ipps", k=5),
 }
+POSITIONS = {"topk-entropy": "entropy>1.5", "ipps-entropy": "entropy>1.5"}
 PRECISIONS = ("6", "12", "float16", "float32")
 
 
@@ -85,6 +89,7 @@ def write(name: str) -> None:
         teacher_sha256="1" * 64, tokenizer_sha256="2" * 64, tokenizer_files={}, corpus_sha256="3" * 64,
         filters={"min_chars": 0, "drop": None, "limit_docs": None}, documents=15, docs_per_shard=8, vocab_size=VOCAB,
         seq_len=SLOTS, isolate=True, selection=rule.to_fields(), adaptive=rule.tau is not None, tau=rule.tau,
+        positions=POSITIONS.get(kind, "all"),
         seed=0,
         temperatures=TEMPERATURES, precision=precision, error_bound={},
         id_order=order.ids() if precision.isdecimal() else (),
@@ -93,10 +98,19 @@ def write(name: str) -> None:
     manifest = dataclasses.replace(manifest, error_bound=manifest.codec.error_bound)
     manifest = create_cache(place, manifest, {"note.txt": b"a golden cache has no tokenizer\n"})
     for shard in range(manifest.shards):
+        entropies: list[list[int]] = []
         with new_shard(place, manifest, shard) as writer:
             for number, row in enumerate(rows(shard)):
-                writer.write(row, targets(row, 10 * shard + number, rule))
-            publish_shard(place, manifest, writer, documents=8 - shard, dropped=0, compute={"dtype": "float32"})
+                found = targets(row, 10 * shard + number, rule)
+                entropies.append(histogram(found.entropy))
+                chosen = manifest.choice.chosen(found.entropy)
+                if chosen is not None:
+                    found = found[chosen].spread(chosen.nonzero()[:, 0], len(chosen))
+                writer.write(row, found)
+            publish_shard(
+                place, manifest, writer, documents=8 - shard, dropped=0, entropies=added(entropies),
+                compute={"dtype": "float32"},
+            )  # fmt: skip
 
 
 def plain(tensor: torch.Tensor) -> Any:

@@ -38,7 +38,10 @@ def shifted(cache: Path, out: Path) -> None:
             for row in range(commit.rows):
                 packed, targets = source.shard(shard).read(row)
                 writer.write(packed, targets[torch.arange(len(targets.count)).roll(1)])
-            publish_shard(place, manifest, writer, documents=commit.documents, dropped=0, compute={})
+            publish_shard(
+                place, manifest, writer, documents=commit.documents, dropped=0, entropies=commit.entropy_histogram,
+                compute={},
+            )  # fmt: skip
 
 
 def test_a_shift_by_one_is_found(cache: Path, teacher: Path, tmp_path: Path) -> None:

@@ -97,7 +97,10 @@ def write_shard(place: Place, source: Path, shard: int, **compute: Any) -> bool:
     with new_shard(place, cache.manifest, shard) as writer:
         for row in range(cache.commits[shard].rows):
             writer.write(*cache.shard(shard).read(row))
-        return publish_shard(place, cache.manifest, writer, documents=8, dropped=0, compute=compute)
+        entropies = cache.commits[shard].entropy_histogram
+        return publish_shard(
+            place, cache.manifest, writer, documents=8, dropped=0, entropies=entropies, compute=compute
+        )
 
 
 def forget(bucket: Bucket, prefix: str) -> None:

@@ -21,6 +21,7 @@ import kdcache
 from kdcache import Selection, SparseTargets, open_cache
 from kdcache.errors import LogitsError, ModelError
 from kdcache.isolation import packed_forward
+from kdcache.positions import Positions
 from kdcache.rows import PackedRow
 from kdcache.teacher import forward, head
 from kdcache.teacher.dump import dump
@@ -203,7 +204,7 @@ def test_hooks_of_accelerate_keep_working() -> None:
 def open_teacher(folder: Path, seq_len: int = 24, **changes: Any) -> tuple[Teacher, Any]:
     """A teacher, and the part of a manifest that its runs look at."""
     config = dump_options(folder, folder, folder, seq_len=seq_len, **changes)
-    manifest = SimpleNamespace(vocab_size=320, seq_len=seq_len, temperatures=(1.0, 2.0))
+    manifest = SimpleNamespace(vocab_size=320, seq_len=seq_len, temperatures=(1.0, 2.0), choice=Positions())
     return Teacher(config, folder, manifest), manifest  # type: ignore[arg-type]
 
 
@@ -233,7 +234,7 @@ def test_targets_in_tiles_are_those_of_whole_logits(teacher: Path, kind: str) ->
     (tiled, manifest), (whole, _) = open_teacher(teacher), open_teacher(teacher, tile_head=False)
     assert tiled.head is not None and whole.head is None
     assert [t.compute["tile_head"] for t in (tiled, whole)] == [True, False]
-    (some, counts), (others, also) = tiled.run(rows, manifest, rule), whole.run(rows, manifest, rule)
+    (some, counts, _), (others, also, _) = tiled.run(rows, manifest, rule), whole.run(rows, manifest, rule)
     assert counts == also == [20, 20, 20]
     assert some.ids.max() < 320
     assert_same(some, others)
@@ -263,8 +264,8 @@ def test_rows_without_a_target(teacher: Path, tile_head: bool) -> None:
         tokens=np.arange(9, dtype=np.int32), piece_lengths=np.array([9], np.int32), piece_documents=np.zeros(1, int),
         supervised=np.zeros(9, bool),
     )  # fmt: skip
-    targets, counts = model.run([row, row], manifest, Selection(k=8))
-    assert counts == [0, 0] and targets.ids.shape == (0, 8)
+    targets, labels, entropy = model.run([row, row], manifest, Selection(k=8))
+    assert labels == [0, 0] and entropy.shape == (0,) and targets.ids.shape == (0, 8)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -297,6 +298,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from kdcache import Selection
+from kdcache.positions import Positions
 from kdcache.rows import PackedRow
 from kdcache.teacher import forward
 from kdcache.teacher.config import DumpConfig
@@ -308,7 +310,7 @@ model = LlamaForCausalLM(LlamaConfig(
 ))
 forward.load_model = lambda *_: model
 config = DumpConfig(teacher="", corpus="", out="", seq_len=length, device="cpu", tile_head=sys.argv[1] == "tiled")
-manifest = SimpleNamespace(vocab_size=vocab, seq_len=length, temperatures=(1.0,))
+manifest = SimpleNamespace(vocab_size=vocab, seq_len=length, temperatures=(1.0,), choice=Positions())
 tokens = np.random.default_rng(0).integers(0, vocab, length).astype(np.int32)
 row = PackedRow(tokens=tokens, piece_lengths=np.array([length], np.int32), piece_documents=np.zeros(1, int))
 with torch.inference_mode():  # what a forward pass of the body takes, and libraries on first use

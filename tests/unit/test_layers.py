@@ -16,7 +16,7 @@ import kdcache
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
     {"errors", "options", "rows"},
-    {"targets", "worker"},
+    {"positions", "targets", "worker"},
     {"selection", "losses", "codec", "isolation"},
     {"store", "corpus"},
     {"pretrained"},
