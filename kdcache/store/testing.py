@@ -51,6 +51,9 @@ from kdcache.store.shards import FOLDER, ShardWriter, shard_stem
 
 Objects = list[dict[str, Any]]
 
+_CASES = [(kind, precision, "all") for kind in SELECTIONS for precision in ("float32", "6")]
+_CASES += [(kind, precision, "entropy>1.2") for kind, precision in (("topk", "6"), ("ipps", "6"), ("topp", "float32"))]
+
 _DAMAGE = ("empty", "cut", "longer", "delete", "flip", "swap", "copy", "folder")
 
 
@@ -89,11 +92,11 @@ class StoreConformance:
         monkeypatch.setitem(WRITERS, self.store, self.writer)
         monkeypatch.setattr(manifests, "STORES", (*manifests.STORES, self.store))
 
-    @pytest.fixture(params=[(kind, precision) for kind in SELECTIONS for precision in ("float32", "6")], ids="-".join)
+    @pytest.fixture(params=_CASES, ids="-".join)
     def manifest(self, request: pytest.FixtureRequest) -> Manifest:
-        """Each kind of selection, with each kind of codec."""
-        kind, precision = request.param
-        return example_manifest(self.store, selection=SELECTIONS[kind], precision=precision)
+        """Each kind of selection, with each kind of codec; and positions that carry no target."""
+        kind, precision, positions = request.param
+        return example_manifest(self.store, selection=SELECTIONS[kind], precision=precision, positions=positions)
 
     @pytest.fixture
     def plain(self) -> Manifest:

@@ -9,18 +9,19 @@ import pytest
 from tests.making import dump_options
 
 STORES = ("arrow", "zarr")
+CHOSEN = ("arrow chosen", "zarr chosen")
 
 
 @pytest.fixture(scope="session")
 def honest(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A complete cache of two shards of six documents, by store."""
+    """Complete caches of two shards of six documents; in those of CHOSEN about half of the labels carry a target."""
     from kdcache.teacher.dump import dump
 
     folder = tmp_path_factory.mktemp("honest")
-    for store in STORES:
-        dump(
-            dump_options(
-                teacher, corpus, folder / store, store=store, limit_docs=12, docs_per_shard=6, precision="float32"
-            )
-        )
-    return {store: folder / store for store in STORES}
+    for name in (*STORES, *CHOSEN):
+        options = dump_options(
+            teacher, corpus, folder / name, store=name.split()[0], limit_docs=12, docs_per_shard=6, precision="float32",
+            positions="entropy>5.37" if name in CHOSEN else "all",
+        )  # fmt: skip
+        dump(options)
+    return {name: folder / name for name in (*STORES, *CHOSEN)}

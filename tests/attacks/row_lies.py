@@ -39,7 +39,35 @@ def _split(pieces: Any) -> Any:
     return [-1, pieces[1], int(pieces[0]) + 1, *pieces[1:]]
 
 
+def _flip(stream: Any) -> Any:
+    """One label more, or one less, among the chosen."""
+    stream[0] ^= 1
+    return stream
+
+
+def _beyond(stream: Any) -> Any:
+    """A bit behind that of the last label; rows of the forged cache have 63, 50 or the like, never a multiple of 8."""
+    stream[-1] |= 128
+    return stream
+
+
+CHOSEN = [
+    Attack("one chosen more or less", _stream(chosen=_flip)),
+    Attack("all chosen", _stream(chosen=lambda s: np.full_like(s, 255))),
+    Attack("none chosen", _stream(chosen=np.zeros_like)),
+    Attack("no bits", _stream(chosen=lambda s: s[:0])),
+    Attack("bits missing", _stream(chosen=lambda s: s[:-1])),
+    Attack("bits of another byte", _stream(chosen=lambda s: [*s[: 64 // 8 - 2], 0])),
+    Attack("a bit beyond the labels", _stream(chosen=_beyond)),
+    Attack("more targets than labels", _positions(lambda n: 64)),
+    Attack("a target less than chosen", _positions(lambda n: n - 1)),
+    Attack("no targets for the chosen", _positions(lambda n: 0)),
+    Attack("a cache that chooses no more", lambda f: (f.change_manifest(positions="all"), "shards/00000")[1]),
+]
+
+
 ATTACKS = [
+    Attack("a cache that chooses", lambda f: (f.change_manifest(positions="entropy>1"), "shards/00000")[1]),
     Attack("more targets than slots", _positions(lambda n: 65)),
     Attack("no targets for labels", _positions(lambda n: 0)),
     Attack("one target less", _positions(lambda n: n - 1)),

@@ -29,6 +29,8 @@ CASES: dict[str, tuple[str, Attack]] = {
     for store, attacks in {
         "arrow": [*arrow_lies.ATTACKS, *row_lies.ATTACKS, *RECORDS],
         "zarr": [*zarr_lies.ATTACKS, *row_lies.ATTACKS, *record_lies.DEVICES],
+        "arrow chosen": row_lies.CHOSEN,
+        "zarr chosen": row_lies.CHOSEN,
     }.items()
     for attack in attacks
 }
@@ -40,7 +42,7 @@ def forged(honest: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     folder, found = tmp_path_factory.mktemp("forged"), {}
     for number, (name, (store, attack)) in enumerate(CASES.items()):
         copy = Path(shutil.copytree(honest[store], folder / str(number)))
-        forgery = (ArrowForgery if store == "arrow" else ZarrForgery)(copy)
+        forgery = (ArrowForgery if store.startswith("arrow") else ZarrForgery)(copy)
         found[name] = copy, attack.forge(forgery)  # type: ignore[arg-type]
     return found
 

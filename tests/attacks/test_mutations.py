@@ -46,12 +46,12 @@ from kdcache.store.shards import Shard
 from tests.attacks.mutator import Mutator
 
 COUNT = int(os.environ.get("KDCACHE_MUTATIONS", "3000"))
-CASES = [
+CASES: list[tuple[str, ...]] = [
     (store, kind, precision)
     for store in ("arrow", "zarr")
     for kind in SELECTIONS
     for precision in ("float32", "float16", "6", "12")
-]
+] + [(store, kind, "6", "entropy>1") for store in ("arrow", "zarr") for kind in ("topk", "ipps")]
 ROWS = 5
 MOST_SECONDS = 1.0
 MOST_MEMORY = 4  # times what the honest shard takes
@@ -128,8 +128,10 @@ def sealed_again() -> Iterator[None]:
 class Target:
     """An honest shard and how its mutants are judged."""
 
-    def __init__(self, folder: Path, store: str, kind: str, precision: str) -> None:
-        manifest = example_manifest(store, selection=SELECTIONS[kind], precision=precision, seq_len=24)
+    def __init__(self, folder: Path, store: str, kind: str, precision: str, positions: str = "all") -> None:
+        manifest = example_manifest(
+            store, selection=SELECTIONS[kind], precision=precision, positions=positions, seq_len=24
+        )
         place, rows = LocalPlace(folder), example_rows(manifest, ROWS)
         commit = read_commits(place, write_cache(place, manifest, rows))[1]
         self.form, self.reader = manifest.row_format, WRITERS[store].reader()
@@ -205,7 +207,7 @@ def peak_bytes() -> int:
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_mutations(case: tuple[str, str, str], tmp_path: Path, record_property: Any) -> None:
+def test_mutations(case: tuple[str, ...], tmp_path: Path, record_property: Any) -> None:
     target, mutator = Target(tmp_path / "c", *case), Mutator(zlib.crc32("-".join(case).encode()))
     tracemalloc.start()
     target.judge(target.objects, lies=False)

@@ -132,6 +132,7 @@ def test_a_frame_unfolds_within_its_shape_or_not_at_all(frame: bytes, most: int)
 def targets(tmp_path_factory: pytest.TempPathFactory) -> list[Target]:
     folder = tmp_path_factory.mktemp("rows")
     cases = [(kind, precision) for kind in SELECTIONS for precision in ("float32", "float16", "6")]
+    cases += [(kind, "6", "entropy>1") for kind in ("topk", "ipps")]
     return [Target(folder / "-".join(case), "arrow", *case) for case in cases]
 
 

@@ -52,7 +52,9 @@ def test_a_schema_names_every_choice() -> None:
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("kind", SELECTIONS)
 def test_records_of_examples_are_valid(tmp_path: Path, store: str, kind: str) -> None:
-    manifest = example_manifest(store, selection=SELECTIONS[kind])
+    manifest = example_manifest(
+        store, selection=SELECTIONS[kind], positions="entropy>1e-05" if kind == "topk" else "all"
+    )
     write_cache(LocalPlace(tmp_path), manifest, example_rows(manifest, 3))
     Draft202012Validator(schema("manifest")).validate(json.loads((tmp_path / NAME).read_text()))
     for path in (tmp_path / "commits").iterdir():
@@ -83,6 +85,12 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"selection": []}),
     ("manifest", {"tau": 2.0}),
     ("manifest", {"tau": "0.5"}),
+    ("manifest", {"positions": "some"}),
+    ("manifest", {"positions": "entropy>"}),
+    ("manifest", {"positions": "entropy>-1"}),
+    ("manifest", {"positions": "entropy>nan"}),
+    ("manifest", {"positions": "all\n"}),
+    ("manifest", {"positions": None}),
     ("manifest", {"seed": -1}),
     ("manifest", {"adaptive": None}),
     ("manifest", {"temperatures": []}),
@@ -104,6 +112,10 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("commit", {"rows": 1 << 32}),
     ("commit", {"rows": "3"}),
     ("commit", {"positions": None}),
+    ("commit", {"labels": -1}),
+    ("commit", {"entropy_histogram": [0] * 151}),
+    ("commit", {"entropy_histogram": [-1]}),
+    ("commit", {"entropy_histogram": {}}),
     ("commit", {"tokens_sha256": "F" * 64}),
     ("commit", {"compute": []}),
     ("commit", {"objects": []}),
