@@ -62,12 +62,12 @@ CHOSEN = [
     Attack("more targets than labels", _positions(lambda n: 64)),
     Attack("a target less than chosen", _positions(lambda n: n - 1)),
     Attack("no targets for the chosen", _positions(lambda n: 0)),
-    Attack("a cache that chooses no more", lambda f: (f.change_manifest(positions="all"), "shards/00000")[1]),
+    Attack("a cache that chooses no more", lambda f: (f.change_manifest(positions="all"), "shard")[1]),
 ]
 
 
 ATTACKS = [
-    Attack("a cache that chooses", lambda f: (f.change_manifest(positions="entropy>1"), "shards/00000")[1]),
+    Attack("a cache that chooses", lambda f: (f.change_manifest(positions="entropy>1"), "shard")[1]),
     Attack("more targets than slots", _positions(lambda n: 65)),
     Attack("no targets for labels", _positions(lambda n: 0)),
     Attack("one target less", _positions(lambda n: n - 1)),

@@ -35,16 +35,18 @@ def make(way: str) -> Any:
 
 
 def batch() -> tuple[Tensor, Tensor, SparseTargets]:
-    """Four rows with very different numbers of labels; the targets of the labelled slots."""
+    """Four rows with very different numbers of labels; the targets of the labelled slots, half of which carry one."""
     g = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(VOCAB, (2, ROWS, LENGTH), generator=g).unbind()
     labels[0, 3:], labels[3, ::2] = -100, -100
     teacher = 3 * torch.randn(int((labels != -100).sum()), VOCAB, generator=g)
-    return tokens, labels, select(teacher, Selection(k=8), temperatures=(1.0, 2.0))
+    targets = select(teacher, Selection(k=8), temperatures=(1.0, 2.0))
+    chosen = targets.entropy > targets.entropy.median()
+    return tokens, labels, targets[chosen].spread(chosen.nonzero()[:, 0], len(chosen))
 
 
 def step(model: Any, head: Any, rows: slice, world: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of some rows, divided by the positions of all rows (and by 1 / world, as DDP and FSDP take means)."""
+    """The loss of some rows, its terms divided by their positions in all rows (DDP and FSDP take means: times world)."""
     tokens, labels, targets = batch()
     mask = labels != -100
     place = mask.nonzero()[:, 0]
@@ -53,7 +55,8 @@ def step(model: Any, head: Any, rows: slice, world: int) -> tuple[Tensor, dict[s
 
     def on_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         source = head.source(hidden[chosen], weight, bias, VOCAB)
-        return distil(source, mine, told[chosen], OBJECTIVE, num_items=int(mask.sum()) / world, figures=figures)
+        counts = {"num_items": int(mask.sum()) / world, "num_targets": int((targets.count > 0).sum()) / world}
+        return distil(source, mine, told[chosen], OBJECTIVE, **counts, figures=figures)
 
     positions = torch.arange(LENGTH).repeat(len(told), 1)
     loss = packed_forward(model, tokens[rows], positions, on_head=on_head)
