@@ -46,7 +46,7 @@ def batch() -> tuple[Tensor, Tensor, SparseTargets]:
 
 
 def step(model: Any, head: Any, rows: slice, world: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of some rows, its terms divided by their positions in all rows (DDP and FSDP take means: times world)."""
+    """The loss of some rows, each term divided by its positions in all rows (and by 1 / world: ranks are averaged)."""
     tokens, labels, targets = batch()
     mask = labels != -100
     place = mask.nonzero()[:, 0]
