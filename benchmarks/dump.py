@@ -27,18 +27,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdcache import Selection, SparseTargets
+from kdcache import Selection
 from kdcache.codec.frequency import FrequencyOrder
 from kdcache.isolation import packed_forward
 from kdcache.rows import IGNORE, PackedRow, position_ids
 from kdcache.store.backends import new_shard
 from kdcache.store.create import publish_shard
+from kdcache.store.entropies import added, histogram
 from kdcache.store.manifest import Manifest
 from kdcache.store.places import open_place
 from kdcache.teacher import head
 from kdcache.teacher.beside import Beside
 from kdcache.teacher.config import DumpConfig
-from kdcache.teacher.forward import Teacher
+from kdcache.teacher.forward import Targets, Teacher
 from kdcache.teacher.inputs import Inputs, open_inputs
 
 Batches = list[list[PackedRow]]
@@ -52,22 +53,25 @@ def with_order(teacher: Teacher, inputs: Inputs, batches: Batches, rule: Selecti
     manifest = dataclasses.replace(inputs.manifest, selection=rule.to_fields())
     order = FrequencyOrder(manifest.vocab_size)
     for batch in batches:
-        order.add(teacher.run(batch, manifest, rule)[0])
+        order.add(teacher.run(batch, manifest, rule).targets)
     return dataclasses.replace(manifest, id_order=order.ids())
 
 
 def dump(teacher: Teacher, manifest: Manifest, batches: Batches) -> None:
-    def write(batch: list[PackedRow], targets: SparseTargets, counts: list[int]) -> None:
-        for row, part in zip(batch, targets.split(counts), strict=True):
+    entropies: list[list[int]] = []
+
+    def write(batch: list[PackedRow], found: Targets) -> None:
+        for row, part in zip(batch, found.targets.split(found.labels), strict=True):
             writer.write(row, part)
+        entropies.append(histogram(found.entropy))
 
     with tempfile.TemporaryDirectory() as folder:
         place = open_place(folder)
         with new_shard(place, manifest, 0) as writer, Beside() as beside:
             for batch in batches:
-                beside.run(partial(write, batch, *teacher.run(batch, manifest, manifest.rule)))
+                beside.run(partial(write, batch, teacher.run(batch, manifest, manifest.rule)))
             beside.finish()
-            publish_shard(place, manifest, writer, documents=1, dropped=0, compute={})
+            publish_shard(place, manifest, writer, documents=1, dropped=0, entropies=added(entropies), compute={})
 
 
 def some_batches(inputs: Inputs, rows: int, batch_rows: int) -> Batches:
