@@ -119,6 +119,18 @@ class Cache:
                         f"{data['bytes']} that were committed; `kdcache verify` reports all that is wrong"
                     )
 
+    def only(self, shards: Iterable[int]) -> Cache:
+        """The same cache as if these shards alone were committed: its rows are theirs, numbered from 0.
+
+        Raises:
+            IncompleteCacheError: one of them is not committed.
+        """
+        chosen = sorted(set(shards))
+        gone = [shard for shard in chosen if shard not in self.commits]
+        if gone:
+            raise IncompleteCacheError(f"{self.place} has no committed shard {gone[0]}")
+        return Cache(self.place, self.manifest, {shard: self.commits[shard] for shard in chosen})
+
     def missing(self) -> list[int]:
         """Planned shards that are not committed."""
         return sorted(set(range(self.manifest.shards)) - set(self.commits))

@@ -134,6 +134,22 @@ class SparseTargets:
 
         return dataclasses.replace(self._map(place), logprobs=place(self.logprobs, -torch.inf))
 
+    def widen(self, width: int) -> SparseTargets:
+        """The same targets with room for `width` entries a position, so that `cat` joins them with wider ones.
+
+        Raises:
+            TargetError: they are wider already.
+        """
+        more = width - self.ids.shape[-1]
+        if more < 0:
+            raise TargetError(f"targets of {self.ids.shape[-1]} entries a position have no room in {width}")
+        return dataclasses.replace(
+            self,
+            ids=torch.nn.functional.pad(self.ids, (0, more)),
+            logprobs=torch.nn.functional.pad(self.logprobs, (0, more), value=-torch.inf),
+            weights=torch.nn.functional.pad(self.weights, (0, more)),
+        )
+
     def at_temperature(self, temperature: float) -> tuple[Tensor, Tensor]:
         """Exact log-probabilities of the entries and of the tail at a temperature.
 

@@ -116,8 +116,11 @@ def _parameters(options: type, positional: tuple[str, ...]) -> Iterator[inspect.
         help_text = field.metadata["help"]
         kind = typer.Argument(help=help_text) if field.name in positional else typer.Option(help=help_text)
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        hint = hints[field.name]
+        if typing.get_origin(hint) is tuple:  # an option that may be given again; typer knows it as a list
+            hint = list[typing.get_args(hint)[0]]  # type: ignore[misc]
         yield inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hints[field.name], kind]
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, kind]
         )
     shared: tuple[tuple[str, Any, Any, str, dict[str, Any]], ...] = (
         ("config", Path | None, None, "TOML file of options; flags win", {"is_eager": True, "callback": _read_config}),
@@ -138,12 +141,14 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise typer.BadParameter(f"{path} cannot be read as TOML: {error}") from None
-    values = {
-        key.replace("-", "_"): ",".join(map(str, value)) if isinstance(value, list) else value
-        for key, value in values.items()
-    }
-    known = {parameter.name for parameter in context.command.params}
-    unknown = sorted(set(values) - known)
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    known = {parameter.name: getattr(parameter, "multiple", False) for parameter in context.command.params}
+    for key, value in values.items():
+        if known.get(key):
+            values[key] = [str(one) for one in value] if isinstance(value, list) else [value]
+        elif isinstance(value, list):
+            values[key] = ",".join(map(str, value))
+    unknown = sorted(set(values) - set(known))
     if unknown:
         raise typer.BadParameter(f"{path} sets {', '.join(unknown)}, which {context.info_name} does not know")
     context.default_map = {**(context.default_map or {}), **values}

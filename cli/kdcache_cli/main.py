@@ -77,15 +77,19 @@ def train_student(config: TrainConfig, output: Output) -> None:
         summary = train(
             config,
             lambda done, total, latest: bar(done, total, "  ".join(f"{k} {v:.4g}" for k, v in latest.items())),
+            lambda done, total: bar(done, total, "rows read for --where"),
         )
 
     def show(console: Console) -> None:
         from kdcache_cli.tables import figures_table
 
-        console.print(figures_table({"before": summary["heldout"]["before"], "after": summary["heldout"]["after"]}))
+        after = summary["heldout"]["after"]
+        each = {f"after, {name}": figures for name, figures in after.get("caches", {}).items()}
+        console.print(figures_table({"before": summary["heldout"]["before"], "after": after, **each}))
         console.print(
             f"{summary['out']}: {summary['steps']:,} steps, {summary['positions']:,} positions, "
-            f"{summary['seconds']:.1f} s, {summary['positions_per_second']:,.0f} positions/s"
+            f"{summary['seconds']:.1f} s, {summary['positions_per_second']:,.0f} positions/s, "
+            f"{summary['data_wait_share']:.1%} of the training spent waiting for rows"
         )
 
     if int(os.environ.get("RANK", "0")) == 0:  # under torchrun, one summary for all ranks

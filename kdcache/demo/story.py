@@ -151,7 +151,7 @@ def play(out: str, seconds: float, seed: int, on_progress: Callable[..., None]) 
 
 def _student(cache: str, student: Path, out: Path, soft_weight: float, steps: int, seed: int) -> TrainConfig:
     return TrainConfig(
-        cache=cache, student=str(student), out=str(out), soft_weight=soft_weight, steps=steps, lr=3e-3, heldout=0.08,
+        cache=(cache,), student=str(student), out=str(out), soft_weight=soft_weight, steps=steps, lr=3e-3, heldout=0.08,
         eval_every=max(1, steps // 10), save_every=steps, keep=1, seed=seed, device="cpu",
     )  # fmt: skip
 

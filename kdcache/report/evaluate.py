@@ -8,7 +8,7 @@ acceptance  sum_v min(p_v, q_v), mean over positions: the share of a student's d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError, ModelError
 from kdcache.isolation import packed_forward
 from kdcache.pretrained import find_device, fingerprint, load_model, model_folder
-from kdcache.student.data import batches, labelled, split_heldout
+from kdcache.student.data import Rows, batches, labelled, split_heldout
 from kdcache.student.measure import measure
 from kdcache.student.model import load_student
 
@@ -59,8 +59,8 @@ def evaluate(
         raise ConfigError(f"--batch-rows is {batch_rows}, but must be at least 1")
     if heldout is not None and not 0 < heldout < 1:
         raise ConfigError(f"--heldout is {heldout}, but must lie between 0 and 1")
-    chosen = list(range(len(opened))) if heldout is None else split_heldout(len(opened), heldout)[1]
-    if not chosen:
+    chosen: Rows = range(len(opened)) if heldout is None else split_heldout(len(opened), heldout)[1]
+    if not len(chosen):
         raise ConfigError(f"the cache {cache} has no rows to measure on")
     if rows is not None and rows < len(chosen):
         chosen = [chosen[i * len(chosen) // rows] for i in range(rows)]
@@ -81,7 +81,7 @@ def evaluate(
 
 @torch.inference_mode()
 def _against(
-    teacher: Any, student: Any, cache: Cache, rows: Sequence[int], device: torch.device, batch_rows: int
+    teacher: Any, student: Any, cache: Cache, rows: Rows, device: torch.device, batch_rows: int
 ) -> dict[str, float]:
     vocab = cache.manifest.vocab_size
     kl, acceptance, positions = 0.0, 0.0, 0

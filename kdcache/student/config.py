@@ -6,17 +6,20 @@ from dataclasses import dataclass
 
 from kdcache.errors import ConfigError
 from kdcache.options import option
+from kdcache.student.choice import parse_rows, parse_where
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of one training run, checked when built.
 
+    From Python, `cache` may also be one string, and `temperature` a number.
+
     Raises:
         ConfigError: a value out of range.
     """
 
-    cache: str = option("folder or URL of the cache to learn from")
+    cache: tuple[str, ...] = option("folder or URL of a cache to learn from; PATH:WEIGHT, given again, mixes several")
     student: str = option("checkpoint folder, hub name, or config.json (fresh weights)")
     out: str = option("folder of the trained student; made, or gone on with by --resume")
     # objective
@@ -40,10 +43,15 @@ class TrainConfig:
     # measurement
     heldout: float = option("share of the rows kept for measuring, never trained on", 0.02)
     eval_every: int = option("steps between measurements; 0 for before and after only", 0)
+    # which rows
+    rows: str | None = option("touch only these rows of each cache: ranges such as 0:1000 or :100,200:300", None)
+    where: str | None = option("train only on rows of such mean entropy of the teacher, nats: entropy<2.5", None)
+    partial: bool = option("take a cache that is still being dumped: the shards committed when the run begins", False)
     # reading
     readers: int | None = option("processes that read ahead  [default: 2 for a URL, else 0]", None)
     local_copy: str | None = option("keep copies of what is read from a URL in this folder", None)
     local_limit: str = option("the most that the copies there hold together", "20GB")
+    record_rows: bool = option("write the rows that each step took into rows-RANK.jsonl", False)
     # the run
     seed: int = option("order of rows and fresh weights", 0)
     resume: bool = option("go on from the newest complete checkpoint in --out", False)
@@ -53,6 +61,11 @@ class TrainConfig:
     dtype: str = option("auto (bfloat16 on GPUs that have it), float32 or bfloat16", "auto")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "cache", (self.cache,) if isinstance(self.cache, str) else tuple(self.cache))
+        if not self.cache:
+            raise ConfigError("--cache is missing")
+        parse_rows(self.rows)
+        parse_where(self.where)
         least_of = {"batch_rows": 1, "accumulate": 1, "save_every": 1, "keep": 1, "eval_every": 0, "seed": 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:

@@ -1,45 +1,70 @@
-"""Data: rows of a cache as batches, the order of a run, and the rows held out.
+"""Data: rows of caches as batches, the order of a run, and the rows held out.
 
-The order of a run is one flat sequence of rows, a pure function of (rows, seed): epoch after
-epoch, each a permutation of its own. Optimiser step s takes the s-th slice of it, however
-many ranks and micro-batches share the slice, so resuming is skipping.
+The order of a run is one flat sequence of rows, a pure function of (rows, seed, weights): see `student.mixture`.
+Optimiser step s takes the s-th slice of it, however many ranks and micro-batches share the slice, so resuming is
+skipping, also on another number of ranks.
 
 Shapes: R rows, L slots, M positions with a target among the R x L.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
 from kdcache.cache import Cache
 from kdcache.errors import ConfigError
 from kdcache.rows import IGNORE, PackedRow, position_ids
+from kdcache.student.mixture import Mixture
 from kdcache.targets import SparseTargets
 
-Item = tuple[PackedRow, SparseTargets]
+Rows = Sequence[int] | NDArray[np.int64]
+
+_BLOCK = 1 << 16
+
+
+class Item(NamedTuple):
+    """One row, its targets, and where it was read: which cache of the run, and which row of it."""
+
+    row: PackedRow
+    targets: SparseTargets
+    cache: int
+    number: int
 
 
 class RowDataset(Dataset[Item]):
-    """Chosen rows of a cache, by position in `rows`."""
+    """Chosen rows of one cache or several, numbered through: those of the second follow those of the first."""
 
-    def __init__(self, cache: Cache, rows: Sequence[int]) -> None:
-        self.cache, self.rows = cache, rows
+    def __init__(self, caches: Sequence[Cache], rows: Sequence[Rows]) -> None:
+        self.caches, self.rows = caches, rows
+        self._ends = list(itertools.accumulate(len(chosen) for chosen in rows))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._ends[-1]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        cache = bisect.bisect_right(self._ends, index)
+        return cache, int(self.rows[cache][index - (self._ends[cache - 1] if cache else 0)])
 
     def __getitem__(self, index: int) -> Item:
-        return self.cache.read_packed(self.rows[index])
+        cache, number = self._place(index)
+        return Item(*self.caches[cache].read_packed(number), cache, number)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
         """The items of one batch; DataLoader asks for them by this name."""
-        return list(self.cache.read_rows(self.rows[i] for i in indices))
+        places = [self._place(index) for index in indices]
+        found = {
+            cache: self.caches[cache].read_rows([number for owner, number in places if owner == cache])
+            for cache in dict.fromkeys(owner for owner, _ in places)
+        }
+        return [Item(*next(found[cache]), cache, number) for cache, number in places]
 
 
 class Collator:
@@ -47,15 +72,18 @@ class Collator:
 
     `input_ids`, `position_ids` and `labels` are `[R, L]`; labels are already shifted, -100
     where nothing counts, and `shift_labels` is the same tensor under the name by which Trainer
-    counts the positions of an optimiser step. `targets` holds the M labelled positions, in order.
+    counts the positions of an optimiser step. `targets` holds the M labelled positions, in order, as wide as the
+    widest cache's. `rows` `[R, 2]` says where each row was read: which cache, and which row of it.
     """
 
-    def __init__(self, cache: Cache) -> None:
-        self.seq_len, self.isolate = cache.manifest.seq_len, cache.manifest.isolate
+    def __init__(self, caches: Sequence[Cache]) -> None:
+        manifest = caches[0].manifest
+        self.seq_len, self.isolate = manifest.seq_len, manifest.isolate
+        self.width = max(cache.manifest.width for cache in caches)
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Make one batch of rows and their targets."""
-        rows = [row for row, _ in items]
+        rows = [item.row for item in items]
         segments = np.stack([row.segments(self.seq_len) for row in rows])
         labels = torch.from_numpy(np.stack([row.labels(self.seq_len) for row in rows]))
         return {
@@ -63,37 +91,38 @@ class Collator:
             "position_ids": torch.from_numpy(position_ids(segments if self.isolate else np.zeros_like(segments))),
             "labels": labels,
             "shift_labels": labels,
-            "targets": SparseTargets.cat([targets for _, targets in items]),
+            "targets": SparseTargets.cat([item.targets.widen(self.width) for item in items]),
+            "rows": torch.tensor([(item.cache, item.number) for item in items]),
         }
 
 
-def batches(cache: Cache, rows: Sequence[int], batch_rows: int) -> Iterator[dict[str, Any]]:
+def batches(cache: Cache, rows: Rows, batch_rows: int) -> Iterator[dict[str, Any]]:
     """Rows of a cache as batches, in order."""
-    items, collate = cache.read_rows(rows), Collator(cache)
+    numbers, collate = [int(number) for number in rows], Collator([cache])
+    items = (Item(*found, 0, number) for found, number in zip(cache.read_rows(numbers), numbers, strict=True))
     while batch := list(itertools.islice(items, batch_rows)):
         yield collate(batch)
 
 
-class RunOrder(Sampler[int]):
-    """The rows of a whole run, in order: `total` of them, epoch after epoch."""
+class RunOrder(Sampler[int | None]):
+    """The rows of a whole run, in order: `total` of them, of which the first `done` are not looked up but None.
 
-    def __init__(self, rows: int, total: int, seed: int) -> None:
-        self.rows, self.total, self.seed = rows, total, seed
+    Trainer skips what a resumed run has done by taking it from here, batch by batch, and dropping it.
+    """
+
+    def __init__(self, mixture: Mixture, total: int, done: int = 0) -> None:
+        self.mixture, self.total, self.done = mixture, total, done
 
     def __len__(self) -> int:
         return self.total
 
-    def __iter__(self) -> Iterator[int]:
-        left = self.total
-        epoch = 0
-        while left > 0:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
-            yield from order[:left].tolist()
-            left -= self.rows
-            epoch += 1
+    def __iter__(self) -> Iterator[int | None]:
+        yield from itertools.repeat(None, min(self.done, self.total))
+        for start in range(self.done, self.total, _BLOCK):
+            yield from self.mixture.rows(start, min(start + _BLOCK, self.total)).tolist()
 
 
-def split_heldout(rows: int, share: float) -> tuple[list[int], list[int]]:
+def split_heldout(rows: int, share: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """`(training rows, held-out rows)`, each in cache order.
 
     The choice depends on nothing but the two numbers, so every run over a cache, with any seed,
@@ -105,8 +134,9 @@ def split_heldout(rows: int, share: float) -> tuple[list[int], list[int]]:
     if rows < 2:
         raise ConfigError(f"the cache has {rows} row(s), but training needs one to learn from and one to hold out")
     count = min(rows - 1, max(1, round(rows * share)))
-    chosen = set(np.random.default_rng(0).permutation(rows)[:count].tolist())
-    return [r for r in range(rows) if r not in chosen], sorted(chosen)
+    held = np.zeros(rows, bool)
+    held[np.random.default_rng(0).permutation(rows)[:count]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def labelled(batch: dict[str, Any]) -> torch.Tensor:

@@ -12,13 +12,14 @@ that carry a target, `targets` of them, and None where there is none.
                     over positions; None if they were sampled at another temperature
     top1_agreement  share of positions where both prefer the same token
 
-Sums are kept in float64, so the order of batches does not show.
+Sums are kept in float64, so the order of batches does not show. Those of several caches add up to the figures over all.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,14 +28,72 @@ from kdcache.cache import Cache
 from kdcache.errors import ConfigError
 from kdcache.isolation import packed_forward
 from kdcache.losses import measure_positions
-from kdcache.student.data import batches, labelled
+from kdcache.store.manifest import Manifest
+from kdcache.student.data import Rows, batches, labelled
 from kdcache.targets import SAMPLED_KINDS
+
+
+@dataclass
+class Tally:
+    """Sums over positions.
+
+    Attributes:
+        kinds: what the kl of these positions is.
+        rows, positions, targets: how many were measured; targets are positions that carry one.
+        sums: of each figure.
+    """
+
+    kinds: set[str] = field(default_factory=set)
+    rows: int = 0
+    positions: int = 0
+    targets: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, value: float) -> None:
+        """Add to a sum."""
+        self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def join(self, other: Tally) -> None:
+        """Add what another counted."""
+        self.kinds |= other.kinds
+        self.rows += other.rows
+        self.positions += other.positions
+        self.targets += other.targets
+        for name, value in other.sums.items():
+            self.add(name, value)
+
+    def figures(self) -> dict[str, Any]:
+        """The figures, as the module describes them.
+
+        Raises:
+            ConfigError: no row carried a label.
+        """
+        if not self.positions:
+            raise ConfigError(
+                f"the {self.rows} row(s) to measure on carry no label; hold out more, or measure other rows"
+            )
+        means = {name: total / self.targets for name, total in self.sums.items()} if self.targets else {}
+        teacher_nll = means.get("teacher_nll")
+        found = {
+            "nll": self.sums["nll"] / self.positions,
+            "teacher_nll": teacher_nll,
+            "delta_nll": None if teacher_nll is None else means["nll_at_targets"] - teacher_nll,
+            "kl": means.get("kl"),
+            "kl_kind": next(iter(self.kinds)) if len(self.kinds) == 1 else "lower-bound",
+            "top1_agreement": means.get("top1_agreement"),
+            "positions": self.positions,
+            "targets": self.targets,
+        }
+        if found["kl_kind"] == "estimate" and "kl" in means:
+            spread = max(0.0, means["kl_square"] - means["kl"] ** 2)
+            found["kl_standard_error"] = math.sqrt(spread / self.targets)
+        return found
 
 
 def measure(
     model: Any,
     cache: Cache,
-    rows: Sequence[int],
+    rows: Rows,
     device: torch.device,
     batch_rows: int = 8,
     on_progress: Callable[[int, int], None] | None = None,
@@ -44,8 +103,35 @@ def measure(
     Raises:
         ConfigError: no row carries a label.
     """
-    sums: dict[str, float] = {}
-    positions = targets = done = 0
+    return tally(model, cache, rows, device, batch_rows, on_progress).figures()
+
+
+def measure_each(
+    model: Any, caches: dict[str, Cache], rows: Sequence[Rows], device: torch.device, batch_rows: int = 8
+) -> dict[str, Any]:
+    """Figures over rows of several caches together; if there are several, under `caches` those of each.
+
+    Raises:
+        ConfigError: no row of some cache carries a label.
+    """
+    whole, each = Tally(), {}
+    for (name, cache), chosen in zip(caches.items(), rows, strict=True):
+        counted = tally(model, cache, chosen, device, batch_rows)
+        whole.join(counted)
+        each[name] = counted.figures()
+    return whole.figures() if len(each) == 1 else {**whole.figures(), "caches": each}
+
+
+def tally(
+    model: Any,
+    cache: Cache,
+    rows: Rows,
+    device: torch.device,
+    batch_rows: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Tally:
+    """Sums of a student's figures over rows of a cache."""
+    counted = Tally(kinds={_kl_kind(cache.manifest)})
     training = model.training
     model.eval()
     with torch.inference_mode():
@@ -58,28 +144,17 @@ def measure(
             if "kl" in figures:
                 figures["kl_square"] = figures["kl"].double().square()
             for name, values in figures.items():
-                sums[name] = sums.get(name, 0.0) + values.double().sum().item()
-            positions += int(mask.sum())
-            targets += int((batch["targets"].count > 0).sum())
-            done += len(mask)
+                counted.add(name, values.double().sum().item())
+            counted.positions += int(mask.sum())
+            counted.targets += int((batch["targets"].count > 0).sum())
+            counted.rows += len(mask)
             if on_progress:
-                on_progress(done, len(rows))
+                on_progress(counted.rows, len(rows))
     model.train(training)
-    if not positions:
-        raise ConfigError(f"the {len(rows)} row(s) to measure on carry no label; hold out more, or measure other rows")
-    means = {name: total / targets for name, total in sums.items()} if targets else {}
-    teacher_nll = means.get("teacher_nll")
-    kind = "dense" if cache.manifest.width == cache.manifest.vocab_size else "lower-bound"
-    found = {
-        "nll": sums["nll"] / positions,
-        "teacher_nll": teacher_nll,
-        "delta_nll": None if teacher_nll is None else means["nll_at_targets"] - teacher_nll,
-        "kl": means.get("kl"),
-        "kl_kind": "estimate" if cache.manifest.selection["kind"] in SAMPLED_KINDS else kind,
-        "top1_agreement": means.get("top1_agreement"),
-        "positions": positions,
-        "targets": targets,
-    }
-    if found["kl_kind"] == "estimate" and "kl" in means:
-        found["kl_standard_error"] = math.sqrt(max(0.0, means["kl_square"] - means["kl"] ** 2) / targets)
-    return found
+    return counted
+
+
+def _kl_kind(manifest: Manifest) -> str:
+    if manifest.selection["kind"] in SAMPLED_KINDS:
+        return "estimate"
+    return "dense" if manifest.width == manifest.vocab_size else "lower-bound"

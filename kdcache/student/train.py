@@ -1,9 +1,11 @@
-"""One training run, from a cache to a checkpoint that stands on its own.
+"""One training run, from caches to a checkpoint that stands on its own.
 
 What a run leaves in its folder:
 
-    train-student.json   the resolved configuration and the cache's fingerprint, written first
+    train-student.json   the resolved configuration, and fingerprints of the caches and of the rows; written first
     heldout-before.json  the student's figures before the first step
+    rows.npz             the rows that --where chose
+    rows-RANK.jsonl      with --record-rows: which rows each step took
     metrics.jsonl        loss, learning rate and the student's figures; held-out ones when measured; a line each
     checkpoint-N/        whole checkpoints to resume from
     model.safetensors, config.json, tokenizer files   the student, a plain Hugging Face model
@@ -12,10 +14,8 @@ What a run leaves in its folder:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -25,34 +25,40 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-import kdcache
-from kdcache.cache import Cache, open_cache
-from kdcache.errors import ConfigError, ModelError
+from kdcache.errors import ModelError
 from kdcache.pretrained import find_device
 from kdcache.store.durable import storage_errors
-from kdcache.student import checkpoints, readers
+from kdcache.student import checkpoints, lines, ranks, readers, record, sources
 from kdcache.student.config import TrainConfig
-from kdcache.student.data import split_heldout
-from kdcache.student.measure import measure
+from kdcache.student.measure import measure_each
+from kdcache.student.mixture import Mixture
 from kdcache.student.model import load_student
 from kdcache.student.schedule import Schedule
+from kdcache.student.split import keep, split
 from kdcache.student.trainer import DistillationTrainer, arguments
 
-CONFIG, BEFORE, METRICS, SUMMARY = "train-student.json", "heldout-before.json", "metrics.jsonl", "summary.json"
-
-_READING = ("cache", "readers", "local_copy", "local_limit")
-_FREE_TO_CHANGE = (*_READING, "out", "resume", "device", "save_every", "keep", "eval_every", "kdcache", "torch")
+BEFORE, METRICS, SUMMARY = "heldout-before.json", "metrics.jsonl", "summary.json"
 
 _LOGGED = (
     "loss", "grad_norm", "learning_rate", "nll", "kl", "top1_agreement", "kept_mass", "log_partition",
+    "data_wait_share",
 )  # fmt: skip
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with steps done, steps to do, and the latest figures."""
 
 
-def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str, Any]:
-    """Train a student from a cache.
+def train(
+    config: TrainConfig,
+    on_progress: Progress | None = None,
+    on_reading: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Train a student from a cache, or from several.
+
+    Args:
+        config: what to do.
+        on_progress: called after each step.
+        on_reading: called while `--where` reads the caches, with rows read and rows to read.
 
     Returns:
         The summary that `kdcache train-student --json` prints.
@@ -61,46 +67,57 @@ def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str,
         KdcacheError: see the exception tree.
     """
     started = time.perf_counter()
-    cache = open_cache(config.cache, local_copy=config.local_copy, local_limit=config.local_limit)
-    _ = cache.tokenizer_path  # it goes into the checkpoint: checked now, not after hours of training
-    if config.soft_weight > 0 and not any(commit.positions for commit in cache.commits.values()):
-        raise ConfigError(
-            f"no position of {config.cache} carries a target (--positions {cache.manifest.positions}), so there is "
-            "nothing to distil; dump with a lower X, or train on its labels alone with --soft-weight 0"
-        )
-    train_rows, heldout_rows = split_heldout(len(cache), config.heldout)
-    steps = _steps(config, len(train_rows))
-    schedule = Schedule.of(config, cache.manifest, steps)
-    out, leader = Path(config.out), int(os.environ.get("RANK", "0")) == 0
-    fields = _record(config, cache)
+    out, leader = Path(config.out), ranks.rank() == 0
+    began = record.standing(out) if config.resume else None
+    opened = sources.open_sources(config, (began or {}).get("caches", ()))
+    if config.soft_weight > 0:
+        sources.require_targets(opened)
+    for source in opened:  # refused now, not after hours
+        _ = source.cache.tokenizer_path
+        Schedule.of(config, source.cache.manifest, config.steps or 1)
     if leader:  # the other ranks start no step without it
-        _require_free_or_same(out, config.resume, fields)
+        record.require_free_or_same(out, config.resume, record.describe(config, opened))
     if config.resume and (out / SUMMARY).exists():
         summary: dict[str, Any] = json.loads((out / SUMMARY).read_text())
         return summary
 
     device = find_device(config.device)
-    model = load_student(config.student, cache, device, config.seed)
+    model = load_student(config.student, opened[0].cache, device, config.seed)
+    ranks.join(device)
+    opened = sources.agree(opened)
+    rows = split(opened, config, on_reading)
+    steps = _steps(config, sum(map(len, rows.train)))
+    schedule = Schedule.of(config, opened[0].cache.manifest, steps)
     if leader:
+        record.require_same_rows(out, rows)
         with storage_errors(out):
             out.mkdir(parents=True, exist_ok=True)
-            _write(out / CONFIG, fields)
-    args = arguments(config, steps, device, cache.place.remote)
+            record.write(out / record.CONFIG, {**record.describe(config, opened), "training_rows": rows.record()})
+            if config.where is not None:
+                keep(rows, out)
+    args = arguments(config, steps, device, any(source.cache.place.remote for source in opened))
     _ = args.device
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process would mean DataParallel; torchrun is the way
-    before = _before(out, leader, lambda: measure(model, cache, heldout_rows, args.device, config.batch_rows))
 
+    def measured(student: Any) -> dict[str, Any]:
+        caches = {source.name: source.cache for source in opened}
+        return measure_each(student, caches, rows.heldout, args.device, config.batch_rows)
+
+    before = _before(out, leader, lambda: measured(model))
     resumable = checkpoints.complete(out) if config.resume else []
     first_step = int(resumable[-1].name.rpartition("-")[2]) if resumable else 0
     watcher = _Watcher(out if leader else None, first_step, config.eval_every, on_progress)
-    trainer = DistillationTrainer(model, cache, train_rows, config, schedule, args, [watcher])
-    watcher.measure = lambda: measure(trainer.model, cache, heldout_rows, args.device, config.batch_rows)
+    mixture = Mixture([len(r) for r in rows.train], config.seed, sources.weights(opened))
+    caches = [source.cache for source in opened]
+    trainer = DistillationTrainer(model, caches, rows.train, mixture, config, schedule, args, [watcher], first_step)
+    watcher.measure = lambda: measured(trainer.model)
     training = time.perf_counter()
     with readers.in_our_words():
         trainer.train(resume_from_checkpoint=str(resumable[-1]) if resumable else None)
     training_seconds = time.perf_counter() - training
+    waited = trainer.longest(trainer.waiting.share())
 
-    after = measure(trainer.model, cache, heldout_rows, args.device, config.batch_rows)
+    after = measured(trainer.model)
     if not math.isfinite(after["nll"]):
         raise ModelError(
             f"the training diverged: the held-out nll is {after['nll']}; lower --lr, then start in another --out"
@@ -111,62 +128,32 @@ def train(config: TrainConfig, on_progress: Progress | None = None) -> dict[str,
         "out": str(out),
         "steps": steps,
         "positions": positions,
-        "rows": {"train": len(train_rows), "heldout": len(heldout_rows)},
+        "rows": {
+            "train": rows.record()["count"],
+            "train_sha256": rows.record()["sha256"],
+            "heldout": sum(map(len, rows.heldout)),
+        },
         "heldout": {"before": before, "after": after},
         "seconds": seconds,
         "training_seconds": training_seconds,
+        "data_wait_share": waited,
         "positions_per_second": positions / seconds,
     }
     if leader:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
-        for path in cache.tokenizer_path.iterdir():
+        for path in caches[0].tokenizer_path.iterdir():
             shutil.copyfile(path, out / path.name)
-        _write(out / SUMMARY, summary)
+        record.write(out / SUMMARY, summary)
     if torch.distributed.is_initialized():  # a rank that exits with its group open aborts now and then
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.state.destroy_process_group()
     return summary
 
 
-def _record(config: TrainConfig, cache: Cache) -> dict[str, Any]:
-    """What a run is: its configuration, with the student's place made absolute, and its surroundings."""
-    student = Path(config.student).expanduser()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return {
-        **dataclasses.asdict(config),
-        "student": str(student.resolve()) if student.exists() else config.student,
-        "rows_per_step": config.batch_rows * config.accumulate * world,
-        "cache_sha256": cache.manifest.sha256,
-        "kdcache": kdcache.__version__,
-        "torch": torch.__version__,
-    }
-
-
-def _require_free_or_same(out: Path, resume: bool, fields: dict[str, Any]) -> None:
-    """Refuse a folder of something else, a run that is not to be resumed, and a run of another configuration."""
-    standing = out / CONFIG
-    if standing.exists():
-        if not resume:
-            raise ConfigError(
-                f"--out {out} already holds a training run; pass --resume to go on with it, or another folder"
-            )
-        old = json.loads(standing.read_text())
-        differing = [
-            f"{name} (was {old.get(name)}, now {value})"
-            for name, value in fields.items()
-            if name not in _FREE_TO_CHANGE and old.get(name) != value
-        ]
-        if differing:
-            raise ConfigError(f"--out {out} holds a run of another configuration; it differs in {', '.join(differing)}")
-    elif out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
-        raise ConfigError(f"--out {out} holds other files and no training run; choose another folder")
-
-
 def _steps(config: TrainConfig, rows: int) -> int:
     if config.steps is not None:
         return config.steps
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return max(1, math.ceil((config.epochs or 1.0) * rows / (config.batch_rows * config.accumulate * world)))
+    return max(1, math.ceil((config.epochs or 1.0) * rows / record.rows_per_step(config)))
 
 
 def _before(out: Path, leader: bool, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -177,14 +164,8 @@ def _before(out: Path, leader: bool, run: Callable[[], dict[str, Any]]) -> dict[
         return standing
     figures = run()
     if leader:
-        _write(path, figures)
+        record.write(path, figures)
     return figures
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
 
 
 class _Watcher(TrainerCallback):  # type: ignore[misc]
@@ -192,12 +173,14 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, out: Path | None, first_step: int, eval_every: int, on_progress: Progress | None) -> None:
         self._path = None if out is None else out / METRICS
-        self._first_step, self._eval_every, self._on_progress = first_step, eval_every, on_progress
+        self._eval_every, self._on_progress = eval_every, on_progress
         self._latest: dict[str, float] = {}
         self.measure: Callable[[], dict[str, Any]] | None = None
-        if self._path is not None and self._path.exists():  # lines after the checkpoint will be written again
-            lines = [ln for ln in self._path.read_text().splitlines() if _step_of(ln) <= first_step]
-            self._path.write_text("".join(line + "\n" for line in lines))
+        for path in [] if out is None else [out / METRICS, *out.glob("rows-*.jsonl")]:
+            lines.cut(path, first_step)
+
+    def on_train_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+        state.save_steps = args.save_steps  # a resumed run has that of its checkpoint otherwise
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         figures = {k: v for k, v in (logs or {}).items() if k in _LOGGED}
@@ -216,12 +199,4 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # the last line of a run that was killed may be half a line
-        return math.inf
+            lines.append(self._path, line)

@@ -10,71 +10,81 @@ with it.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from kdcache.cache import Cache
 from kdcache.isolation import packed_forward
 from kdcache.losses import TEACHER_FIGURES, Figures, distil
 from kdcache.rows import IGNORE
-from kdcache.student import checkpoints, readers
+from kdcache.student import checkpoints, lines, readers
 from kdcache.student.config import TrainConfig
-from kdcache.student.data import Collator, RowDataset, RunOrder, labelled
+from kdcache.student.data import Collator, RowDataset, Rows, RunOrder, labelled
 from kdcache.student.head import fuse_head
+from kdcache.student.mixture import Mixture
 from kdcache.student.schedule import Schedule
+from kdcache.student.waiting import Waiting
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
-    """Trains a student on rows of a cache.
+    """Trains a student on rows of one cache or several.
 
     Args:
         model: a causal language model.
-        cache: where the rows and targets are.
-        rows: the rows to train on.
-        config: seed, and checkpoints to keep.
+        caches: where the rows and targets are; alike, see `student.sources`.
+        rows: the rows of each to train on.
+        mixture: their order.
+        config: seed, checkpoints to keep, and whether to write down which rows were read.
         schedule: the objective of each step, and how much each position counts.
         args: Trainer's own arguments; `max_steps` decides how many rows are read.
         callbacks: as for Trainer.
+        first_step: steps that the checkpoint to resume from has done.
 
     Attributes:
         positions: labelled positions that this process has trained on.
+        waiting: how long it waited for rows.
     """
 
     def __init__(
         self,
         model: Any,
-        cache: Cache,
-        rows: list[int],
+        caches: Sequence[Cache],
+        rows: Sequence[Rows],
+        mixture: Mixture,
         config: TrainConfig,
         schedule: Schedule,
         args: TrainingArguments,
         callbacks: list[Any],
+        first_step: int = 0,
     ) -> None:
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=RowDataset(cache, rows),
-            data_collator=Collator(cache),
+            train_dataset=RowDataset(caches, rows),
+            data_collator=Collator(caches),
             callbacks=callbacks,
         )
         if use_cache is not None:  # Trainer turns it off, and would save it so; packed_forward does without in any case
             model.config.use_cache = use_cache
         self.remove_callback(PrinterCallback)  # only the command line prints
-        self.cache, self.config, self.schedule = cache, config, schedule
+        self.vocab, self.mixture, self.first_step = caches[0].manifest.vocab_size, mixture, first_step
+        self.config, self.schedule, self.waiting = config, schedule, Waiting()
         self.head = fuse_head(model, args.device)
         self.positions = 0
         self._sums: dict[str, torch.Tensor] = {}
         self.model_accepts_loss_kwargs = True  # so that positions are counted for any architecture
         self.loss_is_scaled_for_ga = True  # our loss is divided by that count
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> RunOrder:
+    def _get_train_sampler(self, train_dataset: Any = None) -> RunOrder:  # noqa: ARG002 - Trainer's signature
         args = self.args
-        total = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
-        return RunOrder(len(train_dataset or self.train_dataset), total, self.config.seed)
+        a_step = args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+        return RunOrder(self.mixture, args.max_steps * a_step, self.first_step * a_step)
 
     def get_train_dataloader(self) -> Any:
         """Trainer's own loader, its workers detached."""
@@ -88,11 +98,18 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         targets = count([{"labels": mark, "shift_labels": mark} for mark in marks], device)
         return None if items is None else torch.stack([items, targets])
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Trainer's own, with the time that the loader takes."""
+        return super().get_batch_samples(self.waiting.watch(epoch_iterator), num_batches, device)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Distillation and label loss of one micro-batch, divided by the positions of the whole step."""
         mask, labels = labelled(inputs), inputs["labels"]
+        if self.config.record_rows:
+            path = Path(self.args.output_dir) / f"rows-{self.args.process_index}.jsonl"
+            lines.append(path, {"step": self.state.global_step + 1, "rows": inputs["rows"].tolist()})
         targets = inputs["targets"].to(mask.device, non_blocking=True)
         self.positions += len(targets.count)
         items = with_target = None
@@ -101,7 +118,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         figures = Figures()
 
         def on_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            source = self.head.source(hidden[mask], weight, bias, self.cache.manifest.vocab_size)
+            source = self.head.source(hidden[mask], weight, bias, self.vocab)
             weights = self.schedule.weights.of(targets, source.vocab)
             objective = self.schedule.at(self.state.global_step)
             return distil(
@@ -125,8 +142,24 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             totals = dict(zip(names, sums.tolist(), strict=True))
             positions, targets = max(1.0, totals.pop("positions")), max(1.0, totals.pop("has_target"))
             logs.update({n: total / (targets if n in TEACHER_FIGURES else positions) for n, total in totals.items()})
+            logs["data_wait_share"] = self.longest(self.waiting.share_since_told())
             self._sums = {}
         super().log(logs, start_time)
+
+    def longest(self, share: float) -> float:
+        """The greatest share of all ranks: each step waits for the slowest of them."""
+        shares = self.accelerator.gather(torch.tensor([share], device=self.args.device, dtype=torch.float32))
+        return float(shares.max())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's own; where another number of ranks wrote the checkpoint, seeds of (seed, step, rank) instead."""
+        args = self.args
+        wrote = len(list(Path(checkpoint).glob("rng_state*.pth"))) if checkpoint else args.world_size
+        if wrote == args.world_size:
+            super()._load_rng_state(checkpoint)
+        else:  # Trainer would leave every rank with the seed that the run began with
+            key = (self.config.seed, self.state.global_step, args.process_index)
+            set_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
     def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002 - Trainer's signature
         return str(Path(self.args.output_dir) / checkpoints.STAGING)

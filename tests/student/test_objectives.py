@@ -19,6 +19,7 @@ from kdcache.losses import PositionWeights, aims
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import Collator, RowDataset, RunOrder, split_heldout
 from kdcache.student.measure import measure
+from kdcache.student.mixture import Mixture
 from kdcache.student.schedule import Schedule
 from kdcache.student.train import train
 from kdcache.teacher.dump import dump
@@ -60,7 +61,7 @@ def test_the_figures_of_a_step_are_means_over_its_positions(cache: Path, student
     logged = json.loads((tmp_path / "s/metrics.jsonl").read_text().splitlines()[0])
     opened = open_cache(cache)
     rows = split_heldout(len(opened), 0.1)[0]
-    taken = [rows[i] for i in RunOrder(len(rows), 6, 0)]
+    taken = [rows[i] for i in RunOrder(Mixture([len(rows)], 0), 6)]
     torch.manual_seed(0)
     from transformers import set_seed
 
@@ -69,7 +70,7 @@ def test_the_figures_of_a_step_are_means_over_its_positions(cache: Path, student
     exact = measure(fresh, opened, taken, torch.device("cpu"))
     for name in ("nll", "kl", "top1_agreement"):
         assert logged[name] == pytest.approx(exact[name], rel=1e-5), name
-    batch = Collator(opened)([RowDataset(opened, taken)[i] for i in range(len(taken))])
+    batch = Collator([opened])([RowDataset([opened], [taken])[i] for i in range(len(taken))])
     assert 0 < logged["kept_mass"] < 1 and len(batch["targets"].count) == exact["positions"]
     assert 0 < logged["log_partition"] < 20
 

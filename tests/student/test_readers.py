@@ -40,6 +40,12 @@ def same(one: Path, two: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def figures(out: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics without what a clock says."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "data_wait_share"} for line in lines]
+
+
 @pytest.fixture(scope="module")
 def run(cache: Path, student_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run from a folder, with no readers."""
@@ -60,7 +66,7 @@ def test_a_run_from_a_url_is_the_run_from_a_folder_also_when_resumed(
     config = options(bucket.upload(cache, "c"), student_config, tmp_path / "s", local_copy=str(tmp_path / "m"))
     there = train(config)
     assert there["heldout"] == folder["heldout"] and same(tmp_path / "s", out)
-    assert (tmp_path / "s/metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
+    assert figures(tmp_path / "s") == figures(out)
     for name in ("checkpoint-9", "checkpoint-6"):
         shutil.rmtree(tmp_path / "s" / name)
     (tmp_path / "s/summary.json").unlink()
@@ -166,7 +172,7 @@ def test_where_rows_are_read_from_may_change_when_a_run_is_resumed(
         bucket.upload(cache, "c"), student_config, out, resume=True, readers=0, local_copy=str(tmp_path / "m")
     )
     assert train(moved)["heldout"] == run[1]["heldout"] and same(out, run[0])
-    assert json.loads((out / "train-student.json").read_text())["cache"] == moved.cache
+    assert json.loads((out / "train-student.json").read_text())["cache"] == list(moved.cache)
 
 
 def test_evaluate_from_a_url(

@@ -1,0 +1,50 @@
+"""Ranks: what the processes of one run tell each other before the training begins. One process talks to nobody."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(minutes=30)
+
+
+def rank() -> int:
+    """Which process of the run this is, as torchrun says."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """How many processes the run has, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes of the run; Trainer later finds the group and uses it."""
+    if world() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+
+
+def agree(value: T) -> T:
+    """What the first process says."""
+    if world() == 1:
+        return value
+    box: list[Any] = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    said: T = box[0]
+    return said
+
+
+def gather(value: T) -> list[T]:
+    """What each process says, by rank."""
+    if world() == 1:
+        return [value]
+    said: list[Any] = [None] * world()
+    torch.distributed.all_gather_object(said, value)
+    return said
