@@ -1,0 +1,87 @@
+"""A training killed at random moments and gone on with: always, bit for bit, the weights of one that was left alone.
+
+`KDCACHE_KILLS` says how many times (4 unless told; a release runs 100). Every other kill is by SIGTERM, the rest by -9.
+Runs are forked from a process that has imported everything, so the moments fall into the work and not into imports.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+KILLS = int(os.environ.get("KDCACHE_KILLS", "4"))
+
+
+def run(arguments: list[str]) -> None:
+    """The real command, so that SIGTERM is handled as it is."""
+    import sys
+
+    torch.set_num_threads(1)
+    sys.argv = ["kdcache", "train-student", *arguments]
+    from kdcache_cli.main import run as main
+
+    main()
+
+
+@pytest.fixture(scope="module")
+def forge() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["kdcache_cli.main", "kdcache.student.train", "transformers.models.llama.modeling_llama", __name__]
+    )
+    return context
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps(forge: Any, cache: Path, student_config: Path, tmp_path: Path) -> None:
+    common = [
+        "--cache", str(cache), "--student", str(student_config), "--steps=40", "--batch-rows=2", "--lr=5e-3",
+        "--heldout=0.1", "--save-every=3", "--device=cpu", "--quiet", "--record-rows",
+    ]  # fmt: skip
+
+    def start(out: Path, *more: str) -> Any:
+        process = forge.Process(target=run, args=([*common, "--out", str(out), *more],))
+        process.start()
+        return process
+
+    def finish(process: Any) -> float:
+        started = time.monotonic()
+        process.join(300)
+        assert process.exitcode == 0
+        return time.monotonic() - started
+
+    def weights(out: Path) -> dict[str, torch.Tensor]:
+        return dict(load_file(out / "model.safetensors"))
+
+    finish(start(tmp_path / "warm"))
+    duration = finish(start(tmp_path / "whole"))
+    expected, rows = weights(tmp_path / "whole"), (tmp_path / "whole/rows-0.jsonl").read_text()
+    moments, steps = random.Random(0), []
+    for kill in range(KILLS):
+        out = tmp_path / "s"
+        process = start(out)
+        time.sleep(moments.uniform(0.2, 1.0) * duration)
+        os.kill(process.pid, (signal.SIGTERM, signal.SIGKILL)[kill % 2])
+        process.join()
+        if process.exitcode:
+            lines = (out / "rows-0.jsonl").read_text().splitlines() if (out / "rows-0.jsonl").exists() else []
+            steps.append(len(lines))
+        finish(start(out, "--resume"))
+        found = weights(out)
+        assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found), steps
+        assert (out / "rows-0.jsonl").read_text() == rows
+        summaries = [json.loads((folder / "summary.json").read_text()) for folder in (out, tmp_path / "whole")]
+        assert summaries[0]["heldout"] == summaries[1]["heldout"]
+        shutil.rmtree(out)
+    assert len(steps) > KILLS / 2 and len(set(steps)) > 1, steps
