@@ -203,6 +203,22 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def taken(handle: int) -> bool:
+    """Whether another process holds a lock on an open file or folder; if none does, this one now does.
+
+    Where the system has no such locks, nobody ever does.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return False
+    return False
+
+
 def _try_lock(handle: int) -> bool:
     try:
         import fcntl

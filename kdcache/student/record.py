@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 import kdcache
 from kdcache.errors import ConfigError
+from kdcache.store.durable import storage_errors, taken
 from kdcache.student import ranks
 from kdcache.student.config import TrainConfig
 from kdcache.student.sources import Source
@@ -105,3 +108,31 @@ def write(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the folder of a run: a launcher that is killed may leave ranks behind that still write there.
+
+    It is made if need be, and taken away again if nothing came to lie in it.
+
+    Raises:
+        ConfigError: another process holds it.
+        CacheError: it cannot be made.
+    """
+    if out.exists() and not out.is_dir():  # refused in due course
+        yield
+        return
+    new = not out.exists()
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out, os.O_RDONLY)
+    try:
+        if taken(handle):
+            raise ConfigError(f"--out {out} is being written by another run; wait until it ends, or end it")
+        yield
+    finally:
+        os.close(handle)
+        if new:
+            with contextlib.suppress(OSError):
+                out.rmdir()

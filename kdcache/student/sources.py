@@ -7,6 +7,7 @@ wins over it, so `s3://bucket/c:8` names the cache of that name if there is one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ def open_sources(config: TrainConfig, standing: Sequence[dict[str, Any]] = ()) -
         sources.append(Source(name, cache, weight, config.partial))
     if len({source.weight is None for source in sources}) > 1:
         raise ConfigError("--cache PATH:WEIGHT needs a weight for every cache, or for none")
-    for other in sources[1:]:
-        require_alike(sources[0], other)
+    for one, other in itertools.combinations(sources, 2):
+        require_alike(one, other)
     return tuple(sources)
 
 
@@ -119,8 +120,10 @@ def split_weight(spelled: str) -> tuple[str, float | None]:
 
 
 def _open(name: str, config: TrainConfig) -> Cache:
+    # Of several caches, those in folders need no copies; of one, that is said.
+    copy = config.local_copy if len(config.cache) == 1 or open_place(name).remote else None
     try:
-        return open_cache(name, partial=config.partial, local_copy=config.local_copy, local_limit=config.local_limit)
+        return open_cache(name, partial=config.partial, local_copy=copy, local_limit=config.local_limit)
     except IncompleteCacheError as error:
         raise IncompleteCacheError(f"{error}, or give --partial to train on the shards that are there") from None
 

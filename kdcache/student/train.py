@@ -14,6 +14,7 @@ What a run leaves in its folder:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -66,6 +67,13 @@ def train(
     Raises:
         KdcacheError: see the exception tree.
     """
+    with record.alone(Path(config.out)) if ranks.rank() == 0 else contextlib.nullcontext():
+        return _train(config, on_progress, on_reading)
+
+
+def _train(
+    config: TrainConfig, on_progress: Progress | None, on_reading: Callable[[int, int], None] | None
+) -> dict[str, Any]:
     started = time.perf_counter()
     out, leader = Path(config.out), ranks.rank() == 0
     began = record.standing(out) if config.resume else None

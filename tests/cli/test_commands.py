@@ -11,6 +11,7 @@ import pytest
 from kdcache_cli.main import app
 from typer.testing import CliRunner
 
+from kdcache.errors import ConfigError
 from kdcache.student.config import TrainConfig
 from kdcache.teacher.config import DumpConfig
 from tests.making import kdcache
@@ -185,3 +186,28 @@ def test_version() -> None:
     import kdcache as package
 
     assert invoke("--version")[1].strip() == package.__version__
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [('cache = ["a", "b:2"]', ("a", "b:2")), ('cache = "ab"', ("ab",)), ('rows = ["0:5", "7:"]\ncache = "a"', ("a",))],
+)
+def test_an_option_that_may_be_given_again_is_a_list_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, expected: tuple[str, ...]
+) -> None:
+    from kdcache.student import train as module
+
+    seen: list[TrainConfig] = []
+
+    def train(config: TrainConfig, *_: object) -> None:
+        seen.append(config)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(module, "train", train)
+    (tmp_path / "train.toml").write_text(line)
+    usual = ("train-student", "--student", "s", "--out", tmp_path / "o")
+    assert invoke(*usual, "--config", tmp_path / "train.toml")[0] == 2
+    assert invoke(*usual, "--config", tmp_path / "train.toml", "--cache", "x", "--cache", "y:3")[0] == 2
+    assert [config.cache for config in seen] == [expected, ("x", "y:3")]
+    assert seen[0].rows == ("0:5,7:" if "rows" in line else None)
+    assert invoke(*usual)[0] == 2 and len(seen) == 2

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from kdcache import open_cache
 from kdcache.errors import ConfigError, IncompleteCacheError, TargetError
 from kdcache.report.evaluate import evaluate
-from kdcache.student import checkpoints, split
+from kdcache.student import checkpoints, record, split
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import split_heldout
 from kdcache.student.sources import open_sources, split_weight
@@ -125,6 +125,8 @@ def test_caches_that_cannot_be_mixed(
     for words, path in cases.items():
         with pytest.raises(ConfigError, match=rf"--cache {cache} and {path} .*{words}"):
             open_sources(options([cache, path], student_config, tmp_path / "s"))
+    with pytest.raises(ConfigError, match=rf"--cache {other} and {other} are one cache"):
+        open_sources(options([cache, other, other], student_config, tmp_path / "s"))
     with pytest.raises(ConfigError, match="needs a weight for every cache, or for none"):
         open_sources(options([cache, f"{other}:2"], student_config, tmp_path / "s"))
     with pytest.raises(ConfigError, match="--cache is missing"):
@@ -182,15 +184,15 @@ def test_rows_and_where(
         (number, row) for number, rows in enumerate(expected) for row in rows
     }
     assert summary["rows"]["train"] == sum(map(len, expected)) and summary["rows"]["heldout"] == sum(map(len, heldout))
-    record = json.loads((tmp_path / "s/train-student.json").read_text())["training_rows"]
-    assert record == {"count": summary["rows"]["train"], "sha256": summary["rows"]["train_sha256"]}
+    told = json.loads((tmp_path / "s/train-student.json").read_text())["training_rows"]
+    assert told == {"count": summary["rows"]["train"], "sha256": summary["rows"]["train_sha256"]}
     if readers:
         return
 
     other_way = options([cache, other], student_config, tmp_path / "t", rows=":15,20:", heldout=0.3, steps=1)
     whole = train(other_way)
     assert whole["heldout"]["before"] == summary["heldout"]["before"]  # --where leaves what is measured alone
-    assert whole["rows"]["train_sha256"] != record["sha256"]
+    assert whole["rows"]["train_sha256"] != told["sha256"]
 
     (tmp_path / "s/summary.json").unlink()
     shutil.rmtree(tmp_path / "s/checkpoint-30")
@@ -231,8 +233,8 @@ def test_a_cache_that_is_still_being_dumped(cache: Path, student_config: Path, t
     summary = train(config)
     some = [commit.rows for shard, commit in open_cache(cache).commits.items() if shard != 1]
     assert summary["rows"]["train"] + summary["rows"]["heldout"] == sum(some)
-    record = json.loads((tmp_path / "s/train-student.json").read_text())
-    assert record["caches"][0]["shards"] == [0, 2, 3]
+    told = json.loads((tmp_path / "s/train-student.json").read_text())
+    assert told["caches"][0]["shards"] == [0, 2, 3]
 
     again = shutil.copytree(tmp_path / "s", tmp_path / "again")
     (again / "summary.json").unlink()
@@ -277,3 +279,28 @@ def test_a_cache_of_some_shards(cache: Path) -> None:
     assert torch.equal(part[first].tokens, opened[opened.index(2, 0)].tokens)
     with pytest.raises(IncompleteCacheError, match="no committed shard 9"):
         opened.only([9])
+
+
+def test_a_folder_that_another_run_writes_is_refused(cache: Path, student_config: Path, tmp_path: Path) -> None:
+    config = options(cache, student_config, tmp_path / "s", steps=1)
+    refused = pytest.raises(ConfigError, match="is being written by another run; wait until it ends, or end it")
+    with record.alone(tmp_path / "s"), refused:  # a lock belongs to an opening, so this stands for another process
+        train(config)
+    assert not (tmp_path / "s").exists()
+    (tmp_path / "s").mkdir()
+    with pytest.raises(ConfigError, match="--cache is missing"), record.alone(tmp_path / "s"):
+        options([], student_config, tmp_path / "s")
+    assert (tmp_path / "s").exists()  # it was there before
+    assert train(config)["steps"] == 1
+
+
+def test_a_cache_at_a_url_beside_one_in_a_folder(
+    cache: Path, other: Path, bucket: Bucket, student_config: Path, tmp_path: Path
+) -> None:
+    """Which of them is copied: the one that is far. What is trained: the same."""
+    here = train(options([cache, other], student_config, tmp_path / "here", steps=3))
+    url, copies = bucket.upload(other, "c"), str(tmp_path / "copies")
+    there = train(options([cache, url], student_config, tmp_path / "there", steps=3, local_copy=copies, readers=0))
+    assert same(tmp_path / "here", tmp_path / "there") and taken(tmp_path / "here") == taken(tmp_path / "there")
+    assert list(there["heldout"]["after"]["caches"].values()) == list(here["heldout"]["after"]["caches"].values())
+    assert any(Path(copies).rglob("*.arrow"))
