@@ -55,23 +55,29 @@ def test_killed_at_random_steps(forge: Any, cache: Path, student_config: Path, t
         process.start()
         return process
 
-    def finish(process: Any) -> float:
-        started = time.monotonic()
+    def finish(process: Any) -> None:
         process.join(300)
         assert process.exitcode == 0
-        return time.monotonic() - started
+
+    def summary(out: Path) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((out / "summary.json").read_text())
+        return found
 
     def weights(out: Path) -> dict[str, torch.Tensor]:
         return dict(load_file(out / "model.safetensors"))
 
     finish(start(tmp_path / "warm"))
-    duration = finish(start(tmp_path / "whole"))
+    finish(start(tmp_path / "whole"))
+    duration = summary(tmp_path / "whole")["training_seconds"]
     expected, rows = weights(tmp_path / "whole"), (tmp_path / "whole/rows-0.jsonl").read_text()
     moments, steps = random.Random(0), []
     for kill in range(KILLS):
         out = tmp_path / "s"
         process = start(out)
-        time.sleep(moments.uniform(0.2, 1.0) * duration)
+        deadline = time.monotonic() + 120
+        while not (out / "heldout-before.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0.0, 1.0) * duration)
         os.kill(process.pid, (signal.SIGTERM, signal.SIGKILL)[kill % 2])
         process.join()
         if process.exitcode:
@@ -81,7 +87,6 @@ def test_killed_at_random_steps(forge: Any, cache: Path, student_config: Path, t
         found = weights(out)
         assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found), steps
         assert (out / "rows-0.jsonl").read_text() == rows
-        summaries = [json.loads((folder / "summary.json").read_text()) for folder in (out, tmp_path / "whole")]
-        assert summaries[0]["heldout"] == summaries[1]["heldout"]
+        assert summary(out)["heldout"] == summary(tmp_path / "whole")["heldout"]
         shutil.rmtree(out)
     assert len(steps) > KILLS / 2 and len(set(steps)) > 1, steps

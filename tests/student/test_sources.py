@@ -303,4 +303,4 @@ def test_a_cache_at_a_url_beside_one_in_a_folder(
     there = train(options([cache, url], student_config, tmp_path / "there", steps=3, local_copy=copies, readers=0))
     assert same(tmp_path / "here", tmp_path / "there") and taken(tmp_path / "here") == taken(tmp_path / "there")
     assert list(there["heldout"]["after"]["caches"].values()) == list(here["heldout"]["after"]["caches"].values())
-    assert any(Path(copies).rglob("*.arrow"))
+    assert any(path.is_file() for path in Path(copies).rglob("*"))
