@@ -138,7 +138,7 @@ def _where(
 
 
 def mean_entropies(cache: Cache, rows: Ints, count: int) -> Iterator[list[float]]:
-    """The mean entropy of the teacher over the positions of each row, nats, as lists; NaN for a row without positions.
+    """The mean entropy of the teacher over the positions of each row that carry a target, nats, as lists; NaN for none.
 
     Args:
         cache: where the rows are.
@@ -156,4 +156,4 @@ def mean_entropies(cache: Cache, rows: Ints, count: int) -> Iterator[list[float]
 
 
 def _means(items: list[Item]) -> list[float]:
-    return [float(item.targets.entropy.double().mean()) for item in items]
+    return [float(item.targets.entropy[item.targets.count > 0].double().mean()) for item in items]

@@ -20,7 +20,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+STEPS = 40
 KILLS = int(os.environ.get("KDCACHE_KILLS", "4"))
+
+
+def steps_of(out: Path) -> int:
+    """Steps that a run has begun."""
+    path = out / "rows-0.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def run(arguments: list[str]) -> None:
@@ -46,7 +53,7 @@ def forge() -> Any:
 @pytest.mark.slow
 def test_killed_at_random_steps(forge: Any, cache: Path, student_config: Path, tmp_path: Path) -> None:
     common = [
-        "--cache", str(cache), "--student", str(student_config), "--steps=40", "--batch-rows=2", "--lr=5e-3",
+        "--cache", str(cache), "--student", str(student_config), f"--steps={STEPS}", "--batch-rows=2", "--lr=5e-3",
         "--heldout=0.1", "--save-every=3", "--device=cpu", "--quiet", "--record-rows",
     ]  # fmt: skip
 
@@ -66,23 +73,20 @@ def test_killed_at_random_steps(forge: Any, cache: Path, student_config: Path, t
     def weights(out: Path) -> dict[str, torch.Tensor]:
         return dict(load_file(out / "model.safetensors"))
 
-    finish(start(tmp_path / "warm"))
     finish(start(tmp_path / "whole"))
-    duration = summary(tmp_path / "whole")["training_seconds"]
     expected, rows = weights(tmp_path / "whole"), (tmp_path / "whole/rows-0.jsonl").read_text()
     moments, steps = random.Random(0), []
     for kill in range(KILLS):
         out = tmp_path / "s"
         process = start(out)
-        deadline = time.monotonic() + 120
-        while not (out / "heldout-before.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0.0, 1.0) * duration)
+        at, deadline = moments.randrange(STEPS), time.monotonic() + 120
+        while steps_of(out) < at and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0.0, 0.05))
         os.kill(process.pid, (signal.SIGTERM, signal.SIGKILL)[kill % 2])
         process.join()
         if process.exitcode:
-            lines = (out / "rows-0.jsonl").read_text().splitlines() if (out / "rows-0.jsonl").exists() else []
-            steps.append(len(lines))
+            steps.append(steps_of(out))
         finish(start(out, "--resume"))
         found = weights(out)
         assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found), steps

@@ -23,6 +23,7 @@ from kdcache.losses.heads import LinearHead
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import batches, labelled, split_heldout
 from kdcache.student.measure import measure
+from kdcache.student.mixture import Mixture
 from kdcache.student.schedule import Schedule
 from kdcache.student.train import train
 from kdcache.student.trainer import DistillationTrainer, arguments
@@ -51,7 +52,8 @@ def step_gradients(cache: Path, student: Path, out: Path, **changes: Any) -> tup
     args: TrainingArguments = arguments(config, 1, CPU, False)
     args.max_grad_norm = 0.0
     schedule = Schedule.of(config, opened.manifest, 1)
-    trainer = DistillationTrainer(model, opened, split_heldout(len(opened), 0.1)[0], config, schedule, args, [])
+    rows = split_heldout(len(opened), 0.1)[0]
+    trainer = DistillationTrainer(model, [opened], [rows], Mixture([len(rows)], 0), config, schedule, args, [])
 
     def keep(optimiser: torch.optim.Optimizer, *_: Any) -> None:
         found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
@@ -81,10 +83,7 @@ def test_a_step_is_what_each_term_says_alone(chosen_cache: Path, student_config:
     config = options(chosen_cache, student_config, tmp_path / "a", steps=1, batch_rows=4)
     opened, model = open_cache(chosen_cache), fresh(student_config)
     train_rows = split_heldout(len(opened), 0.1)[0]
-    order = DistillationTrainer(
-        model, opened, train_rows, config, Schedule.of(config, opened.manifest, 1), arguments(config, 1, CPU, False), []
-    )._get_train_sampler()  # fmt: skip
-    batch = next(batches(opened, [train_rows[i] for i in order], 4))
+    batch = next(batches(opened, train_rows[Mixture([len(train_rows)], config.seed).rows(0, 4)], 4))
     mask, targets = labelled(batch), batch["targets"]
     model.train()
     logits = packed_forward(model, batch["input_ids"], batch["position_ids"]).logits[mask][:, :320].double()
@@ -151,11 +150,7 @@ def test_figures_of_a_step(chosen_cache: Path, student_config: Path, tmp_path: P
     opened = open_cache(chosen_cache)
     config = options(chosen_cache, student_config, tmp_path / "s", steps=1, batch_rows=6)
     rows = split_heldout(len(opened), 0.1)[0]
-    order = DistillationTrainer(
-        fresh(student_config), opened, rows, config, Schedule.of(config, opened.manifest, 1),
-        arguments(config, 1, CPU, False), [],
-    )._get_train_sampler()  # fmt: skip
-    exact = measure(fresh(student_config), opened, [rows[i] for i in order], CPU)
+    exact = measure(fresh(student_config), opened, rows[Mixture([len(rows)], config.seed).rows(0, 6)], CPU)
     for name in ("kl", "top1_agreement"):
         assert logged[name] == pytest.approx(exact[name], rel=1e-5), name
     nll = exact["nll"] if soft_weight < 1 else exact["delta_nll"] + exact["teacher_nll"]  # of those the loss saw
