@@ -46,7 +46,7 @@ class Row:
         labels: `[L]` int64, labels[t] = tokens[t+1] inside a piece, already shifted, else -100.
         segments: `[L]` int64, piece of each token, -1 where padded.
         documents: `[P]` int64, the document that each piece comes from.
-        targets: SparseTargets over L slots; `count` is 0 where the label is -100.
+        targets: SparseTargets over L slots; `count` is 0 where the label is -100 and where the cache chose none.
     """
 
     tokens: torch.Tensor
@@ -172,7 +172,7 @@ class Cache:
         return unpack(packed, targets, self.manifest.seq_len)
 
     def read_packed(self, index: int) -> tuple[PackedRow, SparseTargets]:
-        """A row without padding, and the targets of its labelled slots."""
+        """A row without padding, and the targets of its labelled slots; `count` is 0 where the cache chose none."""
         shard, row = self.locate(index)
         return self.shard(shard).read(row)
 
