@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,14 +125,19 @@ def test_converting_keeps_the_choice(chosen_cache: Path, sure_teacher: Path, cor
     assert histograms[0] == histograms[1]
 
 
+@pytest.mark.parametrize(
+    ("select", "fewer"),
+    [({"select": "ipps", "k": 6}, 4), ({"select": "sample", "draws": 20}, 10)],
+    ids=str,
+)
 def test_draws_are_keyed_by_the_slot_and_not_by_what_is_chosen(
-    sure_teacher: Path, corpus: Path, tmp_path: Path
+    sure_teacher: Path, corpus: Path, tmp_path: Path, select: dict[str, Any], fewer: int
 ) -> None:
     """Narrowing too: what remains of a position does not depend on which others there are."""
     for name, positions in (("some", "entropy>2"), ("every", "all")):
-        dump(dump_options(sure_teacher, corpus, tmp_path / name, select="ipps", k=6, positions=positions))
-        convert(tmp_path / name, tmp_path / f"{name} 4", k=4)
-    for suffix in ("", " 4"):
+        dump(dump_options(sure_teacher, corpus, tmp_path / name, **select, positions=positions))
+        convert(tmp_path / name, tmp_path / f"{name} less", k=fewer)
+    for suffix in ("", " less"):
         for some, every in zip(
             open_cache(tmp_path / f"some{suffix}"), open_cache(tmp_path / f"every{suffix}"), strict=True
         ):
@@ -159,15 +165,22 @@ def test_another_choice_is_another_cache(chosen_cache: Path, sure_teacher: Path,
             dump(dump_options(sure_teacher, corpus, chosen_cache, positions=positions))
 
 
-def test_rows_and_caches_in_which_nothing_is_chosen(sure_teacher: Path, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "select",
+    [{"precision": "6"}, {"precision": "float32"}, {"select": "ipps", "precision": "6"},
+     {"select": "sample", "draws": 20, "proposal_power": 0.8, "precision": "6"}],
+    ids=str,
+)  # fmt: skip
+def test_rows_and_caches_in_which_nothing_is_chosen(
+    sure_teacher: Path, corpus: Path, tmp_path: Path, select: dict[str, Any]
+) -> None:
     for positions, least in (("entropy>2.6", 1), ("entropy>9", 0)):
-        for precision in ("6", "float32"):
-            out = tmp_path / f"{positions} {precision}"
-            found = dump(dump_options(sure_teacher, corpus, out, positions=positions, precision=precision))
-            assert found["complete"] and found["labels"] == 5544 and verify_cache(out).ok
-            counts = [int((row.targets.count > 0).sum()) for row in open_cache(out)]
-            assert 0 in counts and max(counts) >= least and sum(counts) == found["positions"]
-            assert inspect_summary(str(out))["positions"] == found["positions"]
+        out = tmp_path / positions
+        found = dump(dump_options(sure_teacher, corpus, out, positions=positions, **select))
+        assert found["complete"] and found["labels"] == 5544 and verify_cache(out).ok
+        counts = [int((row.targets.count > 0).sum()) for row in open_cache(out)]
+        assert 0 in counts and max(counts) >= least and sum(counts) == found["positions"]
+        assert inspect_summary(str(out))["positions"] == found["positions"]
 
 
 def test_inspect_says_what_is_not_there_and_why(chosen_cache: Path) -> None:
