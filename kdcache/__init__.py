@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdcache.cache import Cache, Row, open_cache
     from kdcache.errors import KdcacheError
-    from kdcache.losses import linear_lse_gather, sparse_kd_loss, sparse_kd_loss_from_logits
+    from kdcache.losses import Pool, linear_lse_gather, sparse_kd_loss, sparse_kd_loss_from_logits
     from kdcache.selection import Selection, select
     from kdcache.targets import SparseTargets
     from kdcache.verify import verify_cache
@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Cache",
     "KdcacheError",
+    "Pool",
     "Row",
     "Selection",
     "SparseTargets",
@@ -35,6 +36,7 @@ __all__ = [
 _HOMES = {
     "Cache": "cache",
     "KdcacheError": "errors",
+    "Pool": "losses",
     "Row": "cache",
     "Selection": "selection",
     "SparseTargets": "targets",

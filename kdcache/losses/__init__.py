@@ -2,6 +2,8 @@
 
     divergences.py   the registry: forward and reverse KL, their skewed forms, JSD, TVD
     aims.py          what targets ask of a student: buckets, other tails, sampled weights
+    pool.py          targets of several teachers, and the weight of each
+    union.py         the entries of several targets, gathered once
     tile.py          one tile of logits, reduced and turned into its gradient in place
     heads.py         where logits come from: an output head, or logits that exist
     primitive.py     the functions of autograd that walk the tiles
@@ -19,6 +21,7 @@ from kdcache.losses.distillation import Objective, distil, sparse_kd_loss, spars
 from kdcache.losses.divergences import Teacher, divergence_names, register_divergence
 from kdcache.losses.figures import TEACHER_FIGURES, Figures, measure, measure_positions
 from kdcache.losses.heads import LinearHead, StoredLogits
+from kdcache.losses.pool import Pool
 from kdcache.losses.primitive import linear_lse_gather
 from kdcache.losses.weights import PositionWeights
 
@@ -28,6 +31,7 @@ __all__ = [
     "Figures",
     "LinearHead",
     "Objective",
+    "Pool",
     "PositionWeights",
     "StoredLogits",
     "Teacher",

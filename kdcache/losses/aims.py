@@ -13,7 +13,8 @@ whose kept probabilities and tail mass are exact at the optimum; `label-sample` 
 `none`, `renormalise`, `label` and `uniform` are biased and say so once. Targets of sampled kinds are their own aim:
 weights w that sum to 1, gradient q - w everywhere, unbiased. docs/mathematics.md derives all of them.
 
-All but `bucket` are linear in log q, so one class serves them.
+All but `bucket` are linear in log q, so one class serves them. Those of several teachers are summed by weight, each on
+its own view of the same tile.
 
 Shapes: N positions, n positions of a tile, K entries.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +31,9 @@ from torch import Tensor
 
 from kdcache.errors import ConfigError
 from kdcache.losses.divergences import ABSENT, Divergence, Teacher
+from kdcache.losses.pool import Pool
 from kdcache.losses.tile import Student
+from kdcache.losses.union import Union
 from kdcache.targets import SparseTargets
 
 TAILS = ("bucket", "none", "renormalise", "label", "label-sample", "uniform")
@@ -121,6 +125,48 @@ class LinearAim(Aim):
         return total
 
 
+@dataclass(frozen=True)
+class PooledAim(Aim):
+    """The aims of several targets, each on its own view of a union, summed by weight.
+
+    Attributes:
+        union: of the targets.
+        parts: of each: its number in the union, `[N]` weights, and its aim.
+    """
+
+    union: Union
+    parts: tuple[tuple[int, Tensor, Aim], ...]
+
+    @property
+    def tail_mean(self) -> bool:  # type: ignore[override]
+        """Where any of them needs it."""
+        return any(aim.tail_mean for _, _, aim in self.parts)
+
+    def losses(self, student: Student, rows: slice) -> Tensor:
+        """`[n]` the weighted sum; `student` is what the whole union sees of the tile."""
+        return torch.stack(
+            [
+                weight[rows] * aim.losses(self.union.view(member, student, rows), rows)
+                for member, weight, aim in self.parts
+            ]
+        ).sum(0)
+
+
+def pooled_aim(pool: Pool, aim_of: Callable[[SparseTargets], Aim], labels: Tensor | None, vocab: int) -> PooledAim:
+    """The aims of all teachers of a pool, by their weights."""
+    parts = zip(range(len(pool.targets)), pool.present, map(aim_of, pool.targets), strict=True)
+    return PooledAim(Union.of(pool.targets, labels, vocab), tuple(parts))
+
+
+def dense_aim(pool: Pool, divergence: Divergence, temperature: float, labels: Tensor | None, vocab: int) -> PooledAim:
+    """A divergence from the pool of teachers that keep everything; the last of the union is the pool itself."""
+    targets, log_p = pool.dense(temperature, vocab)
+    no_tail = torch.full_like(log_p[:, 0], ABSENT)
+    aim = BucketAim(divergence, log_p.clamp(min=ABSENT), no_tail, targets)
+    union = Union.of((*pool.targets, targets), labels, vocab)
+    return PooledAim(union, ((len(pool.targets), pool.present.sum(0), aim),))
+
+
 def sampled_aim(targets: SparseTargets) -> LinearAim:
     """sum_i w_i (-log q_i): its mean over draws is the dense cross-entropy with p_T, and that of its gradient is q - p.
 
@@ -137,7 +183,8 @@ def truncated_aim(
     Raises:
         ConfigError: the tail needs labels.
     """
-    _warn(tail)
+    if tail in _BIASED:
+        warn_once(tail, f"tail {tail!r} is biased: {_BIASED[tail]}; tail 'bucket' is not")
     log_p, log_tail = targets.at_temperature(temperature)
     p, r = torch.where(targets.valid, log_p.exp(), 0.0), log_tail.exp()
     constant = torch.xlogy(p, p).sum(-1)
@@ -159,7 +206,8 @@ def truncated_aim(
     return LinearAim(p, constant, label_weight=(~at_label.any(-1)).to(p.dtype))
 
 
-def _warn(tail: str) -> None:
-    if tail in _BIASED and tail not in _warned:
-        _warned.add(tail)
-        warnings.warn(f"tail {tail!r} is biased: {_BIASED[tail]}; tail 'bucket' is not", stacklevel=2)
+def warn_once(name: str, text: str) -> None:
+    """Warn of something, the first time that it is named."""
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(text, stacklevel=2)

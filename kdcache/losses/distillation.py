@@ -20,12 +20,24 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import ConfigError, TargetError
-from kdcache.losses.aims import TAILS, Aim, BucketAim, sampled_aim, truncated_aim
+from kdcache.losses.aims import (
+    TAILS,
+    Aim,
+    BucketAim,
+    PooledAim,
+    dense_aim,
+    pooled_aim,
+    sampled_aim,
+    truncated_aim,
+    warn_once,
+)
 from kdcache.losses.divergences import find_divergence
-from kdcache.losses.figures import Figures, label_view
+from kdcache.losses.figures import Figures
 from kdcache.losses.heads import LinearHead, Source, StoredLogits
+from kdcache.losses.pool import Pool
 from kdcache.losses.primitive import View, eager, fused_loss
 from kdcache.losses.tile import Student
+from kdcache.losses.union import Union
 from kdcache.rows import IGNORE
 from kdcache.targets import SAMPLED_KINDS, SparseTargets
 
@@ -90,14 +102,28 @@ class Objective:
                 f"{self.temperature:g}: their weights cannot be softened without bias"
             )
 
-    def aim(self, targets: SparseTargets, labels: Tensor | None, vocab: int) -> Aim:
-        """What the targets ask of the student."""
+    def aim(self, pool: Pool, labels: Tensor | None, vocab: int) -> PooledAim:
+        """What the teachers ask of the student."""
+        several = len(pool.targets) > 1
+        if several and pool.keeps_everything(vocab):  # then every tail is the same: nothing
+            return dense_aim(pool, find_divergence(self.loss), self.temperature, labels, vocab)
+        if several and pool.targets[0].kind not in SAMPLED_KINDS:
+            warn_once("pool", _TRUNCATED_POOL)
+        return pooled_aim(pool, lambda targets: self._aim_of_one(targets, labels, vocab), labels, vocab)
+
+    def _aim_of_one(self, targets: SparseTargets, labels: Tensor | None, vocab: int) -> Aim:
         self.require_fit(targets.kind, targets.sample_temperature)
         if targets.kind in SAMPLED_KINDS:
             return sampled_aim(targets)
         if self.tail == "bucket":
             return BucketAim.of(targets, find_divergence(self.loss), self.temperature)
         return truncated_aim(targets, self.tail, self.temperature, labels, vocab)
+
+
+_TRUNCATED_POOL = (
+    "truncated targets of several teachers are not pooled: their losses are added, and where the teachers keep "
+    "different entries the optimum is not the pool's; full targets pool exactly, sampled ones without bias"
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +144,7 @@ def _label_losses(student: Student, rows: slice) -> Tensor:  # noqa: ARG001 - a 
 @eager
 def distil(
     source: Source,
-    targets: SparseTargets,
+    targets: SparseTargets | Pool,
     labels: Tensor | None,
     objective: Objective,
     *,
@@ -135,27 +161,26 @@ def distil(
     soft, hard = objective.soft_weight > 0, objective.soft_weight < 1 and labels is not None
     if not soft and not hard:
         raise ConfigError("nothing to learn from: soft_weight is 0 and no labels were given")
-    for name, given in (("targets", targets.count), ("labels", labels), ("position_weights", position_weights)):
+    pool = Pool.of(targets)
+    for name, given in (("targets", pool.count), ("labels", labels), ("position_weights", position_weights)):
         if given is not None and given.shape != (source.positions,):
             raise TargetError(
                 f"{name} are of shape {tuple(given.shape)}, but the student has {source.positions} positions"
             )
-    has_target = targets.count > 0
+    has_target = pool.count > 0
     labelled = torch.ones_like(has_target) if labels is None else labels != IGNORE
     keep = labelled if hard else labelled & has_target
     index = None if bool(keep.all()) else keep.nonzero()[:, 0]
-    chosen, told = (targets, labels) if index is None else (targets[index], None if labels is None else labels[index])
+    chosen, told = (pool, labels) if index is None else (pool[index], None if labels is None else labels[index])
     has_target = chosen.count > 0
 
     def share(counts: Tensor, scale: float, given: Tensor | float | None) -> Tensor:
         return counts.to(source.dtype) * scale / (counts.sum().clamp(min=1) if given is None else given)
 
     at: dict[float, list[_Term]] = {}
-    ids, kept = label_view(chosen, told)
-    tail_mean = False
-    if soft:
-        aim = objective.aim(chosen, told, source.vocab)
-        tail_mean = aim.tail_mean
+    aim = objective.aim(chosen, told, source.vocab) if soft else None
+    union = Union.of(chosen.targets, told, source.vocab) if aim is None else aim.union
+    if aim is not None:
         factor = share(has_target, objective.scale, num_items if num_targets is None else num_targets)
         if position_weights is not None:
             factor = factor * (position_weights if index is None else position_weights[index])
@@ -166,15 +191,15 @@ def distil(
     look: Any = None
     if figures is not None and told is not None:
         at.setdefault(1.0, [])
-        look = figures.over(chosen)
+        look = figures.over(chosen, union)
     views = [
         View(
             temperature,
-            ids,
-            kept,
+            union.ids,
+            union.kept,
             _sum_of(terms),
             look if temperature == 1 else None,
-            tail_mean and temperature == objective.temperature,
+            aim is not None and aim.tail_mean and temperature == objective.temperature,
         )
         for temperature, terms in at.items()
     ]
@@ -199,7 +224,7 @@ def _sum_of(terms: list[_Term]) -> Callable[[Student, slice], Tensor] | None:
 def sparse_kd_loss(
     hidden: Tensor,
     weight: Tensor,
-    targets: SparseTargets,
+    targets: SparseTargets | Pool,
     *,
     labels: Tensor | None = None,
     loss: str = "forward-kl",
@@ -225,7 +250,8 @@ def sparse_kd_loss(
     Args:
         hidden: `[N, D]` the student's last hidden states.
         weight: `[V, D]` its output head.
-        targets: SparseTargets over the same N positions.
+        targets: SparseTargets over the same N positions, or a `Pool` of those of several teachers: exact where they
+            keep everything, unbiased where they are sampled; of truncated ones the losses are added, which warns once.
         labels: `[N]` true next tokens; a position whose label is -100 counts for neither term.
         loss: `forward-kl`, `reverse-kl`, `skew-kl`, `skew-reverse-kl`, `jsd`, `tvd`, or a name given to
             `register_divergence`; `skew-kl:0.2` sets its constant. Sampled targets: `forward-kl` only.
@@ -263,7 +289,7 @@ def sparse_kd_loss(
 @eager
 def sparse_kd_loss_from_logits(
     logits: Tensor,
-    targets: SparseTargets,
+    targets: SparseTargets | Pool,
     *,
     labels: Tensor | None = None,
     loss: str = "forward-kl",

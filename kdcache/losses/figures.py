@@ -7,6 +7,7 @@
     kl              forward KL with the tail as one bucket, a lower bound; for targets sampled at T = 1 an unbiased
                     estimate, which may be negative; absent if they were sampled at another temperature
     has_target      1 where there is a target; `TEACHER_FIGURES` are 0 where there is none
+    kl/2, kl/3, ... the same of the other teachers of a pool, and has_target/2, ...; all else is told of its first
 
 Guarantee: no gradient, nothing averaged: sums over positions add up across micro-batches and ranks.
 Cost: operations on `[n, K]`, where the loss is at T = 1 or has a label term; else one more exponential of each tile.
@@ -24,8 +25,10 @@ from torch import Tensor
 from kdcache.losses.aims import Aim, BucketAim, sampled_aim
 from kdcache.losses.divergences import find_divergence
 from kdcache.losses.heads import Source, StoredLogits
+from kdcache.losses.pool import Pool
 from kdcache.losses.primitive import View, fused_loss
 from kdcache.losses.tile import Student
+from kdcache.losses.union import Union
 from kdcache.targets import SAMPLED_KINDS, SparseTargets
 
 TEACHER_FIGURES = ("kept_mass", "top1_agreement", "kl", "teacher_nll")
@@ -38,16 +41,13 @@ class Figures:
     def __init__(self) -> None:
         self._parts: list[dict[str, Tensor]] = []
 
-    def over(self, targets: SparseTargets) -> Callable[[Student, slice], None]:
-        """What a view over these positions calls on each tile; the last id it gathers is the label."""
-        aim: Aim | None = None
-        if targets.kind not in SAMPLED_KINDS:
-            aim = BucketAim.of(targets, find_divergence("forward-kl"), 1.0)
-        elif targets.sample_temperature == 1:
-            aim = sampled_aim(targets)
+    def over(self, pool: Pool, union: Union) -> Callable[[Student, slice], None]:
+        """What a view over a union of a pool's entries calls on each tile; the last id it gathers is the label."""
+        aims = [_kl_of(targets) for targets in pool.targets]
+        first = pool.targets[0]
 
-        def look(student: Student, rows: slice) -> None:
-            held = targets[rows]
+        def look(whole: Student, rows: slice) -> None:
+            student, held = union.view(0, whole, rows), first[rows]
             entries = student.gathered[:, : held.ids.shape[-1]]
             best = entries.gather(-1, held.weights.argmax(-1, keepdim=True))[:, 0]
             kept = torch.where(held.valid, entries, -torch.inf)
@@ -57,14 +57,17 @@ class Figures:
                 "kept_mass": (kept.logsumexp(-1) - student.lse).exp(),
                 "top1_agreement": (best >= torch.maximum(kept.amax(-1), student.peak)).to(best.dtype),
             }
-            if aim is not None:
-                found["kl"] = aim.losses(student, rows)
-                if targets.kind in SAMPLED_KINDS:
-                    found["kl"] = found["kl"] - held.entropy
-            has_target = held.count > 0
             for name in found.keys() & TEACHER_FIGURES:
-                found[name] = torch.where(has_target, found[name], 0.0)
-            self._parts.append({**found, "has_target": has_target.to(student.lse.dtype)})
+                found[name] = torch.where(held.count > 0, found[name], 0.0)
+            for number, (targets, aim) in enumerate(zip(pool.targets, aims, strict=True)):
+                has_target = targets.count[rows] > 0
+                found[of_teacher("has_target", number)] = has_target.to(student.lse.dtype)
+                if aim is not None:
+                    kl = aim.losses(union.view(number, whole, rows), rows)
+                    if targets.kind in SAMPLED_KINDS:
+                        kl = kl - targets.entropy[rows]
+                    found[of_teacher("kl", number)] = torch.where(has_target, kl, 0.0)
+            self._parts.append(found)
 
         return look
 
@@ -75,20 +78,26 @@ class Figures:
         return {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
 
 
-def label_view(targets: SparseTargets, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`[N, K (+ 1)]` ids to gather, the label last if it is known, and which of them a tile takes for entries.
+def of_teacher(figure: str, number: int) -> str:
+    """The name of a figure of a teacher of a pool, counted from 0: `kl` of the first, `kl/2` of the second."""
+    return figure if number == 0 else f"{figure}/{number + 1}"
 
-    The first column always counts as an entry: a position without one has no loss that could notice.
-    """
-    ids, kept = targets.ids.long(), targets.valid.clone()
-    kept[:, 0] = True
-    if labels is None:
-        return ids, kept
-    return torch.cat([ids, labels[:, None].long()], -1), torch.nn.functional.pad(kept, (0, 1))
+
+def divisor_of(figure: str) -> str:
+    """The figure whose sum the mean of another is over: `has_target` of the same teacher, or `positions`."""
+    name, slash, number = figure.partition("/")
+    return f"has_target{slash}{number}" if name in TEACHER_FIGURES else "positions"
+
+
+def _kl_of(targets: SparseTargets) -> Aim | None:
+    """What `kl` is made of, if the targets can tell it."""
+    if targets.kind not in SAMPLED_KINDS:
+        return BucketAim.of(targets, find_divergence("forward-kl"), 1.0)
+    return sampled_aim(targets) if targets.sample_temperature == 1 else None
 
 
 @torch.no_grad()
-def measure(source: Source, targets: SparseTargets, labels: Tensor) -> dict[str, Tensor]:
+def measure(source: Source, targets: SparseTargets | Pool, labels: Tensor) -> dict[str, Tensor]:
     """Figures of a student over positions that each have a label.
 
     Args:
@@ -97,13 +106,18 @@ def measure(source: Source, targets: SparseTargets, labels: Tensor) -> dict[str,
         labels: `[N]` true next tokens, none masked.
 
     Returns:
-        `[N]` each: the figures above, and `teacher_nll` of the label.
+        `[N]` each: the figures above, and `teacher_nll` of the label; of the other teachers `teacher_nll/2` and so on.
     """
-    figures = Figures()
-    fused_loss(source, [View(1.0, *label_view(targets, labels), look=figures.over(targets))])
-    return {**figures.values(), "teacher_nll": torch.where(targets.count > 0, -targets.label_logprob, 0.0)}
+    figures, pool = Figures(), Pool.of(targets)
+    union = Union.of(pool.targets, labels, source.vocab)
+    fused_loss(source, [View(1.0, union.ids, union.kept, look=figures.over(pool, union))])
+    nll = {
+        of_teacher("teacher_nll", number): torch.where(each.count > 0, -each.label_logprob, 0.0)
+        for number, each in enumerate(pool.targets)
+    }
+    return {**figures.values(), **nll}
 
 
-def measure_positions(logits: Tensor, targets: SparseTargets, labels: Tensor) -> dict[str, Tensor]:
+def measure_positions(logits: Tensor, targets: SparseTargets | Pool, labels: Tensor) -> dict[str, Tensor]:
     """`measure` for logits `[N, V]` that exist, cut to the cache's vocabulary."""
     return measure(StoredLogits(logits), targets, labels)

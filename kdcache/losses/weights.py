@@ -4,7 +4,8 @@
     confidence            1 - H / log V: 1 where the teacher is certain, 0 where it knows nothing
     entropy-gate:LO:HI    1 where LO <= H <= HI nats, 0 elsewhere; either may be left out
 
-H is the entropy of the teacher's whole distribution at T = 1, stored exactly for every kind of target. The divisor of
+H is the entropy of the teacher's whole distribution at T = 1, stored exactly for every kind of target; of several
+teachers, the mean of theirs by weight. The divisor of
 the loss stays the number of positions, so weights add up across micro-batches and ranks; the label term is not weighed.
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kdcache.errors import ConfigError
+from kdcache.losses.pool import Pool
 from kdcache.targets import SparseTargets
 
 
@@ -38,7 +40,7 @@ class PositionWeights:
             if not low < high:
                 raise ConfigError(f"position weights {self.rule!r} let nothing through: {low:g} is not below {high:g}")
 
-    def of(self, targets: SparseTargets, vocab: int) -> Tensor | None:
+    def of(self, targets: SparseTargets | Pool, vocab: int) -> Tensor | None:
         """`[N]` weights of N positions over a vocabulary; None where each is 1."""
         if self.rule == "none":
             return None
