@@ -1,4 +1,4 @@
-"""Where several teachers lead a student: to their pool, also in expectation, or to a fixed point that the docs state."""
+"""Where several teachers lead a student: to their pool, if only in expectation, or to the fixed points in the docs."""
 
 from __future__ import annotations
 
