@@ -85,6 +85,7 @@ def train_student(config: TrainConfig, output: Output) -> None:
 
         after = summary["heldout"]["after"]
         each = {f"after, {name}": figures for name, figures in after.get("caches", {}).items()}
+        each |= {f"after, {teacher['cache']}": teacher for teacher in after.get("teachers", ())}
         console.print(figures_table({"before": summary["heldout"]["before"], "after": after, **each}))
         console.print(
             f"{summary['out']}: {summary['steps']:,} steps, {summary['positions']:,} positions, "

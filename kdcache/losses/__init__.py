@@ -19,7 +19,7 @@ from __future__ import annotations
 from kdcache.losses.aims import TAILS
 from kdcache.losses.distillation import Objective, distil, sparse_kd_loss, sparse_kd_loss_from_logits
 from kdcache.losses.divergences import Teacher, divergence_names, register_divergence
-from kdcache.losses.figures import TEACHER_FIGURES, Figures, measure, measure_positions
+from kdcache.losses.figures import Figures, divisor_of, measure, measure_positions, of_teacher
 from kdcache.losses.heads import LinearHead, StoredLogits
 from kdcache.losses.pool import Pool
 from kdcache.losses.primitive import linear_lse_gather
@@ -27,7 +27,6 @@ from kdcache.losses.weights import PositionWeights
 
 __all__ = [
     "TAILS",
-    "TEACHER_FIGURES",
     "Figures",
     "LinearHead",
     "Objective",
@@ -37,9 +36,11 @@ __all__ = [
     "Teacher",
     "distil",
     "divergence_names",
+    "divisor_of",
     "linear_lse_gather",
     "measure",
     "measure_positions",
+    "of_teacher",
     "register_divergence",
     "sparse_kd_loss",
     "sparse_kd_loss_from_logits",

@@ -83,9 +83,11 @@ def of_teacher(figure: str, number: int) -> str:
     return figure if number == 0 else f"{figure}/{number + 1}"
 
 
-def divisor_of(figure: str) -> str:
-    """The figure whose sum the mean of another is over: `has_target` of the same teacher, or `positions`."""
+def divisor_of(figure: str) -> str | None:
+    """What the mean of a figure is over: `has_target` of the same teacher, or `positions`; None for these two."""
     name, slash, number = figure.partition("/")
+    if name in ("has_target", "positions"):
+        return None
     return f"has_target{slash}{number}" if name in TEACHER_FIGURES else "positions"
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,12 @@ class Pool:
     def pin_memory(self) -> Pool:
         """The same pool in page-locked memory."""
         return self.map(SparseTargets.pin_memory)
+
+    @staticmethod
+    def cat(parts: Sequence[Pool]) -> Pool:
+        """Join pools of the same teachers along the first axis."""
+        columns = zip(*(part.targets for part in parts), strict=True)
+        return dataclasses.replace(parts[0], targets=tuple(SparseTargets.cat(list(column)) for column in columns))
 
     @property
     def count(self) -> Tensor:

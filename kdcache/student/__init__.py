@@ -3,6 +3,7 @@
 config.py       what a training run is asked to do
 choice.py       what --rows and --where say
 sources.py      the caches of a run, their weights, and whether they can be mixed
+teachers.py     caches of several teachers over the same rows, read as one
 split.py        which rows are trained on and which are measured on
 mixture.py      one sequence of rows out of several caches
 data.py         rows of caches as batches, the order of a run, the rows held out

@@ -13,13 +13,14 @@ from kdcache.student.choice import parse_rows, parse_where
 class TrainConfig:
     """Settings of one training run, checked when built.
 
-    From Python, `cache` may also be one string, and `temperature` a number.
+    From Python, `cache` and `pool` may also be one string, and `temperature` a number.
 
     Raises:
         ConfigError: a value out of range.
     """
 
     cache: tuple[str, ...] = option("folder or URL of a cache to learn from; PATH:WEIGHT, given again, mixes several")
+    pool: tuple[str, ...] = option("cache of another teacher over the same rows; PATH:WEIGHT, and again for more", ())
     student: str = option("checkpoint folder, hub name, or config.json (fresh weights)")
     out: str = option("folder of the trained student; made, or gone on with by --resume")
     # objective
@@ -64,6 +65,12 @@ class TrainConfig:
         object.__setattr__(self, "cache", (self.cache,) if isinstance(self.cache, str) else tuple(self.cache))
         if not self.cache:
             raise ConfigError("--cache is missing")
+        object.__setattr__(self, "pool", (self.pool,) if isinstance(self.pool, str) else tuple(self.pool))
+        if self.pool and len(self.cache) > 1:
+            raise ConfigError(
+                f"--pool goes with one --cache, not with {len(self.cache)}: the rows of a pool are the same for every "
+                "teacher, those of a mixture are not"
+            )
         parse_rows(self.rows)
         parse_where(self.where)
         least_of = {"batch_rows": 1, "accumulate": 1, "save_every": 1, "keep": 1, "eval_every": 0, "seed": 0}

@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
-from kdcache.cache import Cache
 from kdcache.errors import ConfigError
+from kdcache.losses import Pool
 from kdcache.rows import IGNORE, PackedRow, position_ids
 from kdcache.student.mixture import Mixture
+from kdcache.student.teachers import RowReader
 from kdcache.targets import SparseTargets
 
 Rows = Sequence[int] | NDArray[np.int64]
@@ -34,7 +35,7 @@ class Item(NamedTuple):
     """One row, its targets, and where it was read: which cache of the run, and which row of it."""
 
     row: PackedRow
-    targets: SparseTargets
+    targets: SparseTargets | Pool
     cache: int
     number: int
 
@@ -42,7 +43,7 @@ class Item(NamedTuple):
 class RowDataset(Dataset[Item]):
     """Chosen rows of one cache or several, numbered through: those of the second follow those of the first."""
 
-    def __init__(self, caches: Sequence[Cache], rows: Sequence[Rows]) -> None:
+    def __init__(self, caches: Sequence[RowReader], rows: Sequence[Rows]) -> None:
         self.caches, self.rows = caches, rows
         self._ends = list(itertools.accumulate(len(chosen) for chosen in rows))
 
@@ -73,10 +74,11 @@ class Collator:
     `input_ids`, `position_ids` and `labels` are `[R, L]`; labels are already shifted, -100
     where nothing counts, and `shift_labels` is the same tensor under the name by which Trainer
     counts the positions of an optimiser step. `targets` holds the M labelled positions, in order, as wide as the
-    widest cache's. `rows` `[R, 2]` says where each row was read: which cache, and which row of it.
+    widest cache's; a `Pool` if they are those of several teachers. `rows` `[R, 2]` says where each row was read: which
+    cache, and which row of it.
     """
 
-    def __init__(self, caches: Sequence[Cache]) -> None:
+    def __init__(self, caches: Sequence[RowReader]) -> None:
         manifest = caches[0].manifest
         self.seq_len, self.isolate = manifest.seq_len, manifest.isolate
         self.width = max(cache.manifest.width for cache in caches)
@@ -91,12 +93,18 @@ class Collator:
             "position_ids": torch.from_numpy(position_ids(segments if self.isolate else np.zeros_like(segments))),
             "labels": labels,
             "shift_labels": labels,
-            "targets": SparseTargets.cat([item.targets.widen(self.width) for item in items]),
+            "targets": self._join([item.targets for item in items]),
             "rows": torch.tensor([(item.cache, item.number) for item in items]),
         }
 
+    def _join(self, each: Sequence[SparseTargets | Pool]) -> SparseTargets | Pool:
+        pools = [targets for targets in each if isinstance(targets, Pool)]
+        if pools:  # a pool's rows are all of one cache
+            return Pool.cat(pools)
+        return SparseTargets.cat([targets.widen(self.width) for targets in each if isinstance(targets, SparseTargets)])
 
-def batches(cache: Cache, rows: Rows, batch_rows: int) -> Iterator[dict[str, Any]]:
+
+def batches(cache: RowReader, rows: Rows, batch_rows: int) -> Iterator[dict[str, Any]]:
     """Rows of a cache as batches, in order."""
     numbers, collate = [int(number) for number in rows], Collator([cache])
     items = (Item(*found, 0, number) for found, number in zip(cache.read_rows(numbers), numbers, strict=True))

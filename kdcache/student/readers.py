@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from kdcache.errors import CacheError, KdcacheError
+from kdcache.losses import Pool
 from kdcache.targets import SparseTargets
 
 _REMOTE = 2
@@ -53,19 +54,22 @@ class _ByValue(dict[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         targets = self["targets"]
-        fields = {field.name: getattr(targets, field.name) for field in dataclasses.fields(targets)}
-        return _arrived, (_arrays({**self, "targets": None}), _arrays(fields))
+        pool = Pool.of(targets)
+        each = [_arrays({f.name: getattr(one, f.name) for f in dataclasses.fields(one)}) for one in pool.targets]
+        weights = pool.weights if isinstance(targets, Pool) else None
+        return _arrived, (_arrays({**self, "targets": None}), each, weights)
 
 
 def _arrays(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
 
 
-def _arrived(batch: dict[str, Any], targets: dict[str, Any]) -> dict[str, Any]:
+def _arrived(batch: dict[str, Any], each: list[dict[str, Any]], weights: tuple[float, ...] | None) -> dict[str, Any]:
     def tensors(values: dict[str, Any]) -> dict[str, Any]:
         return {n: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for n, value in values.items()}
 
-    return {**tensors(batch), "targets": SparseTargets(**tensors(targets))}
+    targets = tuple(SparseTargets(**tensors(one)) for one in each)
+    return {**tensors(batch), "targets": targets[0] if weights is None else Pool(targets, weights)}
 
 
 @contextlib.contextmanager

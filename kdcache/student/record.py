@@ -22,7 +22,7 @@ from kdcache.student.split import Split
 
 CONFIG = "train-student.json"
 
-_READING = ("cache", "readers", "local_copy", "local_limit", "record_rows")
+_READING = ("cache", "pool", "readers", "local_copy", "local_limit", "record_rows")
 _STEP = ("batch_rows", "accumulate", "ranks")
 _FREE_TO_CHANGE = (
     *_READING, *_STEP, "rows_per_step", "out", "resume", "device", "save_every", "keep", "eval_every", "kdcache",

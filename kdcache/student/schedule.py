@@ -7,7 +7,10 @@ are stored, each for an equal share of the run. A run that is resumed at a step 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from kdcache.errors import ConfigError
 from kdcache.losses import Objective, PositionWeights
@@ -30,33 +33,41 @@ class Schedule:
     steps: int
 
     @staticmethod
-    def of(config: TrainConfig, manifest: Manifest, steps: int) -> Schedule:
-        """The schedule of a configuration over a cache.
+    def of(
+        config: TrainConfig, manifest: Manifest, steps: int, partners: Mapping[str, Manifest] = MappingProxyType({})
+    ) -> Schedule:
+        """The schedule of a configuration over a cache, and those of other teachers by name.
+
+        Its stairs are temperatures at which all of them are exact.
 
         Raises:
             ConfigError: a loss, tail or temperature that does not exist or that the cache cannot give.
             TargetError: one that its kind of targets cannot give.
         """
         first, last = config.temperature_ends()
-        for t in (first, last):
-            if not manifest.exact_at(t):
-                stored = ", ".join(f"{t:g}" for t in manifest.temperatures)
+        everyone = {"the cache": manifest, **partners}
+        for t, (name, each) in itertools.product((first, last), everyone.items()):
+            if not each.exact_at(t):
+                stored = ", ".join(f"{t:g}" for t in each.temperatures)
                 raise ConfigError(
-                    f"--temperature {t:g} would not be exact: the cache stores temperature(s) {stored}; choose one "
+                    f"--temperature {t:g} would not be exact: {name} stores temperature(s) {stored}; choose one "
                     f"of them, or dump again with --temperatures 1,{t:g}"
                 )
-        between = {t for t in manifest.temperatures if min(first, last) < t < max(first, last)}
+        stored_by_any = {t for each in everyone.values() for t in each.temperatures}
+        between = {t for t in stored_by_any if all(each.exact_at(t) for each in everyone.values())}
+        between = {t for t in between if min(first, last) < t < max(first, last)}
         ladder = sorted({first, last} | between, reverse=first > last)
         base = Objective(loss=config.loss, tail=config.tail, soft_weight=config.soft_weight)
         stairs = tuple(dataclasses.replace(base, temperature=t) for t in ladder)
-        rule = manifest.selection
-        for stair in stairs:
-            stair.require_fit(rule["kind"], rule.get("sample_temperature", 1.0))
-        if config.tail == "label-sample" and rule.get("force_label"):
-            raise ConfigError(
-                "--tail label-sample needs labels that are entries only by merit, but the cache was dumped with "
-                "--force-label, where a label never stands for the tail"
-            )
+        for name, each in everyone.items():
+            rule = each.selection
+            for stair in stairs:
+                stair.require_fit(rule["kind"], rule.get("sample_temperature", 1.0))
+            if config.tail == "label-sample" and rule.get("force_label"):
+                raise ConfigError(
+                    f"--tail label-sample needs labels that are entries only by merit, but {name} was dumped with "
+                    "--force-label, where a label never stands for the tail"
+                )
         return Schedule(stairs, PositionWeights(config.position_weights), steps)
 
     def at(self, step: int) -> Objective:

@@ -82,7 +82,7 @@ def _train(
         sources.require_targets(opened)
     for source in opened:  # refused now, not after hours
         _ = source.cache.tokenizer_path
-        Schedule.of(config, source.cache.manifest, config.steps or 1)
+        _schedule(config, source, config.steps or 1)
     if leader:  # the other ranks start no step without it
         record.require_free_or_same(out, config.resume, record.describe(config, opened))
     if config.resume and (out / SUMMARY).exists():
@@ -95,7 +95,7 @@ def _train(
     opened = sources.agree(opened)
     rows = split(opened, config, on_reading)
     steps = _steps(config, sum(map(len, rows.train)))
-    schedule = Schedule.of(config, opened[0].cache.manifest, steps)
+    schedule = _schedule(config, opened[0], steps)
     if leader:
         record.require_same_rows(out, rows)
         with storage_errors(out):
@@ -103,12 +103,12 @@ def _train(
             record.write(out / record.CONFIG, {**record.describe(config, opened), "training_rows": rows.record()})
             if config.where is not None:
                 keep(rows, out)
-    args = arguments(config, steps, device, any(source.cache.place.remote for source in opened))
+    args = arguments(config, steps, device, any(source.remote for source in opened))
     _ = args.device
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process would mean DataParallel; torchrun is the way
 
     def measured(student: Any) -> dict[str, Any]:
-        caches = {source.name: source.cache for source in opened}
+        caches = {source.name: source.rows for source in opened}
         return measure_each(student, caches, rows.heldout, args.device, config.batch_rows)
 
     before = _before(out, leader, lambda: measured(model))
@@ -116,7 +116,7 @@ def _train(
     first_step = int(resumable[-1].name.rpartition("-")[2]) if resumable else 0
     watcher = _Watcher(out if leader else None, first_step, config.eval_every, on_progress)
     mixture = Mixture([len(r) for r in rows.train], config.seed, sources.weights(opened))
-    caches = [source.cache for source in opened]
+    caches = [source.rows for source in opened]
     trainer = DistillationTrainer(model, caches, rows.train, mixture, config, schedule, args, [watcher], first_step)
     watcher.measure = lambda: measured(trainer.model)
     training = time.perf_counter()
@@ -149,13 +149,18 @@ def _train(
     }
     if leader:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
-        for path in caches[0].tokenizer_path.iterdir():
+        for path in opened[0].cache.tokenizer_path.iterdir():
             shutil.copyfile(path, out / path.name)
         record.write(out / SUMMARY, summary)
     if torch.distributed.is_initialized():  # a rank that exits with its group open aborts now and then
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.state.destroy_process_group()
     return summary
+
+
+def _schedule(config: TrainConfig, source: sources.Source, steps: int) -> Schedule:
+    partners = {each.name: each.cache.manifest for each in source.partners}
+    return Schedule.of(config, source.cache.manifest, steps, partners)
 
 
 def _steps(config: TrainConfig, rows: int) -> int:
@@ -191,7 +196,7 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
         state.save_steps = args.save_steps  # a resumed run has that of its checkpoint otherwise
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        figures = {k: v for k, v in (logs or {}).items() if k in _LOGGED}
+        figures = {k: v for k, v in (logs or {}).items() if k.partition("/")[0] in _LOGGED}
         if figures:
             self._latest.update(figures)
             self._append({"step": state.global_step, **figures})

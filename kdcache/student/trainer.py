@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from kdcache.cache import Cache
 from kdcache.isolation import packed_forward
-from kdcache.losses import TEACHER_FIGURES, Figures, distil
+from kdcache.losses import Figures, distil, divisor_of
 from kdcache.rows import IGNORE
 from kdcache.student import checkpoints, lines, readers
 from kdcache.student.config import TrainConfig
@@ -28,6 +27,7 @@ from kdcache.student.data import Collator, RowDataset, Rows, RunOrder, labelled
 from kdcache.student.head import fuse_head
 from kdcache.student.mixture import Mixture
 from kdcache.student.schedule import Schedule
+from kdcache.student.teachers import RowReader
 from kdcache.student.waiting import Waiting
 
 
@@ -53,7 +53,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def __init__(
         self,
         model: Any,
-        caches: Sequence[Cache],
+        caches: Sequence[RowReader],
         rows: Sequence[Rows],
         mixture: Mixture,
         config: TrainConfig,
@@ -140,8 +140,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             names = sorted(self._sums)
             sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]))
             totals = dict(zip(names, sums.tolist(), strict=True))
-            positions, targets = max(1.0, totals.pop("positions")), max(1.0, totals.pop("has_target"))
-            logs.update({n: total / (targets if n in TEACHER_FIGURES else positions) for n, total in totals.items()})
+            for name, total in totals.items():
+                if (divisor := divisor_of(name)) is not None:
+                    logs[name] = total / max(1.0, totals[divisor])
             logs["data_wait_share"] = self.longest(self.waiting.share_since_told())
             self._sums = {}
         super().log(logs, start_time)

@@ -1,0 +1,135 @@
+"""Teachers: caches of several teachers over the same rows, read as one whose targets are pools.
+
+`--cache FIRST --pool OTHER[:WEIGHT]`. They line up when row for row they hold the same tokens in the same pieces: the
+same tokenizer, corpus and plan of shards, and for every shard the same `tokens_sha256`, which is the proof. Which
+tokens may be labels is not in that hash, so it is compared as rows are read. How many entries each keeps and at which
+positions, in which store, place and precision, is its own affair.
+
+Cost: of reading, that of all caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from kdcache.cache import Cache
+from kdcache.errors import ConfigError, TargetError
+from kdcache.losses import Pool
+from kdcache.losses.pool import require_alike
+from kdcache.rows import PackedRow
+from kdcache.store.manifest import Manifest
+from kdcache.targets import SparseTargets
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One teacher of a pool.
+
+    Attributes:
+        name: of its cache: the folder or URL.
+        cache: what it said.
+        weight: its share of the pool, in any unit.
+    """
+
+    name: str
+    cache: Cache
+    weight: float
+
+
+class RowReader(Protocol):
+    """What rows are read from: a `Cache`, or a `PooledCache`."""
+
+    manifest: Manifest
+
+    def read_packed(self, index: int) -> tuple[PackedRow, SparseTargets | Pool]:
+        """A row without padding, and the targets of its labelled slots."""
+
+    def read_rows(self, indices: Iterable[int]) -> Iterator[tuple[PackedRow, SparseTargets | Pool]]:
+        """The same of several rows, in their order."""
+
+
+class PooledCache:
+    """Rows whose targets are a `Pool` of what several teachers say; read as a `Cache` is.
+
+    Attributes:
+        teachers: the first gives the rows; they line up, see `require_lined_up`.
+        manifest: of the first.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher]) -> None:
+        self.teachers = tuple(teachers)
+        self.manifest = teachers[0].cache.manifest
+
+    def read_packed(self, index: int) -> tuple[PackedRow, Pool]:
+        """A row without padding, and the pool of its labelled slots."""
+        return self._pooled(index, [teacher.cache.read_packed(index) for teacher in self.teachers])
+
+    def read_rows(self, indices: Iterable[int]) -> Iterator[tuple[PackedRow, Pool]]:
+        """The same of several rows, in their order; all caches read ahead where one does."""
+        numbers = list(indices)
+        each = [teacher.cache.read_rows(numbers) for teacher in self.teachers]
+        for index, *found in zip(numbers, *each, strict=True):
+            yield self._pooled(index, found)
+
+    def _pooled(self, index: int, found: Sequence[tuple[PackedRow, SparseTargets]]) -> tuple[PackedRow, Pool]:
+        row = found[0][0]
+        for teacher, (other, _) in zip(self.teachers[1:], found[1:], strict=True):
+            if not _same_labels(row, other):
+                raise ConfigError(
+                    f"row {index} of {self.teachers[0].name} and of {teacher.name} have other labels, so their targets "
+                    "do not stand at the same positions; pool caches of one form of the corpus"
+                )
+        return row, Pool(tuple(targets for _, targets in found), tuple(teacher.weight for teacher in self.teachers))
+
+
+def _same_labels(one: PackedRow, other: PackedRow) -> bool:
+    if one.supervised is None or other.supervised is None:
+        return one.supervised is other.supervised
+    return np.array_equal(one.supervised, other.supervised)
+
+
+def require_lined_up(first: Teacher, other: Teacher) -> None:
+    """Refuse to pool caches whose rows are not the same, or whose targets cannot be pooled.
+
+    Raises:
+        ConfigError: naming both, and what differs: of the manifests, or the first shard.
+    """
+    both = f"{first.name} and {other.name}"
+    mine, theirs = first.cache.manifest, other.cache.manifest
+    if mine.sha256 == theirs.sha256:
+        raise ConfigError(f"{both} are one cache; --pool takes that of another teacher")
+    one, two = _rows_of(mine), _rows_of(theirs)
+    differing = [f"{what} ({one[what]} and {two[what]})" for what in one if one[what] != two[what]]
+    if differing:
+        raise ConfigError(f"{both} cannot be pooled: they differ in {', '.join(differing)}")
+    try:
+        require_alike(mine.selection["kind"], theirs.selection["kind"])
+    except TargetError as error:
+        raise ConfigError(f"{both} cannot be pooled: {error}") from None
+    for shard, commit in first.cache.commits.items():
+        partner = other.cache.commits.get(shard)
+        if partner is None:
+            raise ConfigError(f"{both} cannot be pooled: the second has no shard {shard}")
+        if commit.tokens_sha256 != partner.tokens_sha256:
+            raise ConfigError(
+                f"{both} cannot be pooled: shard {shard} is the first to hold other tokens, in {commit.rows} rows here "
+                f"and {partner.rows} there"
+            )
+
+
+def _rows_of(manifest: Manifest) -> dict[str, Any]:
+    """What decides which tokens stand in which row, for people to read."""
+    return {
+        "tokenizer": manifest.tokenizer_sha256[:12],
+        "vocab_size": manifest.vocab_size,
+        "corpus": manifest.corpus_sha256[:12],
+        "filters": manifest.filters,
+        "documents": manifest.documents,
+        "docs_per_shard": manifest.docs_per_shard,
+        "seq_len": manifest.seq_len,
+        "isolate": manifest.isolate,
+    }
