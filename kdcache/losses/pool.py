@@ -56,6 +56,8 @@ class Pool:
                 )
             require_alike(first.kind, other.kind)
         total = math.fsum(self.weights)
+        if abs(total - 1) < 1e-12:  # a pool made again of its own weights keeps them to the last bit
+            total = 1.0
         object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "weights", tuple(weight / total for weight in self.weights))
 

@@ -260,6 +260,15 @@ def test_figures_of_each_teacher(rule: Selection) -> None:
     assert len(found) == len(measure_positions(logits, each[0], labels(False))) + 4
 
 
+def test_weights_sum_to_one_and_stay_as_they_are() -> None:
+    top = select(teachers()[0], Selection(k=4))
+    for weights in ((1, 1, 1), (0.1, 0.7, 0.3), (3, 5, 7)):
+        pool = Pool((top, top, top), weights)
+        assert sum(pool.weights) == pytest.approx(1, abs=1e-15)
+        assert pool.weights == pytest.approx([w / sum(weights) for w in weights])
+        assert pool[:3].to("cpu").weights == Pool(pool.targets, pool.weights).weights == pool.weights
+
+
 def test_what_cannot_be_pooled() -> None:
     top, full = (
         select(teachers()[0], rule, temperatures=(1.0, 2.0)) for rule in (Selection(k=4), Selection(kind="full"))
