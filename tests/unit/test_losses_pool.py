@@ -250,14 +250,15 @@ def test_position_weights() -> None:
 def test_figures_of_each_teacher(rule: Selection) -> None:
     logits = torch.nn.functional.linear(*student()).detach()
     each = [select(x, rule, labels=labels(False)) for x in teachers()]
+    each[1] = each[1][::3].spread(torch.arange(0, N, 3), N)  # which has no target at the rest
     found = measure_positions(logits, pool_of(each), labels(False))
     for number, targets in enumerate(each):
         alone = measure_positions(logits, targets, labels(False))
-        names = alone if number == 0 else ("kl", "teacher_nll")
+        names = alone if number == 0 else ("kl", "teacher_nll", "has_target")
         for name in names:
             mine = found[name if number == 0 else f"{name}/{number + 1}"]
             torch.testing.assert_close(mine, alone[name], atol=1e-6, rtol=1e-6, msg=f"{name} of teacher {number}")
-    assert len(found) == len(measure_positions(logits, each[0], labels(False))) + 4
+    assert len(found) == len(measure_positions(logits, each[0], labels(False))) + 6
 
 
 def test_weights_sum_to_one_and_stay_as_they_are() -> None:
