@@ -16,7 +16,65 @@ lines.py        JSON lines that a run appends to and cuts back
 record.py       what a run is, so that it is gone on with as itself
 ranks.py        what the processes of a run tell each other
 head.py         body, output head and loss in one forward pass
+adapters.py     low-rank updates, instead of all weights
+loss.py         the loss of one batch
 schedule.py     the objective of each step
 trainer.py      transformers.Trainer with our loss and our order of rows
+surroundings.py what a run needs of the machine and its packages
+saving.py       a trained student on disk
 train.py        one run, from a cache to a checkpoint
+
+The names below are the pieces for a loop of one's own (docs/own-loop.md); they are imported when they are first used.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdcache.student.data import Collator, RowDataset, RunOrder, labelled, split_heldout
+    from kdcache.student.head import FusedHead, fuse_head
+    from kdcache.student.loss import compute_loss, count_items
+    from kdcache.student.mixture import Mixture
+    from kdcache.student.model import load_student
+    from kdcache.student.saving import save_student
+    from kdcache.student.trainer import DistillationTrainer
+
+__all__ = [
+    "Collator",
+    "DistillationTrainer",
+    "FusedHead",
+    "Mixture",
+    "RowDataset",
+    "RunOrder",
+    "compute_loss",
+    "count_items",
+    "fuse_head",
+    "labelled",
+    "load_student",
+    "save_student",
+    "split_heldout",
+]
+
+_HOMES = {
+    "Collator": "data",
+    "DistillationTrainer": "trainer",
+    "FusedHead": "head",
+    "Mixture": "mixture",
+    "RowDataset": "data",
+    "RunOrder": "data",
+    "compute_loss": "loss",
+    "count_items": "loss",
+    "fuse_head": "head",
+    "labelled": "data",
+    "load_student": "model",
+    "save_student": "saving",
+    "split_heldout": "data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kdcache.student' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"kdcache.student.{_HOMES[name]}"), name)

@@ -8,6 +8,12 @@ from kdcache.errors import ConfigError
 from kdcache.options import option
 from kdcache.student.choice import parse_rows, parse_where
 
+_CHOICES = {
+    "schedule": ("cosine", "wsd", "constant"),
+    "soft_schedule": ("constant", "wsd", "cosine", "linear"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -31,6 +37,7 @@ class TrainConfig:
     temperature: str = option("T of the distillation term, one that the cache stores; 3:1 steps down through them", "1")
     position_weights: str = option("none, confidence, or entropy-gate:LO:HI (nats of the teacher)", "none")
     soft_weight: float = option("weight of the distillation term; the label term gets the rest", 1.0)
+    soft_schedule: str = option("of --soft-weight: constant, wsd (up, level, down), cosine or linear", "constant")
     # length
     steps: int | None = option("optimiser steps  [default: one epoch]", None)
     epochs: float | None = option("passes over the training rows, instead of --steps", None)
@@ -41,6 +48,10 @@ class TrainConfig:
     warmup: float = option("share of the steps over which the learning rate rises", 0.05)
     schedule: str = option("cosine, wsd (constant, then down over the last fifth) or constant", "cosine")
     weight_decay: float = option("of AdamW", 0.1)
+    # what is trained, and in which memory
+    lora: int = option("train adapters of this rank (peft) and leave the weights; 0 trains the weights", 0)
+    gradient_checkpointing: bool = option("keep less for the backward pass, and compute it again: slower", False)
+    fsdp: bool = option("shard the student over the GPUs of a torchrun (FSDP2) instead of copying it", False)
     # measurement
     heldout: float = option("share of the rows kept for measuring, never trained on", 0.02)
     eval_every: int = option("steps between measurements; 0 for before and after only", 0)
@@ -58,6 +69,7 @@ class TrainConfig:
     resume: bool = option("go on from the newest complete checkpoint in --out", False)
     save_every: int = option("steps between checkpoints", 500)
     keep: int = option("checkpoints to keep", 2)
+    log_to: str = option("none, or tensorboard, wandb, or both with a comma: where Trainer logs to", "none")
     device: str = option("auto, cpu, cuda or mps", "auto")
     dtype: str = option("auto (bfloat16 on GPUs that have it), float32 or bfloat16", "auto")
 
@@ -73,7 +85,7 @@ class TrainConfig:
             )
         parse_rows(self.rows)
         parse_where(self.where)
-        least_of = {"batch_rows": 1, "accumulate": 1, "save_every": 1, "keep": 1, "eval_every": 0, "seed": 0}
+        least_of = {"batch_rows": 1, "accumulate": 1, "save_every": 1, "keep": 1, "eval_every": 0, "seed": 0, "lora": 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least {least}")
@@ -92,10 +104,23 @@ class TrainConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must lie in [0, 1]")
         if not 0 < self.heldout < 1:
             raise ConfigError(f"--heldout is {self.heldout}, but must lie between 0 and 1")
-        if self.schedule not in ("cosine", "wsd", "constant"):
-            raise ConfigError(f"--schedule {self.schedule} is not one of cosine, wsd, constant")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"--dtype {self.dtype} is not one of auto, float32, bfloat16")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} is not one of {', '.join(known)}")
+        self.trackers()
+        if self.lora and self.fsdp:
+            raise ConfigError("--lora and --fsdp exclude each other: adapters are small enough to be copied")
+
+    def trackers(self) -> list[str]:
+        """What `--log-to` names.
+
+        Raises:
+            ConfigError: a name that is not known.
+        """
+        names = [] if self.log_to == "none" else [name.strip() for name in self.log_to.split(",")]
+        if set(names) - {"tensorboard", "wandb"}:
+            raise ConfigError(f"--log-to {self.log_to} is not none, tensorboard, wandb, or both of them with a comma")
+        return names
 
     def temperature_ends(self) -> tuple[float, float]:
         """The first and the last T of the run.

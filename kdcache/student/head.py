@@ -103,8 +103,8 @@ def _patch(model: Any, head: nn.Linear) -> None:
 
         def make(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             # In the place of logits [R, L, V], so that the model's code goes on with it. It is this very tensor that
-            # FSDP hooks to know when the head's backward begins.
-            made.append(on_head(hidden, weight, bias).reshape(1, 1, 1))
+            # FSDP hooks to know when the backward of the head begins, which an in-place change of a view would undo.
+            made.append(on_head(hidden, weight, bias).reshape(1, 1, 1).clone())
             return made[-1]
 
         waiting.append(make)
@@ -113,7 +113,7 @@ def _patch(model: Any, head: nn.Linear) -> None:
         finally:
             waiting.clear()
         (loss,) = made
-        return loss.reshape(())
+        return loss.sum()  # of one number; no view, as above
 
     def head_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
         return waiting[-1](hidden, self.weight, self.bias) if waiting else own_head(hidden)

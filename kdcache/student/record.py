@@ -25,8 +25,8 @@ CONFIG = "train-student.json"
 _READING = ("cache", "pool", "readers", "local_copy", "local_limit", "record_rows")
 _STEP = ("batch_rows", "accumulate", "ranks")
 _FREE_TO_CHANGE = (
-    *_READING, *_STEP, "rows_per_step", "out", "resume", "device", "save_every", "keep", "eval_every", "kdcache",
-    "torch",
+    *_READING, *_STEP, "rows_per_step", "out", "resume", "device", "save_every", "keep", "eval_every", "log_to",
+    "gradient_checkpointing", "kdcache", "torch",
 )  # fmt: skip
 
 Fields = dict[str, Any]

@@ -1,13 +1,22 @@
-"""The objective of each optimiser step: fixed, or stepping through the temperatures that a cache stores.
+"""The objective of each optimiser step: fixed, or with a temperature that steps down and a soft weight that moves.
 
 Between stored temperatures a truncated target is not exact, so a schedule from 3 to 1 is a staircase over those that
-are stored, each for an equal share of the run. A run that is resumed at a step is at the same stair.
+are stored, each for an equal share of the run. The soft weight is a factor times `--soft-weight`; at step s of S, with
+w steps of warmup and d = S // 5 of descent:
+
+    constant   1
+    wsd        min(s / w, 1, (S - s) / d): up, level, down, as the learning rate of that name (arXiv 2410.16215)
+    cosine     (1 + cos(pi s / S)) / 2
+    linear     1 - s / S
+
+All of it is a function of the step alone: a run that is resumed at a step goes on as if it had not stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -26,11 +35,16 @@ class Schedule:
         stairs: the objectives, in order; never empty.
         weights: how much each position counts.
         steps: of the whole run.
+        soft_schedule: how the soft weight moves.
+        warmup, descent: steps that `wsd` takes up and down.
     """
 
     stairs: tuple[Objective, ...]
     weights: PositionWeights
     steps: int
+    soft_schedule: str = "constant"
+    warmup: int = 0
+    descent: int = 1
 
     @staticmethod
     def of(
@@ -68,8 +82,24 @@ class Schedule:
                     f"--tail label-sample needs labels that are entries only by merit, but {name} was dumped with "
                     "--force-label, where a label never stands for the tail"
                 )
-        return Schedule(stairs, PositionWeights(config.position_weights), steps)
+        weights = PositionWeights(config.position_weights)
+        return Schedule(stairs, weights, steps, config.soft_schedule, *ramps(config, steps))
 
     def at(self, step: int) -> Objective:
         """The objective of a step, counted from 0."""
-        return self.stairs[min(len(self.stairs) - 1, step * len(self.stairs) // self.steps)]
+        stair = self.stairs[min(len(self.stairs) - 1, step * len(self.stairs) // self.steps)]
+        return dataclasses.replace(stair, soft_weight=stair.soft_weight * self._soft_factor(step))
+
+    def _soft_factor(self, step: int) -> float:
+        if self.soft_schedule == "wsd":
+            return max(0.0, min(step / self.warmup if self.warmup else 1.0, 1.0, (self.steps - step) / self.descent))
+        if self.soft_schedule == "cosine":
+            return (1 + math.cos(math.pi * step / self.steps)) / 2
+        if self.soft_schedule == "linear":
+            return 1 - step / self.steps
+        return 1.0
+
+
+def ramps(config: TrainConfig, steps: int) -> tuple[int, int]:
+    """Steps that a `wsd` schedule rises over, and that it falls over: its last fifth."""
+    return round(config.warmup * steps), max(1, steps // 5)

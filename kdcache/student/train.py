@@ -3,11 +3,13 @@
 What a run leaves in its folder:
 
     train-student.json   the resolved configuration, and fingerprints of the caches and of the rows; written first
+    tensorboard/, wandb/ logs of --log-to
     heldout-before.json  the student's figures before the first step
     rows.npz             the rows that --where chose
     rows-RANK.jsonl      with --record-rows: which rows each step took
     metrics.jsonl        loss, learning rate and the student's figures; held-out ones when measured; a line each
     checkpoint-N/        whole checkpoints to resume from
+    adapter/             what --lora trained, by itself; the model has it merged
     model.safetensors, config.json, tokenizer files   the student, a plain Hugging Face model
     summary.json         what `--json` prints, written last
 """
@@ -17,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,12 +31,15 @@ from kdcache.errors import ModelError
 from kdcache.pretrained import find_device
 from kdcache.store.durable import storage_errors
 from kdcache.student import checkpoints, lines, ranks, readers, record, sources
+from kdcache.student.adapters import with_adapters
 from kdcache.student.config import TrainConfig
 from kdcache.student.measure import measure_each
 from kdcache.student.mixture import Mixture
 from kdcache.student.model import load_student
+from kdcache.student.saving import save_student
 from kdcache.student.schedule import Schedule
 from kdcache.student.split import keep, split
+from kdcache.student.surroundings import logging_under, require_surroundings
 from kdcache.student.trainer import DistillationTrainer, arguments
 
 BEFORE, METRICS, SUMMARY = "heldout-before.json", "metrics.jsonl", "summary.json"
@@ -67,6 +71,7 @@ def train(
     Raises:
         KdcacheError: see the exception tree.
     """
+    require_surroundings(config, find_device(config.device))
     with record.alone(Path(config.out)) if ranks.rank() == 0 else contextlib.nullcontext():
         return _train(config, on_progress, on_reading)
 
@@ -91,6 +96,10 @@ def _train(
 
     device = find_device(config.device)
     model = load_student(config.student, opened[0].cache, device, config.seed)
+    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ModelError(f"the student {type(model).__name__} cannot be trained with --gradient-checkpointing")
+    if config.lora:
+        model = with_adapters(model, config.lora, config.seed)
     ranks.join(device)
     opened = sources.agree(opened)
     rows = split(opened, config, on_reading)
@@ -117,12 +126,20 @@ def _train(
     watcher = _Watcher(out if leader else None, first_step, config.eval_every, on_progress)
     mixture = Mixture([len(r) for r in rows.train], config.seed, sources.weights(opened))
     caches = [source.rows for source in opened]
-    trainer = DistillationTrainer(model, caches, rows.train, mixture, config, schedule, args, [watcher], first_step)
-    watcher.measure = lambda: measured(trainer.model)
-    training = time.perf_counter()
-    with readers.in_our_words():
+
+    def heldout() -> dict[str, Any]:
+        figures = measured(trainer.model)
+        asked = trainer.control.should_log  # a log between takes the place of the step's own
+        trainer.log({f"eval_{name}": value for name, value in figures.items() if isinstance(value, float)})
+        trainer.control.should_log = asked
+        return figures
+
+    with readers.in_our_words(), logging_under(out):
+        trainer = DistillationTrainer(model, caches, rows.train, mixture, config, schedule, args, [watcher], first_step)
+        watcher.measure = heldout
+        training = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(resumable[-1]) if resumable else None)
-    training_seconds = time.perf_counter() - training
+        training_seconds = time.perf_counter() - training
     waited = trainer.longest(trainer.waiting.share())
 
     after = measured(trainer.model)
@@ -147,10 +164,8 @@ def _train(
         "data_wait_share": waited,
         "positions_per_second": positions / seconds,
     }
+    save_student(trainer.accelerator.unwrap_model(trainer.model), opened[0].cache, out)
     if leader:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
-        for path in opened[0].cache.tokenizer_path.iterdir():
-            shutil.copyfile(path, out / path.name)
         record.write(out / SUMMARY, summary)
     if torch.distributed.is_initialized():  # a rank that exits with its group open aborts now and then
         trainer.accelerator.wait_for_everyone()

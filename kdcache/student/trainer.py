@@ -2,9 +2,8 @@
 
 Everything else (accumulation, precision, optimiser, resume, logging, distribution) is Trainer's own.
 Each term of the loss is a sum over positions divided by those that it has in the whole optimiser step, across
-accumulation and ranks: labelled ones, which Trainer counts from `shift_labels`, and ones with a target. It is made
-inside the model's forward (`student.head`), tile by tile, so `[positions, V]` never exists; figures of the student come
-with it.
+accumulation and ranks: labelled ones, which Trainer counts from `shift_labels`, and ones with a target. Figures of the
+student come with it.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from kdcache.isolation import packed_forward
-from kdcache.losses import Figures, distil, divisor_of
+from kdcache.losses import Figures, divisor_of
 from kdcache.rows import IGNORE
 from kdcache.student import checkpoints, lines, readers
 from kdcache.student.config import TrainConfig
-from kdcache.student.data import Collator, RowDataset, Rows, RunOrder, labelled
+from kdcache.student.data import Collator, RowDataset, Rows, RunOrder
 from kdcache.student.head import fuse_head
+from kdcache.student.loss import compute_loss
 from kdcache.student.mixture import Mixture
-from kdcache.student.schedule import Schedule
+from kdcache.student.schedule import Schedule, ramps
 from kdcache.student.teachers import RowReader
 from kdcache.student.waiting import Waiting
 
@@ -106,27 +105,18 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Distillation and label loss of one micro-batch, divided by the positions of the whole step."""
-        mask, labels = labelled(inputs), inputs["labels"]
         if self.config.record_rows:
             path = Path(self.args.output_dir) / f"rows-{self.args.process_index}.jsonl"
             lines.append(path, {"step": self.state.global_step + 1, "rows": inputs["rows"].tolist()})
-        targets = inputs["targets"].to(mask.device, non_blocking=True)
-        self.positions += len(targets.count)
-        items = with_target = None
+        self.positions += len(inputs["targets"].count)
+        items = None
         if num_items_in_batch is not None:  # DDP averages over ranks what must be summed
-            items, with_target = num_items_in_batch.clamp(min=1) / self.accelerator.num_processes
+            items = num_items_in_batch / self.accelerator.num_processes
         figures = Figures()
-
-        def on_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            source = self.head.source(hidden[mask], weight, bias, self.vocab)
-            weights = self.schedule.weights.of(targets, source.vocab)
-            objective = self.schedule.at(self.state.global_step)
-            return distil(
-                source, targets, labels[mask], objective,
-                num_items=items, num_targets=with_target, position_weights=weights, figures=figures,
-            )  # fmt: skip
-
-        loss = packed_forward(model, inputs["input_ids"], inputs["position_ids"], on_head=on_head)
+        loss = compute_loss(
+            model, self.head, inputs, self.schedule.at(self.state.global_step),
+            vocab_size=self.vocab, num_items=items, weights=self.schedule.weights, figures=figures,
+        )  # fmt: skip
         self._add(figures.values())
         return (loss, {}) if return_outputs else loss
 
@@ -179,10 +169,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
 def arguments(config: TrainConfig, steps: int, device: torch.device, remote: bool) -> TrainingArguments:
     """Trainer's arguments for a run; `remote` says whether reading the cache crosses a network."""
+    warmup, descent = ramps(config, steps)
     schedules: dict[str, tuple[str, dict[str, Any]]] = {
         "cosine": ("cosine", {}),
         "constant": ("constant_with_warmup", {}),
-        "wsd": ("warmup_stable_decay", {"num_decay_steps": max(1, steps // 5)}),
+        "wsd": ("warmup_stable_decay", {"num_decay_steps": descent}),
     }
     scheduler, scheduler_options = schedules[config.schedule]
     bf16 = config.dtype == "bfloat16" or (
@@ -195,7 +186,7 @@ def arguments(config: TrainConfig, steps: int, device: torch.device, remote: boo
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
-        warmup_steps=round(config.warmup * steps),
+        warmup_steps=warmup,
         lr_scheduler_type=scheduler,
         lr_scheduler_kwargs=scheduler_options,
         adam_beta2=0.95,
@@ -213,5 +204,16 @@ def arguments(config: TrainConfig, steps: int, device: torch.device, remote: boo
         dataloader_num_workers=readers.how_many(config.readers, remote),
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=config.trackers() or "none",
+        **_memory(config),
     )
+
+
+def _memory(config: TrainConfig) -> dict[str, Any]:
+    """Trainer's arguments for what is kept where: recomputation, and sharding by FSDP2."""
+    if config.fsdp:  # which has a recomputation of its own
+        return {"fsdp": True, "fsdp_config": {"version": 2, "activation_checkpointing": config.gradient_checkpointing}}
+    # The option had another name before it was this one.
+    name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    settings = {"use_reentrant": False} if config.gradient_checkpointing else None
+    return {f"{name}_checkpointing": config.gradient_checkpointing, f"{name}_checkpointing_kwargs": settings}

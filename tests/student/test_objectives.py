@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdcache import open_cache
 from kdcache.convert import convert
 from kdcache.errors import ConfigError, TargetError
-from kdcache.losses import PositionWeights, aims
+from kdcache.losses import TAILS, PositionWeights, aims, divergence_names
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import Collator, RowDataset, RunOrder, split_heldout
 from kdcache.student.measure import measure
@@ -36,12 +36,14 @@ def options(cache: Path, student: Path, out: Path, **changes: Any) -> TrainConfi
 @pytest.mark.parametrize(
     "changes",
     [
-        {"loss": "reverse-kl"},
-        {"loss": "skew-kl:0.2", "position_weights": "confidence"},
-        {"loss": "jsd"},
-        {"loss": "tvd", "temperature": "2:1"},
-        {"tail": "uniform", "position_weights": "entropy-gate:0.1:"},
-        {"tail": "label-sample", "temperature": "1"},
+        *({"loss": loss} for loss in divergence_names()),
+        *({"tail": tail, "temperature": 1} for tail in TAILS),
+        *({"schedule": name} for name in ("wsd", "constant")),
+        *({"soft_schedule": name, "warmup": 0.25} for name in ("wsd", "cosine", "linear")),
+        {"temperature": "2:1"},
+        {"position_weights": "confidence"},
+        {"position_weights": "entropy-gate:0.1:"},
+        {"gradient_checkpointing": True},
         {"dtype": "bfloat16"},
     ],
     ids=str,
@@ -49,7 +51,8 @@ def options(cache: Path, student: Path, out: Path, **changes: Any) -> TrainConfi
 def test_a_student_learns(
     changes: dict[str, Any], cache: Path, student_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aims, "_warned", {"uniform"})
+    """Each divergence, tail, schedule and the like; LoRA in test_adapters.py, draws and selections below."""
+    monkeypatch.setattr(aims, "_warned", set(TAILS))
     summary = train(options(cache, student_config, tmp_path / "s", **changes))
     before, after = summary["heldout"]["before"], summary["heldout"]["after"]
     assert after["kl"] < before["kl"] and after["nll"] < before["nll"]

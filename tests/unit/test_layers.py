@@ -8,10 +8,12 @@ import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import kdcache
+import kdcache.student
 
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
@@ -84,12 +86,13 @@ def test_no_module_outgrows_its_idea() -> None:
     assert not long
 
 
-def test_public_names() -> None:
-    assert kdcache.__all__ == sorted(kdcache.__all__)
-    for name in kdcache.__all__:
-        assert getattr(kdcache, name).__doc__, name
+@pytest.mark.parametrize("package", [kdcache, kdcache.student], ids=lambda p: p.__name__)
+def test_public_names(package: ModuleType) -> None:
+    assert package.__all__ == sorted(package.__all__)
+    for name in package.__all__:
+        assert getattr(package, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = kdcache.nothing
+        _ = package.nothing
 
 
 def test_the_exception_tree_in_the_docstring_is_the_tree() -> None:

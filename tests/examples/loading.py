@@ -1,0 +1,34 @@
+"""The examples as modules; and, run under torchrun, the plain one with a look at what it trained.
+
+python -m torch.distributed.run ... loading.py CACHE STUDENT OUT STEPS
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, Shard
+
+    model = example("plain_pytorch").main(*sys.argv[1:4], steps=int(sys.argv[4]))
+    assert all(isinstance(p, DTensor) and p.placements == (Shard(0),) for p in model.parameters())
+    assert sum(p.to_local().numel() for p in model.parameters()) < sum(p.numel() for p in model.parameters())
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # without the interpreter's teardown, in which a rank now and then aborts or hangs
