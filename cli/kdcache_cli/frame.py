@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from kdcache.errors import KdcacheError
 
@@ -104,10 +105,32 @@ def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         del run.__wrapped__  # type: ignore[attr-defined]
-        app.command(name)(run)
+        app.command(name, cls=_Command)(run)
         return run
 
     return register
+
+
+class _Command(TyperCommand):
+    """A command whose options of several values take them in a row, `--compare A B C`, or one at a time."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {flag for p in self.params if getattr(p, "multiple", False) for flag in p.opts}
+        return super().parse_args(ctx, list(_one_at_a_time(args, several)))
+
+
+def _one_at_a_time(words: list[str], several: set[str]) -> Iterator[str]:
+    flag, waiting = "", False
+    for word in words:
+        if word.startswith("-") and not waiting:
+            name, given, _ = word.partition("=")
+            flag = name if name in several else ""
+            waiting = bool(flag) and not given
+        elif waiting:
+            waiting = False
+        elif flag:
+            yield flag
+        yield word
 
 
 def _parameters(options: type, positional: tuple[str, ...]) -> Iterator[inspect.Parameter]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +83,7 @@ def train_student(config: TrainConfig, output: Output) -> None:
         )
 
     def show(console: Console) -> None:
-        from kdcache_cli.tables import figures_table
+        from kdcache_cli.figures import figures_table
 
         after = summary["heldout"]["after"]
         each = {f"after, {name}": figures for name, figures in after.get("caches", {}).items()}
@@ -92,6 +94,8 @@ def train_student(config: TrainConfig, output: Output) -> None:
             f"{summary['seconds']:.1f} s, {summary['positions_per_second']:,.0f} positions/s, "
             f"{summary['data_wait_share']:.1%} of the training spent waiting for rows"
         )
+        if summary.get("curves") is None:
+            console.print("no curves.png: matplotlib is not installed (pip install 'kdcache[plots]')", markup=False)
 
     if int(os.environ.get("RANK", "0")) == 0:  # under torchrun, one summary for all ranks
         output.result(summary, show)
@@ -137,31 +141,64 @@ def inspect_shard(options: InspectOptions, output: Output) -> None:
 class EvaluateOptions:
     """What `evaluate` is asked to measure."""
 
-    student: str = option("checkpoint folder or hub name")
     cache: str = option("folder or URL of the cache")
-    teacher: str | None = option("run this teacher too, for the dense KL and the acceptance rate", None)
+    student: str | None = option("checkpoint folder or hub name", None)
+    compare: list[str] | None = option("several students instead, side by side: --compare A B C", None)
+    teacher: str | None = option("run this teacher too, for the dense KL, the acceptance rate and its own ECE", None)
+    prompt: str | None = option("show the most likely next tokens after this text instead", None)
+    top: int = option("tokens that --prompt shows", 10)
     heldout: float | None = option("measure only the rows that train-student holds out at this share", None)
     rows: int | None = option("measure only so many rows, evenly spread", None)
     batch_rows: int = option("rows a forward pass", 8)
     device: str = option("auto, cpu, cuda or mps", "auto")
     local_copy: str | None = option("keep copies of what is read from a URL in this folder", None)
     local_limit: str = option("the most that the copies there hold together", "20GB")
+    out: str | None = option("write the configuration, versions and figures into this new JSON file", None)
 
 
 @command(app, "evaluate", EvaluateOptions)
-def evaluate_student(options: EvaluateOptions, output: Output) -> None:
-    """Measure a student on the rows of a cache."""
-    from kdcache.report.evaluate import evaluate
+def evaluate_students(options: EvaluateOptions, output: Output) -> None:
+    """Measure one student or several on the rows of a cache, or show what they say next."""
+    from kdcache.errors import ConfigError
 
+    if (options.student is None) == (not options.compare):
+        raise ConfigError("evaluate needs one student as --student, or several as --compare A B C, and not both")
+    if options.prompt is not None and (options.heldout is not None or options.rows is not None):
+        raise ConfigError("--prompt measures no rows, so --heldout and --rows do not go with it")
+    from kdcache.report.evaluation_record import require_new, write_evaluation
+
+    if options.out is not None:
+        require_new(options.out)
+    value, show = (_ask_students if options.prompt is not None else _measure_students)(options, output)
+    if options.out is not None:
+        write_evaluation(options.out, dataclasses.asdict(options), value)
+    output.result(value, show)
+
+
+def _measure_students(options: EvaluateOptions, output: Output) -> tuple[dict[str, Any], Callable[[Console], None]]:
+    from kdcache.report.evaluate import compare, evaluate
+    from kdcache_cli.figures import print_comparison, print_figures
+
+    given = {k: v for k, v in vars(options).items() if k not in ("student", "compare", "prompt", "top", "out")}
     with output.progress("evaluate", "rows") as bar:
-        figures = evaluate(**vars(options), on_progress=bar)
+        if options.student is None:
+            both = compare(options.compare or [], **given, on_progress=bar)
+            return both, lambda console: print_comparison(console, both["students"])
+        figures = evaluate(options.student, **given, on_progress=bar)
+        return figures, lambda console: print_figures(console, str(options.student), figures)
 
-    def show(console: Console) -> None:
-        from kdcache_cli.tables import figures_table
 
-        console.print(figures_table({options.student: figures}))
+def _ask_students(options: EvaluateOptions, output: Output) -> tuple[dict[str, Any], Callable[[Console], None]]:
+    from kdcache.report.prompt import next_tokens
+    from kdcache_cli.figures import print_next_tokens
 
-    output.result(figures, show)
+    students = [options.student] if options.student is not None else options.compare or []
+    with output.progress("search", "rows") as bar:
+        answer = next_tokens(
+            students, options.cache, options.prompt or "", options.teacher, options.top, options.device,
+            options.local_copy, options.local_limit, bar,
+        )  # fmt: skip
+    return answer, lambda console: print_next_tokens(console, answer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,26 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_FIGURES = ("nll", "teacher_nll", "delta_nll", "kl", "top1_agreement", "dense_kl", "acceptance", "positions", "targets")
-_BAR = 24
-
-
-def figures_table(columns: dict[str, dict[str, Any]]) -> Table:
-    """Figures of one or several students, a column each."""
-    table = Table("", *columns, box=None, pad_edge=False)
-    for name in _FIGURES:
-        values = [figures.get(name) for figures in columns.values()]
-        if any(value is not None for value in values):
-            kinds = {figures.get("kl_kind") for figures in columns.values()} - {None}
-            label = f"kl ({', '.join(sorted(map(str, kinds)))})" if name == "kl" and kinds else name.replace("_", " ")
-            table.add_row(label, *(_number(value) for value in values))
-    return table
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+from kdcache_cli.figures import bar, figures_table
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -119,7 +100,7 @@ def print_position(console: Console, at: dict[str, Any]) -> None:
         style = "bold green" if entry["id"] == label["id"] else ""
         table.add_row(
             str(entry["id"]), Text(repr(entry["text"])), _figure(entry["logprob"], 4), _figure(entry["probability"], 6),
-            f"{entry['weight']:.6f}", _bar(entry["weight"]), style=style,
+            f"{entry['weight']:.6f}", bar(entry["weight"]), style=style,
         )  # fmt: skip
     hidden = at["kept"] - len(at["entries"])
     if at["tail"] is None:
@@ -128,17 +109,13 @@ def print_position(console: Console, at: dict[str, Any]) -> None:
         return
     if hidden:
         rest = 1 - at["tail"] - sum(entry["probability"] for entry in at["entries"])
-        table.add_row("", f"{hidden} more", "", f"{max(rest, 0.0):.6f}", "", _bar(max(rest, 0.0)), style="dim")
-    table.add_row("", "tail", "", f"{at['tail']:.6f}", "", _bar(at["tail"]), style="dim")
+        table.add_row("", f"{hidden} more", "", f"{max(rest, 0.0):.6f}", "", bar(max(rest, 0.0)), style="dim")
+    table.add_row("", "tail", "", f"{at['tail']:.6f}", "", bar(at["tail"]), style="dim")
     console.print(table)
 
 
 def _figure(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def _bar(share: float) -> str:
-    return "█" * round(share * _BAR) or ("▏" if share > 0 else "")
 
 
 def print_demo(console: Console, summary: dict[str, Any]) -> None:

@@ -27,6 +27,16 @@ def tokenise_texts(tokenizer: Any, numbers: Sequence[int], texts: Sequence[str])
     return [Tokens(document=n, ids=np.asarray(ids, np.int32)) for n, ids in zip(numbers, encoded, strict=True)]
 
 
+def tokenise_prompt(tokenizer: Any, text: str) -> list[int]:
+    """The tokens with which a plain document begins that begins with a text: no special token follows it."""
+    whole = [int(t) for t in tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]]
+    inner = [int(t) for t in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    for start in range(len(whole) - len(inner) + 1):
+        if whole[start : start + len(inner)] == inner:
+            return whole[: start + len(inner)]
+    return whole
+
+
 def tokenise_chat(tokenizer: Any, number: int, messages: Sequence[dict[str, Any]]) -> Tokens:
     """Tokenise one conversation; only what the assistant says is supervised.
 

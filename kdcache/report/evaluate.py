@@ -1,27 +1,34 @@
-"""Evaluate: a student's figures over a cache; with a live teacher, the dense ones too.
+"""Evaluate: figures of one student over a cache, or of several side by side; with a live teacher, the dense ones too.
 
-dense_kl    KL(teacher ‖ student) over the whole vocabulary, mean over positions, nats
-acceptance  sum_v min(p_v, q_v), mean over positions: the share of a student's drafts that
-            the teacher accepts in speculative decoding (Leviathan et al. 2023,
-            arXiv 2211.17192, corollary 3.6)
+One walk over the rows serves everyone: a row is read once, the teacher runs once, each student once.
+
+Students see the same positions, so their figures are paired, and the difference of two is known better than either.
+`nll_difference` is the student's nll less the first student's, and its standard error comes from the spread over rows,
+because positions of one row depend on each other: with d_r the summed difference and n_r the positions of row r,
+
+    se^2 = R / (R - 1) sum_r (d_r - n_r mean)^2 / (sum_r n_r)^2
+
+Shapes: M labelled positions of a batch, R rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from kdcache.cache import Cache, open_cache
-from kdcache.errors import ConfigError, ModelError
-from kdcache.isolation import packed_forward
-from kdcache.pretrained import find_device, fingerprint, load_model, model_folder
+from kdcache.errors import ConfigError
+from kdcache.pretrained import find_device
+from kdcache.report.live import DenseFigures, TeacherFigures, load_teacher
 from kdcache.student.data import Rows, batches, labelled, split_heldout
-from kdcache.student.measure import measure
-from kdcache.student.model import load_student
+from kdcache.student.measure import StudentFigures, labelled_logits
+from kdcache.student.model import load_student, require_students
 
-_TILE = 1 << 22
+Progress = Callable[[int, int], None]
+"""Called with (rows done, rows to do)."""
 
 
 def evaluate(
@@ -34,14 +41,14 @@ def evaluate(
     device: str = "auto",
     local_copy: str | None = None,
     local_limit: str = "20GB",
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a student on rows of a cache.
 
     Args:
         student: checkpoint folder or hub name.
         cache: folder or URL of the cache.
-        teacher: the cache's teacher, run live for `dense_kl` and `acceptance`.
+        teacher: the cache's teacher, run live for the dense figures.
         heldout: measure only the rows that training holds out at this share.
         rows: measure only so many rows, evenly spread.
         batch_rows: rows a forward pass.
@@ -49,50 +56,151 @@ def evaluate(
         local_copy, local_limit: as for `open_cache`.
         on_progress: called with (rows done, rows to do).
 
+    Returns:
+        The figures of `kdcache.student.measure`, `calibration` with its `bins`, and with a teacher those of
+        `kdcache.report.live` and `teacher_calibration`.
+
     Raises:
         KdcacheError: see the exception tree.
     """
-    opened, where = open_cache(cache, local_copy=local_copy, local_limit=local_limit), find_device(device)
+    found = compare(
+        [student], cache, teacher, heldout, rows, batch_rows, device, local_copy, local_limit, on_progress
+    )  # fmt: skip
+    figures: dict[str, Any] = found["students"][student]
+    return {name: value for name, value in figures.items() if not name.startswith("nll_difference")}
+
+
+def compare(
+    students: Sequence[str],
+    cache: str,
+    teacher: str | None = None,
+    heldout: float | None = None,
+    rows: int | None = None,
+    batch_rows: int = 8,
+    device: str = "auto",
+    local_copy: str | None = None,
+    local_limit: str = "20GB",
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure several students on the same rows of a cache; all of them are in memory at once.
+
+    Args:
+        students: checkpoint folders or hub names, each once.
+        cache, teacher, heldout, rows, batch_rows, device, local_copy, local_limit, on_progress: as for `evaluate`.
+
+    Returns:
+        `students`: by name, what `evaluate` returns, and `nll_difference` to the first with
+        `nll_difference_standard_error`; both None for the first itself.
+
+    Raises:
+        KdcacheError: see the exception tree.
+    """
+    require_students(students)
     if rows is not None and rows < 1:
         raise ConfigError(f"--rows is {rows}, but must be at least 1")
     if batch_rows < 1:
         raise ConfigError(f"--batch-rows is {batch_rows}, but must be at least 1")
     if heldout is not None and not 0 < heldout < 1:
         raise ConfigError(f"--heldout is {heldout}, but must lie between 0 and 1")
-    chosen: Rows = range(len(opened)) if heldout is None else split_heldout(len(opened), heldout)[1]
+    opened, where = open_cache(cache, local_copy=local_copy, local_limit=local_limit), find_device(device)
+    chosen = _choose(len(opened), heldout, rows)
     if not len(chosen):
         raise ConfigError(f"the cache {cache} has no rows to measure on")
+    live = None if teacher is None else _Live(load_teacher(teacher, opened, where))
+    measured = [_Measured(name, opened, where, teacher is not None) for name in students]
+    _walk(measured, live, opened, chosen, where, batch_rows, on_progress)
+    return {
+        "students": {
+            one.name: {**one.figures(), **({} if live is None else live.means()), **one.less(measured[0])}
+            for one in measured
+        }
+    }
+
+
+def _choose(count: int, heldout: float | None, rows: int | None) -> Rows:
+    chosen: Rows = range(count) if heldout is None else split_heldout(count, heldout)[1]
     if rows is not None and rows < len(chosen):
         chosen = [chosen[i * len(chosen) // rows] for i in range(rows)]
-    model = load_student(student, opened, where, seed=0)
-    figures = measure(model, opened, chosen, where, batch_rows, on_progress)
-    if teacher is not None:
-        folder = model_folder(teacher, "teacher")
-        if fingerprint(folder) != opened.manifest.teacher_sha256:
-            raise ModelError(
-                f"the teacher {teacher} is not the one that made {cache}: its weights or configuration differ"
-            )
-        dtype = "float32" if where.type == "cpu" else "auto"
-        figures.update(
-            _against(load_model(folder, "teacher", dtype, where).eval(), model, opened, chosen, where, batch_rows)
-        )
-    return figures
+    return chosen
+
+
+class _Live:
+    """A teacher, and what is known of it so far."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.known = model, TeacherFigures()
+
+    def means(self) -> dict[str, Any]:
+        calibration = self.known.calibration
+        return {"teacher_ece": calibration.error, "teacher_calibration": {"bins": calibration.bins()}}
+
+
+class _Measured:
+    """A student, and what is known of it so far."""
+
+    def __init__(self, name: str, cache: Cache, device: torch.device, beside_teacher: bool) -> None:
+        self.name, self.model = name, load_student(name, cache, device, seed=0).eval()
+        self.known = StudentFigures.of(cache)
+        self.dense = DenseFigures() if beside_teacher else None
+        self.nll_by_row: list[float] = []
+        self.positions_by_row: list[int] = []
+
+    def add(self, batch: dict[str, Any], teacher_logits: torch.Tensor | None, logits: torch.Tensor) -> None:
+        nll = self.known.add(logits, batch)["nll"]
+        if self.dense is not None and teacher_logits is not None:
+            self.dense.add(teacher_logits, logits)
+        mask = labelled(batch)
+        sums = torch.zeros(len(mask), dtype=torch.float64).index_add_(0, mask.nonzero()[:, 0], nll)
+        self.nll_by_row += sums.tolist()
+        self.positions_by_row += mask.sum(-1).tolist()
+
+    def figures(self) -> dict[str, Any]:
+        dense = {} if self.dense is None else self.dense.means()
+        return {**self.known.means(), "calibration": {"bins": self.known.calibration.bins()}, **dense}
+
+    def less(self, first: _Measured) -> dict[str, float | None]:
+        mean = error = None
+        if self is not first:
+            mean, error = paired_difference(self.nll_by_row, first.nll_by_row, self.positions_by_row)
+        return {"nll_difference": mean, "nll_difference_standard_error": error}
 
 
 @torch.inference_mode()
-def _against(
-    teacher: Any, student: Any, cache: Cache, rows: Rows, device: torch.device, batch_rows: int
-) -> dict[str, float]:
-    vocab = cache.manifest.vocab_size
-    kl, acceptance, positions = 0.0, 0.0, 0
+def _walk(
+    measured: Sequence[_Measured],
+    live: _Live | None,
+    cache: Cache,
+    rows: Rows,
+    device: torch.device,
+    batch_rows: int,
+    on_progress: Progress | None,
+) -> None:
+    vocab, done = cache.manifest.vocab_size, 0
     for batch in batches(cache, rows, batch_rows):
-        mask = labelled(batch).to(device)
-        tokens, places = batch["input_ids"].to(device), batch["position_ids"].to(device)
-        both = [packed_forward(m, tokens, places).logits[mask][:, :vocab] for m in (teacher, student)]
-        step = max(1, _TILE // vocab)
-        for i in range(0, len(both[0]), step):
-            p, q = (logits[i : i + step].float().log_softmax(-1) for logits in both)  # [n, V]
-            kl += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
-            acceptance += torch.minimum(p, q).exp().sum(dtype=torch.float64).item()
-        positions += len(both[0])
-    return {"dense_kl": kl / max(1, positions), "acceptance": acceptance / max(1, positions)}
+        teacher_logits = None
+        if live is not None:
+            teacher_logits = labelled_logits(live.model, batch, device, vocab)
+            live.known.add(teacher_logits, batch["labels"][labelled(batch)].to(device))
+        for one in measured:
+            one.add(batch, teacher_logits, labelled_logits(one.model, batch, device, vocab).float())
+        done += len(batch["labels"])
+        if on_progress:
+            on_progress(done, len(rows))
+
+
+def paired_difference(
+    sums: Sequence[float], others: Sequence[float], positions: Sequence[int]
+) -> tuple[float, float | None]:
+    """The mean difference of two sums by row, a position, and its standard error (None for less than two rows).
+
+    Args:
+        sums, others: `[R]` summed over the positions of each row.
+        positions: `[R]` how many those are.
+    """
+    differences = [one - two for one, two in zip(sums, others, strict=True)]
+    total = sum(positions)
+    mean = math.fsum(differences) / max(1, total)
+    if len(positions) < 2:
+        return mean, None
+    spread = math.fsum((d - n * mean) ** 2 for d, n in zip(differences, positions, strict=True))
+    return mean, math.sqrt(len(positions) / (len(positions) - 1) * spread) / max(1, total)

@@ -88,7 +88,7 @@ def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]
         logprob = float(value.targets.label_logprob[slot - 1]) if told else None
         segment = int(value.segments[slot])
         tokens.append({
-            "position": slot, "id": ids[slot], "text": _text(tokenizer, ids[starts[segment] : slot], ids[slot]),
+            "position": slot, "id": ids[slot], "text": added_text(tokenizer, ids[starts[segment] : slot], ids[slot]),
             "piece": segment, "document": int(value.documents[segment]), "logprob": logprob,
         })  # fmt: skip
     return {"cache": path, "shard": shard, "row": row, "pieces": len(value.documents), "tokens": tokens}
@@ -115,6 +115,10 @@ def inspect_position(
     segment = int(value.segments[position])
     inside = value.tokens[: position + 1][value.segments[: position + 1] == segment].tolist()
     label_id = int(value.labels[position])
+
+    def named(token: int) -> dict[str, Any]:
+        return {"id": token, "text": added_text(tokenizer, inside, token)}
+
     found: dict[str, Any] = {
         "cache": path,
         "shard": shard,
@@ -122,7 +126,7 @@ def inspect_position(
         "position": position,
         "document": int(value.documents[segment]),
         "context": tokenizer.decode(inside[-_CONTEXT_TOKENS:]),
-        "token": {"id": inside[-1], "text": _text(tokenizer, inside[:-1], inside[-1])},
+        "token": {"id": inside[-1], "text": added_text(tokenizer, inside[:-1], inside[-1])},
         "label": None,
         "temperature": temperature,
         "entropy": None,
@@ -133,7 +137,7 @@ def inspect_position(
     }
     if label_id == IGNORE:
         return {**found, "no_target": "the next token is not in this piece, or is masked"}
-    label = {"id": label_id, "text": _text(tokenizer, inside, label_id), "logprob": None}
+    label = {**named(label_id), "logprob": None}
     if not value.targets.count[position]:
         above = cache.manifest.choice.above or 0.0
         why = f"the teacher's entropy here is not above {above:g} nats (--positions {cache.manifest.positions})"
@@ -149,7 +153,7 @@ def inspect_position(
         kept=count,
         entries=[
             {
-                "id": int(targets.ids[0, i]), "text": _text(tokenizer, inside, int(targets.ids[0, i])),
+                **named(int(targets.ids[0, i])),
                 "logprob": _known(targets.logprobs[0, i]), "probability": _known(logprobs[0, i].exp()),
                 "weight": float(targets.weights[0, i]),
             }
@@ -173,7 +177,7 @@ def _known(value: torch.Tensor) -> float | None:
     return None if torch.isnan(value) else float(value)
 
 
-def _text(tokenizer: Any, before: list[int], token: int) -> str:
+def added_text(tokenizer: Any, before: list[int], token: int) -> str:
     """What a token adds to the text before it, its leading space included."""
     window = before[-_WINDOW:]
     start, both = tokenizer.decode(window), tokenizer.decode([*window, token])

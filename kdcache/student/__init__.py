@@ -8,7 +8,9 @@ split.py        which rows are trained on and which are measured on
 mixture.py      one sequence of rows out of several caches
 data.py         rows of caches as batches, the order of a run, the rows held out
 model.py        a student from a checkpoint, a hub name or a config.json
-measure.py      figures over rows: nll, kl, agreement
+measure.py      figures over rows: nll, kl, agreement, and those of the next two
+calibration.py  expected calibration error
+acceptance.py   what stored targets say of speculative decoding
 checkpoints.py  checkpoints that exist whole or not at all
 readers.py      processes that read batches ahead
 waiting.py      the share of the time that the step waited for rows
@@ -23,6 +25,8 @@ trainer.py      transformers.Trainer with our loss and our order of rows
 surroundings.py what a run needs of the machine and its packages
 saving.py       a trained student on disk
 train.py        one run, from a cache to a checkpoint
+run_record.py   its model card, and the versions of what it ran with
+curves.py       its curves
 
 The names below are the pieces for a loop of one's own (docs/own-loop.md); they are imported when they are first used.
 """

@@ -7,13 +7,14 @@ between packed pieces.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdcache.cache import Cache
-from kdcache.errors import ModelError
+from kdcache.errors import ConfigError, ModelError
 from kdcache.isolation import probe
 from kdcache.pretrained import context_length, load_model, load_tokenizer, model_folder, one_line
 
@@ -45,6 +46,20 @@ def load_student(name: str, cache: Cache, device: torch.device, seed: int) -> An
     model.to(device)
     probe(model, manifest.vocab_size, manifest.seq_len, device, isolate=manifest.isolate)
     return model
+
+
+def require_students(names: Sequence[str]) -> None:
+    """Refuse a list of students of which one is not there or is named twice, before any of them is loaded.
+
+    Raises:
+        ConfigError: named twice.
+        ModelError: not there.
+    """
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ConfigError(f"the student {name} is named twice")
+        if Path(name).suffix != ".json":
+            model_folder(name, "student")
 
 
 def _fresh(path: Path, seed: int) -> Any:

@@ -10,13 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import kdcache
 from kdcache.errors import ConfigError
 from kdcache.store.durable import storage_errors, taken
 from kdcache.student import ranks
 from kdcache.student.config import TrainConfig
+from kdcache.student.run_record import versions
 from kdcache.student.sources import Source
 from kdcache.student.split import Split
 
@@ -26,7 +24,7 @@ _READING = ("cache", "pool", "readers", "local_copy", "local_limit", "record_row
 _STEP = ("batch_rows", "accumulate", "ranks")
 _FREE_TO_CHANGE = (
     *_READING, *_STEP, "rows_per_step", "out", "resume", "device", "save_every", "keep", "eval_every", "log_to",
-    "gradient_checkpointing", "kdcache", "torch",
+    "gradient_checkpointing", *versions(),
 )  # fmt: skip
 
 Fields = dict[str, Any]
@@ -46,8 +44,7 @@ def describe(config: TrainConfig, sources: Sequence[Source]) -> Fields:
         "rows_per_step": rows_per_step(config),
         "ranks": ranks.world(),
         "caches": [source.record() for source in sources],
-        "kdcache": kdcache.__version__,
-        "torch": torch.__version__,
+        **versions(),
     }
     plain: Fields = json.loads(json.dumps(fields))
     return plain

@@ -11,6 +11,7 @@ What a run leaves in its folder:
     checkpoint-N/        whole checkpoints to resume from
     adapter/             what --lora trained, by itself; the model has it merged
     model.safetensors, config.json, tokenizer files   the student, a plain Hugging Face model
+    README.md, curves.png   a model card, and the curves of the run where matplotlib is installed
     summary.json         what `--json` prints, written last
 """
 
@@ -30,7 +31,7 @@ from transformers import TrainerCallback
 from kdcache.errors import ModelError
 from kdcache.pretrained import find_device
 from kdcache.store.durable import storage_errors
-from kdcache.student import checkpoints, lines, ranks, readers, record, sources
+from kdcache.student import checkpoints, lines, ranks, readers, record, run_record, sources
 from kdcache.student.adapters import with_adapters
 from kdcache.student.config import TrainConfig
 from kdcache.student.measure import measure_each
@@ -163,9 +164,14 @@ def _train(
         "training_seconds": training_seconds,
         "data_wait_share": waited,
         "positions_per_second": positions / seconds,
+        "curves": None,
     }
     save_student(trainer.accelerator.unwrap_model(trainer.model), opened[0].cache, out)
     if leader:
+        manifests = {teacher.name: teacher.cache.manifest for source in opened for teacher in source.teachers}
+        summary["curves"] = run_record.write_record(
+            out, out / METRICS, config, manifests, record.rows_per_step(config), summary
+        )
         record.write(out / SUMMARY, summary)
     if torch.distributed.is_initialized():  # a rank that exits with its group open aborts now and then
         trainer.accelerator.wait_for_everyone()

@@ -202,6 +202,9 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
     summary = train(dataclasses.replace(config, resume=True))
     assert summary["heldout"] == run[1]["heldout"]
     assert same(tmp_path / "s", run[0])
+    card, other = (folder / "README.md" for folder in (tmp_path / "s", run[0]))
+    assert card.read_text().replace(str(tmp_path / "s"), "OUT") == other.read_text().replace(str(run[0]), "OUT")
+    assert (tmp_path / "s/curves.png").read_bytes() == (run[0] / "curves.png").read_bytes()
     assert figures(tmp_path / "s") == figures(run[0])
     assert train(dataclasses.replace(config, resume=True))["heldout"] == run[1]["heldout"]  # nothing left to do
 

@@ -1,0 +1,145 @@
+"""Prompt: what a teacher and some students hold to come next after a text, side by side.
+
+A live teacher is asked if one is given. Without one the cache may know: if a piece of some row begins with the very
+tokens of the prompt and goes on, its target there is the teacher's answer to this prompt and to no other context.
+
+Probabilities are over the cache's vocabulary, at T = 1 unless a sampled cache was drawn at another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcache.cache import Cache, open_cache
+from kdcache.corpus.tokenise import tokenise_prompt
+from kdcache.errors import ConfigError
+from kdcache.isolation import packed_forward
+from kdcache.pretrained import find_device, load_tokenizer
+from kdcache.report.inspect import added_text
+from kdcache.report.live import load_teacher
+from kdcache.rows import IGNORE
+from kdcache.student.model import load_student, require_students
+from kdcache.targets import SAMPLED_KINDS, SparseTargets
+
+_Entries = list[tuple[int, float]]
+
+
+def next_tokens(
+    students: Sequence[str],
+    cache: str,
+    text: str,
+    teacher: str | None = None,
+    top: int = 10,
+    device: str = "auto",
+    local_copy: str | None = None,
+    local_limit: str = "20GB",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """The most likely next tokens after a prompt.
+
+    Args:
+        students: checkpoint folders or hub names, each once.
+        cache: folder or URL of the cache; its tokenizer reads the prompt.
+        text: the prompt, tokenised as the start of a plain document.
+        teacher: the cache's teacher, run live; without it the cache is searched for the prompt.
+        top: tokens to show of each.
+        device: where to run.
+        local_copy, local_limit: as for `open_cache`.
+        on_progress: called with (rows searched, rows of the cache).
+
+    Returns:
+        `prompt`, `tokens[{id, text}]`, `teacher{source, row, position, sampled, temperature, entries}` and
+        `students{NAME: {entries}}` with `entries[{id, text, probability}]`, the most likely first. `source` is
+        `live`, `cache`, or None when neither knows, and `entries` is then empty. Where `sampled` is true the
+        teacher's probabilities are the stored weights, unbiased estimates at `temperature`.
+
+    Raises:
+        ConfigError: a prompt that is empty or longer than a row, a student named twice, `top` below 1.
+        KdcacheError: see the exception tree.
+    """
+    if top < 1:
+        raise ConfigError(f"--top is {top}, but must be at least 1")
+    require_students(students)
+    if top < 1:
+        raise ConfigError(f"--top is {top}, but must be at least 1")
+    twice = [name for i, name in enumerate(students) if name in students[:i]]
+    if twice:
+        raise ConfigError(f"the student {twice[0]} is named twice")
+    if not text:
+        raise ConfigError("--prompt is empty, but must hold at least one token")
+    opened, where = open_cache(cache, local_copy=local_copy, local_limit=local_limit), find_device(device)
+    tokenizer = load_tokenizer(opened.tokenizer_path)
+    tokens = tokenise_prompt(tokenizer, text)
+    if not tokens:
+        raise ConfigError(f"--prompt {text!r} holds no token of the cache's tokenizer")
+    if len(tokens) > opened.manifest.seq_len:
+        raise ConfigError(f"--prompt has {len(tokens)} tokens, but a row of the cache has {opened.manifest.seq_len}")
+
+    def shown(found: _Entries) -> list[dict[str, Any]]:
+        return [{"id": i, "text": added_text(tokenizer, tokens, i), "probability": p} for i, p in found]
+
+    told: dict[str, Any] = {"source": None, "row": None, "position": None, "sampled": False, "temperature": 1.0}
+    told["entries"] = []
+    if teacher is not None:
+        told.update(
+            source="live", entries=shown(_ask(load_teacher(teacher, opened, where), opened, tokens, top, where))
+        )
+    elif (place := find_prompt(opened, tokens, on_progress)) is not None:
+        row, position, target = place
+        told.update(
+            source="cache", row=row, position=position, sampled=target.kind in SAMPLED_KINDS,
+            temperature=target.sample_temperature, entries=shown(_largest(target, top)),
+        )  # fmt: skip
+    answers = {
+        name: {"entries": shown(_ask(load_student(name, opened, where, seed=0).eval(), opened, tokens, top, where))}
+        for name in students
+    }
+    return {
+        "cache": cache,
+        "prompt": text,
+        "tokens": [{"id": t, "text": added_text(tokenizer, tokens[:i], t)} for i, t in enumerate(tokens)],
+        "teacher": told,
+        "students": answers,
+    }
+
+
+def find_prompt(
+    cache: Cache, tokens: Sequence[int], on_progress: Callable[[int, int], None] | None = None
+) -> tuple[int, int, SparseTargets] | None:
+    """The first place where a context is exactly these tokens and the teacher's answer is stored.
+
+    Returns:
+        Row, slot and target `[]`, or None if no row has it.
+    """
+    wanted, seq_len = np.asarray(tokens), cache.manifest.seq_len
+    for number, (row, targets) in enumerate(cache.read_rows(range(len(cache)))):
+        if on_progress:
+            on_progress(number, len(cache))
+        start = 0
+        for length in row.piece_lengths.tolist() if cache.manifest.isolate else [len(row.tokens)]:
+            slot = start + len(wanted) - 1
+            if len(wanted) < length and (row.tokens[start : slot + 1] == wanted).all():
+                labels = row.labels(seq_len)
+                target = targets[int((labels[:slot] != IGNORE).sum())] if labels[slot] != IGNORE else None
+                if target is not None and int(target.count):
+                    return number, slot, target
+            start += length
+    return None
+
+
+@torch.inference_mode()
+def _ask(model: Any, cache: Cache, tokens: Sequence[int], top: int, device: torch.device) -> _Entries:
+    ids = torch.tensor([tokens], device=device)
+    logits = packed_forward(model, ids, torch.arange(len(tokens), device=device)[None]).logits[0, -1]
+    likely = logits[: cache.manifest.vocab_size].float().softmax(-1).topk(min(top, cache.manifest.vocab_size))
+    return list(zip(likely.indices.tolist(), likely.values.tolist(), strict=True))
+
+
+def _largest(target: SparseTargets, top: int) -> _Entries:
+    count = int(target.count)
+    order = target.weights[:count].argsort(descending=True, stable=True)[:top]
+    return list(zip(target.ids[order].tolist(), target.weights[order].tolist(), strict=True))
