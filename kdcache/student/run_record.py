@@ -107,7 +107,7 @@ def make_card(
             ("steps", f"{summary['steps']:,}, of {rows_per_step} rows each"),
             ("rows", f"{rows['train']:,} trained on, {rows['heldout']:,} held out"),
             ("optimiser", f"AdamW, weight decay {config.weight_decay:g}"),
-            ("trained", "all weights" if config.lora is None else f"adapters of rank {config.lora}, merged"),
+            ("trained", f"adapters of rank {config.lora}, merged" if config.lora else "all weights"),
             ("learning rate", f"{config.lr:g}, {config.schedule}, warmup {config.warmup:g}"),
             ("dtype, seed", f"{config.dtype}, {config.seed}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
