@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: tests start processes beside themselves
+if "PYTEST_XDIST_WORKER" in os.environ:  # another worker has the other core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.making import STUDENT, TEXTS, dump_options, make_model, make_tokenizer
 from tests.objects import ENVIRONMENT, Bucket, Endpoint
