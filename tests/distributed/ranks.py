@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from kdcache import Selection, SparseTargets, select
 from kdcache.isolation import packed_forward
 from kdcache.losses import Figures, Objective, distil
 from kdcache.student.head import fuse_head
+from tests.distributed.leaving import leave
 
 VOCAB, ROWS, LENGTH = 90, 4, 16
 OBJECTIVE = Objective(loss="forward-kl", temperature=2.0, soft_weight=0.7)
@@ -94,11 +94,9 @@ def main(way: str, out: Path) -> None:
         dist.all_reduce(value)
     if rank == 0:
         torch.save({"loss": loss / world, "sums": sums, "gradients": gradients}, out)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(sys.argv[1], Path(sys.argv[2]))
-    os._exit(0)  # without the interpreter's teardown, in which a rank now and then aborts or hangs

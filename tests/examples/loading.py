@@ -6,7 +6,6 @@ python -m torch.distributed.run ... loading.py CACHE STUDENT OUT STEPS
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,11 @@ def example(name: str) -> Any:
 
 
 if __name__ == "__main__":
-    import torch.distributed as dist
     from torch.distributed.tensor import DTensor, Shard
+
+    from tests.distributed.leaving import leave
 
     model = example("plain_pytorch").main(*sys.argv[1:4], steps=int(sys.argv[4]))
     assert all(isinstance(p, DTensor) and p.placements == (Shard(0),) for p in model.parameters())
     assert sum(p.to_local().numel() for p in model.parameters()) < sum(p.numel() for p in model.parameters())
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # without the interpreter's teardown, in which a rank now and then aborts or hangs
+    leave()
