@@ -31,30 +31,13 @@ Progress = Callable[[int, int], None]
 """Called with (rows done, rows to do)."""
 
 
-def evaluate(
-    student: str,
-    cache: str,
-    teacher: str | None = None,
-    heldout: float | None = None,
-    rows: int | None = None,
-    batch_rows: int = 8,
-    device: str = "auto",
-    local_copy: str | None = None,
-    local_limit: str = "20GB",
-    on_progress: Progress | None = None,
-) -> dict[str, Any]:
+def evaluate(student: str, cache: str, **options: Any) -> dict[str, Any]:
     """Measure a student on rows of a cache.
 
     Args:
         student: checkpoint folder or hub name.
         cache: folder or URL of the cache.
-        teacher: the cache's teacher, run live for the dense figures.
-        heldout: measure only the rows that training holds out at this share.
-        rows: measure only so many rows, evenly spread.
-        batch_rows: rows a forward pass.
-        device: where to run.
-        local_copy, local_limit: as for `open_cache`.
-        on_progress: called with (rows done, rows to do).
+        options: the others of `compare`.
 
     Returns:
         The figures of `kdcache.student.measure`, `calibration` with its `bins`, and with a teacher those of
@@ -63,10 +46,7 @@ def evaluate(
     Raises:
         KdcacheError: see the exception tree.
     """
-    found = compare(
-        [student], cache, teacher, heldout, rows, batch_rows, device, local_copy, local_limit, on_progress
-    )  # fmt: skip
-    figures: dict[str, Any] = found["students"][student]
+    figures: dict[str, Any] = compare([student], cache, **options)["students"][student]
     return {name: value for name, value in figures.items() if not name.startswith("nll_difference")}
 
 
@@ -86,7 +66,14 @@ def compare(
 
     Args:
         students: checkpoint folders or hub names, each once.
-        cache, teacher, heldout, rows, batch_rows, device, local_copy, local_limit, on_progress: as for `evaluate`.
+        cache: folder or URL of the cache.
+        teacher: the cache's teacher, run live for the dense figures.
+        heldout: measure only the rows that training holds out at this share.
+        rows: measure only so many rows, evenly spread.
+        batch_rows: rows a forward pass.
+        device: where to run.
+        local_copy, local_limit: as for `open_cache`.
+        on_progress: called with (rows done, rows to do).
 
     Returns:
         `students`: by name, what `evaluate` returns, and `nll_difference` to the first with
