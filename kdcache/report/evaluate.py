@@ -31,12 +31,13 @@ Progress = Callable[[int, int], None]
 """Called with (rows done, rows to do)."""
 
 
-def evaluate(student: str, cache: str, **options: Any) -> dict[str, Any]:
+def evaluate(student: str, cache: str, teacher: str | None = None, **options: Any) -> dict[str, Any]:
     """Measure a student on rows of a cache.
 
     Args:
         student: checkpoint folder or hub name.
         cache: folder or URL of the cache.
+        teacher: the cache's teacher, run live for the dense figures.
         options: the others of `compare`.
 
     Returns:
@@ -46,7 +47,7 @@ def evaluate(student: str, cache: str, **options: Any) -> dict[str, Any]:
     Raises:
         KdcacheError: see the exception tree.
     """
-    figures: dict[str, Any] = compare([student], cache, **options)["students"][student]
+    figures: dict[str, Any] = compare([student], cache, teacher, **options)["students"][student]
     return {name: value for name, value in figures.items() if not name.startswith("nll_difference")}
 
 
