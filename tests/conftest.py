@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: tests start processes beside themselves
-if "PYTEST_XDIST_WORKER" in os.environ:  # another worker has the other core
+if "PYTEST_XDIST_WORKER" in os.environ:  # others have the other cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.making import STUDENT, TEXTS, dump_options, make_model, make_tokenizer

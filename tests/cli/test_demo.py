@@ -20,7 +20,7 @@ def test_the_manuals_are_there_and_are_the_same_each_time() -> None:
 
 @pytest.mark.slow
 def test_the_demo_tells_the_whole_story(tmp_path: Path) -> None:
-    done = kdcache("demo", "--out", tmp_path / "d", "--budget", "0.2", "--json")
+    done = kdcache("demo", "--out", tmp_path / "d", "--budget", "0.1", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert {"teacher_nll", "distilled_nll", "label_only_nll", "kl", "bytes_per_position"} <= set(summary)

@@ -18,7 +18,7 @@ import pytest
 from kdcache import open_cache
 from kdcache.student import checkpoints
 
-STEPS, SAVE = 60, 3
+STEPS, SAVE = 42, 3
 
 
 def start(ranks: int, out: Path, arguments: list[str], **changes: object) -> subprocess.Popen[str]:
@@ -74,8 +74,8 @@ def test_one_rank_then_two_then_one(cache: Path, student_config: Path, tmp_path:
     whole = finish(start(1, tmp_path / "whole", arguments))
     out = tmp_path / "s"
     kill_past(start(1, out, arguments), out, 6)
-    kill_past(start(2, out, [*arguments, "--resume"]), out, 24)
-    kill_past(start(1, out, [*arguments, "--resume"]), out, 36)
+    kill_past(start(2, out, [*arguments, "--resume"]), out, 15)
+    kill_past(start(1, out, [*arguments, "--resume"]), out, 24)
     refused = start(2, out, [*arguments, "--resume"], accumulate=1)
     words = refused.communicate(timeout=300)[1]
     assert refused.returncode != 0

@@ -25,7 +25,7 @@ def command(teacher: Path, corpus: Path, out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("long") / "c.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{n}: {text}"}) + "\n" for n in range(10) for text in TEXTS))
+    path.write_text("".join(json.dumps({"text": f"{n}: {text}"}) + "\n" for n in range(6) for text in TEXTS))
     return path
 
 

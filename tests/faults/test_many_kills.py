@@ -1,6 +1,6 @@
 """Two workers killed by -9 at a random moment, then gone on with: always the cache of a run that was left alone.
 
-`KDCACHE_KILLS` says how many times (5 unless told; a release runs 100). Workers are forked from a process that has
+`KDCACHE_KILLS` says how many times (4 unless told; a release runs 100). Workers are forked from a process that has
 imported everything, so the moments fall into the work and not into imports.
 """
 
@@ -20,7 +20,7 @@ import pytest
 from kdcache import verify_cache
 from tests.making import TEXTS, run_dump
 
-KILLS = int(os.environ.get("KDCACHE_KILLS", "5"))
+KILLS = int(os.environ.get("KDCACHE_KILLS", "4"))
 
 
 @pytest.fixture(scope="module")
