@@ -12,7 +12,7 @@ demo: $(STAMP)
 	$(BIN)/kdcache demo --out kdcache-demo
 
 test: check
-	$(BIN)/python -m pytest -n 3 --dist worksteal  # for two cores: tests often wait for processes that they start
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff check .
