@@ -13,7 +13,6 @@
     streams.py    compression, and reading safely
     packing.py    the loops that make streams
     unpacking.py  the loops that make targets
-    compiled.py   loops as machine code
     arrays.py     the types that they speak of
 
 No codec trusts what it decodes: it raises CorruptCacheError, reads nothing out of bounds, and allocates no more than

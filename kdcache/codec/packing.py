@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codec.arrays import FAR, Bytes, Doubles, Floats, Ids, Ints, Keys, Values
-from kdcache.codec.compiled import compiled
+from kdcache.compiled import compiled
 
 OUTSIDE, NOTHING = 1, 2
 """Why keys cannot be made: an id outside the vocabulary; a position whose probabilities are all zero."""

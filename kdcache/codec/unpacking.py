@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codec.arrays import FAR, Bytes, Doubles, Floats, Ids, Ints, Values
-from kdcache.codec.compiled import compiled
+from kdcache.compiled import compiled
 
 PROBLEMS = {
     1: "an id lies outside the vocabulary",

@@ -2,8 +2,10 @@
 
     rule.py         Selection: the rule and its settings, checked when built
     tiles.py        select: a rule over tiles of logits
+    scan.py         a tile seen once: head, complement at each temperature, entropy
+    loops.py        its one visit to the logits, compiled for a CPU
+    passes.py       the same in operations of any device
     largest.py      the k largest, ties by id
-    scan.py         one pass over a tile: head, complement at each temperature, entropy
     truncated.py    topk, topp, full
     ipps.py         tau, heavies and lights
     adaptive.py     one tau for a whole cache

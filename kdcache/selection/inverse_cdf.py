@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from kdcache.selection.blocks import contents
-from kdcache.selection.scan import BLOCK, Scan
+from kdcache.selection.loops import BLOCK
+from kdcache.selection.scan import Scan
 
 _POINTS = 1 << 14
 """Points whose blocks are looked into at once."""

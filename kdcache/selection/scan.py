@@ -1,9 +1,8 @@
 """Scan: what one pass over a tile of logits tells: its head, and the mass of the complement at each temperature.
 
-Guarantee: the complement is summed directly, around its own largest logit, in blocks of 64 that are added
-up in float64: a tail of 1e-30 is as exact as one of a half. Everything else is float64 over the head alone.
-Cost: a pass for the blocks' maxima, then five passes over a few rows at a time, which stay in a core's own cache, and
-three more for each temperature that is not 1; no `[n, V]` tensor is kept.
+Guarantee: what is summed over the complement is summed in blocks of 64 that are added up in float64; everything else
+is float64 over the head alone.
+Cost: that of one visit to the logits (loops.py on a CPU, passes.py elsewhere).
 
 Shapes: n positions, V vocabulary, W head, B blocks, n_T temperatures.
 """
@@ -18,16 +17,7 @@ import torch
 from torch import Tensor
 
 from kdcache.rows import IGNORE
-from kdcache.selection.largest import largest
-
-BLOCK = 64
-"""Ids whose exponentials are summed in float32, before float64 takes over."""
-
-_CACHE_ELEMENTS = 1 << 17
-"""Logits of one inner step: two float32 buffers of this size stay in a core's own cache."""
-
-_NOTHING = -1e5
-"""A logit so low that its exponential is 0 at every temperature, and 0 times it is 0."""
+from kdcache.selection import loops, passes
 
 
 @dataclass(frozen=True)
@@ -120,26 +110,21 @@ def scan(
         sample_temperature: T of `blocks`, one of the temperatures.
     """
     vocab = x.shape[-1]
-    values, ids = largest(x, min(width + 1, vocab))
-    if labels is None:
-        labels = torch.full_like(ids[:, 0], IGNORE)
-    labels = labels.long()
+    labels = x.new_full((len(x),), IGNORE, dtype=torch.int64) if labels is None else labels.long()
     known = labels != IGNORE
-    label_values = x.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
-    head, head_ids = values[:, :width], ids[:, :width]
+    label_values = x.gather(-1, torch.where(known, labels, 0)[:, None])[:, 0]
     forced = known if force_label else torch.zeros_like(known)
+    weighed = [*(t for t in temperatures if t != 1), 1.0]
+    visit = loops.visit if x.device.type == "cpu" else passes.visit
+    values, ids, sums, surprise = visit(x, width, torch.where(forced, labels, vocab), weighed)
+    head, head_ids = values[:, :width], ids[:, :width]
     found = (head_ids == labels[:, None]) & forced[:, None]  # [n, W]
     column = torch.where(found.any(-1), found.long().argmax(-1), width)
     top = values[:, 0].double()
-    outside = torch.where(forced, labels, vocab)  # column V of the buffers stands for nobody
-    skip = torch.cat([head_ids, outside[:, None]], -1)
-    sums, surprise = _weigh(x, values[:, -1:], skip, temperatures) if width < vocab else _empty(x, temperatures)
-    centre = values[:, -1].double() - top
-    if width == vocab:
-        centre = torch.zeros_like(centre)
-    totals = {t: s.double().sum(-1) for t, s in sums.items()}
+    centre = values[:, width].double() - top if width < vocab else torch.zeros_like(top)
+    totals = sums.double().sum(-1)  # [n, n_T]
     # Weighed around the centre, it is sum e (-d); around the largest logit, x = d + centre.
-    moved = (surprise.double().sum(-1) - centre * totals[1.0]) * centre.exp()
+    moved = (surprise.double().sum(-1) - centre * totals[:, -1]) * centre.exp()
     return Scan(
         finite=torch.isfinite(values).all(-1) & torch.isfinite(moved) & torch.isfinite(label_values),
         head=head.double() - top[:, None],
@@ -149,39 +134,8 @@ def scan(
         column=column,
         apart=torch.where(forced & (column == width), label_values.double() - top, -torch.inf),
         centre=centre,
-        rest=torch.stack([total.log() + centre / t for t, total in totals.items()], -1),
+        rest=totals.log() + centre[:, None] / totals.new_tensor(weighed),
         surprise=moved,
-        blocks=sums[sample_temperature],
-        temperatures=tuple(totals),
+        blocks=sums[:, weighed.index(sample_temperature)],
+        temperatures=tuple(weighed),
     )
-
-
-def _weigh(
-    x: Tensor, centre: Tensor, skip: Tensor, temperatures: tuple[float, ...]
-) -> tuple[dict[float, Tensor], Tensor]:
-    """Block sums of e = exp((x - centre) / T) for each T, and of -e log e at T = 1, without the ids in `skip`."""
-    n, vocab = x.shape
-    blocks = vocab // BLOCK + 1  # at least one column beyond the vocabulary
-    rows = min(n, max(1, _CACHE_ELEMENTS // vocab)) if x.device.type == "cpu" else n
-    d, e = x.new_empty(2, rows, blocks * BLOCK)
-    d[:, vocab:] = _NOTHING
-    order = [t for t in temperatures if t != 1] + [1.0]  # T = 1 last: it uses d up
-    sums = {t: x.new_empty(n, blocks) for t in order}
-    surprise = x.new_empty(n, blocks)
-    for start in range(0, n, max(1, rows)):
-        s = slice(start, min(start + rows, n))
-        below, exps = d[: s.stop - start], e[: s.stop - start]
-        torch.sub(x[s], centre[s], out=below[:, :vocab])
-        below.scatter_(-1, skip[s], _NOTHING)
-        for t in order:
-            torch.exp(below if t == 1 else torch.div(below, t, out=exps), out=exps)
-            torch.sum(exps.view(-1, blocks, BLOCK), -1, out=sums[t][s])
-        exps.mul_(below)
-        torch.sum(exps.view(-1, blocks, BLOCK), -1, out=surprise[s])
-    return sums, surprise.neg_()
-
-
-def _empty(x: Tensor, temperatures: tuple[float, ...]) -> tuple[dict[float, Tensor], Tensor]:
-    """The same for a head that is the whole vocabulary."""
-    nothing = x.new_zeros(len(x), x.shape[-1] // BLOCK + 1)
-    return dict.fromkeys((*(t for t in temperatures if t != 1), 1.0), nothing), nothing

@@ -7,8 +7,7 @@ Cost: docs/selection.md has it, in units of torch.logsumexp over the same logits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -85,20 +84,7 @@ def select(
             raise LogitsError(f"the teacher's logits at position {position} are not finite", position)
         return _apply(x, seen, selection, named, seed, keys[s])
 
-    starts = range(0, max(1, len(logits)), rows)
-    return SparseTargets.cat(_run(tile, starts, logits.device)).to(device)
-
-
-def _run(tile: Callable[[int], SparseTargets], starts: range, device: torch.device) -> list[SparseTargets]:
-    """Tiles side by side, one to a thread: on a CPU most operations are too small to be split among threads."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or min(threads, len(starts)) == 1:
-        return [tile(start) for start in starts]
-    with ThreadPoolExecutor(min(threads, len(starts)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            return list(pool.map(tile, starts))
-        finally:
-            torch.set_num_threads(threads)  # what later threads start with
+    return SparseTargets.cat([tile(start) for start in range(0, max(1, len(logits)), rows)]).to(device)
 
 
 def _apply(

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kdcache.codec import compiled as compiled_module
+from kdcache import compiled as compiled_module
 from kdcache.codec import deflate, make_codec
 from kdcache.codec.compact import CompactCodec
 from kdcache.codec.levels import Levels

@@ -17,7 +17,7 @@ import kdcache.student
 
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
-    {"errors", "options", "rows"},
+    {"errors", "options", "rows", "compiled"},
     {"positions", "targets", "worker"},
     {"selection", "losses", "codec", "isolation"},
     {"store", "corpus"},

@@ -1,0 +1,155 @@
+"""A visit to the logits, in loops and in passes, against float64."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdcache import Selection, select
+from kdcache.selection import loops, passes
+from tests.sampling import KINDS, logits_of
+
+Visit = Callable[[Tensor, int, Tensor, list[float]], tuple[Tensor, Tensor, Tensor, Tensor]]
+VISITS = pytest.mark.parametrize("visit", [loops.visit, passes.visit], ids=["loops", "passes"])
+TEMPERATURES = [0.3, 4.0, 1.0]
+
+
+def rows(kind: str, vocab: int) -> Tensor:
+    return logits_of(kind, vocab, 8).float()
+
+
+def nobody(x: Tensor) -> Tensor:
+    return torch.full((len(x),), x.shape[-1])
+
+
+def in_blocks(x: Tensor) -> Tensor:
+    """`[n, B]` sums over blocks of 64 of `[n, V]`."""
+    blocks = x.shape[-1] // 64 + 1
+    return torch.nn.functional.pad(x, (0, blocks * 64 - x.shape[-1])).unflatten(-1, (blocks, 64)).sum(-1)
+
+
+def bound(x: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+    """How far a block's sum of exp(x) factor may be off; x is rounded three times: x - centre, 1 / T, their product."""
+    return in_blocks(x.exp() * factor * (5e-7 + 3 * 2**-24 * x.clamp(min=-700).abs())) + 64 * 2**-126
+
+
+@VISITS
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab", [1, 2, 63, 64, 65, 500, 4096, 32_003])
+def test_a_visit_against_float64(vocab: int, kind: str, visit: Visit) -> None:
+    x = rows(kind, vocab)
+    x[0, ::2], x[0, 1::2] = 0.0, -0.0  # alike
+    order = x.sort(dim=-1, descending=True, stable=True).indices
+    outside = nobody(x)
+    outside[3:] = torch.arange(5) % vocab  # a label, in the head or not
+    for width in {1, min(12, vocab), min(70, vocab), vocab - (vocab > 1), vocab}:
+        values, ids, sums, surprise = visit(x, width, outside, TEMPERATURES)
+        kept = min(width + 1, vocab)
+        assert torch.equal(ids, order[:, :kept])
+        assert torch.equal(values, x.gather(-1, ids))
+        skip = torch.cat([ids[:, :width], outside[:, None]], -1)
+        below = x.double() - values[:, -1:].double()
+        below = torch.cat([below, below[:, :1]], -1).scatter(-1, skip, -torch.inf)[:, :-1]
+        for column, t in enumerate(TEMPERATURES):
+            assert ((sums[:, column] - in_blocks((below / t).exp())).abs() <= bound(below / t)).all()
+        terms = torch.where(below > -700, -below * below.exp(), 0)
+        # Where e is a normal number; below that it may be 0.
+        assert ((surprise - in_blocks(terms)).abs() <= bound(below, -below.clamp(min=-700)) + 1e-34).all()
+
+
+@VISITS
+def test_sums_are_as_exact_as_float32(visit: Visit) -> None:
+    """Where differences are exact: what is left is the exponential and a sum of 64."""
+    x = torch.randint(-8 * 64, 1, (16, 6400), generator=torch.Generator().manual_seed(0)) / 64
+    values, _, sums, _ = visit(x, 1, nobody(x), [1.0])
+    exact = in_blocks((x.double() - values[:, 1:].double()).scatter(-1, x.argmax(-1, keepdim=True), -torch.inf).exp())
+    error = (sums[:, 0].double() - exact).abs() / exact.clamp(min=1e-30)
+    assert error.max() < 4e-7
+    total = (sums[:, 0].double().sum(-1) - exact.sum(-1)).abs() / exact.sum(-1)
+    assert total.max() < 3e-8  # errors of a hundred blocks, which do not lean to one side
+
+
+@VISITS
+@pytest.mark.parametrize("poison", [float("nan"), -float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("width", [1, 5, 130])
+def test_a_logit_that_is_not_finite_shows(width: int, poison: float, visit: Visit) -> None:
+    for at in (0, 77, 129):
+        x = rows("random", 130)
+        x[2, at] = poison
+        values, _, _, surprise = visit(x, width, nobody(x), TEMPERATURES)
+        sound = torch.isfinite(values).all(-1) & torch.isfinite(surprise).all(-1)
+        assert sound.tolist() == [row != 2 for row in range(8)]
+    x = torch.full((3, 130), poison)
+    values, _, _, surprise = visit(x, width, nobody(x), TEMPERATURES)
+    assert not (torch.isfinite(values).all(-1) & torch.isfinite(surprise).all(-1)).any()
+
+
+@VISITS
+def test_rows_need_not_touch(visit: Visit) -> None:
+    x = rows("random", 500)
+    expected = visit(x, 9, nobody(x), TEMPERATURES)
+    padded = torch.full((8, 777), torch.nan)
+    padded[:, 200:700] = x
+    turned = x.T.contiguous().T
+    for same in (padded[:, 200:700], turned, x.repeat_interleave(2, 0)[::2]):
+        for a, b in zip(expected, visit(same, 9, nobody(x), TEMPERATURES), strict=True):
+            assert torch.equal(a, b)
+    one = x[:1].expand(8, -1)
+    for a, b in zip(expected, visit(one, 9, nobody(x), TEMPERATURES), strict=True):
+        assert torch.equal(a[:1].expand_as(b), b)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8, 9])
+def test_threads_do_not_show(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rows("random", 500)
+    alone = loops.visit(x, 9, nobody(x), TEMPERATURES)
+    monkeypatch.setattr(loops, "_THREAD_ELEMENTS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for _ in range(20):
+        for a, b in zip(alone, loops.visit(x, 9, nobody(x), TEMPERATURES), strict=True):
+            assert torch.equal(a, b)
+
+
+def _ids(x: Tensor) -> list[int]:
+    ids: list[int] = loops.visit(x, 9, nobody(x), TEMPERATURES)[1].flatten().tolist()
+    return ids
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_a_fork_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "_THREAD_ELEMENTS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = rows("random", 500)
+    expected = _ids(x)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(_ids, (x,)).get(timeout=60) == expected
+
+
+RULES = [
+    Selection(k=9),
+    Selection(kind="topp", k=9, top_p=0.8, force_label=True),
+    Selection(kind="full"),
+    Selection(kind="sample", draws=20, force_label=True, sample_temperature=2.0),
+    Selection(kind="ipps", k=9, force_label=True),
+    Selection(kind="ipps", k=9, tau=0.05),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_passes_give_the_targets_of_loops(rule: Selection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs, run here."""
+    logits = torch.cat([rows(kind, 1000) for kind in KINDS])
+    labels = torch.randint(1000, (len(logits),), generator=torch.Generator().manual_seed(0))
+    ours = select(logits, rule, labels=labels, temperatures=(1.0, 2.0))
+    monkeypatch.setattr(loops, "visit", passes.visit)
+    theirs = select(logits, rule, labels=labels, temperatures=(1.0, 2.0))
+    same = (ours.ids == theirs.ids).all(-1)
+    assert same.float().mean() > 0.97  # a point on the border of two ids may fall on either
+    assert torch.equal(ours.count[same], theirs.count[same])
+    for name in ("logprobs", "weights", "log_partition", "log_tail", "entropy", "label_logprob"):
+        a, b = getattr(ours, name)[same], getattr(theirs, name)[same]
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=2e-6, equal_nan=True)
