@@ -24,10 +24,10 @@ def oracle(logits: torch.Tensor, ids: torch.Tensor, t: float) -> tuple[torch.Ten
     return logp, partition, tail
 
 
-@pytest.mark.parametrize("vocab", [17, 512, 32_000, 152_064])
+@pytest.mark.parametrize("vocab", [17, 512])
 @pytest.mark.parametrize("kind", ["random", "flat", "peaked", "tied", "half"])
 def test_topk_against_the_dense_oracle(kind: str, vocab: int) -> None:
-    logits = logits_of(kind, vocab, 64 if vocab < 32_000 else 8)
+    logits = logits_of(kind, vocab)
     labels = torch.randint(vocab, (len(logits),))
     found = select(logits, Selection(kind="topk", k=12), labels=labels, temperatures=TEMPERATURES)
     logp = logits.double().log_softmax(-1)
