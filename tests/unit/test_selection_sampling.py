@@ -14,7 +14,7 @@ from kdcache.selection.uniforms import SELECT, default_keys, uniforms
 from tests.sampling import KINDS, Moments, dense, draws_of, logits_of, tau_of
 
 SEEDS = 4000
-ROWS = {17: 64, 512: 64, 32_000: 12, 152_064: 3}
+ROWS = {17: 64, 512: 64, 32_000: 12, 262_144: 2}
 
 
 def lights(targets: SparseTargets) -> torch.Tensor:
@@ -163,6 +163,31 @@ def test_weights_are_unbiased_with_the_known_variance(rule: Selection) -> None:
         label = None if labels[row] == -100 else int(labels[row])
         moments.add(dense(targets, 64), p[row], *law(rule, p[row], label))
     moments.check(least=800)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rule", [Selection(kind="ipps", k=12), Selection(kind="sample", draws=50)], ids=lambda r: r.kind
+)
+def test_no_part_of_a_large_vocabulary_is_favoured(rule: Selection) -> None:
+    """The mass that falls on each 64th of 262,144 ids: what rounding along the vocabulary would bend."""
+    vocab, parts = 262_144, 64
+    logits = logits_of("random", vocab, 1)
+    p = logits[0].double().softmax(-1)
+    targets = next(draws_of(logits, rule, SEEDS))
+    part = torch.div(targets.ids.long() * parts, vocab, rounding_mode="floor")
+    shares = torch.zeros(SEEDS, parts, dtype=torch.float64).scatter_add_(-1, part, targets.weights.double())
+    exact = p.view(parts, -1).sum(-1)
+    if rule.kind == "sample":
+        assert rule.draws is not None
+        variance = exact * (1 - exact) / rule.draws
+    else:  # of points at equal distances, a piece of the line gets the number that fits, or one more
+        tau = tau_of(p[None], rule.k)
+        fits = torch.where(p < tau, p, 0).view(parts, -1).sum(-1) / tau
+        variance = tau**2 * fits.frac() * (1 - fits.frac())
+    z = (shares.mean(0) - exact) / (variance / SEEDS).sqrt()
+    assert z.abs().max() < 4.2  # of 64 it is beyond once in 600
+    torch.testing.assert_close(shares.var(0), variance, rtol=0.2, atol=0)
 
 
 def test_the_squared_error_is_the_least_and_below_that_of_sampling() -> None:
