@@ -1,9 +1,7 @@
-"""What tests make for themselves: texts, a tokenizer, random models, options, processes."""
+"""What tests make for themselves: texts, a tokenizer, random models, options."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +88,3 @@ def run_dump(options: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     dump(dump_options(**options))
-
-
-def kdcache(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the real command in a process of its own."""
-    command = [sys.executable, "-m", "kdcache_cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)

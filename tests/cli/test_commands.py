@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from kdcache.errors import ConfigError
 from kdcache.student.config import TrainConfig
 from kdcache.teacher.config import DumpConfig
-from tests.making import kdcache
+from tests.processes import fresh_kdcache as kdcache
 
 COMMANDS = ("dump-teacher", "train-student", "inspect-shard", "evaluate", "verify", "demo")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdcache.demo.manuals import manuals
-from tests.making import kdcache
+from tests.processes import kdcache
 
 
 def test_the_manuals_are_there_and_are_the_same_each_time() -> None:

@@ -10,7 +10,8 @@ from kdcache_cli.main import app
 from typer.testing import CliRunner
 
 from kdcache import open_cache
-from tests.making import kdcache, make_model
+from tests.making import make_model
+from tests.processes import kdcache
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:

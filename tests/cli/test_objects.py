@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from kdcache import verify_cache
-from tests.making import kdcache
 from tests.objects import Bucket
+from tests.processes import ReadyMade, kdcache, python
 
 pytestmark = pytest.mark.slow
 
@@ -25,16 +23,13 @@ def dumping(teacher: Path, corpus: Path, *more: object) -> list[str]:
     return [str(option) for option in options]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "kdcache_cli", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def test_a_cache_in_a_bucket_from_the_dump_to_the_student(
     teacher: Path, corpus: Path, student_config: Path, bucket: Bucket, tmp_path: Path
 ) -> None:
     url, folder = f"{bucket.url}/a/b/cache", tmp_path / "c"
-    workers = [start(dumping(teacher, corpus, "--out", url, "--worker", f"{i}/2")) for i in range(2)]
+    workers = [
+        ReadyMade("-m", "kdcache_cli", *dumping(teacher, corpus, "--out", url, "--worker", f"{i}/2")) for i in range(2)
+    ]
     told = [(*worker.communicate(timeout=300), worker.returncode) for worker in workers]
     assert [(err, code) for _, err, code in told] == [("", 0)] * 2
     summaries = [json.loads(out) for out, _, _ in told]
@@ -85,9 +80,7 @@ def test_a_dump_killed_between_data_and_commit_goes_on(
     teacher: Path, corpus: Path, bucket: Bucket, tmp_path: Path
 ) -> None:
     url = f"{bucket.url}/c"
-    died = subprocess.run(
-        [sys.executable, "-c", KILLED, *dumping(teacher, corpus, "--out", url)], capture_output=True, check=False
-    )
+    died = python("-c", KILLED, *dumping(teacher, corpus, "--out", url))
     assert died.returncode == -signal.SIGKILL, died.stderr
     orphans = [name for name in bucket.names("c/shards") if name.startswith("00002-")]
     assert len(orphans) == 1

@@ -1,4 +1,4 @@
-"""One rank of a distributed step, for test_step.py: python -m torch.distributed.run ... ranks.py WAY OUT."""
+"""One rank of a distributed step, for test_step.py."""
 
 from __future__ import annotations
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,34 +13,26 @@ import pytest
 
 from kdcache import open_cache
 from kdcache.student import checkpoints
+from tests.processes import Ranks
 
 STEPS, SAVE = 42, 3
 
 
-def start(ranks: int, out: Path, arguments: list[str], **changes: object) -> subprocess.Popen[str]:
+def start(ranks: int, out: Path, arguments: list[str], **changes: object) -> Ranks:
     """A run of 4 rows a step."""
     rows, accumulate = {1: (2, 2), 2: (1, 2), 4: (1, 1)}[ranks]
-    launch = [sys.executable, "-m"]
-    if ranks > 1:
-        launch += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     more = [f"--{name}={value}" for name, value in {"batch-rows": rows, "accumulate": accumulate, **changes}.items()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    return subprocess.Popen(
-        [*launch, "kdcache_cli", "train-student", *arguments, "--out", str(out), *more],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
+    return Ranks(ranks, "-m", "kdcache_cli", "train-student", *arguments, "--out", out, *more)
 
 
-def kill_past(process: subprocess.Popen[str], out: Path, step: int) -> None:
+def kill_past(process: Ranks, out: Path, step: int) -> None:
     """Kill all of a run by -9 once it has a checkpoint of a step."""
     deadline = time.monotonic() + 200
     while not any(int(p.name.rpartition("-")[2]) >= step for p in checkpoints.complete(out)):
         if process.poll() is not None or time.monotonic() > deadline:
             pytest.fail(process.communicate()[1])
         time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in (process.pid, *map(int, children)):  # torchrun's ranks have sessions of their own and would go on
-        os.kill(pid, signal.SIGKILL)
+    process.kill()
     process.communicate()
 
 
@@ -58,7 +46,7 @@ def steps_of(out: Path) -> dict[int, list[tuple[int, int]]]:
     return {step: sorted(rows) for step, rows in sorted(steps.items())}
 
 
-def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+def finish(process: Ranks) -> dict[str, Any]:
     out, words = process.communicate(timeout=300)
     assert process.returncode == 0, words
     found: dict[str, Any] = json.loads(out)

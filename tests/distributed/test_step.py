@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 
 from kdcache.student.head import fuse_head
 from tests.distributed import ranks
+from tests.processes import Ranks
 
 
 @pytest.mark.slow
@@ -20,13 +18,9 @@ def test_two_ranks_are_one_process(way: str, tmp_path: Path) -> None:
     model = ranks.make(way)
     loss, sums = ranks.step(model, fuse_head(model, "cpu"), slice(0, ranks.ROWS), 1)
     out = tmp_path / "gradients.pt"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [*launch, "-m", "tests.distributed.ranks", way, str(out)],
-        capture_output=True, text=True, check=False, env=environment, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    both = Ranks(2, "-m", "tests.distributed.ranks", way, out)
+    _, words = both.communicate()
+    assert both.returncode == 0, words
     found = torch.load(out, weights_only=True)
     assert found["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
     assert found["sums"].keys() == sums.keys()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
+from tests.processes import Ranks
 
 STEPS = 8
 
@@ -18,17 +17,14 @@ STEPS = 8
 def run(
     cache: Path, student: Path, out: Path, ranks: int, *more: str, module: str = "kdcache_cli"
 ) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl of the command, started as people start it."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-        "-m", module, "train-student", "--cache", str(cache), "--student", str(student), "--out", str(out),
+    """The lines of metrics.jsonl of the command."""
+    process = Ranks(
+        ranks, "-m", module, "train-student", "--cache", str(cache), "--student", str(student), "--out", str(out),
         "--steps", str(STEPS), "--batch-rows", str(4 // ranks), "--accumulate", "2", "--lr", "5e-3", "--heldout", "0.1",
         "--temperature", "2", "--soft-weight", "0.7", "--device", "cpu", "--dtype", "float32", "--quiet", *more,
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    )  # fmt: skip
+    _, words = process.communicate()
+    assert process.returncode == 0, words
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("data_wait_share", None)  # a time

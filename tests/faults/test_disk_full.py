@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.making import TEXTS, kdcache
+from tests.making import TEXTS
+from tests.processes import kdcache
 
 
 @pytest.fixture

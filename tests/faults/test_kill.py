@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from kdcache import verify_cache
-from tests.making import TEXTS, kdcache
+from tests.making import TEXTS
+from tests.processes import ReadyMade, kdcache
 
 
 def command(teacher: Path, corpus: Path, out: Path) -> list[str]:
@@ -33,12 +32,11 @@ def shards(out: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted((out / "shards").glob("*.arrow"))}
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    run = [sys.executable, "-m", "kdcache_cli", *arguments]
-    return subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(arguments: list[str]) -> ReadyMade:
+    return ReadyMade("-m", "kdcache_cli", *arguments)
 
 
-def wait_for_commits(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_commits(out: Path, count: int, process: ReadyMade) -> None:
     deadline = time.monotonic() + 120
     while len(list((out / "commits").glob("*.json"))) < count:
         assert process.poll() is None, process.communicate()

@@ -7,7 +7,6 @@ Runs are forked from a process that has imported everything, so the moments fall
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -20,6 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.processes import ReadyMade
+
 STEPS = 40
 KILLS = int(os.environ.get("KDCACHE_KILLS", "4"))
 
@@ -30,41 +31,21 @@ def steps_of(out: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def run(arguments: list[str]) -> None:
-    """The real command, so that SIGTERM is handled as it is."""
-    import sys
-
-    torch.set_num_threads(1)
-    sys.argv = ["kdcache", "train-student", *arguments]
-    from kdcache_cli.main import run as main
-
-    main()
-
-
-@pytest.fixture(scope="module")
-def forge() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["kdcache_cli.main", "kdcache.student.train", "transformers.models.llama.modeling_llama", __name__]
-    )
-    return context
-
-
 @pytest.mark.slow
-def test_killed_at_random_steps(forge: Any, cache: Path, student_config: Path, tmp_path: Path) -> None:
+def test_killed_at_random_steps(cache: Path, student_config: Path, tmp_path: Path) -> None:
     common = [
         "--cache", str(cache), "--student", str(student_config), f"--steps={STEPS}", "--batch-rows=2", "--lr=5e-3",
         "--heldout=0.1", "--save-every=3", "--device=cpu", "--quiet", "--record-rows",
     ]  # fmt: skip
 
-    def start(out: Path, *more: str) -> Any:
-        process = forge.Process(target=run, args=([*common, "--out", str(out), *more],))
-        process.start()
-        return process
+    def start(out: Path, *more: str) -> ReadyMade:
+        """The real command, so that SIGTERM is handled as it is."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return ReadyMade("-m", "kdcache_cli", "train-student", *common, "--out", out, *more, env=environment)
 
-    def finish(process: Any) -> None:
-        process.join(300)
-        assert process.exitcode == 0
+    def finish(process: ReadyMade) -> None:
+        _, words = process.communicate()
+        assert process.returncode == 0, words
 
     def summary(out: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((out / "summary.json").read_text())
@@ -84,8 +65,7 @@ def test_killed_at_random_steps(forge: Any, cache: Path, student_config: Path, t
             time.sleep(0.002)
         time.sleep(moments.uniform(0.0, 0.05))
         os.kill(process.pid, (signal.SIGTERM, signal.SIGKILL)[kill % 2])
-        process.join()
-        if process.exitcode:
+        if process.wait():
             steps.append(steps_of(out))
         finish(start(out, "--resume"))
         found = weights(out)

@@ -7,7 +7,6 @@ imported everything, so the moments fall into the work and not into imports.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,30 +18,20 @@ import pytest
 
 from kdcache import verify_cache
 from tests.making import TEXTS, run_dump
+from tests.processes import READY
 
 KILLS = int(os.environ.get("KDCACHE_KILLS", "4"))
 
 
-@pytest.fixture(scope="module")
-def forge() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["tests.making", "kdcache.teacher.dump", "transformers.models.llama.modeling_llama", "datasets"]
-    )
-    return context
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("store", ["arrow", "zarr"])
-def test_killed_workers_leave_what_the_next_run_completes(
-    forge: Any, teacher: Path, tmp_path: Path, store: str
-) -> None:
+def test_killed_workers_leave_what_the_next_run_completes(teacher: Path, tmp_path: Path, store: str) -> None:
     corpus = tmp_path / "c.jsonl"
     corpus.write_text("".join(json.dumps({"text": f"{n}: {text}"}) + "\n" for n in range(3) for text in TEXTS))
     common = {"teacher": teacher, "corpus": corpus, "store": store, "docs_per_shard": 8, "precision": "6"}
 
     def start(out: Path, worker: str) -> Any:
-        process = forge.Process(target=run_dump, args=({**common, "out": out, "worker": worker},))
+        process = READY.Process(target=run_dump, args=({**common, "out": out, "worker": worker},))
         process.start()
         return process
 

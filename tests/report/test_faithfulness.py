@@ -15,7 +15,8 @@ from kdcache.store.backends import new_shard
 from kdcache.store.create import create_cache, publish_shard
 from kdcache.store.local import LocalPlace
 from kdcache.teacher.dump import dump
-from tests.making import dump_options, kdcache, make_model, make_tokenizer
+from tests.making import dump_options, make_model, make_tokenizer
+from tests.processes import kdcache
 
 
 @pytest.mark.parametrize("options", [{"precision": "float32"}, {"precision": "6"}, {"select": "ipps", "k": 6}])

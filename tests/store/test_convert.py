@@ -12,7 +12,8 @@ from kdcache import open_cache, verify_cache
 from kdcache.convert import convert
 from kdcache.errors import CacheMismatchError, ConfigError, CorruptCacheError
 from kdcache.teacher.dump import dump
-from tests.making import dump_options, kdcache
+from tests.making import dump_options
+from tests.processes import kdcache
 
 
 def shards(cache: Path) -> dict[str, bytes]:

@@ -7,8 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ from kdcache.store.mirror import MirroredPlace
 from kdcache.store.place import Readable
 from kdcache.store.remote import RemotePlace
 from tests.objects import Bucket, Endpoint
+from tests.processes import python
 
 
 def tokens(cache: Cache) -> list[list[int]]:
@@ -229,8 +228,7 @@ open_cache(sys.argv[1], local_copy=sys.argv[2])[0]
 def test_a_process_killed_while_it_copies_leaves_nothing_that_is_believed(
     cache: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [sys.executable, "-c", KILLED, url, str(tmp_path / "m")]
-    died = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    died = python("-c", KILLED, url, tmp_path / "m")
     assert died.returncode == -signal.SIGKILL, died.stderr
     (left,) = (path for path in (tmp_path / "m").glob("*/.*") if path.stat().st_size)
     assert left.name.endswith(".kdcache-tmp")

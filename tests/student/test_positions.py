@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from kdcache.student.train import train
 from kdcache.student.trainer import DistillationTrainer, arguments
 from kdcache.teacher.dump import dump
 from tests.making import dump_options
+from tests.processes import Ranks
 
 CPU = torch.device("cpu")
 
@@ -98,19 +96,15 @@ def test_a_step_is_what_each_term_says_alone(chosen_cache: Path, student_config:
 
 @pytest.mark.slow
 def test_two_ranks_are_one(chosen_cache: Path, student_config: Path, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    given = [
-        "-m", "kdcache_cli", "train-student", "--cache", chosen_cache, "--student", student_config, "--steps", "5",
+    ranks = Ranks(
+        2, "-m", "kdcache_cli", "train-student", "--cache", chosen_cache, "--student", student_config, "--steps", "5",
         "--lr", "1e-3", "--heldout", "0.1", "--device", "cpu", "--json", "--soft-weight", "0.7", "--batch-rows", "1",
         "--accumulate", "2", "--out", tmp_path / "two",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    two = subprocess.run(
-        [*launch, *map(str, given)], capture_output=True, text=True, check=False, env=environment, timeout=300
-    )
-    assert two.returncode == 0, two.stderr
+    )  # fmt: skip
+    told, words = ranks.communicate()
+    assert ranks.returncode == 0, words
     one = train(options(chosen_cache, student_config, tmp_path / "one", steps=5, lr=1e-3))
-    figures = json.loads(two.stdout)["heldout"]["after"]
+    figures = json.loads(told)["heldout"]["after"]
     for name in ("nll", "kl"):
         assert figures[name] == pytest.approx(one["heldout"]["after"][name], abs=1e-4)
     lines = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("one", "two")]

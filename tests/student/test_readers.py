@@ -7,8 +7,6 @@ import json
 import multiprocessing
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from kdcache.student.config import TrainConfig
 from kdcache.student.train import train
 from kdcache.student.trainer import DistillationTrainer, arguments
 from tests.objects import Bucket, Endpoint
+from tests.processes import ReadyMade
 
 
 def options(cache: object, student: Path, out: Path, **changes: Any) -> TrainConfig:
@@ -112,11 +111,10 @@ def test_readers_of_a_folder_change_nothing_and_their_errors_are_one_sentence(
 
 @pytest.mark.slow
 def test_a_run_with_readers_stops_in_one_sentence(cache: Path, student_config: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "kdcache_cli", "train-student", "--cache", cache, "--student", student_config, "--out",
+    process = ReadyMade(
+        "-m", "kdcache_cli", "train-student", "--cache", cache, "--student", student_config, "--out",
         tmp_path / "s", "--readers", 2, "--batch-rows", 2, "--steps", 100_000, "--device", "cpu",
-    ]  # fmt: skip
-    process = subprocess.Popen([str(x) for x in command], stderr=subprocess.PIPE, text=True)
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (tmp_path / "s/metrics.jsonl").exists():
         assert process.poll() is None and time.monotonic() < deadline

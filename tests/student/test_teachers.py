@@ -29,7 +29,8 @@ from kdcache.student.readers import _ByValue
 from kdcache.student.teachers import PooledCache, Teacher, require_lined_up
 from kdcache.student.train import train
 from kdcache.teacher.dump import dump
-from tests.making import dump_options, kdcache, make_model
+from tests.making import dump_options, make_model
+from tests.processes import kdcache
 
 KINDS: dict[str, dict[str, Any]] = {
     "topk": {"k": 8},

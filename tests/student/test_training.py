@@ -23,6 +23,7 @@ from kdcache.student import checkpoints
 from kdcache.student.config import TrainConfig
 from kdcache.student.train import train
 from tests.making import STUDENT, make_model, make_tokenizer
+from tests.processes import ReadyMade, python
 
 
 def options(cache: Path, student: Path, out: Path, **changes: Any) -> TrainConfig:
@@ -194,8 +195,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
     run: tuple[Path, dict[str, Any]], cache: Path, student_config: Path, tmp_path: Path, where: str
 ) -> None:
     config = options(cache, student_config, tmp_path / "s", temperature=2.0, eval_every=6)
-    command = [sys.executable, "-c", KILL, json.dumps(dataclasses.asdict(config)), where]
-    died = subprocess.run(command, capture_output=True, text=True, check=False)
+    died = python("-c", KILL, json.dumps(dataclasses.asdict(config)), where)
     assert died.returncode == -signal.SIGKILL, died.stderr
     expected = {"half-written": [4], "not-renamed": [4], "just-after": [4, 8], "before-any": []}[where]
     assert [int(p.name.split("-")[1]) for p in checkpoints.complete(tmp_path / "s")] == expected
@@ -216,8 +216,7 @@ def test_killed_at_any_moment(cache: Path, student_config: Path, tmp_path: Path)
     out = tmp_path / "s"
     for delay in (0.2, 0.5, 0.9):
         again = dataclasses.replace(config, out=str(out), resume=out.exists())
-        command = [sys.executable, "-c", KILL, json.dumps(dataclasses.asdict(again)), "never"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = ReadyMade("-c", KILL, json.dumps(dataclasses.asdict(again)), "never")
         deadline = time.monotonic() + 60
         while not (out / "heldout-before.json").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -17,7 +17,8 @@ from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.report.faithfulness import check_faithfulness
 from kdcache.report.inspect import inspect_position, inspect_row, inspect_summary
 from kdcache.teacher.dump import dump
-from tests.making import dump_options, kdcache
+from tests.making import dump_options
+from tests.processes import kdcache
 
 
 def files(cache: Path) -> dict[str, bytes]:
