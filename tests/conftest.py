@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # others have the other cores
 
 from tests.making import STUDENT, TEXTS, dump_options, make_model, make_tokenizer
 from tests.objects import ENVIRONMENT, Bucket, Endpoint
+from tests.processes import READY
 
 pytest.register_assert_rewrite("kdcache.store.testing")  # an inherited suite explains itself as any other
 
@@ -89,6 +90,12 @@ def chosen_cache(sure_teacher: Path, corpus: Path, tmp_path_factory: pytest.Temp
     out = tmp_path_factory.mktemp("chosen") / "c"
     assert dump(dump_options(sure_teacher, corpus, out, positions="entropy>2"))["complete"]
     return out
+
+
+@pytest.fixture
+def ready_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--readers` are processes that have imported everything, and share as little with this one as usual."""
+    monkeypatch.setattr("kdcache.student.readers.START", READY.get_start_method())
 
 
 @pytest.fixture

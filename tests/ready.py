@@ -27,9 +27,12 @@ from numba.core.registry import cpu_target  # noqa: E402
 import kdcache.convert  # noqa: E402
 import kdcache.report.evaluate  # noqa: E402
 import kdcache.report.inspect  # noqa: E402
+import kdcache.student.readers  # noqa: E402
 import kdcache.student.train  # noqa: E402
 import kdcache.teacher.dump  # noqa: E402
-import kdcache.verify  # noqa: F401, E402
+import kdcache.verify  # noqa: E402
 
 cpu_target.typing_context.refresh()  # what numba imports for its first call
 cpu_target.target_context.refresh()
+
+kdcache.student.readers.START = "forkserver"  # their readers are ready-made as well

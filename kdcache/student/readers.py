@@ -21,6 +21,9 @@ from kdcache.errors import CacheError, KdcacheError
 from kdcache.losses import Pool
 from kdcache.targets import SparseTargets
 
+START = "spawn"
+"""How readers begin: sharing nothing with this process, since neither connections nor CUDA survive a fork."""
+
 _REMOTE = 2
 
 
@@ -30,10 +33,10 @@ def how_many(wished: int | None, remote: bool) -> int:
 
 
 def detached(loader: Any) -> Any:
-    """A prepared loader whose workers share nothing with this process: neither connections nor CUDA survive a fork."""
+    """A prepared loader whose workers are readers."""
     if loader.num_workers:
         inner = loader.base_dataloader  # accelerate's wrapper only reads through
-        inner.multiprocessing_context = "spawn"
+        inner.multiprocessing_context = START
         inner.collate_fn = _Sender(inner.collate_fn)
         inner.worker_init_fn = None  # it seeds, and nothing here is random
     return loader

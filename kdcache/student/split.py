@@ -150,7 +150,7 @@ def mean_entropies(cache: Cache, rows: Ints, count: int) -> Iterator[list[float]
         batch_size=_AT_ONCE,
         collate_fn=_means,
         num_workers=count,
-        multiprocessing_context="spawn" if count else None,
+        multiprocessing_context=readers.START if count else None,
     )
     yield from loader
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import threading
@@ -21,7 +20,7 @@ from kdcache.store.mirror import MirroredPlace
 from kdcache.store.place import Readable
 from kdcache.store.remote import RemotePlace
 from tests.objects import Bucket, Endpoint
-from tests.processes import python
+from tests.processes import READY, python
 
 
 def tokens(cache: Cache) -> list[list[int]]:
@@ -85,8 +84,8 @@ def test_two_processes_share_the_limit_and_the_copies(
     url: str, tmp_path: Path, bucket: Bucket, endpoint: Endpoint
 ) -> None:
     limit = sum(data_bytes(open_cache(url))[:3])
-    context, start = multiprocessing.get_context("spawn"), len(endpoint.requests())
-    readers = [context.Process(target=read_all, args=(url, tmp_path / "m", limit)) for _ in range(2)]
+    start = len(endpoint.requests())
+    readers = [READY.Process(target=read_all, args=(url, tmp_path / "m", limit)) for _ in range(2)]
     for reader in readers:
         reader.start()
     most = 0

@@ -368,7 +368,7 @@ def read_one(cache: Any, index: int, answers: Any) -> None:
     answers.put(cache[index].tokens.tolist())
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_an_open_cache_works_in_a_child(cache: Path, bucket: Bucket, method: str) -> None:
     opened = open_cache(bucket.upload(cache, "c"))
     _ = opened[3]  # its connections are open

@@ -23,7 +23,7 @@ from kdcache.student.config import TrainConfig
 from kdcache.student.train import train
 from kdcache.student.trainer import DistillationTrainer, arguments
 from tests.objects import Bucket, Endpoint
-from tests.processes import ReadyMade
+from tests.processes import READY, ReadyMade
 
 
 def options(cache: object, student: Path, out: Path, **changes: Any) -> TrainConfig:
@@ -54,6 +54,7 @@ def run(cache: Path, student_config: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.slow
 def test_a_run_from_a_url_is_the_run_from_a_folder_also_when_resumed(
+    ready_readers: None,
     run: tuple[Path, dict[str, Any]],
     cache: Path,
     student_config: Path,
@@ -94,6 +95,7 @@ def test_readers_of_a_folder_change_nothing_and_their_errors_are_one_sentence(
     assert train(config)["heldout"] == run[1]["heldout"] and same(tmp_path / "s", run[0])
     assert loaders[0].num_workers == 2 and loaders[0].multiprocessing_context.get_start_method() == "spawn"
 
+    monkeypatch.setattr(readers, "START", READY.get_start_method())
     (tmp_path / "s/summary.json").unlink()
     for name in ("checkpoint-9", "checkpoint-6"):
         shutil.rmtree(tmp_path / "s" / name)
@@ -109,10 +111,18 @@ def test_readers_of_a_folder_change_nothing_and_their_errors_are_one_sentence(
     assert same(tmp_path / "s", run[0])
 
 
+SPAWNING = """
+from kdcache.student import readers
+readers.START = "spawn"  # as usual
+from kdcache_cli.main import run
+run()
+"""
+
+
 @pytest.mark.slow
 def test_a_run_with_readers_stops_in_one_sentence(cache: Path, student_config: Path, tmp_path: Path) -> None:
     process = ReadyMade(
-        "-m", "kdcache_cli", "train-student", "--cache", cache, "--student", student_config, "--out",
+        "-c", SPAWNING, "train-student", "--cache", cache, "--student", student_config, "--out",
         tmp_path / "s", "--readers", 2, "--batch-rows", 2, "--steps", 100_000, "--device", "cpu",
     )  # fmt: skip
     deadline = time.monotonic() + 120

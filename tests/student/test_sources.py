@@ -165,7 +165,13 @@ def entropies(path: Path, rows: list[int]) -> dict[int, float]:
 
 @pytest.mark.parametrize("readers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_rows_and_where(
-    cache: Path, other: Path, student_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readers: int
+    ready_readers: None,
+    cache: Path,
+    other: Path,
+    student_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    readers: int,
 ) -> None:
     sides = [split_heldout(len(open_cache(path)), 0.3) for path in (cache, other)]
     train_rows = [[row for row in side[0].tolist() if row < 15 or row >= 20] for side in sides]

@@ -177,7 +177,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(caches: Caches, student_config: 
 
 
 @pytest.mark.slow
-def test_readers_bring_the_same_pools(caches: Caches, student_config: Path, tmp_path: Path) -> None:
+def test_readers_bring_the_same_pools(
+    ready_readers: None, caches: Caches, student_config: Path, tmp_path: Path
+) -> None:
     both = caches("topk")
     one = train(options(both, student_config, tmp_path / "a", steps=4))
     two = train(options(both, student_config, tmp_path / "b", steps=4, readers=1))
