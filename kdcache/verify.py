@@ -123,13 +123,10 @@ def _check_objects(report: VerifyReport, place: Place, shard: int | None, object
 
 def _examine(place: Place, data: dict[str, Any]) -> tuple[int, object]:
     """The size of an object, and what is wrong with it."""
-    size = place.size(data["name"])
-    if size is None:
-        return 0, "it is missing"
     try:
-        sha256 = place.sha256(data["name"])
+        size, sha256 = place.digest(data["name"])
     except CorruptCacheError as error:
-        return size, error
+        return 0, "it is missing" if place.size(data["name"]) is None else error
     return size, None if sha256 == data["sha256"] else "its sha256 is not the one recorded"
 
 

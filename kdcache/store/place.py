@@ -169,12 +169,13 @@ class Place(ABC):
 
         return self.map(read, range(0, source.size, step), at_once=4)
 
-    def sha256(self, name: str) -> str:
-        """sha256 of an object, in hexadecimal."""
-        digest = hashlib.sha256()
+    def digest(self, name: str) -> tuple[int, str]:
+        """Bytes of an object, and their sha256 in hexadecimal."""
+        size, digest = 0, hashlib.sha256()
         for piece in self.chunks(name):
+            size += len(piece)
             digest.update(piece)
-        return digest.hexdigest()
+        return size, digest.hexdigest()
 
 
 class Sink:

@@ -125,10 +125,9 @@ class ShardWriter(ABC):
         """What lies under the name of this shard; nothing if it cannot be read."""
         name = self.data.name
         try:
-            return [
-                {"name": name, "bytes": self.place.open(name).size, "sha256": self.place.sha256(name)}
-                for name in (self.place.names(name) if self.folder else [name])
-            ]
+            names = self.place.names(name) if self.folder else [name]
+            digests = {name: self.place.digest(name) for name in names}
+            return [{"name": name, "bytes": size, "sha256": sha256} for name, (size, sha256) in digests.items()]
         except CacheError:
             return []
 
