@@ -95,7 +95,7 @@ def chosen_cache(sure_teacher: Path, corpus: Path, tmp_path_factory: pytest.Temp
 @pytest.fixture
 def ready_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--readers` are processes that have imported everything, and share as little with this one as usual."""
-    monkeypatch.setattr("kdcache.student.readers.START", READY.get_start_method())
+    monkeypatch.setattr("kdcache.student.readers.START", READY)
 
 
 @pytest.fixture

@@ -8,18 +8,49 @@ process of pytest), so that they share with the test no thread, lock or connecti
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-READY = multiprocessing.get_context("forkserver")
-"""Processes of this context have imported what tests/ready.py imports."""
+
+class _Environment:
+    """Variables that a process makes its own when it unpickles this; the server's are those of its start."""
+
+    def __init__(self, wanted: Mapping[str, str] | None) -> None:
+        self._wanted = wanted
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _enter, (dict(os.environ if self._wanted is None else self._wanted),)
+
+
+def _enter(variables: dict[str, str]) -> None:
+    import torch
+
+    os.environ.clear()
+    os.environ.update(variables)
+    if "OMP_NUM_THREADS" in variables:  # read when torch was imported
+        torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
+
+
+class _ReadyProcess(ForkServerProcess):
+    def __init__(self, *args: Any, env: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        self._environment = _Environment(env)  # the first attribute: before the arguments, which may look at it
+        super().__init__(*args, **kwargs)
+
+
+class _ReadyContext(ForkServerContext):
+    Process = _ReadyProcess
+
+
+READY = _ReadyContext()
+"""A context of multiprocessing whose processes have imported what tests/ready.py imports."""
 READY.set_forkserver_preload(["tests.ready"])
 
 
@@ -32,14 +63,12 @@ class ReadyMade:
         cwd: its working folder, likewise.
     """
 
-    def __init__(self, *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
+    def __init__(self, *arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
         self._streams = tempfile.TemporaryDirectory()
         self._told = [Path(self._streams.name) / name for name in ("stdout", "stderr")]
         self._said: list[str] = []
         given = [str(argument) for argument in arguments]
-        self._process = READY.Process(
-            target=_become, args=(given, self._told, env or dict(os.environ), str(cwd or Path.cwd()))
-        )
+        self._process = READY.Process(target=_become, args=(given, self._told, str(cwd or Path.cwd())), env=env)
         self._process.start()
         self.pid: int = self._process.pid
 
@@ -71,17 +100,11 @@ class ReadyMade:
         return self._said[0], self._said[1]
 
 
-def _become(arguments: list[str], streams: list[Path], environment: dict[str, str], folder: str) -> None:
+def _become(arguments: list[str], streams: list[Path], folder: str) -> None:
     """Be `python arguments`, in a process that was just forked."""
-    import torch
-
     for number, path in enumerate(streams, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.environ.clear()
-    os.environ.update(environment)
     os.chdir(folder)
-    if "OMP_NUM_THREADS" in environment:  # read when torch was imported
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     how, what, *rest = arguments
     sys.argv = [how, *rest]
     if how == "-m":
@@ -97,7 +120,7 @@ class Ranks:
     killed.
     """
 
-    def __init__(self, ranks: int, *arguments: object, env: dict[str, str] | None = None) -> None:
+    def __init__(self, ranks: int, *arguments: object, env: Mapping[str, str] | None = None) -> None:
         from torch.distributed import TCPStore
 
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -31,8 +31,9 @@ import kdcache.student.readers  # noqa: E402
 import kdcache.student.train  # noqa: E402
 import kdcache.teacher.dump  # noqa: E402
 import kdcache.verify  # noqa: E402
+from tests.processes import READY  # noqa: E402
 
 cpu_target.typing_context.refresh()  # what numba imports for its first call
 cpu_target.target_context.refresh()
 
-kdcache.student.readers.START = "forkserver"  # their readers are ready-made as well
+kdcache.student.readers.START = READY  # their readers are ready-made as well

@@ -1,7 +1,7 @@
 """The command line, where accelerate takes CPUs for devices that it shards over. It shards over GPUs alone, and
 trains copies elsewhere, though FSDP2 itself runs over gloo.
 
-    python -m tests.distributed.sharding_cpus train-student --fsdp ...
+    torchrun ... -m tests.distributed.sharding_cpus train-student --fsdp ...
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The examples as modules; and, run under torchrun, the plain one with a look at what it trained.
 
-python -m torch.distributed.run ... loading.py CACHE STUDENT OUT STEPS
+torchrun ... -m tests.examples.loading CACHE STUDENT OUT STEPS
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdcache import open_cache
 from kdcache.student.measure import measure
 from tests.examples.loading import EXAMPLES
+from tests.processes import Ranks
 
 STEPS = 6
 
@@ -28,7 +29,11 @@ def run(*command: str) -> list[float]:
         [sys.executable, *command], capture_output=True, text=True, check=False, env=environment, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return losses_in(done.stdout)
+
+
+def losses_in(told: str) -> list[float]:
+    lines = [json.loads(line) for line in told.splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     return [line["loss"] for line in lines]
 
@@ -61,9 +66,10 @@ def test_two_ranks_of_fsdp2_are_one(
     alone: tuple[Path, list[float]], cache: Path, student_config: Path, tmp_path: Path
 ) -> None:
     """loading.py asserts that each parameter is a DTensor, sharded."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.examples.loading")
-    losses = run(*torchrun, str(cache), str(student_config), str(tmp_path / "s"), str(STEPS))
-    assert losses == pytest.approx(alone[1], abs=1e-4)
+    both = Ranks(2, "-m", "tests.examples.loading", cache, student_config, tmp_path / "s", STEPS)
+    told, words = both.communicate()
+    assert both.returncode == 0, words
+    assert losses_in(told) == pytest.approx(alone[1], abs=1e-4)
     saved = []
     for folder in (alone[0], tmp_path / "s"):
         with safe_open(folder / "model.safetensors", "pt") as file:

@@ -28,6 +28,7 @@ from kdcache.store.remote import RemotePlace
 from kdcache.teacher.dump import dump
 from tests.making import dump_options
 from tests.objects import Bucket, Endpoint, free_port
+from tests.processes import READY
 
 SHORT = {"limit_docs": 16, "docs_per_shard": 8}  # two shards of a few rows
 
@@ -368,12 +369,11 @@ def read_one(cache: Any, index: int, answers: Any) -> None:
     answers.put(cache[index].tokens.tolist())
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_an_open_cache_works_in_a_child(cache: Path, bucket: Bucket, method: str) -> None:
+@pytest.mark.parametrize("context", [multiprocessing.get_context("fork"), READY], ids=["fork", "ready-made"])
+def test_an_open_cache_works_in_a_child(cache: Path, bucket: Bucket, context: Any) -> None:
     opened = open_cache(bucket.upload(cache, "c"))
     _ = opened[3]  # its connections are open
     index = len(opened) - 1  # of a row that is yet to be fetched
-    context = multiprocessing.get_context(method)
     answers = context.Queue()
     child = context.Process(target=read_one, args=(opened, index, answers))
     with warnings.catch_warnings():

@@ -95,7 +95,7 @@ def test_readers_of_a_folder_change_nothing_and_their_errors_are_one_sentence(
     assert train(config)["heldout"] == run[1]["heldout"] and same(tmp_path / "s", run[0])
     assert loaders[0].num_workers == 2 and loaders[0].multiprocessing_context.get_start_method() == "spawn"
 
-    monkeypatch.setattr(readers, "START", READY.get_start_method())
+    monkeypatch.setattr(readers, "START", READY)
     (tmp_path / "s/summary.json").unlink()
     for name in ("checkpoint-9", "checkpoint-6"):
         shutil.rmtree(tmp_path / "s" / name)
