@@ -1,6 +1,6 @@
 """Processes that tests start.
 
-A fresh interpreter takes three to seven seconds of processor time to import torch, transformers and numba. Most tests
+A fresh interpreter takes three to eight seconds of processor time to import torch, transformers and numba. Most tests
 need a process that is really another one (its own memory, streams and environment, really killed) and not the imports.
 Those are forked off a server that has imported everything and run nothing (multiprocessing's forkserver, one for each
 process of pytest), so that they share with the test no thread, lock or connection.

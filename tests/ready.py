@@ -5,35 +5,33 @@ Importing this runs nothing of kdcache's and starts no thread, but for one of py
 
 from __future__ import annotations
 
+import importlib
 import os
 
 from kdcache_cli.frame import _settle
 
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # the streams of these processes are files
-_settle()
+MODULES = (
+    "datasets", "matplotlib.backends.backend_agg", "matplotlib.figure", "pydantic.main", "s3fs", "torch._dynamo",
+    "torch.distributed.tensor", "transformers.models.llama.modeling_llama",
+    "kdcache.convert", "kdcache.report.evaluate", "kdcache.report.inspect", "kdcache.student.train",
+    "kdcache.teacher.dump", "kdcache.verify", "kdcache_cli.main", "kdcache_cli.tables",
+)  # fmt: skip
 
-import datasets  # noqa: F401, E402
-import kdcache_cli.main  # noqa: E402
-import kdcache_cli.tables  # noqa: F401, E402
-import matplotlib.backends.backend_agg  # noqa: E402
-import matplotlib.figure  # noqa: F401, E402
-import pydantic.main  # noqa: F401, E402
-import s3fs  # noqa: F401, E402
-import torch._dynamo  # noqa: E402
-import torch.distributed.tensor  # noqa: F401, E402
-import transformers.models.llama.modeling_llama  # noqa: F401, E402
-from numba.core.registry import cpu_target  # noqa: E402
 
-import kdcache.convert  # noqa: E402
-import kdcache.report.evaluate  # noqa: E402
-import kdcache.report.inspect  # noqa: E402
-import kdcache.student.readers  # noqa: E402
-import kdcache.student.train  # noqa: E402
-import kdcache.teacher.dump  # noqa: E402
-import kdcache.verify  # noqa: E402
-from tests.processes import READY  # noqa: E402
+def get_ready() -> None:
+    """Import all that a command may import, with what it sets before that."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # the streams of these processes are files
+    _settle()
+    for name in MODULES:
+        importlib.import_module(name)
+    from numba.core.registry import cpu_target
 
-cpu_target.typing_context.refresh()  # what numba imports for its first call
-cpu_target.target_context.refresh()
+    from kdcache.student import readers
+    from tests.processes import READY
 
-kdcache.student.readers.START = READY  # their readers are ready-made as well
+    cpu_target.typing_context.refresh()  # what numba imports for its first call
+    cpu_target.target_context.refresh()
+    readers.START = READY  # the readers of such a process are ready-made as well
+
+
+get_ready()

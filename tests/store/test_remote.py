@@ -339,6 +339,13 @@ def test_no_look_before_a_read_and_no_read_twice(local: Path, bucket: Bucket, en
         assert len(sweep) == sum(2 + -(-commit.rows // 4) for commit in whole.commits.values())
 
 
+def test_verify_looks_at_an_object_once_before_it_is_read(local: Path, bucket: Bucket, endpoint: Endpoint) -> None:
+    url, start = bucket.upload(local, "c"), len(endpoint.requests())
+    assert verify_cache(url).ok
+    looks = [path for method, path in endpoint.asked(bucket.url, start) if method == "HEAD" and "/shards/" in path]
+    assert looks and len(looks) == len(set(looks))
+
+
 def test_requests_are_under_way_together(local: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = open_cache(bucket.upload(local, "c"))
     fs = cache.place._fs  # type: ignore[attr-defined]
