@@ -41,7 +41,7 @@ _LN2_HIGH = np.float32(np.round(np.log(2) * 512) / 512)  # few bits, so that its
 _LN2_LOW = np.float32(np.log(2) - np.round(np.log(2) * 512) / 512)
 _ROUNDER = np.float32(1.5 * 2**23)  # a number added to it leaves its nearest integer in the last bits
 _LOWEST = np.float32(-87)
-_NOBODY = np.float32(-1e5)  # its exponential is 0 at every temperature, and 0 times it is 0
+_NOBODY = np.float32(-1e5)  # a difference whose exponential is 0 at every temperature, and 0 times it is 0
 _T2, _T3, _T4, _T5, _T6 = (np.float32(1 / factorial) for factorial in (2, 6, 24, 120, 720))
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -169,20 +169,19 @@ def _weigh(
     `skip` are the ids to leave out, rising, then V; `[64]` copy is scratch.
     """
     vocab, last, at = len(row), len(scales) - 1, 0
-    nobody = centre + _NOBODY
     for b in range(len(surprise)):
         start, end = b * BLOCK, (b + 1) * BLOCK
-        block = row[start:end]
+        block, around = row[start:end], centre
         if end > vocab or skip[at] < end:
             for j in range(BLOCK):
-                copy[j] = block[j] if start + j < vocab else nobody
-            block = copy
+                copy[j] = block[j] - centre if start + j < vocab else _NOBODY
+            block, around = copy, _ZERO  # a copy of differences: a huge centre has nobody below it
             while at < len(skip) - 1 and skip[at] < end:
-                copy[skip[at] - start] = nobody
+                copy[skip[at] - start] = _NOBODY
                 at += 1
         for t in range(last):
-            sums[t, b] = _mass(block, centre, scales[t])
-        sums[last, b], surprise[b] = _mass_and_surprise(block, centre)
+            sums[t, b] = _mass(block, around, scales[t])
+        sums[last, b], surprise[b] = _mass_and_surprise(block, around)
 
 
 # fmt: off

@@ -89,6 +89,15 @@ def test_a_logit_that_is_not_finite_shows(width: int, poison: float, visit: Visi
 
 
 @VISITS
+@pytest.mark.parametrize("height", [1e13, 3e38, -1e30, torch.finfo(torch.float32).min])
+def test_who_is_left_out_weighs_nothing_however_large_the_logits_are(height: float, visit: Visit) -> None:
+    """So large that what is subtracted from one is lost; a teacher masks ids with the lowest float32."""
+    outside = torch.tensor([130, 0, 129])
+    sums = visit(torch.full((3, 130), height), 9, outside, TEMPERATURES)[2].sum(-1)
+    assert sums.tolist() == [[121.0] * 3, [121.0] * 3, [120.0] * 3]
+
+
+@VISITS
 def test_rows_need_not_touch(visit: Visit) -> None:
     x = rows("random", 500)
     expected = visit(x, 9, nobody(x), TEMPERATURES)
