@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdcache.errors import ConfigError, LogitsError
+from kdcache.errors import ConfigError, LogitsError, TargetError
+from kdcache.rows import IGNORE
 from kdcache.selection.ipps import ipps
 from kdcache.selection.rule import Selection, check_temperatures
 from kdcache.selection.sample import sample
@@ -55,6 +56,7 @@ def select(
         LogitsError: a NaN or infinite logit; its `position` is the first offending row.
         ConfigError: k above V, a temperature outside 0.01 to 100, or a sampling temperature that is not
             among the temperatures.
+        TargetError: a label that is no id of the vocabulary, nor -100.
     """
     check_temperatures(temperatures)
     named = tuple(map(float, temperatures))
@@ -67,7 +69,9 @@ def select(
     device = logits.device
     if device.type == "mps":  # it has no float64
         logits = logits.cpu()
-    labels = None if labels is None else labels.to(logits.device)
+    if labels is not None:
+        _check_labels(labels, logits.shape[-1])
+        labels = labels.to(logits.device)
     keys = default_keys(len(logits), logits.device) if keys is None else keys.to(logits.device)
     size = TILE_ELEMENTS if logits.device.type == "cpu" else _GPU_TILE_ELEMENTS
     rows = max(1, size // logits.shape[-1])
@@ -85,6 +89,15 @@ def select(
         return _apply(x, seen, selection, named, seed, keys[s])
 
     return SparseTargets.cat([tile(start) for start in range(0, max(1, len(logits)), rows)]).to(device)
+
+
+def _check_labels(labels: Tensor, vocab: int) -> None:
+    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= vocab))
+    if wrong.any():  # on a GPU it would end the process
+        position = int(wrong.nonzero()[0])
+        raise TargetError(
+            f"label {int(labels[position])} at position {position} is outside the vocabulary of {vocab} tokens"
+        )
 
 
 def _apply(

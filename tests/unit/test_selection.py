@@ -83,6 +83,13 @@ def test_probabilities_and_tail_at_a_stored_temperature_sum_to_one() -> None:
         torch.testing.assert_close(logprobs.exp().sum(-1) + tail.exp(), torch.ones(64), atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("label", [50, -1, -101])
+def test_a_label_outside_the_vocabulary_is_refused_by_position(label: int) -> None:
+    labels = torch.tensor([3, -100, label, 49])
+    with pytest.raises(TargetError, match=f"label {label} at position 2 is outside the vocabulary of 50 tokens"):
+        select(logits_of("random", 50, 4), Selection(k=3), labels=labels)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 def test_logits_that_are_not_finite_are_refused_by_position(poison: float) -> None:
     logits = torch.zeros(9, 40)
