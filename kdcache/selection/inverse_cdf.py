@@ -2,8 +2,8 @@
 
 Two levels: the cumulative sum of the blocks' masses, which the scan has made anyway, finds the block; the
 logits of that one block find the id. No cumulative sum over the vocabulary exists.
-Guarantee: an id of probability 0 is never found. A probability is off by at most 1e-6 of itself, the
-rounding of a block's float32 sum.
+Guarantee: an id of probability 0 is never found. A probability is off by at most 1e-6 of itself, and by 2e-7 more
+for each nat by which it lies below the largest: logits are float32, and so is what is divided by T.
 Cost: a cumulative sum over V / 64 a position, and over 64 a point.
 
 Shapes: n positions, V vocabulary, W head, B blocks, D points a position, P points in use.
