@@ -70,7 +70,7 @@ def dump_options(teacher: Path, corpus: Path, out: Path, **changes: Any) -> Any:
 
     options = {
         "seq_len": 64,
-        "k": 8,
+        **({} if changes.get("select") in ("sample", "full") else {"k": 8}),
         "temperatures": "1,2",
         "docs_per_shard": 30,
         "batch_rows": 4,

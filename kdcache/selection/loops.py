@@ -241,7 +241,7 @@ def visit(
     threads = max(1, min(torch.get_num_threads(), n * vocab // _THREAD_ELEMENTS, n))
     bounds = [n * i // threads for i in range(threads + 1)]
     first, *others = [slice(*pair) for pair in pairwise(bounds)]
-    waiting = [_pool(os.getpid(), threads).submit(run, part) for part in others]
+    waiting = [_pool(os.getpid(), torch.get_num_threads()).submit(run, part) for part in others]
     run(first)
     for each in waiting:
         each.result()

@@ -76,6 +76,9 @@ class Selection:
             raise ConfigError("--force-label with --select ipps needs --k of at least 2: one for the label, one drawn")
 
     def _check_size(self) -> None:
+        if self.kind in ("sample", "full") and self.k != _DEFAULTS["k"]:
+            what = "has --draws instead" if self.kind == "sample" else "keeps every token"
+            raise ConfigError(f"--k is {self.k}, but --select {self.kind} {what}")
         if self.kind in ("topp", "ipps"):
             if self.min_k > self.k:
                 raise ConfigError(f"--min-k is {self.min_k}, above --k {self.k}")
@@ -83,7 +86,9 @@ class Selection:
             raise ConfigError(f"--min-k is {self.min_k}, but --select {self.kind} has a fixed number of entries")
         if self.kind == "topp":
             if self.top_p is None or not 0 < self.top_p <= 1:
-                raise ConfigError(f"--top-p is {self.top_p}, but --select topp needs a mass above 0 and at most 1")
+                raise ConfigError(
+                    f"--top-p is {_said(self.top_p)}, but --select topp needs a mass above 0 and at most 1"
+                )
         elif self.top_p is not None:
             raise ConfigError(f"--top-p is {self.top_p}, but only --select topp has it, not {self.kind}")
 
@@ -151,9 +156,13 @@ class Selection:
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Selection)}
 
 
+def _said(value: object) -> object:
+    return "not given" if value is None else value
+
+
 def _require_count(option: str, value: object, who: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{option} is {value}, but {who} needs at least 1")
+        raise ConfigError(f"{option} is {_said(value)}, but {who} needs at least 1")
 
 
 def check_temperatures(temperatures: Sequence[float]) -> None:

@@ -230,7 +230,7 @@ def assert_same(some: SparseTargets, others: SparseTargets) -> None:
 @pytest.mark.parametrize("kind", ["topk", "full"])
 def test_targets_in_tiles_are_those_of_whole_logits(teacher: Path, kind: str) -> None:
     """Of a padded vocabulary: the model has 384 ids, its tokenizer 320."""
-    rule, rows = Selection(kind, k=8), some_rows()
+    rule, rows = Selection(kind), some_rows()
     (tiled, manifest), (whole, _) = open_teacher(teacher), open_teacher(teacher, tile_head=False)
     assert tiled.head is not None and whole.head is None
     assert [t.compute["tile_head"] for t in (tiled, whole)] == [True, False]

@@ -42,4 +42,4 @@ def log_pool(given: Sequence[Tensor], temperature: float) -> Tensor:
 
 
 def sampling(kind: str, temperature: float = 1.0, k: int = 6) -> Selection:
-    return Selection(kind=kind, k=k, draws=k if kind == "sample" else None, sample_temperature=temperature)
+    return Selection(kind=kind, **{"draws" if kind == "sample" else "k": k}, sample_temperature=temperature)

@@ -373,7 +373,7 @@ def test_bad_settings() -> None:
 
 @pytest.mark.parametrize("kind", ["ipps", "sample"])
 def test_sampled_targets_refuse_what_would_be_biased(kind: str) -> None:
-    targets = select(torch.randn(N, V), Selection(kind=kind, k=4, draws=4 if kind == "sample" else None))
+    targets = select(torch.randn(N, V), Selection(kind=kind, **{"draws" if kind == "sample" else "k": 4}))
     for loss in DIVERGENCES:
         if loss != "forward-kl":
             with pytest.raises(TargetError, match=f"loss '{loss}' needs the teacher's probabilities, but {kind}"):

@@ -74,7 +74,7 @@ def test_the_mean_gradient_at_another_temperature(kind: str) -> None:
     n, v, seeds, t = 3, 20, 2000, 2.0
     g = torch.Generator().manual_seed(1)
     teacher, logits = 3 * torch.randn(n, v, generator=g), torch.randn(n, v, generator=g)
-    selection = Selection(kind=kind, k=6, draws=6 if kind == "sample" else None, sample_temperature=t)
+    selection = Selection(kind=kind, **{"draws" if kind == "sample" else "k": 6}, sample_temperature=t)
     each = gradients(logits, selection, teacher, seeds, temperature=t)
     p, q = (teacher.double() / t).softmax(-1), (logits.double() / t).softmax(-1)
     error = each.std(0) / math.sqrt(seeds)

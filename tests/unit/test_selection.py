@@ -211,7 +211,7 @@ RULES = [
     ),
     (Selection(kind="ipps", k=12), {"kind": "ipps", "k": 12}),
     (Selection(kind="ipps", k=12, min_k=2, tau=0.01), {"kind": "ipps", "k": 12, "min_k": 2, "tau": 0.01}),
-    (Selection(kind="full", k=7), {"kind": "full"}),
+    (Selection(kind="full"), {"kind": "full"}),
 ]
 
 
@@ -248,14 +248,16 @@ def test_widths() -> None:
         (lambda: Selection(kind="best"), "--select best is not one of"),
         (lambda: Selection(k=0), "--k is 0"),
         (lambda: Selection(k=2.5), "--k is 2.5"),  # type: ignore[arg-type]
-        (lambda: Selection(kind="topp", k=5), "--top-p is None, but --select topp needs"),
+        (lambda: Selection(kind="topp", k=5), "--top-p is not given, but --select topp needs"),
         (lambda: Selection(kind="topp", k=5, top_p=float("nan")), "--top-p is nan"),
         (lambda: Selection(kind="topp", k=5, top_p=1.1), "--top-p is 1.1"),
         (lambda: Selection(kind="topp", k=5, top_p=0.5, min_k=6), "--min-k is 6, above --k 5"),
         (lambda: Selection(k=5, min_k=2), "--min-k is 2, but --select topk has a fixed number"),
         (lambda: Selection(k=5, top_p=0.5), "--top-p is 0.5, but only --select topp"),
-        (lambda: Selection(kind="sample"), "--draws is None, but --select sample needs at least 1"),
+        (lambda: Selection(kind="sample"), "--draws is not given, but --select sample needs at least 1"),
         (lambda: Selection(kind="sample", draws=0), "--draws is 0"),
+        (lambda: Selection(kind="sample", draws=9, k=5), "--k is 5, but --select sample has --draws instead"),
+        (lambda: Selection(kind="full", k=5), "--k is 5, but --select full keeps every token"),
         (lambda: Selection(draws=5), "--draws is 5, but only --select sample has it, not topk"),
         (lambda: Selection(tau=0.5), "tau is 0.5, but only --select ipps"),
         (lambda: Selection(kind="ipps", tau=0.0), "tau is 0, outside 0 to 1"),
