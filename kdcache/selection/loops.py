@@ -5,7 +5,7 @@ and no row's result depends on how.
 
 The k largest: they lie in the k blocks whose own largest are largest, and reach the smallest of those; few others
 do, so few are sorted. The others' exponentials: Taylor's series of exp(r) to the sixth power, where x = n log 2 + r and
-abs(r) <= log(2) / 2. Sums are folded in halves, so that they run in vectors, always in the same order.
+abs(r) <= log(2) / 2. A block's sum is made in the order that suits the machine's vectors, the same for every row.
 
 Guarantee: the largest are exact, ties by id; an exponential is within 3e-7 of itself, and 0 below exp(-87). Its
 argument (x - centre) / T is rounded to float32, three times at T != 1: 2e-7 more for each nat of it.
@@ -192,6 +192,7 @@ def _visit(
     values: _Floats, ids: _Ints, sums: _Floats, surprise: _Floats,
 ) -> None:
     # fmt: on
+    """The rows of one thread, into arrays that `visit` returns."""
     n, blocks = surprise.shape
     peaks, near = np.empty(blocks, np.int64), np.empty(vocab, np.int64)
     copy, skip = np.empty(BLOCK, np.float32), np.full(width + 2, vocab)
