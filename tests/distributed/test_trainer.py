@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from kdcache.teacher.dump import dump
+from tests.making import dump_options, make_model
 from tests.processes import Ranks
 
 STEPS = 8
@@ -49,6 +51,23 @@ def test_two_ranks_make_the_loss_curve_of_one(
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert a.keys() == b.keys()
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-3
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_from_two_teachers_as_one_does(
+    cache: Path, teacher: Path, corpus: Path, student_config: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(teacher, tmp_path / "other")
+    make_model(tmp_path / "other", scale=4.0, num_hidden_layers=1)
+    dump(dump_options(tmp_path / "other", corpus, tmp_path / "c", k=12))
+    pool = ("--pool", f"{tmp_path / 'c'}:0.5")
+    one = run(cache, student_config, tmp_path / "one", 1, *pool)
+    two = run(cache, student_config, tmp_path / "two", 2, *pool)
+    for name in ("loss", "nll", "kl", "kl/2"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], abs=1e-4), name
+    assert all(abs(line["kl"] - line["kl/2"]) > 1e-3 for line in one)  # they are not one teacher
+    a, b = (json.loads((tmp_path / name / "summary.json").read_text())["heldout"]["after"] for name in ("one", "two"))
+    assert [t["kl"] for t in a["teachers"]] == pytest.approx([t["kl"] for t in b["teachers"]], abs=1e-4)
 
 
 @pytest.mark.slow

@@ -86,6 +86,30 @@ def test_two_caches_are_each_read_once_an_epoch(cache: Path, other: Path, studen
     assert after["kl"] < summary["heldout"]["before"]["kl"] and after["kl_kind"] == "lower-bound"
 
 
+@pytest.mark.parametrize(
+    ("rules", "kinds", "joined"),
+    [
+        (({"k": 320}, {"k": 8}), ["dense", "lower-bound"], "lower-bound"),  # 320 is the whole vocabulary
+        (({"k": 320}, {"k": 320, "limit_docs": 30}), ["dense", "dense"], "dense"),
+        (({"select": "ipps", "k": 8}, {"select": "ipps", "k": 12}), ["estimate", "estimate"], "estimate"),
+    ],
+    ids=["unlike", "dense", "sampled"],
+)
+def test_the_kl_of_two_caches_is_of_the_weaker_kind(
+    rules: Any, kinds: list[str], joined: str, teacher: Path, corpus: Path, student_config: Path, tmp_path: Path
+) -> None:
+    from kdcache.teacher.dump import dump
+
+    paths = [tmp_path / "c0", tmp_path / "c1"]
+    for path, rule in zip(paths, rules, strict=True):
+        dump(dump_options(teacher, corpus, path, **{"limit_docs": 40, **rule}))
+    after = train(options(paths, student_config, tmp_path / "s", steps=1))["heldout"]["after"]
+    assert [figures["kl_kind"] for figures in after["caches"].values()] == kinds
+    assert after["kl_kind"] == joined
+    assert ("kl_standard_error" in after) == (joined == "estimate") == (after["acceptance_low"] is None)
+    assert (after["acceptance"] is None) == (joined != "dense")
+
+
 def test_weights_set_the_shares_and_a_resumed_mixture_is_the_same(
     cache: Path, other: Path, student_config: Path, tmp_path: Path
 ) -> None:
