@@ -34,6 +34,8 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 TAILS = ("none", "renormalise", "label", "label-sample", "uniform")
 COMBINATIONS = [(loss, "bucket") for loss in DIVERGENCES] + [("forward-kl", tail) for tail in TAILS]
+STEPS = [(loss, tail, t) for loss, tail in COMBINATIONS for t in (1.0, 2.0) if tail != "label-sample" or t == 1]
+"""With a temperature: `label-sample` has 1 only."""
 
 
 def coarse(p: Tensor, ids: Tensor) -> Tensor:
