@@ -13,6 +13,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: tests start processes beside themselves
 if "PYTEST_XDIST_WORKER" in os.environ:  # others have the other cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is loaded: kernels of a GPU run here, on the CPU
 
 from tests.making import STUDENT, TEXTS, dump_options, make_model, make_tokenizer
 from tests.objects import ENVIRONMENT, Bucket, Endpoint

@@ -3,8 +3,10 @@
     rule.py         Selection: the rule and its settings, checked when built
     tiles.py        select: a rule over tiles of logits
     scan.py         a tile seen once: head, complement at each temperature, entropy
-    loops.py        its one visit to the logits, compiled for a CPU
-    passes.py       the same in operations of any device
+    visits.py       the one visit to the logits that a device gets:
+    loops.py          compiled for a CPU
+    kernels.py        for a GPU with Triton
+    passes.py         in torch's operations, for any
     largest.py      the k largest, ties by id
     truncated.py    topk, topp, full
     ipps.py         tau, heavies and lights
@@ -22,6 +24,9 @@ from __future__ import annotations
 from kdcache.selection.adaptive import solve_adaptive_tau
 from kdcache.selection.narrow import narrow, require_narrower
 from kdcache.selection.rule import KINDS, Selection, check_temperatures
-from kdcache.selection.tiles import select
+from kdcache.selection.tiles import draws, require_finite, select, select_ahead, select_device
 
-__all__ = ["KINDS", "Selection", "check_temperatures", "narrow", "require_narrower", "select", "solve_adaptive_tau"]
+__all__ = [
+    "KINDS", "Selection", "check_temperatures", "draws", "narrow", "require_finite", "require_narrower", "select",
+    "select_ahead", "select_device", "solve_adaptive_tau",
+]  # fmt: skip

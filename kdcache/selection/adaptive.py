@@ -49,7 +49,7 @@ def solve_adaptive_tau(logits: Tensor | Iterable[Tensor], k: float, sample_tempe
         rows = max(1, _TILE_ELEMENTS // tile.shape[-1])
         for start in range(0, len(tile), rows):
             seen = scan(
-                tile[start : start + rows].float(), min(tile.shape[-1], round(_HEADS * k)), (sample_temperature,), None,
+                tile[start : start + rows], min(tile.shape[-1], round(_HEADS * k)), (sample_temperature,), None,
                 sample_temperature=sample_temperature,
             )  # fmt: skip
             mass = (seen.head / sample_temperature).exp()  # [n, W]

@@ -12,11 +12,11 @@ Shapes: n positions, V vocabulary, W head, B blocks, D points a position, P poin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from kdcache.rows import IGNORE
 from kdcache.selection.blocks import contents
 from kdcache.selection.loops import BLOCK
 from kdcache.selection.scan import Scan
@@ -27,18 +27,18 @@ _POINTS = 1 << 14
 
 @dataclass(frozen=True)
 class Crowd:
-    """The ids among which points choose: the complement of the head, and some of the head.
+    """The ids among which points choose: all from some column of the head on, without a forced label.
 
     Attributes:
-        x: `[n, V]` float32 logits.
+        x: `[n, V]` logits.
         seen: their scan.
-        member: `[n, W]` which of the head belong. A label apart does not.
+        first: `[n]` the column; W where nobody of the head belongs.
         temperature: T, the sampling temperature of the scan.
     """
 
     x: Tensor
     seen: Scan
-    member: Tensor
+    first: Tensor
     temperature: float
 
     def find(self, points: Tensor, used: Tensor) -> Tensor:
@@ -52,27 +52,23 @@ class Crowd:
             `[n, D]` ids; 0 where not in use.
         """
         cdf = self._block_masses().cumsum(-1)  # [n, B]
-        block = locate(cdf, points)
+        block = locate(cdf, points).clamp(max=(self.x.shape[-1] - 1) // BLOCK)  # where no block weighs anything
         after = cdf.gather(-1, block)
         before = torch.where(block > 0, cdf.gather(-1, (block - 1).clamp(min=0)), 0.0)
-        share = (_reach(cdf, points) - before) / (after - before)  # where in its block each point lies
-        out = torch.zeros_like(block)
-        rows = used.nonzero()[:, 0]  # [P]
-        chosen = (rows, block[used], share[used])
-        parts = [self._in_block(*(t[i : i + _POINTS] for t in chosen)) for i in range(0, max(1, len(rows)), _POINTS)]
-        out[used] = torch.cat(parts)
-        return out
-
-    @cached_property
-    def _outsiders(self) -> Tensor:
-        """`[n, W + 1]` ids that do not belong; -1 where there is nobody."""
-        apart = torch.where(self.seen.apart > -torch.inf, self.seen.labels, -1)
-        return torch.cat([torch.where(self.member, -1, self.seen.ids), apart[:, None]], -1)
+        share = ((_reach(cdf, points) - before) / (after - before)).flatten()  # where in its block each point lies
+        block, out, width = block.flatten(), torch.zeros_like(block).flatten(), points.shape[-1]
+        looked_at = _looked_at(used)
+        for start in range(0, len(looked_at), _POINTS):
+            point = looked_at[start : start + _POINTS]
+            out[point] = self._in_block(point // width, block[point], share[point])
+        return torch.where(used, out.view_as(used), 0)
 
     def _block_masses(self) -> Tensor:
         """`[n, B]` float64 mass of each block, in units of the likeliest member."""
         seen, t = self.seen, self.temperature
-        members = torch.where(self.member, seen.head, -torch.inf)
+        column = torch.arange(seen.head.shape[-1], device=seen.head.device)
+        member = (column >= self.first[:, None]) & (column != seen.column[:, None])
+        members = torch.where(member, seen.head, -torch.inf)
         rest = torch.where(seen.rest_at(t) > -torch.inf, seen.centre, -torch.inf)
         unit = torch.maximum(members.amax(-1), rest)
         unit = torch.where(torch.isneginf(unit), 0.0, unit)[:, None]  # nobody is left: all masses are 0
@@ -81,12 +77,22 @@ class Crowd:
 
     def _in_block(self, rows: Tensor, block: Tensor, share: Tensor) -> Tensor:
         """`[P]` the id at a share of its block's mass."""
-        logits = contents(self.x, rows, block, BLOCK)  # [P, 64]
-        hit = (self._outsiders // BLOCK)[rows] == block[:, None]
-        point, which = hit.nonzero().unbind(-1)
-        logits[point, self._outsiders[rows[point], which] % BLOCK] = -torch.inf
+        logits = contents(self.x, rows, block, BLOCK).float()  # [P, 64]
+        ids = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)
+        seen, first = self.seen, self.first.clamp(max=self.seen.order.shape[-1] - 1)[:, None]
+        highest, its_id = seen.values.gather(-1, first)[rows], seen.order.gather(-1, first)[rows]  # [P, 1]
+        before = (logits > highest) | ((logits == highest) & (ids < its_id))
+        label = torch.where(seen.forced, seen.labels, IGNORE)[rows, None]
+        logits = logits.masked_fill(before | (ids == label), -torch.inf)
         below = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         return block * BLOCK + locate(below.exp().cumsum(-1, dtype=torch.float64), share[:, None])[:, 0]
+
+
+def _looked_at(used: Tensor) -> Tensor:
+    """`[P]` places of the points in use, in `[n, D]` made flat; on a GPU of all, as to know them is to wait for it."""
+    if used.device.type == "cpu":
+        return used.flatten().nonzero()[:, 0]
+    return torch.arange(used.numel(), device=used.device)
 
 
 def locate(cdf: Tensor, points: Tensor) -> Tensor:

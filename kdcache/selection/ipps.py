@@ -32,7 +32,7 @@ def ipps(x: Tensor, seen: Scan, rule: Selection, temperatures: tuple[float, ...]
     """Draw the entries of a tile.
 
     Args:
-        x: `[n, V]` float32 logits.
+        x: `[n, V]` logits.
         seen: their scan, W wide.
         rule: of kind `ipps`.
         temperatures: those to store.
@@ -53,10 +53,7 @@ def ipps(x: Tensor, seen: Scan, rule: Selection, temperatures: tuple[float, ...]
     lights = torch.where(light_mass > 0, budget - forced - heavy, 0)
     points, used = systematic(uniform, lights, width)
     # In the head, a label that stands among the heavies shifts them by one.
-    column = torch.arange(width, device=x.device)
-    bound = heavy + (seen.column < heavy).long()
-    member = (column >= bound[:, None]) & (column != seen.column[:, None])
-    crowd = Crowd(x, seen, member, t)
+    crowd = Crowd(x, seen, heavy + (seen.column < heavy).long(), t)
     drawn = crowd.find(points, used)
     each = torch.where(lights > 0, light_mass / lights, 0.0)
     log_total = seen.log_total(1.0)[:, None]

@@ -213,7 +213,7 @@ def visit(
     """The largest of each row, and the others' block sums around the largest of them.
 
     Args:
-        x: `[n, V]` float32 on a CPU.
+        x: `[n, V]` on a CPU, of any floating dtype, taken as float32.
         width: W, 1 to V.
         outside: `[n]` an id to leave out of the sums besides the W largest; V for none.
         temperatures: T of the sums; the last is 1.
@@ -224,6 +224,7 @@ def visit(
         One of them is NaN where a logit is not finite.
     """
     n, vocab = x.shape
+    x = x.float()
     if x.stride(-1) != 1:
         x = x.contiguous()
     blocks, stride = vocab // BLOCK + 1, x.stride(0)

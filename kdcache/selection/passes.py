@@ -1,4 +1,4 @@
-"""Passes: what loops.py does on a CPU, in whole-tile operations for any other device.
+"""Passes: what loops.py does on a CPU, in whole-tile operations of torch, for any device.
 
 Cost: a pass for the blocks' maxima and five for the sums, and three more for each temperature that is not 1.
 
@@ -17,8 +17,22 @@ _NOBODY = -1e5
 """A logit so low that its exponential is 0 at every temperature, and 0 times it is 0."""
 
 
+_ELEMENTS = 1 << 24
+"""Logits that operations work on at once, so that what lies between them takes little memory."""
+
+
 def visit(x: Tensor, width: int, outside: Tensor, temperatures: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The largest of each row, and the others' block sums: arguments and results are those of `loops.visit`."""
+    rows = max(1, _ELEMENTS // x.shape[-1])
+    parts = [
+        _visit(x[i : i + rows].float(), width, outside[i : i + rows], temperatures)
+        for i in range(0, max(1, len(x)), rows)
+    ]
+    values, ids, sums, surprise = (torch.cat(part) for part in zip(*parts, strict=True))
+    return values, ids, sums, surprise
+
+
+def _visit(x: Tensor, width: int, outside: Tensor, temperatures: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, vocab = x.shape
     values, ids = largest(x, min(width + 1, vocab))
     blocks = vocab // BLOCK + 1  # at least one column beyond the vocabulary, for who is not outside

@@ -25,7 +25,7 @@ def sample(x: Tensor, seen: Scan, rule: Selection, temperatures: tuple[float, ..
     """Draw the entries of a tile.
 
     Args:
-        x: `[n, V]` float32 logits.
+        x: `[n, V]` logits.
         seen: their scan, with a head of 1.
         rule: of kind `sample`.
         temperatures: those to store.
@@ -38,7 +38,7 @@ def sample(x: Tensor, seen: Scan, rule: Selection, temperatures: tuple[float, ..
     others = head + seen.rest_at(t).exp()
     own = torch.where(forced, (seen.label / t).exp(), 0.0)
     some = others > 0
-    crowd = Crowd(x, seen, ~alone[:, None], t)
+    crowd = Crowd(x, seen, torch.zeros_like(seen.column), t)
     drawn = crowd.find(uniform, some[:, None].expand(-1, draws))
     distinct, counts, number = tally(drawn)
     number = torch.where(some, number, 0)  # a forced label may be the whole support
@@ -71,7 +71,7 @@ def _importance(x: Tensor, seen: Scan, rule: Selection, distinct: Tensor, share:
     `share` holds count / N times the mass that q is a part of, both in units of the largest logit's.
     """
     t, total = rule.sample_temperature, seen.log_total(rule.sample_temperature)[:, None]
-    logits = x.gather(-1, distinct).double() - x.amax(-1, keepdim=True).double()
+    logits = x.gather(-1, distinct).float().double() - seen.values[:, :1].double()
     ratio = (logits / t - total - logits / rule.drawn_temperature).exp()
     own = torch.where(seen.forced[:, None], seen.label[:, None] / t - total, -torch.inf).exp()
     return torch.cat([own, (share * ratio).clamp(min=torch.finfo(torch.float32).tiny)], -1)

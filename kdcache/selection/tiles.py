@@ -17,7 +17,7 @@ from kdcache.rows import IGNORE
 from kdcache.selection.ipps import ipps
 from kdcache.selection.rule import Selection, check_temperatures
 from kdcache.selection.sample import sample
-from kdcache.selection.scan import Scan, scan
+from kdcache.selection.scan import scan
 from kdcache.selection.truncated import truncate
 from kdcache.selection.uniforms import SELECT, default_keys, uniforms
 from kdcache.targets import SAMPLED_KINDS, SparseTargets
@@ -67,28 +67,73 @@ def select(
         )
     selection.width(logits.shape[-1])
     device = logits.device
-    if device.type == "mps":  # it has no float64
-        logits = logits.cpu()
+    logits = logits.to(select_device(device))
     if labels is not None:
         _check_labels(labels, logits.shape[-1])
         labels = labels.to(logits.device)
     keys = default_keys(len(logits), logits.device) if keys is None else keys.to(logits.device)
+    draw = draws(selection, seed, keys)
     size = TILE_ELEMENTS if logits.device.type == "cpu" else _GPU_TILE_ELEMENTS
     rows = max(1, size // logits.shape[-1])
 
-    @torch.no_grad()
     def tile(start: int) -> SparseTargets:
         s = slice(start, start + rows)
-        x, known = logits[s].float(), None if labels is None else labels[s]
-        head = 1 if selection.kind == "sample" else selection.width(x.shape[-1])
-        drawn = selection.drawn_temperature
-        seen = scan(x, head, tuple(dict.fromkeys((*named, drawn))), known, selection.force_label, drawn)
-        if not seen.finite.all():
-            position = start + int((~seen.finite).nonzero()[0])
-            raise LogitsError(f"the teacher's logits at position {position} are not finite", position)
-        return _apply(x, seen, selection, named, seed, keys[s])
+        targets, finite = select_ahead(
+            logits[s], selection, None if labels is None else labels[s], named, None if draw is None else draw[s]
+        )
+        require_finite(finite, start)
+        return targets
 
     return SparseTargets.cat([tile(start) for start in range(0, max(1, len(logits)), rows)]).to(device)
+
+
+def select_device(device: torch.device) -> torch.device:
+    """Where logits of a device are selected from: there, but for MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def draws(rule: Selection, seed: int, keys: Tensor) -> Tensor | None:
+    """The random numbers of positions: `[N, draws]` for `sample`, `[N]` for `ipps`, none for others.
+
+    Args:
+        rule: the selection.
+        seed: of the cache.
+        keys: `[N, 3]` int64 shard, row and position.
+    """
+    if rule.kind not in SAMPLED_KINDS:
+        return None
+    return uniforms(seed, keys, SELECT, rule.draws)
+
+
+@torch.no_grad()
+def select_ahead(
+    logits: Tensor, rule: Selection, labels: Tensor | None, temperatures: tuple[float, ...], draw: Tensor | None
+) -> tuple[SparseTargets, Tensor]:
+    """`select` for one tile of checked arguments, which does not wait for the device.
+
+    Args:
+        logits: `[n, V]`, on a `select_device`.
+        rule: the selection.
+        labels: `[n]` true next tokens, -100 where unknown.
+        temperatures: of partitions and tails.
+        draw: the positions' part of `draws`.
+
+    Returns:
+        Targets, and `[n]` whether all logits of a position are finite; where they are not, its target means nothing.
+    """
+    head = 1 if rule.kind == "sample" else rule.width(logits.shape[-1])
+    drawn = rule.drawn_temperature
+    seen = scan(logits, head, tuple(dict.fromkeys((*temperatures, drawn))), labels, rule.force_label, drawn)
+    if draw is None:
+        return truncate(seen, rule, temperatures), seen.finite
+    return (sample if rule.kind == "sample" else ipps)(logits, seen, rule, temperatures, draw), seen.finite
+
+
+def require_finite(finite: Tensor, start: int = 0) -> None:
+    """Raise a LogitsError for the first of `[n]` positions, counted from `start`, whose logits are not finite."""
+    if not finite.all():
+        position = start + int((~finite).nonzero()[0])
+        raise LogitsError(f"the teacher's logits at position {position} are not finite", position)
 
 
 def _check_labels(labels: Tensor, vocab: int) -> None:
@@ -98,13 +143,3 @@ def _check_labels(labels: Tensor, vocab: int) -> None:
         raise TargetError(
             f"label {int(labels[position])} at position {position} is outside the vocabulary of {vocab} tokens"
         )
-
-
-def _apply(
-    x: Tensor, seen: Scan, rule: Selection, temperatures: tuple[float, ...], seed: int, keys: Tensor
-) -> SparseTargets:
-    if rule.kind == "sample":
-        return sample(x, seen, rule, temperatures, uniforms(seed, keys, SELECT, rule.draws))
-    if rule.kind == "ipps":
-        return ipps(x, seen, rule, temperatures, uniforms(seed, keys, SELECT))
-    return truncate(seen, rule, temperatures)

@@ -102,13 +102,14 @@ def _make_shard(
     made, rule, positions = inputs.shard_rows(shard), manifest.rule, 0
     entropies: list[list[int]] = []
     with new_shard(place, manifest, shard) as writer, Beside() as beside:
-        for first in range(0, len(made.rows), teacher.batch_rows):
-            batch = made.rows[first : first + teacher.batch_rows]
-            found = teacher.run(batch, manifest, rule, shard=shard, first_row=first, seed=manifest.seed)
+        batches = [made.rows[i : i + teacher.batch_rows] for i in range(0, len(made.rows), teacher.batch_rows)]
+        rows = 0
+        for found in teacher.run_all(batches, manifest, rule, shard=shard, seed=manifest.seed):
+            batch = batches[rows // teacher.batch_rows]
             beside.run(functools.partial(_write, writer, batch, found.targets, found.labels))
             entropies.append(histogram(found.entropy))
-            positions += len(found.entropy)
-            tally.show(made.documents * (first + len(batch)) / len(made.rows), positions)
+            positions, rows = positions + len(found.entropy), rows + len(batch)
+            tally.show(made.documents * rows / len(made.rows), positions)
         beside.finish()
         tally.waited += beside.waited
         done = publish_shard(

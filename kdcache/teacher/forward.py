@@ -7,6 +7,7 @@ rows with `--no-tile-head`).
 from __future__ import annotations
 
 import platform
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +20,14 @@ from kdcache.isolation import probe
 from kdcache.positions import Positions
 from kdcache.pretrained import find_device, load_model
 from kdcache.rows import IGNORE, PackedRow, position_ids
-from kdcache.selection import Selection, select
+from kdcache.selection import Selection, draws, require_finite, select_ahead, select_device
 from kdcache.store.manifest import Manifest
 from kdcache.targets import SparseTargets
 from kdcache.teacher.config import DumpConfig
 from kdcache.teacher.head import TiledHead, logit_tiles, require_same_logits
+
+_AHEAD = {"cuda": 1}
+"""Batches given to a device before the one ahead of them is waited for."""
 
 
 class Targets(NamedTuple):
@@ -81,17 +85,10 @@ class Teacher:
             "torch": torch.__version__.partition("+")[0],
         }
 
-    @torch.inference_mode()
     def run(
-        self,
-        rows: list[PackedRow],
-        manifest: Manifest,
-        rule: Selection,
-        *,
-        shard: int = 0,
-        first_row: int = 0,
-        seed: int = 0,
-    ) -> Targets:
+        self, rows: list[PackedRow], manifest: Manifest, rule: Selection, *,
+        shard: int = 0, first_row: int = 0, seed: int = 0,
+    ) -> Targets:  # fmt: skip
         """Targets of the labelled slots of some rows.
 
         Args:
@@ -105,24 +102,45 @@ class Teacher:
         Raises:
             LogitsError: NaN or infinite logits, with the document and offset.
         """
+        return self._start(rows, manifest, rule, shard, first_row, seed).finish()
+
+    def run_all(
+        self, batches: list[list[PackedRow]], manifest: Manifest, rule: Selection, *, shard: int = 0, seed: int = 0
+    ) -> Iterator[Targets]:
+        """Targets of batch after batch, the rows of a shard from its first on; see `run`.
+
+        A GPU is given a batch before the one ahead of it is waited for, so that it always has work.
+        """
+        ahead: deque[_Running] = deque()
+        first_row = 0
+        for batch in batches:
+            ahead.append(self._start(batch, manifest, rule, shard, first_row, seed))
+            first_row += len(batch)
+            if len(ahead) > _AHEAD.get(self.device.type, 0):
+                yield ahead.popleft().finish()
+        while ahead:
+            yield ahead.popleft().finish()
+
+    @torch.inference_mode()
+    def _start(
+        self, rows: list[PackedRow], manifest: Manifest, rule: Selection, shard: int, first_row: int, seed: int
+    ) -> _Running:
+        """Give the device all of a batch's work; nothing here waits for it."""
         labels = torch.from_numpy(np.stack([row.labels(manifest.seq_len) for row in rows]))  # [R, L]
         wanted = labels != IGNORE
         slots = wanted.nonzero()  # [N, 2]
         keys = torch.cat([torch.full_like(slots[:, :1], shard), slots + torch.tensor([first_row, 0])], -1)  # [N, 3]
-        labels, found = labels[wanted].to(self.device), _Joined(len(slots), manifest.choice)
+        near = select_device(self.device)
+        draw, labels = draws(rule, seed, _sent(keys, near)), _sent(labels[wanted], near)
+        running = _Running(self, rows, slots, wanted.sum(-1).tolist(), manifest.choice)
         for logits in self._logits(rows, manifest, slots):  # [n, V]
-            tile = slice(found.done, found.done + len(logits))
-            try:
-                targets = select(
-                    logits, rule,
-                    labels=labels[tile].to(logits.device), temperatures=manifest.temperatures,
-                    seed=seed, keys=keys[tile],
-                )  # fmt: skip
-            except LogitsError as error:
-                raise self._named(rows, slots, tile.start + error.position) from None
-            found.add(targets)
-            del logits, targets  # before the next tile is made
-        return Targets(found.targets, wanted.sum(-1).tolist(), found.entropy)
+            tile = slice(running.positions, running.positions + len(logits))
+            logits = logits.to(select_device(logits.device))
+            part = None if draw is None else draw[tile].to(logits.device)
+            running.add(*select_ahead(logits, rule, labels[tile].to(logits.device), manifest.temperatures, part))
+            del logits  # before the next tile is made
+        running.send()
+        return running
 
     @torch.inference_mode()
     def logits(self, rows: list[PackedRow], manifest: Manifest) -> Iterator[torch.Tensor]:
@@ -132,13 +150,15 @@ class Teacher:
 
     def _logits(self, rows: list[PackedRow], manifest: Manifest, slots: torch.Tensor) -> Iterator[torch.Tensor]:
         length = manifest.seq_len
-        tokens = torch.from_numpy(np.stack([row.padded_tokens(length) for row in rows])).to(self.device)
+        tokens = _sent(torch.from_numpy(np.stack([row.padded_tokens(length) for row in rows])), self.device)
         segments = np.stack([row.segments(length) for row in rows])
         positions = torch.from_numpy(position_ids(segments if self.isolate else np.zeros_like(segments)))
-        for logits in logit_tiles(self.model, self.head, tokens, positions.to(self.device), slots):
+        positions, slots = _sent(positions, self.device), _sent(slots, self.device)
+        for logits in logit_tiles(self.model, self.head, tokens, positions, slots):
             yield logits[:, : manifest.vocab_size]
 
-    def _named(self, rows: list[PackedRow], slots: torch.Tensor, position: int) -> LogitsError:
+    @torch.inference_mode()
+    def named(self, rows: list[PackedRow], slots: torch.Tensor, position: int) -> LogitsError:
         """The error for bad logits seen first at `slots[position]`: it names the document and token at fault."""
         row, slot = slots[position].tolist()
         document, offset = self._blame(rows[row:]) or rows[row].locate(slot)
@@ -173,29 +193,58 @@ class Teacher:
         return None
 
 
-class _Joined:
-    """Targets of tiles, copied to where they belong as they come.
+class _Running:
+    """A batch that the device works on: its targets, laid side by side there, and on their way to the CPU.
 
     Small tensors kept between large ones that come and go would leave the heap in pieces too small for the next
     tile: joined only at the end, at a vocabulary of 152,064, they cost half a gigabyte more, one run in eight.
     """
 
-    targets: SparseTargets
+    _targets: SparseTargets
+    _sent: torch.cuda.Event | None = None
 
-    def __init__(self, positions: int, choice: Positions) -> None:
-        self._positions, self._choice, self.done = positions, choice, 0
-        self.entropy = torch.empty(positions)
+    def __init__(
+        self, teacher: Teacher, rows: list[PackedRow], slots: torch.Tensor, labels: list[int], choice: Positions
+    ) -> None:
+        self._teacher, self._rows, self._slots, self._labels, self._choice = teacher, rows, slots, labels, choice
+        self.positions = 0
 
-    def add(self, tile: SparseTargets) -> None:
-        start, self.done = self.done, self.done + len(tile.count)
-        self.entropy[start : self.done] = tile.entropy
-        slots: torch.Tensor | slice = slice(start, self.done)
-        chosen = self._choice.chosen(tile.entropy)
-        if chosen is not None:  # the others stay on the device
-            tile, slots = tile[chosen], torch.arange(start, self.done)[chosen.cpu()]
+    def add(self, tile: SparseTargets, finite: torch.Tensor) -> None:
+        """Lay the next positions' targets, and whether their logits are finite, beside the others."""
+        start, self.positions = self.positions, self.positions + len(tile.count)
         if start == 0:
-            self.targets = tile.to("cpu").spread(slots, self._positions)
-        else:
-            for name, whole in vars(self.targets).items():
-                if isinstance(whole, torch.Tensor):
-                    whole[slots] = getattr(tile, name).to("cpu")
+            self._targets = tile.spread(slice(0, self.positions), len(self._slots))
+            self._finite = finite.new_empty(len(self._slots))
+        places = slice(start, self.positions)
+        self._finite[places] = finite
+        for name, whole in vars(self._targets).items():
+            if isinstance(whole, torch.Tensor) and start:
+                whole[places] = getattr(tile, name).to(whole.device)
+
+    def send(self) -> None:
+        """Start the copies to the CPU."""
+        device = self._finite.device
+        if device.type == "cpu":
+            return
+        self._targets = self._targets.to("cpu", non_blocking=True)
+        self._finite = self._finite.to("cpu", non_blocking=True)
+        self._sent = torch.cuda.current_stream(device).record_event()
+
+    def finish(self) -> Targets:
+        """Wait for them, look at them, and leave out the positions that the cache does not choose."""
+        if self._sent:
+            self._sent.synchronize()
+        try:
+            require_finite(self._finite)
+        except LogitsError as error:
+            raise self._teacher.named(self._rows, self._slots, error.position) from None
+        targets, entropy = self._targets, self._targets.entropy
+        chosen = self._choice.chosen(entropy)
+        if chosen is not None:
+            targets = targets[chosen].spread(chosen.nonzero()[:, 0], len(entropy))
+        return Targets(targets, self._labels, entropy)
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on its way to the device, which nobody waits for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -26,6 +26,12 @@ TILE_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits of a tile, by device; others do as a GPU does. On a CPU 16 MiB, which malloc hands out again; above 32 MiB
 it takes fresh pages each time, which costs more than all the calls of small tiles (docs/decisions/0006)."""
 
+GPU_TILES = 6
+"""Tiles of a batch at most, on a GPU: a selection is a hundred small operations or more, however few its positions."""
+
+_MOST_LOGITS = 1 << 28
+"""Logits of a tile at most, however large the batch is."""
+
 _LEAST_POSITIONS = 128
 """Positions of a tile at least, however large the vocabulary: each tile reads all of the head's weights."""
 
@@ -86,9 +92,9 @@ def logit_tiles(
     Yields:
         `[n, V]`; the tiles hold N positions together. One empty tile if N is 0.
     """
+    index = (slots[:, 0] * tokens.shape[1] + slots[:, 1]).to(tokens.device)  # before the body: nothing waits for it
     source = packed_forward(model, tokens, positions).logits if head is None else head.hidden(tokens, positions)
-    index = (slots[:, 0] * tokens.shape[1] + slots[:, 1]).to(source.device)
-    source = source.flatten(0, 1)  # [R * L, V or D]
+    source, index = source.flatten(0, 1), index.to(source.device)  # [R * L, V or D]
     for part in index.tensor_split(_tiles(model, len(index), source.device)):
         yield source[part] if head is None else head.logits(source[part])
 
@@ -96,8 +102,10 @@ def logit_tiles(
 def _tiles(model: Any, positions: int, device: torch.device) -> int:
     """How many tiles of about equal size; a last one of a few positions would cost as much as a full one."""
     vocab_size: int = model.config.get_text_config().vocab_size
-    size = max(_LEAST_POSITIONS, TILE_LOGITS.get(device.type, TILE_LOGITS["cuda"]) // vocab_size)
-    return max(1, -(-positions // size))
+    size = TILE_LOGITS.get(device.type, TILE_LOGITS["cuda"])
+    if device.type != "cpu":
+        size = max(size, min(_MOST_LOGITS, -(-positions // GPU_TILES) * vocab_size))
+    return max(1, -(-positions // max(_LEAST_POSITIONS, size // vocab_size)))
 
 
 @torch.inference_mode()

@@ -132,6 +132,16 @@ def test_the_same_dump_is_the_same_directory(cache: Path, teacher: Path, corpus:
     assert files(again) == files(cache)
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 9])
+def test_batches_on_their_way_come_back_in_order(
+    cache: Path, teacher: Path, corpus: Path, tmp_path: Path, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU has the next batch before this one is waited for."""
+    monkeypatch.setattr("kdcache.teacher.forward._AHEAD", {"cpu": ahead})
+    dump(dump_options(teacher, corpus, tmp_path / "c"))
+    assert files(tmp_path / "c") == files(cache)
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_any_workers_in_any_order_make_the_same_cache(
     cache: Path, teacher: Path, corpus: Path, tmp_path: Path, order: tuple[int, ...]
@@ -274,7 +284,10 @@ def test_two_writers_of_one_shard(cache: Path, teacher: Path, corpus: Path, tmp_
     assert files(out) == files(cache)
 
 
-def test_poisoned_logits_name_the_document(teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_poisoned_logits_name_the_document(
+    teacher: Path, tmp_path: Path, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from safetensors.torch import load_file, save_file
 
     sick = tmp_path / "sick"
@@ -284,6 +297,7 @@ def test_poisoned_logits_name_the_document(teacher: Path, tmp_path: Path) -> Non
     save_file(weights, sick / "model.safetensors", metadata={"format": "pt"})
     corpus = tmp_path / "ids.jsonl"
     corpus.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in ([1, 2, 3], [4, 5, 6, 7, 8, 9])))
+    monkeypatch.setattr("kdcache.teacher.forward._AHEAD", {"cpu": ahead})
     with pytest.raises(LogitsError, match=r"document 1 of the corpus, 3 tokens into its piece"):
         dump(dump_options(sick, corpus, tmp_path / "c"))
     assert not list(tmp_path.glob("c/commits/*"))

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-import kdcache
 from kdcache import Selection, SparseTargets, open_cache
 from kdcache.errors import LogitsError, ModelError
 from kdcache.isolation import packed_forward
 from kdcache.positions import Positions
 from kdcache.rows import PackedRow
+from kdcache.selection import draws
 from kdcache.teacher import forward, head
 from kdcache.teacher.dump import dump
 from kdcache.teacher.forward import Teacher
@@ -106,6 +106,15 @@ def test_logits_in_tiles_are_the_models_own(kind: str, tied: bool) -> None:
     assert (own - truth.roll(1, 0)).abs().max() > 1000 * allowed  # the order of positions matters
     if kind in MORE:  # and so does what a bare product leaves out
         assert (hidden @ model.get_output_embeddings().weight.T - truth).abs().max() > 1000 * allowed
+
+
+def test_tiles_of_a_gpu_are_few_and_not_too_large() -> None:
+    """523 positions are 2^26 logits, 2,092 are 2^28; on a CPU a tile has 128."""
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=128_256)))
+    expected = {0: 1, 523: 1, 524: 2, 3138: 6, 8192: 6, 12_552: 6, 20_920: 10, 262_144: 126}
+    for positions, tiles in expected.items():
+        assert head._tiles(model, positions, torch.device("cuda")) == tiles
+        assert head._tiles(model, positions, torch.device("cpu")) == max(1, -(-positions // 128))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -245,14 +254,14 @@ def test_draws_are_keyed_by_shard_row_and_slot(teacher: Path, monkeypatch: pytes
     model, manifest = open_teacher(teacher)
     asked: list[tuple[int, Tensor]] = []
 
-    def listen(logits: Tensor, rule: Selection, *, seed: int, keys: Tensor, **rest: Any) -> SparseTargets:
+    def listen(rule: Selection, seed: int, keys: Tensor) -> Tensor | None:
         asked.append((seed, keys))
-        return kdcache.select(logits, rule, **rest)
+        return draws(rule, seed, keys)
 
-    monkeypatch.setattr(forward, "select", listen)
+    monkeypatch.setattr(forward, "draws", listen)
     model.run(some_rows(2), manifest, Selection(k=8), shard=7, first_row=40, seed=3)
-    keys = torch.cat([keys for _, keys in asked])
-    assert {seed for seed, _ in asked} == {3} and keys.dtype == torch.int64
+    ((seed, keys),) = asked
+    assert seed == 3 and keys.dtype == torch.int64
     slots = [*range(8), *range(9, 21)]  # two pieces, of 9 and 13 tokens
     assert keys.tolist() == [[7, row, slot] for row in (40, 41) for slot in slots]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,10 +11,16 @@ from torch import Tensor
 
 from kdcache import Selection, select
 from kdcache.selection import loops, passes
+from kdcache.selection.visits import Visit
 from tests.sampling import KINDS, logits_of
 
-Visit = Callable[[Tensor, int, Tensor, list[float]], tuple[Tensor, Tensor, Tensor, Tensor]]
-VISITS = pytest.mark.parametrize("visit", [loops.visit, passes.visit], ids=["loops", "passes"])
+WAYS = {"loops": loops.visit, "passes": passes.visit}
+if find_spec("triton"):
+    from kdcache.selection import kernels
+
+    WAYS["kernels"] = kernels.visit  # in Triton's interpreter
+VISITS = pytest.mark.parametrize("visit", WAYS.values(), ids=WAYS)
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, of the interpreter
 TEMPERATURES = [0.3, 4.0, 1.0]
 
 
@@ -98,6 +104,14 @@ def test_who_is_left_out_weighs_nothing_however_large_the_logits_are(height: flo
 
 
 @VISITS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_floating_dtype_is_taken_as_float32(dtype: torch.dtype, visit: Visit) -> None:
+    x = rows("random", 500).to(dtype)
+    for a, b in zip(visit(x.float(), 9, nobody(x), TEMPERATURES), visit(x, 9, nobody(x), TEMPERATURES), strict=True):
+        assert torch.equal(a, b)
+
+
+@VISITS
 def test_rows_need_not_touch(visit: Visit) -> None:
     x = rows("random", 500)
     expected = visit(x, 9, nobody(x), TEMPERATURES)
@@ -148,13 +162,14 @@ RULES = [
 ]
 
 
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "loops"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_passes_give_the_targets_of_loops(rule: Selection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_gives_the_targets_of_loops(rule: Selection, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU runs, run here."""
     logits = torch.cat([rows(kind, 1000) for kind in KINDS])
     labels = torch.randint(1000, (len(logits),), generator=torch.Generator().manual_seed(0))
     ours = select(logits, rule, labels=labels, temperatures=(1.0, 2.0))
-    monkeypatch.setattr(loops, "visit", passes.visit)
+    monkeypatch.setattr(loops, "visit", WAYS[way])
     theirs = select(logits, rule, labels=labels, temperatures=(1.0, 2.0))
     same = (ours.ids == theirs.ids).all(-1)
     assert same.float().mean() > 0.97  # a point on the border of two ids may fall on either
