@@ -2,13 +2,14 @@
 
     python -m benchmarks.dump [--teacher DIR] [--corpus FILE] [--rows 8] [--seq-len 512] [--batch-rows 4] [--repeats 7]
                               [--tile-logits N ...] [--no-tile-head]
+    python -m benchmarks.dump --shape 1b --device cuda --rows 32 --seq-len 1024 --batch-rows 8
 
 Bare is `model(...).logits` with isolation, and nothing done with them. Beside it, each as a ratio to the bare pass
-of the same round: the logits alone, as the dump makes them; `Teacher.run` with each selection; and the same with the
+of the same round: the logits alone, as the dump makes them; `Teacher.run_all` with each selection; and the same with the
 shard encoded and written beside it, as `dump-teacher` does. A round runs all of them once, the order turned by one each
 time. Three ratios: of the least times, the least of the rounds, and the median of the rounds. Reading and packing the
 corpus are not in it.
-Teacher and text default to those of KDCACHE_ASSETS.
+Teacher and text default to those of KDCACHE_ASSETS; `--shape` makes a random teacher of a known shape instead.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.teachers import SHAPES, make_teacher
 from kdcache import Selection
 from kdcache.codec.frequency import FrequencyOrder
 from kdcache.isolation import packed_forward
@@ -69,8 +71,8 @@ def dump(teacher: Teacher, manifest: Manifest, batches: Batches) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = open_place(folder)
         with new_shard(place, manifest, 0) as writer, Beside() as beside:
-            for batch in batches:
-                beside.run(partial(write, batch, teacher.run(batch, manifest, manifest.rule)))
+            for batch, found in zip(batches, teacher.run_all(batches, manifest, manifest.rule), strict=True):
+                beside.run(partial(write, batch, found))
             beside.finish()
             publish_shard(place, manifest, writer, documents=1, dropped=0, entropies=added(entropies), compute={})
 
@@ -107,8 +109,8 @@ def works(teacher: Teacher, inputs: Inputs, batches: Batches, sizes: list[int]) 
                 pass
 
     def run(rule: Selection) -> None:
-        for batch in batches:
-            teacher.run(batch, inputs.manifest, rule)
+        for _ in teacher.run_all(batches, inputs.manifest, rule):
+            pass
 
     manifests = {name: with_order(teacher, inputs, batches, rule) for name, rule in SELECTIONS.items()}
 
@@ -151,6 +153,7 @@ def main() -> None:
     assets = Path(os.environ.get("KDCACHE_ASSETS", "."))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default=str(assets / "models/lab32k"))
+    parser.add_argument("--shape", choices=SHAPES, help="instead of --teacher")
     parser.add_argument("--corpus", default=str(assets / "text/wikitext2-valid.txt"))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -161,6 +164,14 @@ def main() -> None:
     parser.add_argument("--tile-logits", type=int, nargs="+", help="sizes of a tile to try, in logits")
     parser.add_argument("--no-tile-head", dest="tile_head", action="store_false")
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.shape:
+            options.teacher = folder
+            make_teacher(Path(folder), options.shape, Path(options.corpus))
+        report(options)
+
+
+def report(options: argparse.Namespace) -> None:
     config = DumpConfig(
         teacher=options.teacher, corpus=options.corpus, out="unused", seq_len=options.seq_len, device=options.device,
         dtype=options.dtype, batch_rows=options.batch_rows, tile_head=options.tile_head,
@@ -174,8 +185,8 @@ def main() -> None:
         f"{teacher.compute['device']}, {teacher.compute['dtype']}, {torch.get_num_threads()} threads"
     )
     print(
-        f"{Path(options.teacher).name}, {sum(map(len, batches))} rows of {options.seq_len}, {slots} positions, "
-        f"batches of {options.batch_rows}, head {'in tiles' if options.tile_head else 'whole'}"
+        f"{options.shape or Path(options.teacher).name}, {sum(map(len, batches))} rows of {options.seq_len}, "
+        f"{slots} positions, batches of {options.batch_rows}, head {'in tiles' if options.tile_head else 'whole'}"
     )
     if options.tile_logits:
         head.GPU_TILES = sys.maxsize

@@ -61,7 +61,7 @@ class Scan:
         """`[n, W]` those of the head."""
         return self.order[:, : self.head.shape[-1]]
 
-    @property
+    @cached_property
     def forced(self) -> Tensor:
         """`[n]` whether a label must be among the entries."""
         return (self.column < self.head.shape[-1]) | (self.apart > -torch.inf)
@@ -75,15 +75,18 @@ class Scan:
         return self._log_totals[:, self.temperatures.index(temperature)]
 
     @cached_property
+    def _others(self) -> Tensor:
+        """`[n, W]` whom the complement leaves out beside the largest: the rest of the head, and a label apart."""
+        return torch.cat([self.head[:, 1:], self.apart[:, None]], -1)
+
+    @cached_property
     def _log_totals(self) -> Tensor:
-        others = torch.cat([self.head[:, 1:], self.apart[:, None]], -1)
-        masses = [(others if t == 1 else others / t).exp().sum(-1) for t in self.temperatures]
+        masses = [(self._others if t == 1 else self._others / t).exp().sum(-1) for t in self.temperatures]
         return torch.log1p(torch.stack(masses, -1) + self.rest.exp())  # the largest itself has mass 1
 
     def entropy(self) -> Tensor:
         """`[n]` entropy at T = 1, nats: log Z + sum p (-x), two terms that are never negative."""
-        near = torch.cat([self.head[:, 1:], self.apart[:, None]], -1)
-        nearby = (near.exp() * -near.clamp(min=-1e4)).sum(-1)  # where p is 0, so is p log p
+        nearby = (self._others.exp() * -self._others.clamp(min=-1e4)).sum(-1)  # where p is 0, so is p log p
         total = self.log_total(1.0)
         return total + (nearby + self.surprise) / total.exp()
 
@@ -134,14 +137,14 @@ def scan(
     return Scan(
         values=values,
         order=order,
-        finite=torch.isfinite(values).all(-1) & torch.isfinite(moved) & torch.isfinite(label_values),
+        finite=torch.isfinite(values.sum(-1, dtype=torch.float64) + moved + label_values),
         head=head.double() - top[:, None],
         labels=labels,
         label=torch.where(known, label_values.double() - top, torch.nan),
         column=column,
         apart=torch.where(forced & (column == width), label_values.double() - top, -torch.inf),
         centre=centre,
-        rest=totals.log() + centre[:, None] / totals.new_tensor(weighed),
+        rest=totals.log() + torch.stack([centre / t for t in weighed], -1),
         surprise=moved,
         blocks=sums[:, weighed.index(sample_temperature)],
         temperatures=tuple(weighed),

@@ -17,10 +17,9 @@ def truncate(seen: Scan, rule: Selection, temperatures: tuple[float, ...]) -> Sp
     """Keep a prefix of the head; a forced label takes the place of the smallest entry."""
     total = seen.log_total(1.0)
     count = prefix(seen.head - total[:, None], rule)
-    label = (seen.labels, seen.label, seen.column, seen.forced)
-    ids, logits, tail = keep(seen.ids, seen.head, count, label)
-    masses = [seen.rest_at(t) for t in temperatures]
+    ids, logits, masses = seen.ids, seen.head, [seen.rest_at(t) for t in temperatures]
     if rule.kind == "topp" or rule.force_label:  # else the head is kept whole
+        ids, logits, tail = keep(ids, logits, count, (seen.labels, seen.label, seen.column, seen.forced))
         unkept = torch.where(tail, seen.head, -torch.inf)
         masses = [torch.logaddexp(m, (unkept / t).logsumexp(-1)) for t, m in zip(temperatures, masses, strict=True)]
     log_tail = [mass - seen.log_total(t) for t, mass in zip(temperatures, masses, strict=True)]
