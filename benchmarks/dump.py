@@ -5,10 +5,10 @@
     python -m benchmarks.dump --shape 1b --device cuda --rows 32 --seq-len 1024 --batch-rows 8
 
 Bare is `model(...).logits` with isolation, and nothing done with them. Beside it, each as a ratio to the bare pass
-of the same round: the logits alone, as the dump makes them; `Teacher.run_all` with each selection; and the same with the
-shard encoded and written beside it, as `dump-teacher` does. A round runs all of them once, the order turned by one each
-time. Three ratios: of the least times, the least of the rounds, and the median of the rounds. Reading and packing the
-corpus are not in it.
+of the same round: the logits alone, as the dump makes them; `Teacher.run_all` with each selection; and the same with
+the shard encoded and written beside it, as `dump-teacher` does. A round runs all of them once, the order turned by one
+each time. Three ratios: of the least times, the least of the rounds, and the median of the rounds. Reading and packing
+the corpus are not in it.
 Teacher and text default to those of KDCACHE_ASSETS; `--shape` makes a random teacher of a known shape instead.
 """
 

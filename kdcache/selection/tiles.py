@@ -56,8 +56,9 @@ def select(
         LogitsError: a NaN or infinite logit; its `position` is the first offending row.
         ConfigError: k above V, a temperature outside 0.01 to 100, or a sampling temperature that is not
             among the temperatures.
-        TargetError: a label that is no id of the vocabulary, nor -100.
+        TargetError: a label that is no id of the vocabulary, nor -100, or a tensor of another shape.
     """
+    _check_shapes(logits, labels, keys)
     check_temperatures(temperatures)
     named = tuple(map(float, temperatures))
     if selection.kind in SAMPLED_KINDS and selection.sample_temperature not in named:
@@ -134,6 +135,14 @@ def require_finite(finite: Tensor, start: int = 0) -> None:
     if not finite.all():
         position = start + int((~finite).nonzero()[0])
         raise LogitsError(f"the teacher's logits at position {position} are not finite", position)
+
+
+def _check_shapes(logits: Tensor, labels: Tensor | None, keys: Tensor | None) -> None:
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise TargetError(f"logits are {logits.dtype} of shape {tuple(logits.shape)}, expected floating [N, V]")
+    for name, given, shape in (("labels", labels, (len(logits),)), ("keys", keys, (len(logits), 3))):
+        if given is not None and tuple(given.shape) != shape:
+            raise TargetError(f"{name} have shape {tuple(given.shape)}, expected {shape} for {len(logits)} positions")
 
 
 def _check_labels(labels: Tensor, vocab: int) -> None:

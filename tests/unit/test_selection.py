@@ -99,6 +99,22 @@ def test_logits_that_are_not_finite_are_refused_by_position(poison: float) -> No
     assert caught.value.position == 7
 
 
+SHAPES = {
+    r"logits are torch.float32 of shape \(50,\), expected floating \[N, V\]": (torch.zeros(50), {}),
+    r"of shape \(2, 3, 50\), expected": (torch.zeros(2, 3, 50), {}),
+    "logits are torch.int64": (torch.zeros(2, 50, dtype=torch.int64), {}),
+    r"labels have shape \(3,\), expected \(2,\) for 2 positions": (torch.zeros(2, 50), {"labels": torch.zeros(3)}),
+    r"keys have shape \(2, 2\), expected \(2, 3\)": (torch.zeros(2, 50), {"keys": torch.zeros(2, 2)}),
+}
+
+
+@pytest.mark.parametrize("message", SHAPES)
+def test_a_tensor_of_another_shape_is_refused(message: str) -> None:
+    logits, rest = SHAPES[message]
+    with pytest.raises(TargetError, match=message):
+        select(logits, Selection(k=2), **rest)
+
+
 def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = logits_of("random", 100), torch.arange(64)
     whole = select(logits, Selection(k=4), labels=labels)
