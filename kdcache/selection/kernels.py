@@ -8,10 +8,11 @@ Each logit is read once from the GPU's memory, in the dtype that it has, and blo
     _finish  the S in order, and all other blocks weighed around the same centre
 
 What is chosen is found by halving the integers that order as floats do, 32 times; ties go by id. Nothing is sorted but
-the S, nothing is added up across programs and nothing waits for the CPU, so the same logits give the same bits.
+the S, nothing is added up across programs and nothing waits for the CPU, so the same logits give the same bits, if
+they lie in memory alike: a dtype, or a row's stride that is no multiple of 16, may change the order of a block's sum.
 
-Guarantee: that of `loops.visit`, with the GPU's own exponential: within 3e-7, and 2e-7 more for each nat of its
-argument.
+Guarantee: that of `loops.visit`, with the GPU's own exponential: within 3e-7 (6e-7 in blocks that are not chosen, where
+it is a product of two), and 2e-7 more for each nat of its argument.
 Cost: one read of the logits, and B (2 + n_T) numbers a position written and read once more.
 
 Shapes: n positions, V vocabulary, W head, S = W + 1, B blocks (V // 64 + 1), n_T temperatures.
@@ -31,7 +32,7 @@ from kdcache.selection import passes
 from kdcache.selection.loops import BLOCK
 
 WIDEST = 255
-"""The widest head that `_rank` can hold, in 64 registers a thread; wider ones are left to passes.py."""
+"""The widest head that `_rank` can hold, as 32 logits a thread; wider ones are left to passes.py."""
 
 _CHUNK = 64
 """Blocks of a program of `_look`."""
@@ -166,13 +167,14 @@ def _finish(
     down = _value(peak) - centre
     for t in tl.static_range(temperatures):
         scale, at = tl.load(scales + t), (row * temperatures + t) * blocks
-        mass = tl.load(sums + at + block, mask=rest, other=0.0)
-        tl.store(sums + at + block, mass * tl.exp2(down * scale), mask=rest)
+        mass, unit = tl.load(sums + at + block, mask=rest, other=0.0), tl.exp2(down * scale)
+        tl.store(sums + at + block, mass * unit, mask=rest)
         e = tl.where(counts, tl.exp2(below * scale), 0.0)
         tl.store(sums + at + label // _SIZE, tl.sum(e), mask=again)
         if t == temperatures - 1:
-            terms = tl.load(surprise + row * blocks + block, mask=rest, other=0.0) - down * mass
-            tl.store(surprise + row * blocks + block, terms * tl.exp2(down * scale), mask=rest)
+            terms = tl.load(surprise + row * blocks + block, mask=rest, other=0.0) * unit
+            terms -= down * unit * mass  # not `down * mass` first: where a teacher masks ids, that overflows
+            tl.store(surprise + row * blocks + block, terms, mask=rest)
             tl.store(surprise + row * blocks + label // _SIZE, tl.sum(-below * e), mask=again)
 
 
@@ -209,7 +211,7 @@ def visit(x: Tensor, width: int, outside: Tensor, temperatures: list[float]) -> 
 
 
 def _warps(numbers: int) -> int:
-    """Warps of a program that holds so many numbers at once: 16 or more a thread."""
+    """Warps of a program that holds so many numbers at once: 16 a thread, as far as 4 to 16 warps go."""
     return min(16, max(4, numbers // 512))
 
 

@@ -104,6 +104,19 @@ def test_who_is_left_out_weighs_nothing_however_large_the_logits_are(height: flo
 
 
 @VISITS
+@pytest.mark.parametrize("lowest", [-1e30, torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min])
+def test_ids_that_a_teacher_masks_weigh_nothing(lowest: float, visit: Visit) -> None:
+    """Whole blocks of them, which is how a vocabulary is padded, and a part of one."""
+    x = rows("random", 1000)
+    x[:, 600:] = lowest
+    _, _, sums, surprise = visit(x, 4, nobody(x), TEMPERATURES)
+    _, _, sums_without, surprise_without = visit(x[:, :600], 4, nobody(x[:, :600]), TEMPERATURES)
+    torch.testing.assert_close(sums[..., :10], sums_without, rtol=1e-5, atol=0)
+    torch.testing.assert_close(surprise[:, :10], surprise_without, rtol=1e-5, atol=0)
+    assert not sums[..., 10:].any() and not surprise[:, 10:].any()
+
+
+@VISITS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_floating_dtype_is_taken_as_float32(dtype: torch.dtype, visit: Visit) -> None:
     x = rows("random", 500).to(dtype)
