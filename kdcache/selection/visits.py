@@ -24,6 +24,9 @@ _COMPARED_ROWS = 16
 _CLOSE = 1e-5
 """How far two sums of a block may differ, in units of the whole position's sum."""
 
+_LEAST = 1e-28
+"""A position's sum below which that unit shrinks no more: exponentials that are 0 to some would show."""
+
 _trusted: dict[Any, bool] = {}
 
 
@@ -68,7 +71,7 @@ def _difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str:
         if not torch.equal(ours[sound], theirs[sound]):
             return f"their {name} differ"
     for name, ours, theirs in zip(("sums", "surprise"), found[2:], expected[2:], strict=True):
-        whole = theirs[sound].sum(-1, keepdim=True)
+        whole = theirs[sound].sum(-1, keepdim=True).clamp(min=_LEAST)
         if not ((ours[sound] - theirs[sound]).abs() <= _CLOSE * whole).all():
             return f"their {name} differ"
     return ""

@@ -54,6 +54,15 @@ def test_kernels_are_trusted() -> None:
 
 @TRITON
 @NUMPY
+def test_kernels_are_trusted_where_nothing_weighs_enough_to_compare() -> None:
+    """Where a label is the centre, and all others lie so far below that their exponentials are not normal numbers."""
+    x = logits_of("random", 1000, 8).clamp(max=8.0) / 10 - 9.5
+    x[:, 300], x[:, 301] = 1.0, 2.0
+    assert visits.trusted(x, 1, torch.full((8,), 300), [0.1, 1.0])
+
+
+@TRITON
+@NUMPY
 @pytest.mark.parametrize("part", range(4))
 def test_kernels_that_say_something_else_are_not_trusted(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from kdcache.selection import kernels
