@@ -284,7 +284,7 @@ def test_two_writers_of_one_shard(cache: Path, teacher: Path, corpus: Path, tmp_
     assert files(out) == files(cache)
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("ahead", [0, 1, 2])
 def test_poisoned_logits_name_the_document(
     teacher: Path, tmp_path: Path, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,10 +296,11 @@ def test_poisoned_logits_name_the_document(
     weights["model.embed_tokens.weight"][7] = float("nan")
     save_file(weights, sick / "model.safetensors", metadata={"format": "pt"})
     corpus = tmp_path / "ids.jsonl"
-    corpus.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in ([1, 2, 3], [4, 5, 6, 7, 8, 9])))
+    documents = ([1, 2, 3], [4, 5, 6, 7, 8, 9], [*range(10, 19)], [7, *range(10, 18)])  # a batch of two, two of one
+    corpus.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in documents))
     monkeypatch.setattr("kdcache.teacher.forward._AHEAD", {"cpu": ahead})
     with pytest.raises(LogitsError, match=r"document 1 of the corpus, 3 tokens into its piece"):
-        dump(dump_options(sick, corpus, tmp_path / "c"))
+        dump(dump_options(sick, corpus, tmp_path / "c", seq_len=10, batch_rows=1))
     assert not list(tmp_path.glob("c/commits/*"))
 
 
