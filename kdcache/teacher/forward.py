@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections import deque
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,7 +110,7 @@ class Teacher:
     ) -> Iterator[Targets]:
         """Targets of batch after batch, the rows of a shard from its first on; see `run`.
 
-        A GPU is given a batch before the one ahead of it is waited for, so that it always has work.
+        A GPU is given a batch before what the one ahead of it gave is looked at and written.
         """
         ahead: deque[_Running] = deque()
         first_row = 0
@@ -125,7 +126,11 @@ class Teacher:
     def _start(
         self, rows: list[PackedRow], manifest: Manifest, rule: Selection, shard: int, first_row: int, seed: int
     ) -> _Running:
-        """Give the device all of a batch's work; nothing here waits for it."""
+        """Give the device all of a batch's work, and do not wait for it.
+
+        The model may: transformers asks whether rows hold several pieces, once a batch, before the first layer, and so
+        waits for the selection of the batch ahead.
+        """
         labels = torch.from_numpy(np.stack([row.labels(manifest.seq_len) for row in rows]))  # [R, L]
         wanted = labels != IGNORE
         slots = wanted.nonzero()  # [N, 2]
@@ -154,8 +159,8 @@ class Teacher:
         segments = np.stack([row.segments(length) for row in rows])
         positions = torch.from_numpy(position_ids(segments if self.isolate else np.zeros_like(segments)))
         positions, slots = _sent(positions, self.device), _sent(slots, self.device)
-        for logits in logit_tiles(self.model, self.head, tokens, positions, slots):
-            yield logits[:, : manifest.vocab_size]
+        tiles = logit_tiles(self.model, self.head, tokens, positions, slots)
+        yield from map(itemgetter((slice(None), slice(manifest.vocab_size))), tiles)  # a variable would keep each tile
 
     @torch.inference_mode()
     def named(self, rows: list[PackedRow], slots: torch.Tensor, position: int) -> LogitsError:

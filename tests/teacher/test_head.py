@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -247,6 +248,23 @@ def test_targets_in_tiles_are_those_of_whole_logits(teacher: Path, kind: str) ->
     assert counts == also == [20, 20, 20]
     assert some.ids.max() < 320
     assert_same(some, others)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("kind", ["topk", "ipps"])
+def test_logits_of_one_tile_at_a_time(teacher: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, manifest = open_teacher(teacher)
+    real, made, alive = TiledHead.logits, [], []
+
+    def listen(self: TiledHead, hidden: Tensor) -> Tensor:
+        alive.append(sum(not tile.expired() for tile in made))
+        logits = real(self, hidden)
+        made.append(StorageWeakRef(logits.untyped_storage()))
+        return logits
+
+    monkeypatch.setattr(TiledHead, "logits", listen)
+    model.run(some_rows(), manifest, Selection(kind=kind, k=8))
+    assert len(alive) > 1 and not any(alive)
 
 
 @pytest.mark.usefixtures("small_tiles")
