@@ -61,6 +61,7 @@ class Crowd:
         for start in range(0, len(looked_at), _POINTS):
             point = looked_at[start : start + _POINTS]
             out[point] = self._in_block(point // width, block[point], share[point])
+        out = out.clamp(max=self.x.shape[-1] - 1)  # beside a NaN, a point falls past the last
         return torch.where(used, out.view_as(used), 0)
 
     def _block_masses(self) -> Tensor:

@@ -159,8 +159,11 @@ def test_bad_logits_harm_nobody_else(rule: Selection, everything: bool, monkeypa
     for row, bad in enumerate((torch.nan, -torch.nan, torch.inf, -torch.inf)):
         x[row, 500] = bad
         x[10 + row] = bad
+    x[20, 960:] = 50.0  # where points fall, in a block that the vocabulary does not fill
+    x[20, 999] = -torch.nan
     found, finite = select_ahead(x, rule, labels, (1.0, 2.0), numbers)
-    assert (~finite).nonzero()[:, 0].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert (~finite).nonzero()[:, 0].tolist() == [0, 1, 2, 3, 10, 11, 12, 13, 20]
+    assert (found.ids < 1000).all()
     for name, value in vars(sound).items():
         if isinstance(value, Tensor):
             torch.testing.assert_close(value[finite], getattr(found, name)[finite], rtol=0, atol=0, equal_nan=True)
