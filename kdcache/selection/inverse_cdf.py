@@ -21,8 +21,8 @@ from kdcache.selection.blocks import contents
 from kdcache.selection.loops import BLOCK
 from kdcache.selection.scan import Scan
 
-_POINTS = 1 << 14
-"""Points whose blocks are looked into at once."""
+_POINTS = {"cpu": 1 << 14, "cuda": 1 << 16}
+"""Points whose blocks are looked into at once, by device."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Crowd:
         before = torch.where(block > 0, cdf.gather(-1, (block - 1).clamp(min=0)), 0.0)
         share = ((_reach(cdf, points) - before) / (after - before)).flatten()  # where in its block each point lies
         block, out, width = block.flatten(), torch.zeros_like(block).flatten(), points.shape[-1]
-        looked_at = _looked_at(used)
-        for start in range(0, len(looked_at), _POINTS):
-            point = looked_at[start : start + _POINTS]
+        looked_at, some = _looked_at(used), _POINTS.get(used.device.type, _POINTS["cuda"])
+        for start in range(0, len(looked_at), some):
+            point = looked_at[start : start + some]
             out[point] = self._in_block(point // width, block[point], share[point])
         out = out.clamp(max=self.x.shape[-1] - 1)  # beside a NaN, a point falls past the last
         return torch.where(used, out.view_as(used), 0)

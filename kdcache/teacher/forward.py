@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 from collections import deque
 from collections.abc import Iterator
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,7 +159,7 @@ class Teacher:
         positions = torch.from_numpy(position_ids(segments if self.isolate else np.zeros_like(segments)))
         positions, slots = _sent(positions, self.device), _sent(slots, self.device)
         tiles = logit_tiles(self.model, self.head, tokens, positions, slots)
-        yield from map(itemgetter((slice(None), slice(manifest.vocab_size))), tiles)  # a variable would keep each tile
+        yield from map(lambda tile: tile[:, : manifest.vocab_size], tiles)  # noqa: C417 - a variable would keep each tile
 
     @torch.inference_mode()
     def named(self, rows: list[PackedRow], slots: torch.Tensor, position: int) -> LogitsError:
@@ -206,7 +205,7 @@ class _Running:
     """
 
     _targets: SparseTargets
-    _sent: torch.cuda.Event | None = None
+    _arrival: torch.cuda.Event | None = None
 
     def __init__(
         self, teacher: Teacher, rows: list[PackedRow], slots: torch.Tensor, labels: list[int], choice: Positions
@@ -216,6 +215,8 @@ class _Running:
 
     def add(self, tile: SparseTargets, finite: torch.Tensor) -> None:
         """Lay the next positions' targets, and whether their logits are finite, beside the others."""
+        if tile.kind == "full":
+            tile = tile.to("cpu")  # larger than the logits: a batch of it has no room on a GPU
         start, self.positions = self.positions, self.positions + len(tile.count)
         if start == 0:
             self._targets = tile.spread(slice(0, self.positions), len(self._slots))
@@ -233,12 +234,12 @@ class _Running:
             return
         self._targets = self._targets.to("cpu", non_blocking=True)
         self._finite = self._finite.to("cpu", non_blocking=True)
-        self._sent = torch.cuda.current_stream(device).record_event()
+        self._arrival = torch.cuda.current_stream(device).record_event()
 
     def finish(self) -> Targets:
         """Wait for them, look at them, and leave out the positions that the cache does not choose."""
-        if self._sent:
-            self._sent.synchronize()
+        if self._arrival:
+            self._arrival.synchronize()
         try:
             require_finite(self._finite)
         except LogitsError as error:

@@ -19,25 +19,31 @@ TYPES = {
     "x": "*bf16", "scales": "*fp32", "sums": "*fp32", "surprise": "*fp32", "values": "*fp32", "outside": "*i64",
     "peaks": "*i32", "chosen": "*i32", "borders": "*i32", "near": "*i32", "near_ids": "*i32", "centres": "*i32",
 }  # fmt: skip
-SIZES = {
-    "look": {"temperatures": 2, "chunk": 64},
-    "choose": {"span": 2048},
-    "rank": {"temperatures": 2, "span": 128},
-    "finish": {"temperatures": 2, "span": 2048, "width": 128},
+SIZES: dict[str, tuple[dict[str, int], int]] = {  # and the warps of a program
+    "look": ({"temperatures": 2, "chunk": 64}, 4),
+    "choose": ({"span": 2048}, kernels._warps(2048)),
+    "rank": ({"temperatures": 2, "span": 128}, kernels._warps(128 * 64)),
+    "finish": ({"temperatures": 2, "span": 2048, "width": 128}, kernels._warps(2048)),
 }
+ALIGNED = ("stride", "vocab")  # multiples of 16, as all addresses are
 
 
 def main() -> None:
     for gpu in sys.argv[1:]:
-        for name, sizes in SIZES.items():
+        for name, (sizes, warps) in SIZES.items():
             kernel = getattr(kernels, f"_{name}")
             types = TYPES | {"ids": "*i64" if name == "finish" else "*i32"}
             source = ASTSource(
                 fn=kernel,
                 signature={arg: "constexpr" if arg in sizes else types.get(arg, "i32") for arg in kernel.arg_names},
                 constexprs={(kernel.arg_names.index(arg),): size for arg, size in sizes.items()},
+                attrs={
+                    (i,): [["tt.divisibility", 16]]
+                    for i, arg in enumerate(kernel.arg_names)
+                    if arg in ALIGNED or (arg in types and arg not in sizes)
+                },
             )
-            made = triton.compile(source, target=GPUTarget("cuda", int(gpu), 32), options={"num_warps": 8})
+            made = triton.compile(source, target=GPUTarget("cuda", int(gpu), 32), options={"num_warps": warps})
             assert made.asm["cubin"]
             sys.stdout.write(f"{name}:{gpu}\n")
 
