@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -43,16 +46,22 @@ def bound(x: Tensor, factor: Tensor | float = 1.0) -> Tensor:
     return in_blocks(x.exp() * factor * (5e-7 + 3 * 2**-24 * x.clamp(min=-700).abs())) + 64 * 2**-126
 
 
-@VISITS
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("vocab", [1, 2, 63, 64, 65, 500, 4096, 32_003])
-def test_a_visit_against_float64(vocab: int, kind: str, visit: Visit) -> None:
-    x = rows(kind, vocab)
+def cases() -> Iterator[Any]:
+    """Ways, sizes and characters of rows; fewer for kernels, which are slow in an interpreter."""
+    for way, vocab, kind in itertools.product(WAYS, (1, 2, 63, 64, 65, 500, 4096, 32_003), KINDS):
+        if way != "kernels" or (vocab > 1 and kind in ("random", "tied", "wide")[: 3 if vocab < 5000 else 1]):
+            yield pytest.param(way, vocab, kind, id=f"{way}-{vocab}-{kind}")
+
+
+@pytest.mark.parametrize(("way", "vocab", "kind"), list(cases()))
+def test_a_visit_against_float64(way: str, vocab: int, kind: str) -> None:
+    visit, x = WAYS[way], rows(kind, vocab)[: 4 if way == "kernels" else 8]
     x[0, ::2], x[0, 1::2] = 0.0, -0.0  # alike
     order = x.sort(dim=-1, descending=True, stable=True).indices
     outside = nobody(x)
-    outside[3:] = torch.arange(5) % vocab  # a label, in the head or not
-    for width in {1, min(12, vocab), min(70, vocab), vocab - (vocab > 1), vocab}:
+    outside[2:] = torch.arange(len(x) - 2) * 131 % vocab  # a label, in the head or not
+    widths = {1, 70, vocab - 1} if way == "kernels" else {1, 12, 70, vocab - 1, vocab}
+    for width in {max(1, min(width, vocab)) for width in widths}:
         values, ids, sums, surprise = visit(x, width, outside, TEMPERATURES)
         kept = min(width + 1, vocab)
         assert torch.equal(ids, order[:, :kept])
@@ -83,13 +92,13 @@ def test_sums_are_as_exact_as_float32(visit: Visit) -> None:
 @pytest.mark.parametrize("poison", [float("nan"), -float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("width", [1, 5, 130])
 def test_a_logit_that_is_not_finite_shows(width: int, poison: float, visit: Visit) -> None:
-    for at in (0, 77, 129):
-        x = rows("random", 130)
-        x[2, at] = poison
-        values, _, _, surprise = visit(x, width, nobody(x), TEMPERATURES)
-        sound = torch.isfinite(values).all(-1) & torch.isfinite(surprise).all(-1)
-        assert sound.tolist() == [row != 2 for row in range(8)]
-    x = torch.full((3, 130), poison)
+    x = rows("random", 130)[:5]
+    for row, at in ((0, 0), (2, 77), (3, 129)):
+        x[row, at] = poison
+    values, _, _, surprise = visit(x, width, nobody(x), TEMPERATURES)
+    sound = torch.isfinite(values).all(-1) & torch.isfinite(surprise).all(-1)
+    assert sound.tolist() == [False, True, False, False, True]
+    x = torch.full((2, 130), poison)
     values, _, _, surprise = visit(x, width, nobody(x), TEMPERATURES)
     assert not (torch.isfinite(values).all(-1) & torch.isfinite(surprise).all(-1)).any()
 
@@ -107,7 +116,7 @@ def test_who_is_left_out_weighs_nothing_however_large_the_logits_are(height: flo
 @pytest.mark.parametrize("lowest", [-1e30, torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min])
 def test_ids_that_a_teacher_masks_weigh_nothing(lowest: float, visit: Visit) -> None:
     """Whole blocks of them, which is how a vocabulary is padded, and a part of one."""
-    x = rows("random", 1000)
+    x = rows("random", 1000)[:2]
     x[:, 600:] = lowest
     _, _, sums, surprise = visit(x, 4, nobody(x), TEMPERATURES)
     _, _, sums_without, surprise_without = visit(x[:, :600], 4, nobody(x[:, :600]), TEMPERATURES)
@@ -119,22 +128,22 @@ def test_ids_that_a_teacher_masks_weigh_nothing(lowest: float, visit: Visit) -> 
 @VISITS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_floating_dtype_is_taken_as_float32(dtype: torch.dtype, visit: Visit) -> None:
-    x = rows("random", 500).to(dtype)
+    x = rows("random", 500)[:2].to(dtype)
     for a, b in zip(visit(x.float(), 9, nobody(x), TEMPERATURES), visit(x, 9, nobody(x), TEMPERATURES), strict=True):
         assert torch.equal(a, b)
 
 
 @VISITS
 def test_rows_need_not_touch(visit: Visit) -> None:
-    x = rows("random", 500)
+    x = rows("random", 500)[:3]
     expected = visit(x, 9, nobody(x), TEMPERATURES)
-    padded = torch.full((8, 777), torch.nan)
+    padded = torch.full((3, 777), torch.nan)
     padded[:, 200:700] = x
     turned = x.T.contiguous().T
     for same in (padded[:, 200:700], turned, x.repeat_interleave(2, 0)[::2]):
         for a, b in zip(expected, visit(same, 9, nobody(x), TEMPERATURES), strict=True):
             assert torch.equal(a, b)
-    one = x[:1].expand(8, -1)
+    one = x[:1].expand(3, -1)
     for a, b in zip(expected, visit(one, 9, nobody(x), TEMPERATURES), strict=True):
         assert torch.equal(a[:1].expand_as(b), b)
 
@@ -179,13 +188,13 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_every_way_gives_the_targets_of_loops(rule: Selection, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU runs, run here."""
-    logits = torch.cat([rows(kind, 1000) for kind in KINDS])
+    logits = torch.cat([rows(kind, 1000)[: 1 if way == "kernels" else 8] for kind in KINDS])
     labels = torch.randint(1000, (len(logits),), generator=torch.Generator().manual_seed(0))
     ours = select(logits, rule, labels=labels, temperatures=(1.0, 2.0))
     monkeypatch.setattr(loops, "visit", WAYS[way])
     theirs = select(logits, rule, labels=labels, temperatures=(1.0, 2.0))
     same = (ours.ids == theirs.ids).all(-1)
-    assert same.float().mean() > 0.97  # a point on the border of two ids may fall on either
+    assert (~same).sum() <= 1  # a point on the border of two ids may fall on either
     assert torch.equal(ours.count[same], theirs.count[same])
     for name in ("logprobs", "weights", "log_partition", "log_tail", "entropy", "label_logprob"):
         a, b = getattr(ours, name)[same], getattr(theirs, name)[same]

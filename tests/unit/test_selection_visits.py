@@ -47,7 +47,7 @@ def about(x: Tensor) -> tuple[Tensor, int, Tensor, list[float]]:
 @TRITON
 @NUMPY
 def test_kernels_are_trusted() -> None:
-    x, _ = given()
+    x = given()[0][::6]
     x[3, 5] = torch.nan
     assert visits.trusted(*about(x)) and visits.trusted(*about(x.bfloat16()))
 
@@ -56,9 +56,9 @@ def test_kernels_are_trusted() -> None:
 @NUMPY
 def test_kernels_are_trusted_where_nothing_weighs_enough_to_compare() -> None:
     """Where a label is the centre, and all others lie so far below that their exponentials are not normal numbers."""
-    x = logits_of("random", 1000, 8).clamp(max=8.0) / 10 - 9.5
+    x = logits_of("random", 1000, 2).clamp(max=8.0) / 10 - 9.5
     x[:, 300], x[:, 301] = 1.0, 2.0
-    assert visits.trusted(x, 1, torch.full((8,), 300), [0.1, 1.0])
+    assert visits.trusted(x, 1, torch.full((2,), 300), [0.1, 1.0])
 
 
 @TRITON
@@ -77,7 +77,7 @@ def test_kernels_that_say_something_else_are_not_trusted(part: int, monkeypatch:
     monkeypatch.setattr(kernels, "visit", wrong)
     name = ("values", "ids", "sums", "surprise")[part]
     with pytest.warns(UserWarning, match=f"instead of kernels, which is slower: their {name} differ"):
-        assert not visits.trusted(*about(given()[0]))
+        assert not visits.trusted(*about(given()[0][::8]))
 
 
 @TRITON
