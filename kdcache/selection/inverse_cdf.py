@@ -27,18 +27,18 @@ _POINTS = {"cpu": 1 << 14, "cuda": 1 << 16}
 
 @dataclass(frozen=True)
 class Crowd:
-    """The ids among which points choose: all from some column of the head on, without a forced label.
+    """The ids among which points choose: all, or all from some column of the head on; without a forced label.
 
     Attributes:
         x: `[n, V]` logits.
         seen: their scan.
-        first: `[n]` the column; W where nobody of the head belongs.
+        first: `[n]` the column, W where nobody of the head belongs; None where all do.
         temperature: T, the sampling temperature of the scan.
     """
 
     x: Tensor
     seen: Scan
-    first: Tensor
+    first: Tensor | None
     temperature: float
 
     def find(self, points: Tensor, used: Tensor) -> Tensor:
@@ -68,7 +68,9 @@ class Crowd:
         """`[n, B]` float64 mass of each block, in units of the likeliest member."""
         seen, t = self.seen, self.temperature
         column = torch.arange(seen.head.shape[-1], device=seen.head.device)
-        member = (column >= self.first[:, None]) & (column != seen.column[:, None])
+        member = column != seen.column[:, None]
+        if self.first is not None:
+            member &= column >= self.first[:, None]
         members = torch.where(member, seen.head, -torch.inf)
         rest = torch.where(seen.rest_at(t) > -torch.inf, seen.centre, -torch.inf)
         unit = torch.maximum(members.amax(-1), rest)
@@ -79,14 +81,18 @@ class Crowd:
     def _in_block(self, rows: Tensor, block: Tensor, share: Tensor) -> Tensor:
         """`[P]` the id at a share of its block's mass."""
         logits = contents(self.x, rows, block, BLOCK).float()  # [P, 64]
-        ids = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)
-        seen, first = self.seen, self.first.clamp(max=self.seen.order.shape[-1] - 1)[:, None]
-        highest, its_id = seen.values.gather(-1, first)[rows], seen.order.gather(-1, first)[rows]  # [P, 1]
-        before = (logits > highest) | ((logits == highest) & (ids < its_id))
-        label = torch.where(seen.forced, seen.labels, IGNORE)[rows, None]
-        logits = logits.masked_fill(before | (ids == label), -torch.inf)
-        below = (logits - logits.amax(-1, keepdim=True)) / self.temperature
-        return block * BLOCK + locate(below.exp().cumsum(-1, dtype=torch.float64), share[:, None])[:, 0]
+        seen, start = self.seen, block * BLOCK
+        if self.first is not None:
+            first = self.first.clamp(max=seen.order.shape[-1] - 1)[:, None]
+            highest, its_id = seen.values.gather(-1, first)[rows], seen.order.gather(-1, first)[rows]  # [P, 1]
+            earlier = torch.arange(BLOCK, device=block.device) < its_id - start[:, None]
+            logits.masked_fill_(torch.where(earlier, logits >= highest, logits > highest), -torch.inf)
+        label = (torch.where(seen.forced, seen.labels, IGNORE)[rows] - start)[:, None]  # its place, if it is here
+        place = label.clamp(0, BLOCK - 1)
+        logits.scatter_(-1, place, torch.where(label == place, -torch.inf, logits.gather(-1, place)))
+        below = logits - logits.amax(-1, keepdim=True)
+        e = (below if self.temperature == 1 else below / self.temperature).exp()
+        return start + locate(e.cumsum(-1, dtype=torch.float64), share[:, None])[:, 0]
 
 
 def _looked_at(used: Tensor) -> Tensor:
