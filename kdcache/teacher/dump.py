@@ -104,8 +104,8 @@ def _make_shard(
     with new_shard(place, manifest, shard) as writer, Beside() as beside:
         batches = [made.rows[i : i + teacher.batch_rows] for i in range(0, len(made.rows), teacher.batch_rows)]
         rows = 0
-        for found in teacher.run_all(batches, manifest, rule, shard=shard, seed=manifest.seed):
-            batch = batches[rows // teacher.batch_rows]
+        made_targets = teacher.run_all(batches, manifest, rule, shard=shard, seed=manifest.seed)
+        for batch, found in zip(batches, made_targets, strict=True):
             beside.run(functools.partial(_write, writer, batch, found.targets, found.labels))
             entropies.append(histogram(found.entropy))
             positions, rows = positions + len(found.entropy), rows + len(batch)
