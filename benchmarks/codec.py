@@ -114,11 +114,11 @@ def rates(works: Sequence[tuple[Callable[[Any], object], Sequence[Any]]], positi
     """Million positions a second of each work over its items, the works taking turns."""
     best = [math.inf] * len(works)
     for _ in range(repeats):
-        for place, (work, items) in enumerate(works):
+        for storage, (work, items) in enumerate(works):
             started = time.thread_time()
             for item in items:
                 work(item)
-            best[place] = min(best[place], time.thread_time() - started)
+            best[storage] = min(best[storage], time.thread_time() - started)
     return [positions / seconds / 1e6 for seconds in best]
 
 

@@ -31,18 +31,17 @@ import torch
 
 from benchmarks.teachers import SHAPES, make_teacher
 from kdcache import Selection
-from kdcache.codec.frequency import FrequencyOrder
+from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.isolation import packed_forward
 from kdcache.rows import IGNORE, PackedRow, position_ids
-from kdcache.store.backends import new_shard
-from kdcache.store.create import publish_shard
-from kdcache.store.entropies import added, histogram
+from kdcache.store.commit import added, histogram
 from kdcache.store.manifest import Manifest
-from kdcache.store.places import open_place
-from kdcache.teacher import head
-from kdcache.teacher.beside import Beside
+from kdcache.store.open_storage import open_storage
+from kdcache.store.publish import new_shard, publish_shard
+from kdcache.teacher.background_writer import Beside
 from kdcache.teacher.config import DumpConfig
-from kdcache.teacher.forward import Targets, Teacher
+from kdcache.teacher.engines import transformers
+from kdcache.teacher.engines.transformers import Targets, Teacher
 from kdcache.teacher.inputs import Inputs, open_inputs
 
 Batches = list[list[PackedRow]]
@@ -69,12 +68,12 @@ def dump(teacher: Teacher, manifest: Manifest, batches: Batches) -> None:
         entropies.append(histogram(found.entropy))
 
     with tempfile.TemporaryDirectory() as folder:
-        place = open_place(folder)
-        with new_shard(place, manifest, 0) as writer, Beside() as beside:
+        storage = open_storage(folder)
+        with new_shard(storage, manifest, 0) as writer, Beside() as beside:
             for batch, found in zip(batches, teacher.run_all(batches, manifest, manifest.rule), strict=True):
                 beside.run(partial(write, batch, found))
             beside.finish()
-            publish_shard(place, manifest, writer, documents=1, dropped=0, entropies=added(entropies), compute={})
+            publish_shard(storage, manifest, writer, documents=1, dropped=0, entropies=added(entropies), compute={})
 
 
 def some_batches(inputs: Inputs, rows: int, batch_rows: int) -> Batches:
@@ -105,7 +104,7 @@ def works(teacher: Teacher, inputs: Inputs, batches: Batches, sizes: list[int]) 
     @torch.inference_mode()
     def logits_alone() -> None:
         for tokens, places, slots in made:
-            for _ in head.logit_tiles(teacher.model, teacher.head, tokens, places, slots):
+            for _ in transformers.logit_tiles(teacher.model, teacher.head, tokens, places, slots):
                 pass
 
     def run(rule: Selection) -> None:
@@ -116,7 +115,7 @@ def works(teacher: Teacher, inputs: Inputs, batches: Batches, sizes: list[int]) 
 
     def tiled(size: int, work: Callable[[], None]) -> Callable[[], None]:
         def sized() -> None:
-            head.TILE_LOGITS[teacher.device.type] = size
+            transformers.TILE_LOGITS[teacher.device.type] = size
             work()
 
         return sized
@@ -189,8 +188,8 @@ def report(options: argparse.Namespace) -> None:
         f"{slots} positions, batches of {options.batch_rows}, head {'in tiles' if options.tile_head else 'whole'}"
     )
     if options.tile_logits:
-        head.GPU_TILES = sys.maxsize
-    sizes = options.tile_logits or [head.TILE_LOGITS[teacher.device.type]]
+        transformers.GPU_TILES = sys.maxsize
+    sizes = options.tile_logits or [transformers.TILE_LOGITS[teacher.device.type]]
     seconds = measure(works(teacher, inputs, batches, sizes), options.repeats, teacher.device)
     print(f"{'least seconds, and how often the bare pass':48} seconds  positions/s   minima    least   median")
     for name, values in seconds.items():

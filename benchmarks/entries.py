@@ -22,7 +22,7 @@ import torch
 
 from kdcache import Selection, SparseTargets, select
 from kdcache.codec import Codec, deflate, make_codec
-from kdcache.codec.frequency import FrequencyOrder
+from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.pretrained import load_model, load_tokenizer
 from kdcache.selection import solve_adaptive_tau
 

@@ -22,10 +22,9 @@ from benchmarks.codec import synthetic
 from kdcache import Selection, open_cache
 from kdcache.cache import Cache
 from kdcache.rows import PackedRow
-from kdcache.store.backends import new_shard
-from kdcache.store.create import create_cache, publish_shard
-from kdcache.store.local import LocalPlace
+from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
+from kdcache.store.publish import create_cache, new_shard, publish_shard
 from kdcache.targets import SparseTargets
 
 SHARDS = 8
@@ -45,10 +44,10 @@ def make(folder: Path, store: str, targets: list[SparseTargets], rows: int, voca
         precision=precision, error_bound={},
         id_order=tuple(order) if precision.isdecimal() else (), store=store, origin={},
     )  # fmt: skip
-    place, random = LocalPlace(folder), np.random.default_rng(0)
-    create_cache(place, manifest, {})
+    storage, random = LocalStorage(folder), np.random.default_rng(0)
+    create_cache(storage, manifest, {})
     for shard in range(SHARDS):
-        with new_shard(place, manifest, shard) as writer:
+        with new_shard(storage, manifest, shard) as writer:
             for row in range(rows // SHARDS):
                 tokens = random.integers(0, vocab, SLOTS, np.int32)
                 packed = PackedRow(
@@ -56,7 +55,7 @@ def make(folder: Path, store: str, targets: list[SparseTargets], rows: int, voca
                 )
                 writer.write(packed, targets[row % len(targets)])
             entropies = [writer.tally.labels]  # nobody looks at them here
-            publish_shard(place, manifest, writer, documents=1, dropped=0, entropies=entropies, compute={})
+            publish_shard(storage, manifest, writer, documents=1, dropped=0, entropies=entropies, compute={})
     return open_cache(folder)
 
 

@@ -23,15 +23,13 @@ import torch
 
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.rows import IGNORE, PackedRow
-from kdcache.store.backends import open_shard
 from kdcache.store.commit import Commit, read_commits
-from kdcache.store.create import TOKENIZER
-from kdcache.store.local import LocalPlace
+from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
-from kdcache.store.place import Place
-from kdcache.store.places import mirror, open_place, parse_size
-from kdcache.store.recent import Recent
+from kdcache.store.open_storage import mirror, open_storage, parse_size
+from kdcache.store.publish import TOKENIZER, open_shard
 from kdcache.store.shards import FOLDER, Shard
+from kdcache.store.storage import Recent, Storage
 from kdcache.targets import SparseTargets
 
 _MOST_TOKENIZER = 1 << 30
@@ -65,11 +63,11 @@ class Cache:
         commits: the commit of each shard that exists.
     """
 
-    def __init__(self, place: Place, manifest: Manifest, commits: dict[int, Commit]) -> None:
-        self.place, self.manifest, self.commits = place, manifest, commits
+    def __init__(self, storage: Storage, manifest: Manifest, commits: dict[int, Commit]) -> None:
+        self.storage, self.manifest, self.commits = storage, manifest, commits
         self._shards = list(commits)
         self._ends = list(itertools.accumulate(commit.rows for commit in commits.values()))
-        self._open: Recent[Shard] = Recent(place.open_shards)
+        self._open: Recent[Shard] = Recent(storage.open_shards)
         self._tokenizer: Path | None = None
 
     @property
@@ -82,11 +80,11 @@ class Cache:
         if self._tokenizer is not None:
             return self._tokenizer
         files = {name: self._tokenizer_file(name) for name in self.manifest.tokenizer_files}
-        if isinstance(self.place, LocalPlace):
-            strays = set(self.place.names(TOKENIZER)) - {f"{TOKENIZER}/{name}" for name in files}
+        if isinstance(self.storage, LocalStorage):
+            strays = set(self.storage.names(TOKENIZER)) - {f"{TOKENIZER}/{name}" for name in files}
             if strays:  # the library that loads a tokenizer takes whatever lies beside it
-                raise CorruptCacheError(f"{self.place.where(min(strays))} is not named by the manifest")
-            return self.place.folder / TOKENIZER
+                raise CorruptCacheError(f"{self.storage.where(min(strays))} is not named by the manifest")
+            return self.storage.folder / TOKENIZER
         folder = Path(tempfile.mkdtemp(prefix="kdcache-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         for name, data in files.items():
@@ -95,9 +93,9 @@ class Cache:
         return folder
 
     def _tokenizer_file(self, name: str) -> bytes:
-        where = self.place.where(f"{TOKENIZER}/{name}")
+        where = self.storage.where(f"{TOKENIZER}/{name}")
         try:
-            data = self.place.read(f"{TOKENIZER}/{name}", _MOST_TOKENIZER)
+            data = self.storage.read(f"{TOKENIZER}/{name}", _MOST_TOKENIZER)
         except FileNotFoundError:
             raise CorruptCacheError(f"{where} is missing") from None
         if hashlib.sha256(data).hexdigest() != self.manifest.tokenizer_files[name]:
@@ -110,12 +108,12 @@ class Cache:
         Raises:
             CorruptCacheError: naming the first that is not.
         """
-        sizes = self.place.sizes(FOLDER)
+        sizes = self.storage.sizes(FOLDER)
         for commit in self.commits.values():
             for data in commit.objects:
                 if sizes.get(data["name"]) != data["bytes"]:
                     raise CorruptCacheError(
-                        f"{self.place.where(data['name'])} has {sizes.get(data['name'], 0)} bytes, not the "
+                        f"{self.storage.where(data['name'])} has {sizes.get(data['name'], 0)} bytes, not the "
                         f"{data['bytes']} that were committed; `kdcache verify` reports all that is wrong"
                     )
 
@@ -128,8 +126,8 @@ class Cache:
         chosen = sorted(set(shards))
         gone = [shard for shard in chosen if shard not in self.commits]
         if gone:
-            raise IncompleteCacheError(f"{self.place} has no committed shard {gone[0]}")
-        return Cache(self.place, self.manifest, {shard: self.commits[shard] for shard in chosen})
+            raise IncompleteCacheError(f"{self.storage} has no committed shard {gone[0]}")
+        return Cache(self.storage, self.manifest, {shard: self.commits[shard] for shard in chosen})
 
     def missing(self) -> list[int]:
         """Planned shards that are not committed."""
@@ -151,8 +149,8 @@ class Cache:
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a cache of {len(self)} rows")
-        place = bisect.bisect_right(self._ends, index)
-        return self._shards[place], index - (self._ends[place - 1] if place else 0)
+        at = bisect.bisect_right(self._ends, index)
+        return self._shards[at], index - (self._ends[at - 1] if at else 0)
 
     def index(self, shard: int, row: int) -> int:
         """The cache-wide number of a shard's row.
@@ -161,11 +159,11 @@ class Cache:
             CacheError: no such shard or row.
         """
         if shard not in self.commits:
-            raise CacheError(f"{self.place} has no committed shard {shard}")
+            raise CacheError(f"{self.storage} has no committed shard {shard}")
         if not 0 <= row < self.commits[shard].rows:
             raise CacheError(f"shard {shard} has rows 0 to {self.commits[shard].rows - 1}, not {row}")
-        place = self._shards.index(shard)
-        return row + (self._ends[place - 1] if place else 0)
+        at = self._shards.index(shard)
+        return row + (self._ends[at - 1] if at else 0)
 
     def __getitem__(self, index: int) -> Row:
         packed, targets = self.read_packed(index)
@@ -178,14 +176,14 @@ class Cache:
 
     def read_rows(self, indices: Iterable[int]) -> Iterator[tuple[PackedRow, SparseTargets]]:
         """The same of several rows, in their order; over a network they are read ahead of who iterates."""
-        return self.place.map(self.read_packed, indices)
+        return self.storage.map(self.read_packed, indices)
 
     def shard(self, shard: int) -> Shard:
         """The reader of a committed shard."""
-        return self._open.get(shard, lambda: open_shard(self.place, self.manifest, self.commits[shard]))
+        return self._open.get(shard, lambda: open_shard(self.storage, self.manifest, self.commits[shard]))
 
     def __reduce__(self) -> tuple[type[Cache], tuple[Any, ...]]:
-        return Cache, (self.place, self.manifest, self.commits)
+        return Cache, (self.storage, self.manifest, self.commits)
 
 
 def unpack(packed: PackedRow, targets: SparseTargets, seq_len: int) -> Row:
@@ -223,14 +221,14 @@ def open_cache(
         CorruptCacheError: the manifest or a commit is damaged, or (unless `partial`) an object is not there
             with its size.
     """
-    place, limit = open_place(path), parse_size(local_limit)
-    manifest = Manifest.read(place)
+    storage, limit = open_storage(path), parse_size(local_limit)
+    manifest = Manifest.read(storage)
     if local_copy is not None:
-        place = mirror(place, manifest.sha256, local_copy, limit)
-    cache = Cache(place, manifest, read_commits(place, manifest))
+        storage = mirror(storage, manifest.sha256, local_copy, limit)
+    cache = Cache(storage, manifest, read_commits(storage, manifest))
     if cache.missing() and not partial:
         raise IncompleteCacheError(
-            f"{place} is incomplete: {len(cache.missing())} of {manifest.shards} shards are missing; "
+            f"{storage} is incomplete: {len(cache.missing())} of {manifest.shards} shards are missing; "
             "run the same dump-teacher command again to finish it"
         )
     if not partial:

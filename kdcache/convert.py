@@ -20,16 +20,14 @@ import numpy as np
 import torch
 
 from kdcache.cache import Cache, open_cache
-from kdcache.codec.frequency import FrequencyOrder
+from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.rows import IGNORE
 from kdcache.selection import Selection, narrow, require_narrower
-from kdcache.store.backends import new_shard
-from kdcache.store.commit import read_commits
-from kdcache.store.create import TOKENIZER, create_cache, publish_shard, require_free_or_same, sweep
+from kdcache.store.commit import read_commits, totals
 from kdcache.store.manifest import STORES, Manifest
-from kdcache.store.places import open_place
-from kdcache.store.totals import totals
+from kdcache.store.open_storage import open_storage
+from kdcache.store.publish import TOKENIZER, create_cache, new_shard, publish_shard, require_free_or_same, sweep
 from kdcache.worker import find_worker
 
 _MOST_TOKENIZER = 1 << 30
@@ -65,29 +63,29 @@ def convert(
     """
     started = time.perf_counter()
     me = find_worker(worker, os.environ)
-    source, place = open_cache(cache), open_place(out)
+    source, storage = open_cache(cache), open_storage(out)
     wanted = _plan(source, store, k, precision)
-    standing = require_free_or_same(place, wanted)
+    standing = require_free_or_same(storage, wanted)
     if standing is None:
         wanted = dataclasses.replace(wanted, id_order=_id_order(source, wanted))
-    manifest = create_cache(place, standing or wanted, _tokenizer_files(source))
-    sweep(place, manifest)
-    done = read_commits(place, manifest)
+    manifest = create_cache(storage, standing or wanted, _tokenizer_files(source))
+    sweep(storage, manifest)
+    done = read_commits(storage, manifest)
     mine = [shard for shard in range(manifest.shards) if me.owns(shard) and shard not in done]
     for number, shard in enumerate(mine):
         if on_progress:
             on_progress(number, len(mine))
         commit = source.commits[shard]
-        with new_shard(place, manifest, shard) as writer:
+        with new_shard(storage, manifest, shard) as writer:
             made = functools.partial(_row, source, manifest, shard)
-            for row in source.place.map(made, range(commit.rows)):
+            for row in source.storage.map(made, range(commit.rows)):
                 writer.write(*row)
             publish_shard(
-                place, manifest, writer, documents=commit.documents, dropped=commit.dropped,
+                storage, manifest, writer, documents=commit.documents, dropped=commit.dropped,
                 entropies=commit.entropy_histogram, compute=commit.compute,
             )  # fmt: skip
-    sweep(place, manifest)
-    summary = totals(place)
+    sweep(storage, manifest)
+    summary = totals(storage)
     summary["shards"]["by_this_worker"] = len(mine)
     return {**summary, "seconds": time.perf_counter() - started}
 
@@ -151,7 +149,7 @@ def _row(source: Cache, manifest: Manifest, shard: int, row: int) -> tuple[Any, 
 def _tokenizer_files(source: Cache) -> dict[str, bytes]:
     files = {}
     for name, sha256 in source.manifest.tokenizer_files.items():
-        files[name] = source.place.read(f"{TOKENIZER}/{name}", _MOST_TOKENIZER)
+        files[name] = source.storage.read(f"{TOKENIZER}/{name}", _MOST_TOKENIZER)
         if hashlib.sha256(files[name]).hexdigest() != sha256:
-            raise CorruptCacheError(f"{source.place.where(f'{TOKENIZER}/{name}')} is not what the manifest names")
+            raise CorruptCacheError(f"{source.storage.where(f'{TOKENIZER}/{name}')} is not what the manifest names")
     return files

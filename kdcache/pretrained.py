@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from kdcache.errors import ConfigError, ModelError
-from kdcache.store.durable import sha256_file
-from kdcache.store.record import canonical
+from kdcache.store.atomic_files import sha256_file
+from kdcache.store.sealed_json import canonical
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdcache.errors import CacheError, CorruptCacheError
-from kdcache.store.backends import open_shard
 from kdcache.store.commit import FOLDER as COMMITS
 from kdcache.store.commit import Commit, commit_name
-from kdcache.store.create import TOKENIZER
 from kdcache.store.manifest import NAME, Manifest
-from kdcache.store.place import Place
-from kdcache.store.places import open_place
+from kdcache.store.open_storage import open_storage
+from kdcache.store.publish import TOKENIZER, open_shard
 from kdcache.store.shards import FOLDER, shard_stem
+from kdcache.store.storage import Storage
 
 
 @dataclass(kw_only=True)
@@ -56,16 +55,16 @@ def verify_cache(path: str | os.PathLike[str], on_progress: Callable[[int, int],
     Raises:
         CacheError: there is no cache to verify, or it cannot be reached.
     """
-    place, report = open_place(path), VerifyReport()
+    storage, report = open_storage(path), VerifyReport()
     try:
-        manifest = Manifest.read(place)
+        manifest = Manifest.read(storage)
     except CorruptCacheError as error:
         report.add(None, NAME, error)
         return report
-    report.objects, report.bytes = 1, place.size(NAME) or 0
+    report.objects, report.bytes = 1, storage.size(NAME) or 0
     files = [{"name": f"{TOKENIZER}/{name}", "sha256": sha256} for name, sha256 in manifest.tokenizer_files.items()]
-    _check_objects(report, place, None, files)
-    content, listed = hashlib.sha256(), set(place.names(COMMITS))
+    _check_objects(report, storage, None, files)
+    content, listed = hashlib.sha256(), set(storage.names(COMMITS))
     known: dict[str, int | None] = {f"{TOKENIZER}/{name}": None for name in manifest.tokenizer_files}
     for shard in range(manifest.shards):
         if on_progress:
@@ -74,26 +73,26 @@ def verify_cache(path: str | os.PathLike[str], on_progress: Callable[[int, int],
             report.add(shard, commit_name(shard), "the shard is not committed")
             continue
         known[commit_name(shard)] = None
-        commit = _read_commit(report, place, manifest, shard)
+        commit = _read_commit(report, storage, manifest, shard)
         if commit is None:
             continue
         known |= {data["name"]: shard for data in commit.objects}
         report.shards += 1
-        if _check_objects(report, place, shard, commit.objects):
-            _check_rows(report, place, manifest, commit)
+        if _check_objects(report, storage, shard, commit.objects):
+            _check_rows(report, storage, manifest, commit)
         content.update(commit.content_sha256.encode())
-    _check_strays(report, place, manifest, known)
+    _check_strays(report, storage, manifest, known)
     if report.ok:
         report.content_sha256 = content.hexdigest()
     return report
 
 
-def _read_commit(report: VerifyReport, place: Place, manifest: Manifest, shard: int) -> Commit | None:
+def _read_commit(report: VerifyReport, storage: Storage, manifest: Manifest, shard: int) -> Commit | None:
     name = commit_name(shard)
     try:
-        commit = Commit.read(place, shard, manifest.sha256)
+        commit = Commit.read(storage, shard, manifest.sha256)
     except CacheError as error:
-        if place.remote and not isinstance(error, CorruptCacheError):
+        if storage.remote and not isinstance(error, CorruptCacheError):
             raise  # no answer says nothing of the cache
         report.add(shard, name, error)
         return None
@@ -104,14 +103,14 @@ def _read_commit(report: VerifyReport, place: Place, manifest: Manifest, shard: 
     documents = min(manifest.docs_per_shard, manifest.documents - first)
     if commit.documents != documents or commit.dropped > documents:
         report.add(shard, name, f"it claims {commit.documents} documents, {commit.dropped} dropped, of {documents}")
-    report.objects, report.bytes = report.objects + 1, report.bytes + (place.size(name) or 0)
+    report.objects, report.bytes = report.objects + 1, report.bytes + (storage.size(name) or 0)
     return commit
 
 
-def _check_objects(report: VerifyReport, place: Place, shard: int | None, objects: list[dict[str, Any]]) -> bool:
+def _check_objects(report: VerifyReport, storage: Storage, shard: int | None, objects: list[dict[str, Any]]) -> bool:
     """Whether all of them are what their records say."""
     sound = True
-    for data, (size, problem) in zip(objects, place.map(lambda data: _examine(place, data), objects), strict=True):
+    for data, (size, problem) in zip(objects, storage.map(lambda data: _examine(storage, data), objects), strict=True):
         report.objects += 1
         if problem is None:
             report.bytes += size
@@ -121,18 +120,18 @@ def _check_objects(report: VerifyReport, place: Place, shard: int | None, object
     return sound
 
 
-def _examine(place: Place, data: dict[str, Any]) -> tuple[int, object]:
+def _examine(storage: Storage, data: dict[str, Any]) -> tuple[int, object]:
     """The size of an object, and what is wrong with it."""
     try:
-        size, sha256 = place.digest(data["name"])
+        size, sha256 = storage.digest(data["name"])
     except CorruptCacheError as error:
-        return 0, "it is missing" if place.size(data["name"]) is None else error
+        return 0, "it is missing" if storage.size(data["name"]) is None else error
     return size, None if sha256 == data["sha256"] else "its sha256 is not the one recorded"
 
 
-def _check_rows(report: VerifyReport, place: Place, manifest: Manifest, commit: Commit) -> None:
+def _check_rows(report: VerifyReport, storage: Storage, manifest: Manifest, commit: Commit) -> None:
     try:
-        found = open_shard(place, manifest, commit).count().fields()
+        found = open_shard(storage, manifest, commit).count().fields()
     except CorruptCacheError as error:
         report.add(commit.shard, commit.objects[0]["name"], error)
         return
@@ -140,13 +139,13 @@ def _check_rows(report: VerifyReport, place: Place, manifest: Manifest, commit: 
         report.add(commit.shard, commit.objects[0]["name"], "its rows are not the ones that were committed")
 
 
-def _check_strays(report: VerifyReport, place: Place, manifest: Manifest, known: dict[str, int | None]) -> None:
+def _check_strays(report: VerifyReport, storage: Storage, manifest: Manifest, known: dict[str, int | None]) -> None:
     """Objects that no record names: a copy under another name, or another cache's.
 
     What a writer left that was not first, or has not committed, is no fault.
     """
     committed = set(known.values())
-    for name in (name for folder in (FOLDER, COMMITS, TOKENIZER) for name in place.names(folder)):
+    for name in (name for folder in (FOLDER, COMMITS, TOKENIZER) for name in storage.names(folder)):
         number = name.removeprefix(f"{FOLDER}/")[:5]
         leftover = number.isdecimal() and int(number) < manifest.shards
         if leftover and int(number) in committed:

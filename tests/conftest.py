@@ -19,7 +19,7 @@ from tests.making import STUDENT, TEXTS, dump_options, make_model, make_tokenize
 from tests.objects import ENVIRONMENT, Bucket, Endpoint
 from tests.processes import READY
 
-pytest.register_assert_rewrite("kdcache.store.testing")  # an inherited suite explains itself as any other
+pytest.register_assert_rewrite("kdcache.testing.store_conformance")  # an inherited suite explains itself as any other
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +96,7 @@ def chosen_cache(sure_teacher: Path, corpus: Path, tmp_path_factory: pytest.Temp
 @pytest.fixture
 def ready_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--readers` are processes that have imported everything, and share as little with this one as usual."""
-    monkeypatch.setattr("kdcache.student.readers.START", READY)
+    monkeypatch.setattr("kdcache.student.data_workers.START", READY)
 
 
 @pytest.fixture

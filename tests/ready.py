@@ -26,12 +26,12 @@ def get_ready() -> None:
         importlib.import_module(name)
     from numba.core.registry import cpu_target
 
-    from kdcache.student import readers
+    from kdcache.student import data_workers
     from tests.processes import READY
 
     cpu_target.typing_context.refresh()  # what numba imports for its first call
     cpu_target.target_context.refresh()
-    readers.START = READY  # the readers of such a process are ready-made as well
+    data_workers.START = READY  # the readers of such a process are ready-made as well
 
 
 get_ready()

@@ -165,7 +165,7 @@ def evaluate_students(options: EvaluateOptions, output: Output) -> None:
         raise ConfigError("evaluate needs one student as --student, or several as --compare A B C, and not both")
     if options.prompt is not None and (options.heldout is not None or options.rows is not None):
         raise ConfigError("--prompt measures no rows, so --heldout and --rows do not go with it")
-    from kdcache.report.evaluation_record import require_new, write_evaluation
+    from kdcache.report.evaluate import require_new, write_evaluation
 
     if options.out is not None:
         require_new(options.out)

@@ -22,10 +22,9 @@ a row of its layout needs.
 from __future__ import annotations
 
 from kdcache.codec.compact import CompactCodec
-from kdcache.codec.interface import Codec
-from kdcache.codec.layout import Layout
-from kdcache.codec.levels import BITS
+from kdcache.codec.layout import Codec, Layout
 from kdcache.codec.plain import PRECISIONS, PlainCodec
+from kdcache.codec.quantizer import BITS
 from kdcache.codec.streams import LEVEL, deflate, inflate
 from kdcache.codec.weighted import WeightedCodec
 from kdcache.errors import ConfigError

@@ -33,15 +33,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codec.arrays import Ints, Keys
-from kdcache.codec.layout import Layout
-from kdcache.codec.levels import BITS, Levels, merge, split
-from kdcache.codec.numbers import ERROR_BOUND, LOG_MASS, LOG_REST, NATS, Numbers, nats_to_words, odds_to_words
-from kdcache.codec.order import IdOrder
+from kdcache.codec.id_deltas import Runs
+from kdcache.codec.id_ranks import IdOrder
+from kdcache.codec.layout import Layout, light_odds, multiplicities, renyi
 from kdcache.codec.packing import pack_values
-from kdcache.codec.runs import Runs
-from kdcache.codec.sampled import light_odds, multiplicities, renyi
-from kdcache.codec.streams import Shapes, Streams, id_dtype, whole
+from kdcache.codec.quantizer import BITS, Levels, merge, split
+from kdcache.codec.scalars import ERROR_BOUND, LOG_MASS, LOG_REST, NATS, Numbers, nats_to_words, odds_to_words
+from kdcache.codec.streams import Ints, Keys, Shapes, Streams, id_dtype, whole
 from kdcache.codec.unpacking import PROBLEMS, unpack_sampled, unpack_truncated
 from kdcache.errors import ConfigError, CorruptCacheError, TargetError
 from kdcache.targets import SparseTargets

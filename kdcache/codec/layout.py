@@ -1,16 +1,30 @@
-"""Layout: what a manifest says of targets before any of them is read, and what follows from it."""
+"""Codec: what a store may ask of one.
+
+Sampled: what `sample` and `ipps` store, and the weights that follow.
+
+An entry of a sampled target is heavy or light. Heavies have a probability of their own: those above tau of `ipps`, and
+the forced label of `sample`. Lights share what the heavies leave: equally in `ipps`, by how often they were drawn in
+`sample`. So a position needs the log-odds of the lights' mass, and neither tau nor the lights' values.
+
+Where one of the two classes is empty the other has all the mass, and the log-odds say nothing.
+
+Shapes: n positions, K entries.
+
+Layout: what a manifest says of targets before any of them is read, and what follows from it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.codec.arrays import Floats, Ids, Ints
+from kdcache.codec.streams import Floats, Ids, Ints, Shapes, Streams
 from kdcache.errors import ConfigError, TargetError
 from kdcache.targets import SAMPLED_KINDS, TRUNCATED_KINDS, SparseTargets
 
@@ -134,3 +148,72 @@ class Layout:
             kind=self.kind,
             sample_temperature=self.own_temperature,
         )
+
+
+def light_odds(weights: NDArray[np.float64], light: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """`[n]` log-odds of the lights' mass; both masses summed directly, for one minus the other would cancel."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        odds = np.log((weights * light).sum(-1)) - np.log((weights * ~light).sum(-1))
+    return np.where(np.isnan(odds), -np.inf, odds)
+
+
+def multiplicities(layout: Layout, weights: NDArray[np.float64], light: NDArray[np.bool_]) -> Ints:
+    """`[n, K]` how often each light of `sample` was drawn, 0 for others.
+
+    Raises:
+        TargetError: weights that are no counts of N draws.
+    """
+    draws = layout.draws or 0
+    mass = (weights * light).sum(-1, keepdims=True)
+    share = np.divide(weights * draws, mass, out=np.zeros_like(weights), where=light)
+    counts: Ints = np.rint(share).astype(np.int64)
+    drawn = counts.sum(-1)
+    if (np.abs(share - counts) > 1e-3 * np.maximum(counts, 1)).any() or ((drawn != draws) & light.any(-1)).any():
+        raise TargetError(f"a target's weights are not the counts of {draws} draws")
+    return counts
+
+
+def renyi(layout: Layout, targets: SparseTargets, column: int) -> NDArray[np.float64]:
+    """`[n]` Rényi entropy of order 1/T: log sum p^(1/T) over 1 - 1/T; from 0 to log V at every T."""
+    t = layout.temperatures[column]
+    return np.asarray(targets.log_partition[:, column].double().numpy() / (1 - 1 / t), np.float64)
+
+
+class Codec(Protocol):
+    """SparseTargets of a row to named streams of numbers, and back."""
+
+    @property
+    def layout(self) -> Layout:
+        """What the targets are, whatever their precision."""
+
+    @property
+    def id_dtype(self) -> np.dtype[Any]:
+        """Of a stored token id."""
+
+    @property
+    def orders_ids(self) -> bool:
+        """Whether an order of ids by frequency makes the streams smaller."""
+
+    @property
+    def error_bound(self) -> dict[str, float]:
+        """The most by which each stored number is off, by name: what the manifest promises."""
+
+    def streams(self, positions: int) -> Shapes:
+        """Little-endian type and largest shape of each stream of a row with so many positions.
+
+        Names and their order depend on the codec alone; a stream may be shorter than its shape.
+        """
+
+    def encode(self, targets: SparseTargets) -> Streams:
+        """Pack the targets of one row's n positions into one-dimensional contiguous arrays.
+
+        Raises:
+            TargetError: targets that are not what this codec was made for.
+        """
+
+    def decode(self, streams: Mapping[str, NDArray[Any]], positions: int) -> SparseTargets:
+        """Unpack the targets of a row that has `positions` of them; nothing in `streams` is trusted.
+
+        Raises:
+            CorruptCacheError: a stream whose length or numbers cannot be what was encoded.
+        """

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codec.arrays import FAR, Bytes, Doubles, Floats, Ids, Ints, Keys, Values
+from kdcache.codec.streams import FAR, Bytes, Doubles, Floats, Ids, Ints, Keys, Values
 from kdcache.compiled import compiled
 
 OUTSIDE, NOTHING = 1, 2

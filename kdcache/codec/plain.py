@@ -31,10 +31,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.codec.arrays import Floats, Ints
-from kdcache.codec.layout import Layout
-from kdcache.codec.sampled import light_odds, multiplicities
-from kdcache.codec.streams import Shapes, Streams, id_dtype, take, whole
+from kdcache.codec.layout import Layout, light_odds, multiplicities
+from kdcache.codec.streams import Floats, Ints, Shapes, Streams, id_dtype, take, whole
 from kdcache.codec.unpacking import PROBLEMS, add_lights
 from kdcache.errors import ConfigError, CorruptCacheError, TargetError
 from kdcache.targets import SparseTargets

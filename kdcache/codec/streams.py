@@ -1,4 +1,7 @@
-"""Streams: the named arrays that a codec makes of a row, their compression, and how they are read back safely."""
+"""Streams: the named arrays that a codec makes of a row, their compression, and how they are read back safely.
+
+Arrays: the types that compiled loops speak of.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.errors import CorruptCacheError
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Ids = NDArray[np.int32]
+Keys = NDArray[np.int32] | NDArray[np.int64]
+Values = NDArray[np.uint8] | NDArray[np.uint16]
+
+FAR = 255
+"""A distance in one byte that stands for itself or more."""
+
 
 LEVEL = 1
 """The zstd level of every stream. Level 3 makes them no smaller and takes half as long again; docs/decisions/0005."""

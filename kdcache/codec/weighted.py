@@ -24,7 +24,7 @@ from kdcache.errors import CorruptCacheError
 from kdcache.targets import SparseTargets
 
 if TYPE_CHECKING:
-    from kdcache.codec.interface import Codec
+    from kdcache.codec.layout import Codec
 
 _UNIT, _SINGLE = "unit", np.dtype("<f4")
 _MOST = 2.0**40

@@ -28,7 +28,7 @@ from kdcache.demo.model import llama_config, train_teacher, train_tokenizer, wri
 from kdcache.errors import ConfigError
 from kdcache.report.inspect import inspect_position, inspect_summary
 from kdcache.report.plots import plot_curves
-from kdcache.store.durable import storage_errors
+from kdcache.store.atomic_files import storage_errors
 from kdcache.student.config import TrainConfig
 from kdcache.student.train import BEFORE, METRICS, train
 from kdcache.teacher.config import DumpConfig

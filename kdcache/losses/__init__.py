@@ -16,14 +16,13 @@ docs/mathematics.md derives each loss and its gradient.
 
 from __future__ import annotations
 
-from kdcache.losses.aims import TAILS
-from kdcache.losses.distillation import Objective, distil, sparse_kd_loss, sparse_kd_loss_from_logits
 from kdcache.losses.divergences import Teacher, divergence_names, register_divergence
-from kdcache.losses.figures import Figures, divisor_of, measure, measure_positions, of_teacher
-from kdcache.losses.heads import LinearHead, StoredLogits
+from kdcache.losses.fused_linear import linear_lse_gather
+from kdcache.losses.logit_sources import LinearHead, StoredLogits
 from kdcache.losses.pool import Pool
-from kdcache.losses.primitive import linear_lse_gather
-from kdcache.losses.weights import PositionWeights
+from kdcache.losses.position_metrics import Figures, divisor_of, measure, measure_positions, of_teacher
+from kdcache.losses.step_loss import Objective, PositionWeights, distil, sparse_kd_loss, sparse_kd_loss_from_logits
+from kdcache.losses.target_losses import TAILS
 
 __all__ = [
     "TAILS",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdcache.losses.tile import Student
+from kdcache.losses.fused_linear import Student
 from kdcache.targets import SparseTargets
 
 

@@ -9,12 +9,18 @@ because positions of one row depend on each other: with d_r the summed differenc
     se^2 = R / (R - 1) sum_r (d_r - n_r mean)^2 / (sum_r n_r)^2
 
 Shapes: M labelled positions of a batch, R rows, V vocabulary.
+
+Evaluation record: an evaluation as one file that says of what it is.
+
+{"command", "options", "cache_sha256", "teacher_sha256", "versions", "figures"}
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +29,49 @@ from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError
 from kdcache.pretrained import find_device
 from kdcache.report.live import DenseFigures, TeacherFigures, load_teacher
+from kdcache.store.atomic_files import write_new
+from kdcache.store.manifest import Manifest
+from kdcache.store.open_storage import open_storage
 from kdcache.student.data import Rows, batches, labelled, split_heldout
-from kdcache.student.measure import StudentFigures, labelled_logits
+from kdcache.student.evaluation import StudentFigures, labelled_logits
 from kdcache.student.model import load_student, require_students
+from kdcache.student.model_card import versions
+
+
+def require_new(path: str) -> None:
+    """Refuse a file that exists, before anything is measured.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if Path(path).exists():
+        raise ConfigError(f"--out {path} exists already; choose another name")
+
+
+def write_evaluation(path: str, options: dict[str, Any], figures: dict[str, Any]) -> None:
+    """Write an evaluation into a new file.
+
+    Args:
+        path: of the file; folders on the way are made.
+        options: of the command, `cache` and `device` among them.
+        figures: what `--json` prints.
+
+    Raises:
+        ConfigError: the file has come into being since.
+        CacheError: it cannot be written.
+    """
+    manifest = Manifest.read(open_storage(options["cache"]))
+    record = {
+        "command": "evaluate",
+        "options": {**options, "device": str(find_device(options["device"]))},
+        "cache_sha256": manifest.sha256,
+        "teacher_sha256": manifest.teacher_sha256,
+        "versions": versions(),
+        "figures": figures,
+    }
+    if not write_new(Path(path), (json.dumps(record, indent=2) + "\n").encode()):
+        require_new(path)
+
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows to do)."""
@@ -41,7 +87,7 @@ def evaluate(student: str, cache: str, teacher: str | None = None, **options: An
         options: the others of `compare`.
 
     Returns:
-        The figures of `kdcache.student.measure`, `calibration` with its `bins`, and with a teacher those of
+        The figures of `kdcache.student.evaluation`, `calibration` with its `bins`, and with a teacher those of
         `kdcache.report.live` and `teacher_calibration`.
 
     Raises:

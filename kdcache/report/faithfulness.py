@@ -29,7 +29,7 @@ from kdcache.errors import ConfigError, ModelError
 from kdcache.pretrained import fingerprint, model_folder
 from kdcache.targets import SparseTargets
 from kdcache.teacher.config import DumpConfig
-from kdcache.teacher.forward import Teacher
+from kdcache.teacher.engines.transformers import Teacher
 
 _ALLOWED = 0.05
 _TILE = 1 << 22

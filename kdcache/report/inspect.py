@@ -13,7 +13,7 @@ from kdcache.cache import Cache, Row, open_cache
 from kdcache.errors import CacheError, TargetError
 from kdcache.pretrained import load_tokenizer
 from kdcache.rows import IGNORE
-from kdcache.store.entropies import added, quantiles
+from kdcache.store.commit import added, quantiles
 from kdcache.targets import SAMPLED_KINDS, SparseTargets
 
 _CONTEXT_TOKENS = 32

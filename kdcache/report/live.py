@@ -21,7 +21,7 @@ from torch import Tensor
 from kdcache.cache import Cache
 from kdcache.errors import ModelError
 from kdcache.pretrained import fingerprint, load_model, model_folder
-from kdcache.student.calibration import Calibration
+from kdcache.student.metrics import Calibration
 
 _TILE = 1 << 22
 
@@ -35,7 +35,7 @@ def load_teacher(name: str, cache: Cache, device: torch.device) -> Any:
     folder = model_folder(name, "teacher")
     if fingerprint(folder) != cache.manifest.teacher_sha256:
         raise ModelError(
-            f"the teacher {name} is not the one that made {cache.place}: its weights or configuration differ"
+            f"the teacher {name} is not the one that made {cache.storage}: its weights or configuration differ"
         )
     return load_model(folder, "teacher", "float32" if device.type == "cpu" else "auto", device).eval()
 

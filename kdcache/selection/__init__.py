@@ -24,7 +24,7 @@ from __future__ import annotations
 from kdcache.selection.adaptive import solve_adaptive_tau
 from kdcache.selection.narrow import narrow, require_narrower
 from kdcache.selection.rule import KINDS, Selection, check_temperatures
-from kdcache.selection.tiles import draws, require_finite, select, select_ahead, select_device
+from kdcache.selection.select_logits import draws, require_finite, select, select_ahead, select_device
 
 __all__ = [
     "KINDS", "Selection", "check_temperatures", "draws", "narrow", "require_finite", "require_narrower", "select",

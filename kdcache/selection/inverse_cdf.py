@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from kdcache.rows import IGNORE
-from kdcache.selection.blocks import contents
-from kdcache.selection.loops import BLOCK
 from kdcache.selection.scan import Scan
+from kdcache.selection.scan_cpu import BLOCK
+from kdcache.selection.scan_torch import contents
 
 _POINTS = {"cpu": 1 << 14, "cuda": 1 << 16}
 """Points whose blocks are looked into at once, by device."""
 
 
 @dataclass(frozen=True)
-class Crowd:
+class CategoricalSampler:
     """The ids among which points choose: all, or all from some column of the head on; without a forced label.
 
     Attributes:

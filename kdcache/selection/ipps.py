@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcache.selection.inverse_cdf import Crowd
+from kdcache.selection.inverse_cdf import CategoricalSampler
 from kdcache.selection.layout import lay
 from kdcache.selection.rule import Selection
 from kdcache.selection.scan import Scan
@@ -53,7 +53,7 @@ def ipps(x: Tensor, seen: Scan, rule: Selection, temperatures: tuple[float, ...]
     lights = torch.where(light_mass > 0, budget - forced - heavy, 0)
     points, used = systematic(uniform, lights, width)
     # In the head, a label that stands among the heavies shifts them by one.
-    crowd = Crowd(x, seen, heavy + (seen.column < heavy).long(), t)
+    crowd = CategoricalSampler(x, seen, heavy + (seen.column < heavy).long(), t)
     drawn = crowd.find(points, used)
     each = torch.where(lights > 0, light_mass / lights, 0.0)
     log_total = seen.log_total(1.0)[:, None]

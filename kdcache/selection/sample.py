@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdcache.selection.inverse_cdf import Crowd
+from kdcache.selection.inverse_cdf import CategoricalSampler
 from kdcache.selection.layout import lay, tally
 from kdcache.selection.rule import Selection
 from kdcache.selection.scan import Scan
@@ -38,7 +38,7 @@ def sample(x: Tensor, seen: Scan, rule: Selection, temperatures: tuple[float, ..
     others = head + seen.rest_at(t).exp()
     own = torch.where(forced, (seen.label / t).exp(), 0.0)
     some = others > 0
-    crowd = Crowd(x, seen, None, t)
+    crowd = CategoricalSampler(x, seen, None, t)
     drawn = crowd.find(uniform, some[:, None].expand(-1, draws))
     distinct, counts, number = tally(drawn)
     number = torch.where(some, number, 0)  # a forced label may be the whole support

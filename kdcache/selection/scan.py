@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdcache.rows import IGNORE
-from kdcache.selection.visits import visit
+from kdcache.selection.scan_dispatch import visit
 
 
 @dataclass(frozen=True)

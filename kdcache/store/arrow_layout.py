@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.errors import CorruptCacheError
-from kdcache.store.place import Place, Readable
+from kdcache.store.storage import Readable, Storage
 
 _MAGIC = b"ARROW1"
 _CONTINUATION = 0xFFFFFFFF
@@ -96,7 +96,7 @@ class Batch:
         return self.body[start : start + length]
 
 
-def read_blocks(place: Place, file: Readable, schema: pa.Schema) -> NDArray[np.void]:
+def read_blocks(storage: Storage, file: Readable, schema: pa.Schema) -> NDArray[np.void]:
     """Where the record batches of an IPC file lie: `[batches]` of offset, metadata and body lengths.
 
     Cost: the two ends of the file, at once; a third read where the footer is longer than 64 KiB.
@@ -105,7 +105,7 @@ def read_blocks(place: Place, file: Readable, schema: pa.Schema) -> NDArray[np.v
         CorruptCacheError: not such a file, another schema, dictionaries, or a block outside of the file.
     """
     first, last = min(file.size, 16 + _MOST_METADATA), min(file.size, _END)
-    head, tail = place.read_ranges([(file, 0, first), (file, file.size - last, last)])
+    head, tail = storage.read_ranges([(file, 0, first), (file, file.size - last, last)])
     length = int.from_bytes(tail[-10:-6], "little")
     if head[:6] != _MAGIC or tail[-6:] != _MAGIC or not 0 < length <= file.size - 18:
         raise CorruptCacheError("it is not an Arrow file")

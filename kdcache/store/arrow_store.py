@@ -18,9 +18,9 @@ import pyarrow as pa
 from kdcache.codec.streams import deflate
 from kdcache.errors import CorruptCacheError
 from kdcache.store.arrow_layout import Batch, read_batch, read_blocks
-from kdcache.store.place import Place
 from kdcache.store.row_format import Record, RowFormat, read_stream, row_seal
 from kdcache.store.shards import Shard, ShardWriter
+from kdcache.store.storage import Storage
 
 _ROWS = 4
 _MOST_BATCH = 1 << 30
@@ -43,8 +43,8 @@ class ArrowShardWriter(ShardWriter):
     suffix = ".arrow"
     folder = False
 
-    def __init__(self, place: Place, shard: int, form: RowFormat) -> None:
-        super().__init__(place, shard, form)
+    def __init__(self, storage: Storage, shard: int, form: RowFormat) -> None:
+        super().__init__(storage, shard, form)
         self._sink, self._batch_rows = self.data.part(""), rows_per_batch(form)
         self._schema = shard_schema(form)
         self._writer = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), self._schema)
@@ -82,7 +82,7 @@ class ArrowShard(Shard):
         self._file = self._require(objects, name)
         self._names, self._batch_rows = list(self.form.shapes(0)), rows_per_batch(self.form)
         try:
-            self._blocks = read_blocks(self.place, self._file, shard_schema(self.form))
+            self._blocks = read_blocks(self.storage, self._file, shard_schema(self.form))
         except (CorruptCacheError, struct.error, ValueError) as error:
             raise CorruptCacheError(f"{self._file.name} cannot be read as a shard: {error}") from None
         if len(self._blocks) != -(-self.rows // self._batch_rows):
@@ -100,17 +100,17 @@ class ArrowShard(Shard):
             data = self._file.read(start, metadata + body)
             return read_batch(data, metadata, len(self._names) + 2, self._buffers)
 
-        found: Batch = self.place.recent.get((self._file, index), make)
+        found: Batch = self.storage.recent.get((self._file, index), make)
         return found
 
     def _record(self, row: int) -> Record:
-        index, place = divmod(row, self._batch_rows)
+        index, at = divmod(row, self._batch_rows)
         batch = self._load(index)
         if batch.rows != min(self._batch_rows, self.rows - index * self._batch_rows):
             raise CorruptCacheError("its batch has another number of rows")
-        stored = [self._stream(batch, column, place) for column in range(len(self._names))]
+        stored = [self._stream(batch, column, at) for column in range(len(self._names))]
         numbers = 3 * len(self._names)
-        positions, seal = (struct.unpack_from("<I", batch.buffer(numbers + i), 4 * place)[0] for i in (1, 3))
+        positions, seal = (struct.unpack_from("<I", batch.buffer(numbers + i), 4 * at)[0] for i in (1, 3))
         if seal != row_seal(self.shard, row, positions, stored):
             raise CorruptCacheError("its crc32c does not match")
         shapes = self.form.shapes(positions)
@@ -118,9 +118,9 @@ class ArrowShard(Shard):
         return Record(positions=positions, streams=streams)
 
     @staticmethod
-    def _stream(batch: Batch, column: int, place: int) -> memoryview:
+    def _stream(batch: Batch, column: int, at: int) -> memoryview:
         offsets, data = batch.buffer(3 * column + 1), batch.buffer(3 * column + 2)
-        start, end = struct.unpack_from("<ii", offsets, 4 * place)
+        start, end = struct.unpack_from("<ii", offsets, 4 * at)
         if not 0 <= start <= end <= len(data):
             raise CorruptCacheError("a value leads out of its column")
         return data[start:end]

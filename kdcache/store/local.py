@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from kdcache.errors import CacheError, CorruptCacheError
-from kdcache.store.durable import NewFile, NewFolder, locked, storage_errors, sweep, write_new
-from kdcache.store.place import NewData, Place, Sink
+from kdcache.store.atomic_files import NewFile, NewFolder, locked, storage_errors, sweep, write_new
+from kdcache.store.storage import NewData, Sink, Storage
 
 _CHECKPOINT = ("shards", "commits", "tokenizer", "")
 
 
-class LocalPlace(Place):
+class LocalStorage(Storage):
     """A cache in a folder of this machine's file systems.
 
     Raises:
@@ -38,8 +38,8 @@ class LocalPlace(Place):
             raise CacheError(f"{path} is a file, not a folder")
         self.url = str(self.folder)
 
-    def __reduce__(self) -> tuple[type[LocalPlace], tuple[Path]]:
-        return LocalPlace, (self.folder,)
+    def __reduce__(self) -> tuple[type[LocalStorage], tuple[Path]]:
+        return LocalStorage, (self.folder,)
 
     def read(self, name: str, most: int) -> bytes:
         path = self.folder / name

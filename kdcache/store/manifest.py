@@ -15,14 +15,14 @@ from typing import Any, Self
 import numpy as np
 
 from kdcache.codec import Codec, make_codec
-from kdcache.codec.order import MOST_ORDERED
+from kdcache.codec.id_ranks import MOST_ORDERED
 from kdcache.codec.streams import deflate, id_dtype
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
-from kdcache.positions import Positions
+from kdcache.position_filter import Positions
 from kdcache.selection import Selection, check_temperatures
-from kdcache.store.place import Place, inside
-from kdcache.store.record import checksum, is_count, read_record, require_fields, seal, short
 from kdcache.store.row_format import RowFormat, read_stream
+from kdcache.store.sealed_json import checksum, is_count, read_record, require_fields, seal, short
+from kdcache.store.storage import Storage, inside
 
 FORMAT = 1
 NAME = "kdcache.json"
@@ -138,18 +138,18 @@ class Manifest:
         return {"format": FORMAT, **fields}
 
     @classmethod
-    def read(cls, place: Place) -> Self:
+    def read(cls, storage: Storage) -> Self:
         """Read a cache's manifest.
 
         Raises:
             CacheError: no cache there, or one of a format that this version does not know.
             CorruptCacheError: damaged.
         """
-        path = place.where(NAME)
+        path = storage.where(NAME)
         try:
-            fields = read_record(place, NAME)
+            fields = read_record(storage, NAME)
         except FileNotFoundError:
-            raise CacheError(f"{place} holds no cache: there is no {NAME}") from None
+            raise CacheError(f"{storage} holds no cache: there is no {NAME}") from None
         form, sha256 = fields.pop("format", None), fields.pop("checksum")
         if is_count(form) and form != FORMAT:
             raise CacheError(f"{path} is of format {form}; this version reads format {FORMAT}")
@@ -206,7 +206,7 @@ class Manifest:
             chooses=self.choice.above is not None,
         )  # fmt: skip
 
-    def create(self, place: Place) -> Manifest:
+    def create(self, storage: Storage) -> Manifest:
         """Write the manifest unless another worker has; return the one that stands.
 
         Raises:
@@ -214,13 +214,13 @@ class Manifest:
             CacheMismatchError: the one that stands is of another configuration.
         """
         self.require_sound()
-        if place.create(NAME, seal(self.to_fields())):
+        if storage.create(NAME, seal(self.to_fields())):
             return self
-        standing = Manifest.read(place)
-        standing.require_same(self, place)
+        standing = Manifest.read(storage)
+        standing.require_same(self, storage)
         return standing
 
-    def require_same(self, other: Manifest, place: Place) -> None:
+    def require_same(self, other: Manifest, storage: Storage) -> None:
         """Refuse to add to a cache that was made otherwise.
 
         Raises:
@@ -235,7 +235,7 @@ class Manifest:
         ]
         if differences:
             raise CacheMismatchError(
-                f"{place} holds a cache of another configuration; it differs in {', '.join(differences)}; "
+                f"{storage} holds a cache of another configuration; it differs in {', '.join(differences)}; "
                 "choose another --out or the same options"
             )
 

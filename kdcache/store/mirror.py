@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import CacheError, CorruptCacheError
-from kdcache.store.durable import NewFile, storage_errors, sweep
-from kdcache.store.place import Readable
-from kdcache.store.remote import RemotePlace
+from kdcache.store.atomic_files import NewFile, storage_errors, sweep
+from kdcache.store.remote import RemoteStorage
+from kdcache.store.storage import Readable
 
 _STEP = 1 << 23
 
 
-class MirroredPlace(RemotePlace):
+class MirroredStorage(RemoteStorage):
     """A remote place, read through copies.
 
     Args:
@@ -48,7 +48,7 @@ class MirroredPlace(RemotePlace):
             self._mine.mkdir(parents=True, exist_ok=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MirroredPlace, (self.url, self._cache, self._folder, self._limit)
+        return MirroredStorage, (self.url, self._cache, self._folder, self._limit)
 
     def open(self, name: str, promised: dict[str, Any] | None = None) -> Readable:
         source = super().open(name, promised)

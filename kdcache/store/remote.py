@@ -23,9 +23,8 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec
 
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError
-from kdcache.store.ahead import map_ahead
-from kdcache.store.durable import storage_errors
-from kdcache.store.place import NewData, Place, Readable, Sink
+from kdcache.store.atomic_files import storage_errors
+from kdcache.store.storage import NewData, Readable, Sink, Storage, map_ahead
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,7 +36,7 @@ takes connections and says nothing would hold us for half an hour."""
 _PAUSES = (0.1, 0.5, 2.0)  # seconds between tries of a put that met another one
 
 
-class RemotePlace(Place):
+class RemoteStorage(Storage):
     """A cache in an object store.
 
     Raises:
@@ -56,7 +55,7 @@ class RemotePlace(Place):
         self._root = self._connect()[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemotePlace, (self.url,)
+        return RemoteStorage, (self.url,)
 
     def _connect(self) -> tuple[Any, str]:
         options: dict[str, Any] = {"use_listings_cache": False}
@@ -196,9 +195,9 @@ class RemotePlace(Place):
 class RemoteFile:
     """An object that is read by ranges, each a request."""
 
-    def __init__(self, place: RemotePlace, name: str, size: int) -> None:
-        self._place, self.object, self.size = place, name, size
-        self.name = place.where(name)
+    def __init__(self, storage: RemoteStorage, name: str, size: int) -> None:
+        self._place, self.object, self.size = storage, name, size
+        self.name = storage.where(name)
 
     def read(self, start: int, length: int) -> bytes:
         """Exactly these bytes."""
@@ -227,8 +226,8 @@ class RemoteFile:
 class _RemoteData(NewData):
     """Parts gathered in local temporary files and put at `publish`."""
 
-    def __init__(self, place: RemotePlace, name: str) -> None:
-        self.name, self._place = name, place
+    def __init__(self, storage: RemoteStorage, name: str) -> None:
+        self.name, self._place = name, storage
         self._scratch = Path(tempfile.mkdtemp(prefix="kdcache-"))
         self._parts: list[tuple[str, _ScratchFile]] = []
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.rows import PackedRow
-from kdcache.store.place import Place
 from kdcache.store.row_format import Record, RowFormat
+from kdcache.store.storage import Storage
 from kdcache.targets import SparseTargets
 
 FOLDER = "shards"
@@ -76,10 +76,10 @@ class ShardWriter(ABC):
     suffix: ClassVar[str]
     folder: ClassVar[bool]
 
-    def __init__(self, place: Place, shard: int, form: RowFormat) -> None:
-        self.place, self.shard, self.form = place, shard, form
+    def __init__(self, storage: Storage, shard: int, form: RowFormat) -> None:
+        self.storage, self.shard, self.form = storage, shard, form
         self.tally = Tally()
-        self.data = place.new_data(shard_stem(shard), self.suffix, self.folder)
+        self.data = storage.new_data(shard_stem(shard), self.suffix, self.folder)
 
     def write(self, row: PackedRow, targets: SparseTargets, record: Record | None = None) -> None:
         """Append a row and the targets of its labelled slots, in slot order; `record` if it is packed already."""
@@ -111,22 +111,22 @@ class ShardWriter(ABC):
         objects = self._finish()
         if self.data.publish():
             return objects, True
-        with self.place.alone(FOLDER):
+        with self.storage.alone(FOLDER):
             while not self.data.publish():
                 standing = self._standing()
                 if standing == objects:
                     break
                 if standing and self._adopt(standing):
                     return standing, False
-                self.place.delete(self.data.name)
+                self.storage.delete(self.data.name)
         return objects, True
 
     def _standing(self) -> list[dict[str, Any]]:
         """What lies under the name of this shard; nothing if it cannot be read."""
         name = self.data.name
         try:
-            names = self.place.names(name) if self.folder else [name]
-            digests = {name: self.place.digest(name) for name in names}
+            names = self.storage.names(name) if self.folder else [name]
+            digests = {name: self.storage.digest(name) for name in names}
             return [{"name": name, "bytes": size, "sha256": sha256} for name, (size, sha256) in digests.items()]
         except CacheError:
             return []
@@ -134,7 +134,7 @@ class ShardWriter(ABC):
     def _adopt(self, standing: list[dict[str, Any]]) -> bool:
         """Whether standing data is sound and holds these tokens; its content is then what this shard has."""
         try:
-            found = self.reader()(self.place, self.shard, self.form, standing, self.tally.rows).count()
+            found = self.reader()(self.storage, self.shard, self.form, standing, self.tally.rows).count()
         except CorruptCacheError:
             return False
         if found.fields()["tokens_sha256"] != self.tally.fields()["tokens_sha256"]:
@@ -163,8 +163,8 @@ class Shard(ABC):
         CorruptCacheError: the objects are not the shard that its commit promises.
     """
 
-    def __init__(self, place: Place, shard: int, form: RowFormat, objects: list[dict[str, Any]], rows: int) -> None:
-        self.place, self.shard, self.form, self.rows = place, shard, form, rows
+    def __init__(self, storage: Storage, shard: int, form: RowFormat, objects: list[dict[str, Any]], rows: int) -> None:
+        self.storage, self.shard, self.form, self.rows = storage, shard, form, rows
         self.name = self._open(objects)
 
     @abstractmethod
@@ -189,13 +189,13 @@ class Shard(ABC):
             record = self._record(row)
             return (*self.form.unpack(record), record)
         except _DAMAGE as error:
-            what = f"{self.place.where(self.name)}, row {row}: {error}{self.place.damage_note}"
+            what = f"{self.storage.where(self.name)}, row {row}: {error}{self.storage.damage_note}"
             raise CorruptCacheError(what) from None
 
     def count(self) -> Tally:
         """Read every row, and count."""
         tally = Tally()
-        for found in self.place.map(self.read_with_record, range(self.rows)):
+        for found in self.storage.map(self.read_with_record, range(self.rows)):
             tally.add(*found)
         return tally
 
@@ -203,8 +203,8 @@ class Shard(ABC):
         """An object of the commit, opened; its size is the one committed."""
         promised = [x for x in objects if x["name"] == name]
         if len(promised) != 1:
-            raise CorruptCacheError(f"{self.place.where(name)} is not among the objects that were committed")
-        opened, size = self.place.open(name, promised[0]), promised[0]["bytes"]
+            raise CorruptCacheError(f"{self.storage.where(name)} is not among the objects that were committed")
+        opened, size = self.storage.open(name, promised[0]), promised[0]["bytes"]
         if opened.size != size:
             raise CorruptCacheError(f"{opened.name} has {opened.size} bytes, not the {size} that were committed")
         return opened

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from kdcache.codec.streams import LEVEL, deflate
 from kdcache.errors import CorruptCacheError
-from kdcache.store.place import Place, Readable, Sink
-from kdcache.store.record import canonical, parse
 from kdcache.store.row_format import Record, RowFormat, Shapes, read_stream, row_seal
+from kdcache.store.sealed_json import canonical, parse
 from kdcache.store.shards import Shard, ShardWriter
+from kdcache.store.storage import Readable, Sink, Storage
 
 _ENTRY = struct.Struct("<QQ")
 _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -105,8 +105,8 @@ class ZarrShardWriter(ShardWriter):
     suffix = ".zarr"
     folder = True
 
-    def __init__(self, place: Place, shard: int, form: RowFormat) -> None:
-        super().__init__(place, shard, form)
+    def __init__(self, storage: Storage, shard: int, form: RowFormat) -> None:
+        super().__init__(storage, shard, form)
         self._shapes = form.shapes(form.seq_len)
         self._sinks: dict[str, Sink] = {}
         self._index: dict[str, list[tuple[int, int]]] = {name: [] for name in self._shapes}
@@ -164,7 +164,7 @@ class ZarrShard(Shard):
         names = [*metadata, *chunks.values()]
         if {str(x["name"]).removeprefix(f"{root}/") for x in objects} != set(names):
             raise CorruptCacheError(f"shard {self.shard} is committed as other objects than a shard of its rows has")
-        opened = self.place.map(lambda name: self._require(objects, f"{root}/{name}"), names)
+        opened = self.storage.map(lambda name: self._require(objects, f"{root}/{name}"), names)
         files: dict[str, Readable] = dict(zip(names, opened, strict=True))
 
         most = {name: 4 * len(text) for name, text in metadata.items()}
@@ -178,7 +178,7 @@ class ZarrShard(Shard):
                 raise CorruptCacheError(f"{files[chunks[name]].name} has no index of {self.rows} rows")
         requests = [(files[name], 0, files[name].size) for name in most]
         requests += [(files[chunks[name]], files[chunks[name]].size - end, end) for name in arrays]
-        found = dict(zip((*most, *arrays), self.place.read_ranges(requests), strict=True))
+        found = dict(zip((*most, *arrays), self.storage.read_ranges(requests), strict=True))
 
         for name, text in metadata.items():
             if not _says(found[name], text):
@@ -192,7 +192,7 @@ class ZarrShard(Shard):
             ]
             indexes = {name: _unsealed(found[name], f"the index of {name}") for name in arrays}
         except (CorruptCacheError, ValueError) as error:
-            raise CorruptCacheError(f"{self.place.where(root)}: {error}") from None
+            raise CorruptCacheError(f"{self.storage.where(root)}: {error}") from None
         self._lengths, self._seals = numbers or [np.zeros(0, _U4)] * 2
         self._arrays: dict[str, tuple[Readable, NDArray[np.uint64]]] = {
             name: (files[chunks[name]], np.frombuffer(index, "<u8").reshape(-1, 2)) for name, index in indexes.items()
@@ -211,7 +211,7 @@ class ZarrShard(Shard):
             requests.append((file, start, size))
         streams = {}
         for (name, (dtype, shape)), length, data in zip(
-            self._shapes.items(), lengths, self.place.read_ranges(requests), strict=True
+            self._shapes.items(), lengths, self.storage.read_ranges(requests), strict=True
         ):
             stream = read_stream(_unsealed(data, f"its chunk of {name}"), dtype, shape)
             if stream.size != math.prod(shape) or length > stream.size:

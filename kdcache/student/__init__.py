@@ -38,11 +38,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdcache.student.data import Collator, RowDataset, RunOrder, labelled, split_heldout
-    from kdcache.student.head import FusedHead, fuse_head
-    from kdcache.student.loss import compute_loss, count_items
+    from kdcache.student.fused_head import FusedHead, compute_loss, count_items, fuse_head
     from kdcache.student.mixture import Mixture
-    from kdcache.student.model import load_student
-    from kdcache.student.saving import save_student
+    from kdcache.student.model import load_student, save_student
     from kdcache.student.trainer import DistillationTrainer
 
 __all__ = [
@@ -64,16 +62,16 @@ __all__ = [
 _HOMES = {
     "Collator": "data",
     "DistillationTrainer": "trainer",
-    "FusedHead": "head",
+    "FusedHead": "fused_head",
     "Mixture": "mixture",
     "RowDataset": "data",
     "RunOrder": "data",
-    "compute_loss": "loss",
-    "count_items": "loss",
-    "fuse_head": "head",
+    "compute_loss": "fused_head",
+    "count_items": "fused_head",
+    "fuse_head": "fused_head",
     "labelled": "data",
     "load_student": "model",
-    "save_student": "saving",
+    "save_student": "model",
     "split_heldout": "data",
 }
 

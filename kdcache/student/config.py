@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kdcache.errors import ConfigError
 from kdcache.options import option
-from kdcache.student.choice import parse_rows, parse_where
+from kdcache.student.row_filter import parse_rows, parse_where
 
 _CHOICES = {
     "schedule": ("cosine", "wsd", "constant"),

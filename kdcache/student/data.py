@@ -23,7 +23,7 @@ from kdcache.errors import ConfigError
 from kdcache.losses import Pool
 from kdcache.rows import IGNORE, PackedRow, position_ids
 from kdcache.student.mixture import Mixture
-from kdcache.student.teachers import RowReader
+from kdcache.student.multi_teacher import RowReader
 from kdcache.targets import SparseTargets
 
 Rows = Sequence[int] | NDArray[np.int64]

@@ -3,20 +3,88 @@
 Refused with a sentence: a vocabulary that does not cover the cache's, a tokenizer that gives
 the cache's ids other meanings, a context shorter than a row, and any model that leaks
 between packed pieces.
+
+A trained student on disk: a plain Hugging Face model with the cache's tokenizer, however it was trained.
+
+Adapters: low-rank updates beside frozen weights (LoRA, Hu et al. 2021, arXiv 2106.09685), by peft.
 """
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from kdcache.cache import Cache
 from kdcache.errors import ConfigError, ModelError
 from kdcache.isolation import probe
 from kdcache.pretrained import context_length, load_model, load_tokenizer, model_folder, one_line
+
+
+def with_adapters(model: Any, rank: int, seed: int) -> Any:
+    """The model with adapters of one rank on each linear layer but its output head; only they are trained.
+
+    The update is scaled by alpha / rank = 2. It starts at nothing: the model's logits are what they were.
+
+    Args:
+        model: a transformers causal language model; its layers are replaced in place.
+        rank: of each update.
+        seed: of the adapters' first factors.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    set_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():  # peft asks for an attribute by a name that transformers has given up
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(model, config)
+
+
+ADAPTER = "adapter"
+
+
+def save_student(model: Any, cache: Cache, out: Path | str) -> None:
+    """Write a student that stands on its own. Every rank must call it: sharded weights are gathered.
+
+    Adapters of peft are merged into the weights, which changes the model, and also written by themselves, into
+    `adapter/`.
+
+    Args:
+        model: the student, not wrapped; sharded by FSDP2 or not.
+        cache: what it learned from.
+        out: a folder; made if need be.
+    """
+    out = Path(out)
+    weights = _gathered(model)
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    if hasattr(model, "merge_and_unload"):
+        # Unless told, peft asks the hub whether the embeddings were changed.
+        model.save_pretrained(out / ADAPTER, save_embedding_layers=False)
+        model = model.merge_and_unload()
+    model.save_pretrained(out, state_dict=weights)
+    for path in cache.tokenizer_path.iterdir():
+        shutil.copyfile(path, out / path.name)
+
+
+def _gathered(model: Any) -> dict[str, Tensor] | None:
+    """The whole weights of a sharded model, each tied one once, on rank 0; None for a model that is not sharded."""
+    if not isinstance(model, FSDPModule):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    module: Any = model
+    whole: dict[str, Any] = get_model_state_dict(module, options=options)
+    return {name: value for name, value in whole.items() if name not in module.all_tied_weights_keys}
 
 
 def load_student(name: str, cache: Cache, device: torch.device, seed: int) -> Any:

@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader
 
 from kdcache.cache import Cache
 from kdcache.errors import ConfigError
-from kdcache.student import ranks, readers
-from kdcache.student.choice import Bound, parse_rows, parse_where
+from kdcache.student import data_workers, distributed
+from kdcache.student.caches import Source
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import Item, RowDataset, split_heldout
-from kdcache.student.sources import Source
+from kdcache.student.row_filter import Bound, parse_rows, parse_where
 
 Ints = NDArray[np.int64]
 
@@ -72,7 +72,7 @@ def split(
     halves = [_within(source, config, ranges) for source in sources]
     train, heldout = tuple(half[0] for half in halves), tuple(half[1] for half in halves)
     if bounds:
-        kept = ranks.agree(_kept(Path(config.out) / ROWS, len(sources)))
+        kept = distributed.agree(_kept(Path(config.out) / ROWS, len(sources)))
         train = _where(sources, train, bounds, config, on_progress) if kept is None else kept
     for source, rows in zip(sources, train, strict=True):
         if not len(rows):
@@ -120,20 +120,20 @@ def _where(
     config: TrainConfig,
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[Ints, ...]:
-    mine = [rows[ranks.rank() :: ranks.world()] for rows in train]
+    mine = [rows[distributed.rank() :: distributed.world()] for rows in train]
     done, total = 0, sum(map(len, mine))
     kept = []
-    with readers.in_our_words():
+    with data_workers.translate_worker_errors():
         for source, rows in zip(sources, mine, strict=True):
             good: list[bool] = []
-            count = readers.how_many(config.readers, source.cache.place.remote)
+            count = data_workers.how_many(config.readers, source.cache.storage.remote)
             for entropies in mean_entropies(source.cache, rows, count):
                 good += [all(bound.holds(entropy) for bound in bounds) for entropy in entropies]
                 done += len(entropies)
                 if on_progress:
                     on_progress(done, total)
             kept.append(rows[np.array(good, bool)])
-    said = ranks.gather(kept)
+    said = distributed.gather(kept)
     return tuple(np.sort(np.concatenate([one[cache] for one in said])) for cache in range(len(train)))
 
 
@@ -150,7 +150,7 @@ def mean_entropies(cache: Cache, rows: Ints, count: int) -> Iterator[list[float]
         batch_size=_AT_ONCE,
         collate_fn=_means,
         num_workers=count,
-        multiprocessing_context=readers.START if count else None,
+        multiprocessing_context=data_workers.START if count else None,
     )
     yield from loader
 

@@ -30,18 +30,16 @@ from transformers import TrainerCallback
 
 from kdcache.errors import ModelError
 from kdcache.pretrained import find_device
-from kdcache.store.durable import storage_errors
-from kdcache.student import checkpoints, lines, ranks, readers, record, run_record, sources
-from kdcache.student.adapters import with_adapters
+from kdcache.store.atomic_files import storage_errors
+from kdcache.student import caches, data_workers, distributed, model_card, resume
 from kdcache.student.config import TrainConfig
-from kdcache.student.measure import measure_each
+from kdcache.student.evaluation import measure_each
 from kdcache.student.mixture import Mixture
-from kdcache.student.model import load_student
-from kdcache.student.saving import save_student
+from kdcache.student.model import load_student, save_student, with_adapters
+from kdcache.student.preflight import logging_under, require_surroundings
 from kdcache.student.schedule import Schedule
 from kdcache.student.split import keep, split
-from kdcache.student.surroundings import logging_under, require_surroundings
-from kdcache.student.trainer import DistillationTrainer, arguments
+from kdcache.student.trainer import DistillationTrainer, arguments, complete
 
 BEFORE, METRICS, SUMMARY = "heldout-before.json", "metrics.jsonl", "summary.json"
 
@@ -73,7 +71,7 @@ def train(
         KdcacheError: see the exception tree.
     """
     require_surroundings(config, find_device(config.device))
-    with record.alone(Path(config.out)) if ranks.rank() == 0 else contextlib.nullcontext():
+    with resume.alone(Path(config.out)) if distributed.rank() == 0 else contextlib.nullcontext():
         return _train(config, on_progress, on_reading)
 
 
@@ -81,16 +79,16 @@ def _train(
     config: TrainConfig, on_progress: Progress | None, on_reading: Callable[[int, int], None] | None
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    out, leader = Path(config.out), ranks.rank() == 0
-    began = record.standing(out) if config.resume else None
-    opened = sources.open_sources(config, (began or {}).get("caches", ()))
+    out, leader = Path(config.out), distributed.rank() == 0
+    began = resume.standing(out) if config.resume else None
+    opened = caches.open_sources(config, (began or {}).get("caches", ()))
     if config.soft_weight > 0:
-        sources.require_targets(opened)
+        caches.require_targets(opened)
     for source in opened:  # refused now, not after hours
         _ = source.cache.tokenizer_path
         _schedule(config, source, config.steps or 1)
     if leader:  # the other ranks start no step without it
-        record.require_free_or_same(out, config.resume, record.describe(config, opened))
+        resume.require_free_or_same(out, config.resume, resume.describe(config, opened))
     if config.resume and (out / SUMMARY).exists():
         summary: dict[str, Any] = json.loads((out / SUMMARY).read_text())
         return summary
@@ -101,16 +99,16 @@ def _train(
         raise ModelError(f"the student {type(model).__name__} cannot be trained with --gradient-checkpointing")
     if config.lora:
         model = with_adapters(model, config.lora, config.seed)
-    ranks.join(device)
-    opened = sources.agree(opened)
+    distributed.join(device)
+    opened = caches.agree(opened)
     rows = split(opened, config, on_reading)
     steps = _steps(config, sum(map(len, rows.train)))
     schedule = _schedule(config, opened[0], steps)
     if leader:
-        record.require_same_rows(out, rows)
+        resume.require_same_rows(out, rows)
         with storage_errors(out):
             out.mkdir(parents=True, exist_ok=True)
-            record.write(out / record.CONFIG, {**record.describe(config, opened), "training_rows": rows.record()})
+            resume.write(out / resume.CONFIG, {**resume.describe(config, opened), "training_rows": rows.record()})
             if config.where is not None:
                 keep(rows, out)
     args = arguments(config, steps, device, any(source.remote for source in opened))
@@ -118,15 +116,15 @@ def _train(
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process would mean DataParallel; torchrun is the way
 
     def measured(student: Any) -> dict[str, Any]:
-        caches = {source.name: source.rows for source in opened}
-        return measure_each(student, caches, rows.heldout, args.device, config.batch_rows)
+        named = {source.name: source.rows for source in opened}
+        return measure_each(student, named, rows.heldout, args.device, config.batch_rows)
 
     before = _before(out, leader, lambda: measured(model))
-    resumable = checkpoints.complete(out) if config.resume else []
+    resumable = complete(out) if config.resume else []
     first_step = int(resumable[-1].name.rpartition("-")[2]) if resumable else 0
     watcher = _Watcher(out if leader else None, first_step, config.eval_every, on_progress)
-    mixture = Mixture([len(r) for r in rows.train], config.seed, sources.weights(opened))
-    caches = [source.rows for source in opened]
+    mixture = Mixture([len(r) for r in rows.train], config.seed, caches.weights(opened))
+    row_sources = [source.rows for source in opened]
 
     def heldout() -> dict[str, Any]:
         figures = measured(trainer.model)
@@ -135,8 +133,10 @@ def _train(
         trainer.control.should_log = asked
         return figures
 
-    with readers.in_our_words(), logging_under(out):
-        trainer = DistillationTrainer(model, caches, rows.train, mixture, config, schedule, args, [watcher], first_step)
+    with data_workers.translate_worker_errors(), logging_under(out):
+        trainer = DistillationTrainer(
+            model, row_sources, rows.train, mixture, config, schedule, args, [watcher], first_step
+        )
         watcher.measure = heldout
         training = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(resumable[-1]) if resumable else None)
@@ -169,17 +169,17 @@ def _train(
     save_student(trainer.accelerator.unwrap_model(trainer.model), opened[0].cache, out)
     if leader:
         manifests = {teacher.name: teacher.cache.manifest for source in opened for teacher in source.teachers}
-        summary["curves"] = run_record.write_record(
-            out, out / METRICS, config, manifests, record.rows_per_step(config), summary
+        summary["curves"] = model_card.write_record(
+            out, out / METRICS, config, manifests, resume.rows_per_step(config), summary
         )
-        record.write(out / SUMMARY, summary)
+        resume.write(out / SUMMARY, summary)
     if torch.distributed.is_initialized():  # a rank that exits with its group open aborts now and then
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.state.destroy_process_group()
     return summary
 
 
-def _schedule(config: TrainConfig, source: sources.Source, steps: int) -> Schedule:
+def _schedule(config: TrainConfig, source: caches.Source, steps: int) -> Schedule:
     partners = {each.name: each.cache.manifest for each in source.partners}
     return Schedule.of(config, source.cache.manifest, steps, partners)
 
@@ -187,7 +187,7 @@ def _schedule(config: TrainConfig, source: sources.Source, steps: int) -> Schedu
 def _steps(config: TrainConfig, rows: int) -> int:
     if config.steps is not None:
         return config.steps
-    return max(1, math.ceil((config.epochs or 1.0) * rows / record.rows_per_step(config)))
+    return max(1, math.ceil((config.epochs or 1.0) * rows / resume.rows_per_step(config)))
 
 
 def _before(out: Path, leader: bool, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _before(out: Path, leader: bool, run: Callable[[], dict[str, Any]]) -> dict[
         return standing
     figures = run()
     if leader:
-        record.write(path, figures)
+        resume.write(path, figures)
     return figures
 
 
@@ -211,7 +211,7 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
         self._latest: dict[str, float] = {}
         self.measure: Callable[[], dict[str, Any]] | None = None
         for path in [] if out is None else [out / METRICS, *out.glob("rows-*.jsonl")]:
-            lines.cut(path, first_step)
+            resume.cut(path, first_step)
 
     def on_train_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
         state.save_steps = args.save_steps  # a resumed run has that of its checkpoint otherwise
@@ -233,4 +233,4 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._path is not None:
-            lines.append(self._path, line)
+            resume.append(self._path, line)

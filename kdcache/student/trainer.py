@@ -4,14 +4,29 @@ Everything else (accumulation, precision, optimiser, resume, logging, distributi
 Each term of the loss is a sum over positions divided by those that it has in the whole optimiser step, across
 accumulation and ranks: labelled ones, which Trainer counts from `shift_labels`, and ones with a target. Figures of the
 student come with it.
+
+Checkpoints that exist whole or not at all.
+
+A checkpoint is written into a staging folder, flushed to the device, and renamed last; a run
+that is killed while writing one leaves a staging folder, which nothing reads and the next
+checkpoint clears.
+
+Waiting: the share of the training's time that its step spent waiting for rows.
+
+Time is taken around the loader's `next`, on this process's clock. It begins when the first batch is there: what comes
+before is the start of the readers. A GPU may still be at work while the process waits, so there the share is an upper
+bound of the time that the GPU was idle for want of rows.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,15 +34,82 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from kdcache.losses import Figures, divisor_of
 from kdcache.rows import IGNORE
-from kdcache.student import checkpoints, lines, readers
+from kdcache.store.atomic_files import sync_folder
+from kdcache.student import data_workers, resume
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import Collator, RowDataset, Rows, RunOrder
-from kdcache.student.head import fuse_head
-from kdcache.student.loss import compute_loss
+from kdcache.student.fused_head import compute_loss, fuse_head
 from kdcache.student.mixture import Mixture
+from kdcache.student.multi_teacher import RowReader
 from kdcache.student.schedule import Schedule, ramps
-from kdcache.student.teachers import RowReader
-from kdcache.student.waiting import Waiting
+
+T = TypeVar("T")
+
+
+class Waiting:
+    """Adds up, over a run, how long `next` took."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._begun: float | None = None
+        self._waited = 0.0
+        self._told = (0.0, 0.0)
+
+    def watch(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches, timed; dropping this leaves the rest of them to the next who asks."""
+        while True:
+            asked = self._clock()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            if self._begun is None:
+                self._begun = self._clock()
+                self._told = (self._begun, 0.0)
+            else:
+                self._waited += self._clock() - asked
+            yield batch
+
+    def share(self) -> float:
+        """Of all the time since the first batch; 0 before it."""
+        return 0.0 if self._begun is None else _share(self._waited, self._clock() - self._begun)
+
+    def share_since_told(self) -> float:
+        """Of the time since this was last asked."""
+        (since, before), now = self._told, self._clock()
+        self._told = (now, self._waited)
+        return 0.0 if self._begun is None else _share(self._waited - before, now - since)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+STAGING = "checkpoint.partial"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def complete(out: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [(int(m[1]), p) for p in out.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def promote(staging: Path, out: Path, keep: int) -> None:
+    """Give a staged checkpoint its place, then forget all but the newest `keep`."""
+    (written,) = complete(staging)
+    for folder, _, names in os.walk(written):
+        for name in names:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(folder))
+    place = out / written.name
+    if place.exists():  # the same step, made again after a resume from an older checkpoint
+        shutil.rmtree(place)
+    written.rename(place)
+    sync_folder(out)
+    for old in complete(out)[:-keep]:
+        shutil.rmtree(old)
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -87,7 +169,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         """Trainer's own loader, its workers detached."""
-        return readers.detached(super().get_train_dataloader())
+        return data_workers.detached(super().get_train_dataloader())
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
         """`[2]` labelled positions of the whole step, and those with a target: Trainer's own count of each."""
@@ -107,7 +189,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Distillation and label loss of one micro-batch, divided by the positions of the whole step."""
         if self.config.record_rows:
             path = Path(self.args.output_dir) / f"rows-{self.args.process_index}.jsonl"
-            lines.append(path, {"step": self.state.global_step + 1, "rows": inputs["rows"].tolist()})
+            resume.append(path, {"step": self.state.global_step + 1, "rows": inputs["rows"].tolist()})
         self.positions += len(inputs["targets"].count)
         items = None
         if num_items_in_batch is not None:  # DDP averages over ranks what must be summed
@@ -153,7 +235,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             set_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
     def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002 - Trainer's signature
-        return str(Path(self.args.output_dir) / checkpoints.STAGING)
+        return str(Path(self.args.output_dir) / STAGING)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         out, staging = Path(self.args.output_dir), Path(self._get_output_dir(trial))
@@ -163,7 +245,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoints.promote(staging, out, self.config.keep)
+            promote(staging, out, self.config.keep)
             shutil.rmtree(staging, ignore_errors=True)
 
 
@@ -201,7 +283,7 @@ def arguments(config: TrainConfig, steps: int, device: torch.device, remote: boo
         logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
-        dataloader_num_workers=readers.how_many(config.readers, remote),
+        dataloader_num_workers=data_workers.how_many(config.readers, remote),
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to=config.trackers() or "none",

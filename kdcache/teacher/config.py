@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kdcache.errors import ConfigError
 from kdcache.options import option
-from kdcache.positions import Positions
+from kdcache.position_filter import Positions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,19 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.rows import PackedRow
-from kdcache.store.backends import new_shard
-from kdcache.store.commit import read_commits
-from kdcache.store.create import create_cache, publish_shard, require_free_or_same, sweep
-from kdcache.store.entropies import added, histogram
+from kdcache.store.commit import added, histogram, read_commits, totals
 from kdcache.store.manifest import Manifest
-from kdcache.store.place import Place
-from kdcache.store.places import open_place
+from kdcache.store.open_storage import open_storage
+from kdcache.store.publish import create_cache, new_shard, publish_shard, require_free_or_same, sweep
 from kdcache.store.shards import ShardWriter
-from kdcache.store.totals import totals
+from kdcache.store.storage import Storage
 from kdcache.targets import SparseTargets
-from kdcache.teacher.beside import Beside
+from kdcache.teacher.background_writer import Beside
 from kdcache.teacher.config import DumpConfig
-from kdcache.teacher.forward import Teacher
+from kdcache.teacher.engines.transformers import Teacher
 from kdcache.teacher.inputs import Inputs, open_inputs
 from kdcache.teacher.pilot import run_pilot
 from kdcache.worker import Worker, find_worker
@@ -53,22 +50,22 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     """
     started = time.perf_counter()
     worker = find_worker(config.worker, os.environ)
-    place = open_place(config.out)
+    storage = open_storage(config.out)
     inputs = open_inputs(config)
     inputs.require_positions()
-    standing = require_free_or_same(place, inputs.manifest)
-    done = read_commits(place, standing) if standing else {}
+    standing = require_free_or_same(storage, inputs.manifest)
+    done = read_commits(storage, standing) if standing else {}
     mine = [s for s in range(inputs.manifest.shards) if worker.owns(s) and s not in done]
     tally = _Tally(on_progress, sum(_range_size(inputs.manifest, s) for s in mine))
     if mine or not standing:
         teacher = Teacher(config, inputs.folder, inputs.manifest)
         wanted = standing or run_pilot(teacher, inputs)
-        manifest = create_cache(place, wanted, _tokenizer_files(inputs.tokenizer))
-        sweep(place, manifest)
+        manifest = create_cache(storage, wanted, _tokenizer_files(inputs.tokenizer))
+        sweep(storage, manifest)
         for shard in mine:
-            tally.finish(_make_shard(place, shard, inputs, manifest, teacher, tally), _range_size(manifest, shard))
-        sweep(place, manifest)  # again: data without a commit is known to be nobody's once its shard has one
-    return _summary(place, worker, tally, time.perf_counter() - started)
+            tally.finish(_make_shard(storage, shard, inputs, manifest, teacher, tally), _range_size(manifest, shard))
+        sweep(storage, manifest)  # again: data without a commit is known to be nobody's once its shard has one
+    return _summary(storage, worker, tally, time.perf_counter() - started)
 
 
 @dataclass
@@ -96,12 +93,12 @@ class _Tally:
 
 
 def _make_shard(
-    place: Place, shard: int, inputs: Inputs, manifest: Manifest, teacher: Teacher, tally: _Tally
+    storage: Storage, shard: int, inputs: Inputs, manifest: Manifest, teacher: Teacher, tally: _Tally
 ) -> int | None:
     """Make and commit one shard. Its labelled positions, or None if another worker was first."""
     made, rule, positions = inputs.shard_rows(shard), manifest.rule, 0
     entropies: list[list[int]] = []
-    with new_shard(place, manifest, shard) as writer, Beside() as beside:
+    with new_shard(storage, manifest, shard) as writer, Beside() as beside:
         batches = [made.rows[i : i + teacher.batch_rows] for i in range(0, len(made.rows), teacher.batch_rows)]
         rows = 0
         made_targets = teacher.run_all(batches, manifest, rule, shard=shard, seed=manifest.seed)
@@ -113,7 +110,7 @@ def _make_shard(
         beside.finish()
         tally.waited += beside.waited
         done = publish_shard(
-            place, manifest, writer, documents=made.documents, dropped=made.dropped, entropies=added(entropies),
+            storage, manifest, writer, documents=made.documents, dropped=made.dropped, entropies=added(entropies),
             compute=teacher.compute,
         )  # fmt: skip
         return positions if done else None
@@ -135,8 +132,8 @@ def _range_size(manifest: Manifest, shard: int) -> int:
     return min(manifest.docs_per_shard, manifest.documents - start)
 
 
-def _summary(place: Place, worker: Worker, tally: _Tally, seconds: float) -> dict[str, Any]:
-    summary = totals(place)
+def _summary(storage: Storage, worker: Worker, tally: _Tally, seconds: float) -> dict[str, Any]:
+    summary = totals(storage)
     summary["shards"]["by_this_worker"] = tally.shards
     return {
         **summary,

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 import torch
 
-from kdcache.codec.frequency import FrequencyOrder
+from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.errors import ConfigError
 from kdcache.rows import PackedRow
 from kdcache.selection import Selection, select, solve_adaptive_tau
 from kdcache.store.manifest import Manifest
-from kdcache.teacher.forward import Teacher
+from kdcache.teacher.engines.transformers import Teacher
 from kdcache.teacher.inputs import Inputs
 
 _POSITIONS = 1 << 14

@@ -22,12 +22,12 @@ from numcodecs import Zstd
 
 from kdcache.store.arrow_layout import read_batch
 from kdcache.store.arrow_store import rows_per_batch, shard_schema
-from kdcache.store.backends import new_shard, open_shard
 from kdcache.store.commit import Commit, commit_name
-from kdcache.store.local import LocalPlace
+from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, Manifest
-from kdcache.store.record import seal
+from kdcache.store.publish import new_shard, open_shard
 from kdcache.store.row_format import Record, row_seal
+from kdcache.store.sealed_json import seal
 
 SHARD = 0
 """The shard that lies."""
@@ -53,12 +53,12 @@ class Forgery:
     """A copy of an honest cache, to be changed."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.place = folder, LocalPlace(folder)
-        self.manifest = Manifest.read(self.place)
-        self.commit = Commit.read(self.place, SHARD, self.manifest.sha256)
+        self.folder, self.storage = folder, LocalStorage(folder)
+        self.manifest = Manifest.read(self.storage)
+        self.commit = Commit.read(self.storage, SHARD, self.manifest.sha256)
         assert self.commit is not None
         self.form = self.manifest.row_format
-        shard = open_shard(self.place, self.manifest, self.commit)
+        shard = open_shard(self.storage, self.manifest, self.commit)
         self.records = [shard.read_with_record(row)[2] for row in range(self.commit.rows)]
 
     # Records
@@ -112,7 +112,7 @@ class Forgery:
 
     def write_records(self, change: Callable[[Record], Record]) -> str:
         """The shard written anew by the store itself, its first row a lie."""
-        scratch = LocalPlace(self.folder / "scratch")
+        scratch = LocalStorage(self.folder / "scratch")
         with new_shard(scratch, self.manifest, SHARD) as writer:
             for row, record in enumerate(self.records):
                 writer._append(change(record) if row == 0 else record)

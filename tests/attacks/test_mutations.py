@@ -28,9 +28,13 @@ import pytest
 from kdcache.cache import unpack
 from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.store import arrow_store, zarr_store
-from kdcache.store.backends import WRITERS
 from kdcache.store.commit import read_commits
-from kdcache.store.examples import (
+from kdcache.store.local import LocalStorage
+from kdcache.store.publish import WRITERS
+from kdcache.store.row_format import Record, RowFormat
+from kdcache.store.shards import Shard
+from kdcache.store.storage import Storage
+from kdcache.testing.example_rows import (
     SELECTIONS,
     Example,
     everything,
@@ -39,10 +43,6 @@ from kdcache.store.examples import (
     same_rows,
     write_cache,
 )
-from kdcache.store.local import LocalPlace
-from kdcache.store.place import Place
-from kdcache.store.row_format import Record, RowFormat
-from kdcache.store.shards import Shard
 from tests.attacks.mutator import Mutator
 
 COUNT = int(os.environ.get("KDCACHE_MUTATIONS", "3000"))
@@ -57,7 +57,7 @@ MOST_SECONDS = 1.0
 MOST_MEMORY = 4  # times what the honest shard takes
 
 
-class Held(Place):
+class Held(Storage):
     """A place that holds objects in memory, to be read from."""
 
     url = ""
@@ -93,7 +93,7 @@ class Given(Shard):
     """A shard of one row whose streams are given."""
 
     def __init__(self, form: RowFormat, record: Record) -> None:
-        self.place, self.shard, self.form, self.rows, self.name = Held({}), 0, form, 1, "given"
+        self.storage, self.shard, self.form, self.rows, self.name = Held({}), 0, form, 1, "given"
         self.record = record
 
     def _open(self, objects: list[dict[str, Any]]) -> str:
@@ -132,10 +132,10 @@ class Target:
         manifest = example_manifest(
             store, selection=SELECTIONS[kind], precision=precision, positions=positions, seq_len=24
         )
-        place, rows = LocalPlace(folder), example_rows(manifest, ROWS)
-        commit = read_commits(place, write_cache(place, manifest, rows))[1]
+        storage, rows = LocalStorage(folder), example_rows(manifest, ROWS)
+        commit = read_commits(storage, write_cache(storage, manifest, rows))[1]
         self.form, self.reader = manifest.row_format, WRITERS[store].reader()
-        self.objects = {x["name"]: everything(place)[x["name"]] for x in commit.objects}
+        self.objects = {x["name"]: everything(storage)[x["name"]] for x in commit.objects}
         self.records = [self.form.pack(*row) for row in rows]
         self.honest = [self.form.unpack(record) for record in self.records]
         self.seen: Counter[str] = Counter()

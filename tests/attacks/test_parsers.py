@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from kdcache.codec.streams import deflate
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.store.commit import Commit, commit_name
-from kdcache.store.examples import SELECTIONS, example_manifest, example_rows, same_rows, write_cache
-from kdcache.store.local import LocalPlace
+from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, Manifest
-from kdcache.store.place import inside
-from kdcache.store.record import parse, read_record, seal
 from kdcache.store.row_format import Record, read_stream
+from kdcache.store.sealed_json import parse, read_record, seal
+from kdcache.store.storage import inside
+from kdcache.testing.example_rows import SELECTIONS, example_manifest, example_rows, same_rows, write_cache
 from tests.attacks.mutator import Mutator
 from tests.attacks.test_mutations import Given, Target
 
@@ -38,11 +38,11 @@ JSON = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> LocalPlace:
+def storage(tmp_path_factory: pytest.TempPathFactory) -> LocalStorage:
     """An honest cache whose records are replaced."""
-    place, manifest = LocalPlace(tmp_path_factory.mktemp("parsers") / "c"), example_manifest("arrow")
-    write_cache(place, manifest, example_rows(manifest, 3))
-    return place
+    storage, manifest = LocalStorage(tmp_path_factory.mktemp("parsers") / "c"), example_manifest("arrow")
+    write_cache(storage, manifest, example_rows(manifest, 3))
+    return storage
 
 
 @quick
@@ -66,10 +66,10 @@ def test_json_is_parsed_or_refused(data: bytes) -> None:
 
 @quick
 @given(st.dictionaries(st.text(max_size=8).filter(lambda key: key != "checksum"), JSON, max_size=5))
-def test_a_sealed_record_reads_back(place: LocalPlace, fields: dict[str, Any]) -> None:
-    place.delete("r.json")
-    place.create("r.json", seal(fields))
-    found = read_record(place, "r.json")
+def test_a_sealed_record_reads_back(storage: LocalStorage, fields: dict[str, Any]) -> None:
+    storage.delete("r.json")
+    storage.create("r.json", seal(fields))
+    found = read_record(storage, "r.json")
     del found["checksum"]
     assert found == fields
 
@@ -77,9 +77,9 @@ def test_a_sealed_record_reads_back(place: LocalPlace, fields: dict[str, Any]) -
 @settings(quick, max_examples=400)
 @given(st.data())
 @pytest.mark.parametrize("which", ["manifest", "commit"])
-def test_a_sealed_record_of_anything_is_read_or_refused(place: LocalPlace, which: str, data: st.DataObject) -> None:
+def test_a_sealed_record_of_anything_is_read_or_refused(storage: LocalStorage, which: str, data: st.DataObject) -> None:
     name = NAME if which == "manifest" else commit_name(0)
-    path = place.folder / name
+    path = storage.folder / name
     honest = path.read_bytes()
     fields = json.loads(honest)
     changed = data.draw(st.dictionaries(st.sampled_from(sorted(fields)), JSON, min_size=1, max_size=2))
@@ -91,10 +91,10 @@ def test_a_sealed_record_of_anything_is_read_or_refused(place: LocalPlace, which
     path.write_bytes(seal(lie))
     try:
         if which == "manifest":
-            found = Manifest.read(place)
+            found = Manifest.read(storage)
             _ = found.row_format.most_bytes, found.shards, found.sha256
         else:
-            assert Commit.read(place, 0, fields["manifest_sha256"]) is not None
+            assert Commit.read(storage, 0, fields["manifest_sha256"]) is not None
     except CacheError as error:
         assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 600
     finally:

@@ -35,8 +35,8 @@ def test_a_cache_in_a_bucket_from_the_dump_to_the_student(
     summaries = [json.loads(out) for out, _, _ in told]
     assert sum(s["shards"]["by_this_worker"] for s in summaries) == 6 and any(s["complete"] for s in summaries)
 
-    for place, store in ((folder, "arrow"), (f"{bucket.url}/z", "zarr")):
-        dumped = kdcache(*dumping(teacher, corpus, "--out", place, "--store", store))
+    for storage, store in ((folder, "arrow"), (f"{bucket.url}/z", "zarr")):
+        dumped = kdcache(*dumping(teacher, corpus, "--out", storage, "--store", store))
         assert dumped.returncode == 0 and dumped.stderr == "", dumped.stderr
     verified = kdcache("verify", url, "--json")
     report = json.loads(verified.stdout)

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdcache import Selection, SparseTargets, select
 from kdcache.isolation import packed_forward
 from kdcache.losses import Figures, Objective, distil
-from kdcache.student.head import fuse_head
+from kdcache.student.fused_head import fuse_head
 from tests.distributed.leaving import leave
 
 VOCAB, ROWS, LENGTH = 90, 4, 16

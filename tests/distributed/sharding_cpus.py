@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from kdcache.student import saving, train
+from kdcache.student import model, train
 
-_init, _gathered = AcceleratorState.__init__, saving._gathered
+_init, _gathered = AcceleratorState.__init__, model._gathered
 
 
 def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
@@ -34,6 +34,6 @@ if __name__ == "__main__":
     from kdcache_cli.main import run
 
     AcceleratorState.__init__ = init
-    saving._gathered = gathered
+    model._gathered = gathered
     train.require_surroundings = lambda *_: None
     run()

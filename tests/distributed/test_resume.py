@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kdcache import open_cache
-from kdcache.student import checkpoints
+from kdcache.student import trainer
 from tests.processes import Ranks
 
 STEPS, SAVE = 42, 3
@@ -28,7 +28,7 @@ def start(ranks: int, out: Path, arguments: list[str], **changes: object) -> Ran
 def kill_past(process: Ranks, out: Path, step: int) -> None:
     """Kill all of a run by -9 once it has a checkpoint of a step."""
     deadline = time.monotonic() + 200
-    while not any(int(p.name.rpartition("-")[2]) >= step for p in checkpoints.complete(out)):
+    while not any(int(p.name.rpartition("-")[2]) >= step for p in trainer.complete(out)):
         if process.poll() is not None or time.monotonic() > deadline:
             pytest.fail(process.communicate()[1])
         time.sleep(0.02)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcache.student.head import fuse_head
+from kdcache.student.fused_head import fuse_head
 from tests.distributed import ranks
 from tests.processes import Ranks
 

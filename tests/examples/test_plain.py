@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdcache import open_cache
-from kdcache.student.measure import measure
+from kdcache.student.evaluation import measure
 from tests.examples.loading import EXAMPLES
 from tests.processes import Ranks
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from kdcache import open_cache
 from kdcache.losses import Objective
 from kdcache.student import compute_loss, fuse_head, load_student
-from kdcache.student.measure import measure
+from kdcache.student.evaluation import measure
 from tests.examples.loading import example
 
 pytestmark = [

@@ -14,10 +14,10 @@ import pytest
 
 from kdcache import KdcacheError, open_cache, verify_cache
 from kdcache.rows import PackedRow
-from kdcache.store.examples import same_rows
 from kdcache.store.manifest import NAME
 from kdcache.targets import SparseTargets
 from kdcache.teacher.dump import dump
+from kdcache.testing.example_rows import same_rows
 from tests.making import dump_options
 
 FLIPS = 300

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 
 from kdcache import Selection, open_cache, select, verify_cache
-from kdcache.codec.frequency import FrequencyOrder
+from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.rows import IGNORE, PackedRow
-from kdcache.store.backends import new_shard
-from kdcache.store.create import create_cache, publish_shard
-from kdcache.store.entropies import added, histogram
-from kdcache.store.local import LocalPlace
+from kdcache.store.commit import added, histogram
+from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
+from kdcache.store.publish import create_cache, new_shard, publish_shard
 
 FOLDER = Path(__file__).parent
 EXPECTED = FOLDER / "expected.json"
@@ -82,7 +81,7 @@ def targets(row: PackedRow, number: int, rule: Selection) -> Any:
 
 def write(name: str) -> None:
     kind, precision, store = name.rsplit("-", 2)
-    rule, place = SELECTIONS[kind], LocalPlace(FOLDER / name)
+    rule, storage = SELECTIONS[kind], LocalStorage(FOLDER / name)
     order = FrequencyOrder(VOCAB)
     order.add(targets(rows(0)[0], 0, rule))
     manifest = Manifest(
@@ -96,10 +95,10 @@ def write(name: str) -> None:
         store=store, origin={"made by": "tests/golden/make.py"},
     )  # fmt: skip
     manifest = dataclasses.replace(manifest, error_bound=manifest.codec.error_bound)
-    manifest = create_cache(place, manifest, {"note.txt": b"a golden cache has no tokenizer\n"})
+    manifest = create_cache(storage, manifest, {"note.txt": b"a golden cache has no tokenizer\n"})
     for shard in range(manifest.shards):
         entropies: list[list[int]] = []
-        with new_shard(place, manifest, shard) as writer:
+        with new_shard(storage, manifest, shard) as writer:
             for number, row in enumerate(rows(shard)):
                 found = targets(row, 10 * shard + number, rule)
                 entropies.append(histogram(found.entropy))
@@ -108,7 +107,7 @@ def write(name: str) -> None:
                     found = found[chosen].spread(chosen.nonzero()[:, 0], len(chosen))
                 writer.write(row, found)
             publish_shard(
-                place, manifest, writer, documents=8 - shard, dropped=0, entropies=added(entropies),
+                storage, manifest, writer, documents=8 - shard, dropped=0, entropies=added(entropies),
                 compute={"dtype": "float32"},
             )  # fmt: skip
 

@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from kdcache import open_cache
 from kdcache.errors import ConfigError
-from kdcache.report import evaluation_record
-from kdcache.report.evaluate import compare, evaluate, paired_difference
+from kdcache.report.evaluate import compare, evaluate, paired_difference, write_evaluation
 from kdcache.rows import IGNORE, position_ids
-from kdcache.student import measure as measuring
+from kdcache.student import evaluation as measuring
 from kdcache.teacher.dump import dump
 from tests.making import dump_options
 
@@ -143,7 +142,7 @@ def test_students_named_twice_and_records_that_exist_are_refused(
         compare([students[0], students[0]], str(cache))
     (tmp_path / "e.json").write_text("mine")
     with pytest.raises(ConfigError, match="exists already"):
-        evaluation_record.write_evaluation(str(tmp_path / "e.json"), {"cache": str(cache), "device": "cpu"}, {})
+        write_evaluation(str(tmp_path / "e.json"), {"cache": str(cache), "device": "cpu"}, {})
     assert (tmp_path / "e.json").read_text() == "mine"
 
 

@@ -11,9 +11,8 @@ import torch
 from kdcache import open_cache, verify_cache
 from kdcache.errors import ModelError
 from kdcache.report.faithfulness import check_faithfulness, differences
-from kdcache.store.backends import new_shard
-from kdcache.store.create import create_cache, publish_shard
-from kdcache.store.local import LocalPlace
+from kdcache.store.local import LocalStorage
+from kdcache.store.publish import create_cache, new_shard, publish_shard
 from kdcache.teacher.dump import dump
 from tests.making import dump_options, make_model, make_tokenizer
 from tests.processes import kdcache
@@ -31,16 +30,16 @@ def test_an_honest_cache_agrees(teacher: Path, corpus: Path, tmp_path: Path, opt
 
 def shifted(cache: Path, out: Path) -> None:
     """The same cache with every target one position late, sealed as if it were right."""
-    source, place = open_cache(cache), LocalPlace(out)
+    source, storage = open_cache(cache), LocalStorage(out)
     files = {p.name: p.read_bytes() for p in source.tokenizer_path.iterdir()}
-    manifest = create_cache(place, source.manifest, files)
+    manifest = create_cache(storage, source.manifest, files)
     for shard, commit in source.commits.items():
-        with new_shard(place, manifest, shard) as writer:
+        with new_shard(storage, manifest, shard) as writer:
             for row in range(commit.rows):
                 packed, targets = source.shard(shard).read(row)
                 writer.write(packed, targets[torch.arange(len(targets.count)).roll(1)])
             publish_shard(
-                place, manifest, writer, documents=commit.documents, dropped=0, entropies=commit.entropy_histogram,
+                storage, manifest, writer, documents=commit.documents, dropped=0, entropies=commit.entropy_histogram,
                 compute={},
             )  # fmt: skip
 

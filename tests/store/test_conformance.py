@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 import kdcache
 from kdcache.store.arrow_store import ArrowShardWriter
 from kdcache.store.commit import read_commits
-from kdcache.store.examples import example_manifest, example_rows, write_cache
-from kdcache.store.local import LocalPlace
+from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
-from kdcache.store.place import Place
-from kdcache.store.places import open_place
+from kdcache.store.open_storage import open_storage
 from kdcache.store.row_format import RowFormat
-from kdcache.store.testing import Objects, StoreConformance
+from kdcache.store.storage import Storage
 from kdcache.store.zarr_store import ZarrShardWriter
+from kdcache.testing.example_rows import example_manifest, example_rows, write_cache
+from kdcache.testing.store_conformance import Objects, StoreConformance
 from tests.objects import Bucket
 
 
@@ -31,8 +31,8 @@ class InMemory:
     """The same in an object store; one manifest, because what differs is the place."""
 
     @pytest.fixture
-    def new_place(self, tmp_path: Path) -> Callable[[str], Place]:
-        return lambda name: open_place(f"memory:/{tmp_path}/{name}")
+    def new_place(self, tmp_path: Path) -> Callable[[str], Storage]:
+        return lambda name: open_storage(f"memory:/{tmp_path}/{name}")
 
     @pytest.fixture
     def manifest(self, plain: Manifest) -> Manifest:
@@ -45,20 +45,20 @@ class InBucket(InMemory):
     flips, apart = 2, 5
 
     @pytest.fixture
-    def new_place(self, bucket: Bucket) -> Callable[[str], Place]:
-        return lambda name: open_place(f"{bucket.url}/{name}")
+    def new_place(self, bucket: Bucket) -> Callable[[str], Storage]:
+        return lambda name: open_storage(f"{bucket.url}/{name}")
 
 
-def arrow_table(place: Place, objects: Objects) -> tuple[bytes, pa.ipc.RecordBatchFileReader]:
-    data = b"".join(place.chunks(objects[0]["name"]))
+def arrow_table(storage: Storage, objects: Objects) -> tuple[bytes, pa.ipc.RecordBatchFileReader]:
+    data = b"".join(storage.chunks(objects[0]["name"]))
     return data, pa.ipc.open_file(pa.BufferReader(data))
 
 
 class TestArrow(StoreConformance):
     store, writer = "arrow", ArrowShardWriter
 
-    def streams(self, place: Place, objects: Objects, form: RowFormat) -> list[dict[str, NDArray[Any]]]:
-        _, file = arrow_table(place, objects)
+    def streams(self, storage: Storage, objects: Objects, form: RowFormat) -> list[dict[str, NDArray[Any]]]:
+        _, file = arrow_table(storage, objects)
         types = {name: dtype for name, (dtype, _) in form.shapes(0).items()}
         return [
             {
@@ -68,8 +68,8 @@ class TestArrow(StoreConformance):
             for row in file.read_all().to_pylist()
         ]
 
-    def spans(self, place: Place, objects: Objects, row: int) -> Iterator[tuple[str, int, int]]:
-        data, file = arrow_table(place, objects)
+    def spans(self, storage: Storage, objects: Objects, row: int) -> Iterator[tuple[str, int, int]]:
+        data, file = arrow_table(storage, objects)
         batch, at, base = file.get_batch(row // 4), row % 4, pa.py_buffer(data).address
         for column in batch.columns:
             where = [0 if buffer is None else buffer.address - base for buffer in column.buffers()]
@@ -83,8 +83,8 @@ class TestArrow(StoreConformance):
 class TestZarr(StoreConformance):
     store, writer = "zarr", ZarrShardWriter
 
-    def streams(self, place: Place, objects: Objects, form: RowFormat) -> list[dict[str, NDArray[Any]]]:
-        group = zarr_group(place, objects)
+    def streams(self, storage: Storage, objects: Objects, form: RowFormat) -> list[dict[str, NDArray[Any]]]:
+        group = zarr_group(storage, objects)
         names = list(form.shapes(0))
         lengths = np.asarray(group["lengths"][:])
         return [
@@ -92,10 +92,10 @@ class TestZarr(StoreConformance):
             for row in range(len(lengths))
         ]
 
-    def spans(self, place: Place, objects: Objects, row: int) -> Iterator[tuple[str, int, int]]:
-        rows = zarr_group(place, objects)["crc32c"].shape[0]
+    def spans(self, storage: Storage, objects: Objects, row: int) -> Iterator[tuple[str, int, int]]:
+        rows = zarr_group(storage, objects)["crc32c"].shape[0]
         for name in (str(x["name"]) for x in objects if not x["name"].endswith("zarr.json")):
-            data = b"".join(place.chunks(name))
+            data = b"".join(storage.chunks(name))
             if "/crc32c/" in name or "/lengths/" in name:
                 yield name, 0, len(data)
             else:
@@ -121,13 +121,13 @@ class TestZarrInBucket(InBucket, TestZarr):
     pass
 
 
-def zarr_group(place: Place, objects: Objects) -> Any:
+def zarr_group(storage: Storage, objects: Objects) -> Any:
     """A shard as zarr-python opens it."""
     from zarr.core.buffer import default_buffer_prototype
 
     root = objects[0]["name"].partition(".zarr/")[0] + ".zarr/"
     make = default_buffer_prototype().buffer.from_bytes
-    data = {x["name"].removeprefix(root): make(b"".join(place.chunks(x["name"]))) for x in objects}
+    data = {x["name"].removeprefix(root): make(b"".join(storage.chunks(x["name"]))) for x in objects}
     return zarr.open_group(zarr.storage.MemoryStore(data), mode="r")
 
 
@@ -135,8 +135,8 @@ def zarr_group(place: Place, objects: Objects) -> Any:
 def test_content_is_the_same_in_both_stores(tmp_path: Path, precision: str) -> None:
     found = []
     for store in ("arrow", "zarr"):
-        manifest, place = example_manifest(store, precision=precision), LocalPlace(tmp_path / store)
-        commits = read_commits(place, write_cache(place, manifest, example_rows(manifest, 7)))
+        manifest, storage = example_manifest(store, precision=precision), LocalStorage(tmp_path / store)
+        commits = read_commits(storage, write_cache(storage, manifest, example_rows(manifest, 7)))
         found.append([(c.rows, c.positions, c.entries, c.tokens_sha256, c.content_sha256) for c in commits.values()])
     assert found[0] == found[1]
 
@@ -144,5 +144,9 @@ def test_content_is_the_same_in_both_stores(tmp_path: Path, precision: str) -> N
 def test_nothing_but_the_suite_needs_pytest() -> None:
     package = Path(kdcache.__file__).parent
     needy = {p.name for p in package.rglob("*.py") if "import pytest" in p.read_text()}
-    users = {p.name for p in package.rglob("*.py") if "kdcache.store.testing" in p.read_text()}
-    assert needy == {"testing.py"} and not users
+    users = {
+        p.name
+        for p in package.rglob("*.py")
+        if "import kdcache.testing" in p.read_text() or "from kdcache.testing" in p.read_text()
+    }
+    assert needy == {"store_conformance.py"} and users <= {"testing.py", "store_conformance.py"}

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from kdcache.errors import CacheError
-from kdcache.store import durable
-from kdcache.store.durable import NewFile, NewFolder, locked, sha256_file, sweep, write_new
-from kdcache.store.place import Sink
+from kdcache.store import atomic_files
+from kdcache.store.atomic_files import NewFile, NewFolder, locked, sha256_file, sweep, write_new
+from kdcache.store.storage import Sink
 
 
 def names(folder: Path) -> list[str]:
@@ -103,10 +103,10 @@ def enter(folder: Path, order: list[str]) -> None:
 
 
 def test_sweep_takes_the_dead_and_spares_the_living(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "_SWEEP_AGE", -1.0)
+    monkeypatch.setattr(atomic_files, "_SWEEP_AGE", -1.0)
     with NewFile(tmp_path / "living") as file:
         file.write(b"1")
-        dead = tmp_path / f".dead.0{durable._TEMPORARY}"
+        dead = tmp_path / f".dead.0{atomic_files._TEMPORARY}"
         dead.write_bytes(b"2")
         (tmp_path / "kept").write_bytes(b"3")
         sweep(tmp_path)
@@ -116,7 +116,7 @@ def test_sweep_takes_the_dead_and_spares_the_living(tmp_path: Path, monkeypatch:
 
 
 def test_sweep_leaves_what_was_just_made(tmp_path: Path) -> None:
-    young = tmp_path / f".young.0{durable._TEMPORARY}"
+    young = tmp_path / f".young.0{atomic_files._TEMPORARY}"
     young.write_bytes(b"")
     sweep(tmp_path)
     assert young.exists()

@@ -16,9 +16,9 @@ import pytest
 from kdcache import open_cache
 from kdcache.cache import Cache
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError
-from kdcache.store.mirror import MirroredPlace
-from kdcache.store.place import Readable
-from kdcache.store.remote import RemotePlace
+from kdcache.store.mirror import MirroredStorage
+from kdcache.store.remote import RemoteStorage
+from kdcache.store.storage import Readable
 from tests.objects import Bucket, Endpoint
 from tests.processes import READY, python
 
@@ -100,15 +100,15 @@ def test_two_processes_share_the_limit_and_the_copies(
 
 def test_room_is_taken_before_it_is_filled(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two objects that do not fit together, the second wanted while the first is on its way."""
-    begun, go_on, fetch = threading.Event(), threading.Event(), MirroredPlace._pieces
+    begun, go_on, fetch = threading.Event(), threading.Event(), MirroredStorage._pieces
 
-    def slowly(self: MirroredPlace, source: Readable) -> Iterator[bytes]:
+    def slowly(self: MirroredStorage, source: Readable) -> Iterator[bytes]:
         if "/00000" in source.name:
             begun.set()
             assert go_on.wait(timeout=60)
         return fetch(self, source)
 
-    monkeypatch.setattr(MirroredPlace, "_pieces", slowly)
+    monkeypatch.setattr(MirroredStorage, "_pieces", slowly)
     limit = sum(data_bytes(open_cache(url))[:2]) - 1
     one, two = (open_cache(url, local_copy=tmp_path / "m", local_limit=limit) for _ in range(2))
     first = threading.Thread(target=one.read_packed, args=(0,))
@@ -207,13 +207,13 @@ def test_verify_looks_at_the_bucket_and_not_at_copies(bucket: Bucket, url: str, 
     tokens(opened)
     data = opened.commits[0].objects[0]
     bucket.put(f"c/{data['name']}", b"\0" * data["bytes"])
-    assert opened.place.digest(data["name"])[1] != data["sha256"]
+    assert opened.storage.digest(data["name"])[1] != data["sha256"]
 
 
 KILLED = """
 import os, signal, sys
 from kdcache import open_cache
-from kdcache.store.durable import NewFile
+from kdcache.store.atomic_files import NewFile
 write = NewFile.write
 def die(self, data):
     write(self, data)
@@ -245,4 +245,4 @@ def test_what_cannot_be(cache: Path, url: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match="cannot be written"):
         open_cache(url, local_copy=tmp_path / "file")
-    assert isinstance(open_cache(url).place, RemotePlace)
+    assert isinstance(open_cache(url).storage, RemoteStorage)

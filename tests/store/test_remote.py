@@ -19,12 +19,11 @@ from typer.testing import CliRunner
 
 from kdcache import Row, open_cache, verify_cache
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError
-from kdcache.store.backends import new_shard, open_shard
 from kdcache.store.commit import Commit
-from kdcache.store.create import publish_shard, require_free_or_same, sweep
-from kdcache.store.place import Place
-from kdcache.store.places import open_place, parse_size
-from kdcache.store.remote import RemotePlace
+from kdcache.store.open_storage import open_storage, parse_size
+from kdcache.store.publish import new_shard, open_shard, publish_shard, require_free_or_same, sweep
+from kdcache.store.remote import RemoteStorage
+from kdcache.store.storage import Storage
 from kdcache.teacher.dump import dump
 from tests.making import dump_options
 from tests.objects import Bucket, Endpoint, free_port
@@ -74,14 +73,14 @@ def test_a_cache_may_be_carried_to_a_store_and_has_no_neighbours(local: Path, bu
     bucket.put("c2/junk", b"1")
     bucket.put("c/", b"")
     assert verify_cache(url).ok
-    assert RemotePlace(url).names() == open_place(local).names()
-    assert RemotePlace(url + "/").url == url
+    assert RemoteStorage(url).names() == open_storage(local).names()
+    assert RemoteStorage(url + "/").url == url
 
 
 # who comes first
 
 
-class Starting(RemotePlace):
+class Starting(RemoteStorage):
     """Two writers meet here: their commits start together."""
 
     def __init__(self, url: str) -> None:
@@ -93,14 +92,14 @@ class Starting(RemotePlace):
         return super().create(name, data)
 
 
-def write_shard(place: Place, source: Path, shard: int, **compute: Any) -> bool:
+def write_shard(storage: Storage, source: Path, shard: int, **compute: Any) -> bool:
     cache = open_cache(source)
-    with new_shard(place, cache.manifest, shard) as writer:
+    with new_shard(storage, cache.manifest, shard) as writer:
         for row in range(cache.commits[shard].rows):
             writer.write(*cache.shard(shard).read(row))
         entropies = cache.commits[shard].entropy_histogram
         return publish_shard(
-            place, cache.manifest, writer, documents=8, dropped=0, entropies=entropies, compute=compute
+            storage, cache.manifest, writer, documents=8, dropped=0, entropies=entropies, compute=compute
         )
 
 
@@ -114,10 +113,10 @@ def forget(bucket: Bucket, prefix: str) -> None:
 def test_of_two_writers_one_commits_and_the_others_data_goes(local: Path, bucket: Bucket) -> None:
     url = bucket.upload(local, "c")
     forget(bucket, "c")
-    place, won = Starting(url), {}
+    storage, won = Starting(url), {}
 
     def write(writer: int) -> None:
-        won[writer] = write_shard(place, local, 1, writer=writer)
+        won[writer] = write_shard(storage, local, 1, writer=writer)
 
     threads = [threading.Thread(target=write, args=(writer,)) for writer in (0, 1)]
     for thread in threads:
@@ -126,13 +125,13 @@ def test_of_two_writers_one_commits_and_the_others_data_goes(local: Path, bucket
         thread.join()
     assert sorted(won.values()) == [False, True]
     manifest = open_cache(url).manifest
-    commit = Commit.read(place, 1, manifest.sha256)
+    commit = Commit.read(storage, 1, manifest.sha256)
     assert commit is not None and won[commit.compute["writer"]]
     assert {f"shards/{n}" for n in bucket.names("c/shards") if n.startswith("00001")} == {
         data["name"] for data in commit.objects
     }
     assert verify_cache(url).ok
-    assert write_shard(RemotePlace(url), local, 1) is False  # and who comes later uploads nothing
+    assert write_shard(RemoteStorage(url), local, 1) is False  # and who comes later uploads nothing
     assert verify_cache(url).objects == verify_cache(local).objects
 
 
@@ -140,42 +139,42 @@ def test_an_answer_that_is_lost_does_not_lose_the_commit(local: Path, bucket: Bu
     """The first put arrives, its answer does not; the library's second try then finds an object."""
     url = bucket.upload(local, "c")
     forget(bucket, "c")
-    place = RemotePlace(url)
-    put = place._fs.pipe_file
+    storage = RemoteStorage(url)
+    put = storage._fs.pipe_file
 
     def lossy(path: str, data: bytes, **options: Any) -> None:
         put(path, data, **options)
         raise FileExistsError
 
-    place._fs.pipe_file = lossy
+    storage._fs.pipe_file = lossy
     try:
-        assert write_shard(place, local, 1)
+        assert write_shard(storage, local, 1)
     finally:
-        place._fs.pipe_file = put
-    sweep(place, open_cache(url).manifest)
+        storage._fs.pipe_file = put
+    sweep(storage, open_cache(url).manifest)
     assert verify_cache(url).ok and open_cache(url).commits[1].objects[0]["name"].count("-") == 1
 
 
 def test_puts_that_meet_are_tried_again(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = RemotePlace(f"{bucket.url}/c")
-    put, errors = place._fs.pipe_file, [OSError("Resource busy"), OSError("Resource busy")]
+    storage = RemoteStorage(f"{bucket.url}/c")
+    put, errors = storage._fs.pipe_file, [OSError("Resource busy"), OSError("Resource busy")]
 
     def busy(path: str, data: bytes, **options: Any) -> None:
         if errors:
             raise errors.pop()
         put(path, data, **options)
 
-    monkeypatch.setattr(place._fs, "pipe_file", busy)
-    assert place.create("x", b"1") and not errors
-    assert not place.create("x", b"2") and bucket.get("c/x") == b"1"
+    monkeypatch.setattr(storage._fs, "pipe_file", busy)
+    assert storage.create("x", b"1") and not errors
+    assert not storage.create("x", b"2") and bucket.get("c/x") == b"1"
 
 
 def test_a_store_that_lets_puts_replace_objects_is_refused(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = RemotePlace(f"{bucket.url}/c")
-    put = place._fs.pipe_file
-    monkeypatch.setattr(place._fs, "pipe_file", lambda path, data, **_: put(path, data))
+    storage = RemoteStorage(f"{bucket.url}/c")
+    put = storage._fs.pipe_file
+    monkeypatch.setattr(storage._fs, "pipe_file", lambda path, data, **_: put(path, data))
     with pytest.raises(CacheError, match="lets a second put replace an object"):
-        place.create("x", b"1")
+        storage.create("x", b"1")
 
 
 def test_a_writer_killed_before_its_commit_leaves_an_orphan_that_goes(
@@ -184,10 +183,10 @@ def test_a_writer_killed_before_its_commit_leaves_an_orphan_that_goes(
     url, store = f"{bucket.url}/c", open_cache(local).manifest.store
     commit = Commit.write
 
-    def die(self: Commit, place: Place) -> bool:
+    def die(self: Commit, storage: Storage) -> bool:
         if self.shard == 1:
             raise KeyboardInterrupt  # what was put stays as it is, as after a kill
-        return commit(self, place)
+        return commit(self, storage)
 
     with monkeypatch.context() as patch:
         patch.setattr(Commit, "write", die)
@@ -205,16 +204,16 @@ def test_a_writer_killed_before_its_commit_leaves_an_orphan_that_goes(
 def test_a_manifest_that_appears_while_a_worker_looks_is_found(
     cache: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, manifest = RemotePlace(f"{bucket.url}/c"), open_cache(cache).manifest
-    size = RemotePlace.size
+    storage, manifest = RemoteStorage(f"{bucket.url}/c"), open_cache(cache).manifest
+    size = RemoteStorage.size
 
-    def late(self: RemotePlace, name: str) -> int | None:
+    def late(self: RemoteStorage, name: str) -> int | None:
         found = size(self, name)
         manifest.create(self)
         return found
 
-    monkeypatch.setattr(RemotePlace, "size", late)
-    assert require_free_or_same(place, manifest) == manifest
+    monkeypatch.setattr(RemoteStorage, "size", late)
+    assert require_free_or_same(storage, manifest) == manifest
 
 
 # damage
@@ -333,7 +332,7 @@ def test_no_look_before_a_read_and_no_read_twice(local: Path, bucket: Bucket, en
     assert {method for method, _ in opening} == {"GET"}
     assert len(opening) == (3 + 3 * streams + 2 if zarr else 3)  # group, arrays and indexes, tables; or both ends
     assert len(asked(lambda: cache[5])) == (streams if zarr else 1)
-    whole = open_cache(str(cache.place))
+    whole = open_cache(str(cache.storage))
     sweep = asked(lambda: list(whole.read_rows(range(len(whole)))))
     if not zarr:  # four rows lie together and are fetched once, also by threads that ask for them together
         assert len(sweep) == sum(2 + -(-commit.rows // 4) for commit in whole.commits.values())
@@ -348,7 +347,7 @@ def test_verify_looks_at_an_object_once_before_it_is_read(local: Path, bucket: B
 
 def test_requests_are_under_way_together(local: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = open_cache(bucket.upload(local, "c"))
-    fs = cache.place._fs  # type: ignore[attr-defined]
+    fs = cache.storage._fs  # type: ignore[attr-defined]
     fetch, under_way, peak = fs._cat_file, 0, 0
 
     async def counting(*arguments: Any, **options: Any) -> bytes:
@@ -362,7 +361,7 @@ def test_requests_are_under_way_together(local: Path, bucket: Bucket, monkeypatc
 
     monkeypatch.setattr(fs, "_cat_file", counting)
     streams = len(cache.manifest.row_format.shapes(0))
-    shard = open_shard(cache.place, cache.manifest, cache.commits[0])
+    shard = open_shard(cache.storage, cache.manifest, cache.commits[0])
     assert peak == (3 + 2 * streams + 2 if cache.manifest.store == "zarr" else 2)
     peak = 0
     shard.read(3)
@@ -418,7 +417,7 @@ def test_a_bucket_that_does_not_exist(endpoint: Endpoint, teacher: Path, corpus:
         code, words = invoke(*arguments)
         assert code == 2 and url in words and "bucket does not exist" in words
     with pytest.raises(CacheError, match="bucket does not exist"):
-        RemotePlace(url).create("x", b"")
+        RemoteStorage(url).create("x", b"")
 
 
 def test_keys_that_the_endpoint_does_not_know(
@@ -458,7 +457,7 @@ def test_an_endpoint_that_goes_away_while_it_is_read(
     async def gone(*_: Any, **__: Any) -> bytes:
         raise ConnectionResetError("Connection reset by peer")
 
-    monkeypatch.setattr(opened.place._fs, "_cat_file", gone)  # type: ignore[attr-defined]
+    monkeypatch.setattr(opened.storage._fs, "_cat_file", gone)  # type: ignore[attr-defined]
     with pytest.raises(CacheError, match="cannot be read: Connection reset by peer") as caught:
         opened[0]
     assert not isinstance(caught.value, CorruptCacheError)
@@ -467,13 +466,13 @@ def test_an_endpoint_that_goes_away_while_it_is_read(
 @pytest.mark.parametrize("url", ["nosuch://bucket/c", "s3://", "gs://bucket/c"])
 def test_urls_that_cannot_be_used(url: str) -> None:
     with pytest.raises(ConfigError, match=url):
-        open_place(url)
+        open_storage(url)
 
 
 def test_other_objects_under_the_prefix(bucket: Bucket, cache: Path) -> None:
     bucket.put("c/thesis.tex", b"years of work")
     with pytest.raises(CacheError, match=r"holds no cache but other files, such as thesis\.tex"):
-        require_free_or_same(RemotePlace(f"{bucket.url}/c"), open_cache(cache).manifest)
+        require_free_or_same(RemoteStorage(f"{bucket.url}/c"), open_cache(cache).manifest)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from jsonschema import Draft202012Validator
 from kdcache.errors import CacheError
 from kdcache.selection import KINDS, Selection
 from kdcache.store.commit import Commit, read_commits
-from kdcache.store.examples import SELECTIONS, example_manifest, example_rows, write_cache
-from kdcache.store.local import LocalPlace
+from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, STORES, Manifest
-from kdcache.store.record import seal
+from kdcache.store.sealed_json import seal
+from kdcache.testing.example_rows import SELECTIONS, example_manifest, example_rows, write_cache
 
 SCHEMAS = Path(__file__).parents[2] / "docs/schema"
 RECORDS = {"manifest": Manifest, "commit": Commit}
@@ -55,7 +55,7 @@ def test_records_of_examples_are_valid(tmp_path: Path, store: str, kind: str) ->
     manifest = example_manifest(
         store, selection=SELECTIONS[kind], positions="entropy>1e-05" if kind == "topk" else "all"
     )
-    write_cache(LocalPlace(tmp_path), manifest, example_rows(manifest, 3))
+    write_cache(LocalStorage(tmp_path), manifest, example_rows(manifest, 3))
     Draft202012Validator(schema("manifest")).validate(json.loads((tmp_path / NAME).read_text()))
     for path in (tmp_path / "commits").iterdir():
         Draft202012Validator(schema("commit")).validate(json.loads(path.read_text()))
@@ -139,7 +139,7 @@ LIES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "lie"), LIES, ids=str)
 def test_a_reader_refuses_what_the_schema_refuses(cache: Path, tmp_path: Path, name: str, lie: dict[str, Any]) -> None:
     records = shutil.copytree(cache, tmp_path / "c", ignore=shutil.ignore_patterns("shards", "tokenizer"))
-    copy = LocalPlace(records)
+    copy = LocalStorage(records)
     path = copy.folder / (NAME if name == "manifest" else "commits/00000.json")
     honest = json.loads(path.read_text())
     assert is_valid(name, honest)

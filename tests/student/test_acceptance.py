@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdcache import Selection, select
-from kdcache.student.acceptance import acceptance_bounds
+from kdcache.student.metrics import acceptance_bounds
 from tests.oracle import DIVERGENCES, coarse, targets_of
 
 N, V = 300, 40

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kdcache.errors import ConfigError
-from kdcache.student import surroundings
-from kdcache.student.adapters import with_adapters
+from kdcache.student import preflight
 from kdcache.student.config import TrainConfig
+from kdcache.student.model import with_adapters
 from kdcache.student.train import train
 from tests.making import STUDENT, make_model
 
@@ -122,7 +122,7 @@ def test_what_cannot_be_adapted_is_refused(
         options(cache, base, tmp_path / "s", fsdp=True)
     with pytest.raises(ConfigError, match="--lora is -1, but must be at least 0"):
         options(cache, base, tmp_path / "s", lora=-1)
-    monkeypatch.setattr(surroundings, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^--lora 4 needs the package peft, .*: pip install 'kdcache\[lora\]'$"):
         train(options(cache, base, tmp_path / "s"))
     assert not (tmp_path / "s").exists()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.student.calibration import BINS, Calibration
+from kdcache.student.metrics import BINS, Calibration
 
 
 def calibration(logits: torch.Tensor, labels: torch.Tensor, parts: int = 1) -> Calibration:

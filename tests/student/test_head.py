@@ -14,8 +14,8 @@ from kdcache import Selection, select, sparse_kd_loss_from_logits
 from kdcache.errors import ModelError
 from kdcache.isolation import packed_forward
 from kdcache.losses import Objective, distil
-from kdcache.losses.primitive import TILE_ELEMENTS
-from kdcache.student.head import FusedHead, fuse_head
+from kdcache.losses.fused_linear import TILE_ELEMENTS
+from kdcache.student.fused_head import FusedHead, fuse_head
 
 VOCAB, PADDED, ROWS, LENGTH = 100, 112, 3, 24
 SMALL: dict[str, Any] = {
@@ -140,7 +140,7 @@ class Largest(TorchDispatchMode):
 
 def test_no_tensor_is_as_large_as_positions_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TILE_ELEMENTS, "cpu", 0)
-    monkeypatch.setattr("kdcache.losses.primitive.LEAST_POSITIONS", 16)
+    monkeypatch.setattr("kdcache.losses.fused_linear.LEAST_POSITIONS", 16)
     model = make("tied")
     tokens, positions, labels, teacher = batch()
     loss = on_head(fuse_head(model, "cpu"), labels, teacher)

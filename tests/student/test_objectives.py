@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdcache import open_cache
 from kdcache.convert import convert
 from kdcache.errors import ConfigError, TargetError
-from kdcache.losses import TAILS, PositionWeights, aims, divergence_names
+from kdcache.losses import TAILS, PositionWeights, divergence_names, target_losses
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import Collator, RowDataset, RunOrder, split_heldout
-from kdcache.student.measure import measure
+from kdcache.student.evaluation import measure
 from kdcache.student.mixture import Mixture
 from kdcache.student.schedule import Schedule
 from kdcache.student.train import train
@@ -52,7 +52,7 @@ def test_a_student_learns(
     changes: dict[str, Any], cache: Path, student_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each divergence, tail, schedule and the like; LoRA in test_adapters.py, draws and selections below."""
-    monkeypatch.setattr(aims, "_warned", set(TAILS))
+    monkeypatch.setattr(target_losses, "_warned", set(TAILS))
     summary = train(options(cache, student_config, tmp_path / "s", **changes))
     before, after = summary["heldout"]["before"], summary["heldout"]["after"]
     assert after["kl"] < before["kl"] and after["nll"] < before["nll"]

@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, se
 from kdcache import SparseTargets, open_cache, sparse_kd_loss_from_logits
 from kdcache.errors import ConfigError
 from kdcache.isolation import packed_forward
-from kdcache.losses import TAILS, Objective, aims, distil, measure_positions
+from kdcache.losses import TAILS, Objective, distil, measure_positions, target_losses
 from kdcache.losses.divergences import divergence_names
-from kdcache.losses.heads import LinearHead
+from kdcache.losses.logit_sources import LinearHead
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import batches, labelled, split_heldout
-from kdcache.student.measure import measure
+from kdcache.student.evaluation import measure
 from kdcache.student.mixture import Mixture
 from kdcache.student.schedule import Schedule
 from kdcache.student.train import train
@@ -156,7 +156,7 @@ def test_a_position_without_a_target_has_no_distillation_term(
     loss: str, chosen_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the divergence or tail: values and gradients are those of the others alone."""
-    monkeypatch.setattr(aims, "_warned", set(TAILS))
+    monkeypatch.setattr(target_losses, "_warned", set(TAILS))
     targets = SparseTargets.cat([targets for _, targets in open_cache(chosen_cache).read_rows(range(2))])
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(len(targets.count), 8, generator=g, dtype=torch.float64)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from kdcache import open_cache
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError
 from kdcache.report.evaluate import evaluate
-from kdcache.student import readers
+from kdcache.student import data_workers
 from kdcache.student.config import TrainConfig
 from kdcache.student.train import train
 from kdcache.student.trainer import DistillationTrainer, arguments
@@ -95,7 +95,7 @@ def test_readers_of_a_folder_change_nothing_and_their_errors_are_one_sentence(
     assert train(config)["heldout"] == run[1]["heldout"] and same(tmp_path / "s", run[0])
     assert loaders[0].num_workers == 2 and loaders[0].multiprocessing_context.get_start_method() == "spawn"
 
-    monkeypatch.setattr(readers, "START", READY)
+    monkeypatch.setattr(data_workers, "START", READY)
     (tmp_path / "s/summary.json").unlink()
     for name in ("checkpoint-9", "checkpoint-6"):
         shutil.rmtree(tmp_path / "s" / name)
@@ -112,7 +112,7 @@ def test_readers_of_a_folder_change_nothing_and_their_errors_are_one_sentence(
 
 
 SPAWNING = """
-from kdcache.student import readers
+from kdcache.student import data_workers
 readers.START = "spawn"  # as usual
 from kdcache_cli.main import run
 run()
@@ -136,14 +136,14 @@ def test_a_run_with_readers_stops_in_one_sentence(cache: Path, student_config: P
 
 def test_a_reader_that_is_killed_is_one_sentence() -> None:
     said = r"a reader was killed \(DataLoader worker \(pid 7\) is killed by signal: Killed\)"
-    with pytest.raises(CacheError, match=said), readers.in_our_words():
+    with pytest.raises(CacheError, match=said), data_workers.translate_worker_errors():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nMore advice.")
     ours, theirs = multiprocessing.Pipe()
     theirs.close()
-    with ours, pytest.raises(CacheError, match="a reader was killed"), readers.in_our_words():
+    with ours, pytest.raises(CacheError, match="a reader was killed"), data_workers.translate_worker_errors():
         ours.recv()
     for other in (RuntimeError("another"), ConnectionError("another")):
-        with pytest.raises(type(other), match="another"), readers.in_our_words():
+        with pytest.raises(type(other), match="another"), data_workers.translate_worker_errors():
             raise other
 
 
@@ -153,10 +153,10 @@ def test_what_a_reader_says_is_said_without_its_traceback() -> None:
         '  File "x.py", line 1, in f\nkdcache.errors.CorruptCacheError: s3://b/c, row 3: its crc32c does not match\n'
     )
     for text in (told, "s3://b/c, row 3: its crc32c does not match"):
-        with pytest.raises(CorruptCacheError) as caught, readers.in_our_words():
+        with pytest.raises(CorruptCacheError) as caught, data_workers.translate_worker_errors():
             raise CorruptCacheError(text)
         assert str(caught.value) == "s3://b/c, row 3: its crc32c does not match"
-    with pytest.raises(KeyError), readers.in_our_words():
+    with pytest.raises(KeyError), data_workers.translate_worker_errors():
         raise KeyError(1)
 
 

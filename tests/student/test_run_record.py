@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import kdcache
 from kdcache import open_cache
-from kdcache.student import run_record
+from kdcache.student import model_card
 from kdcache.student.config import TrainConfig
 from kdcache.student.train import train
 
@@ -100,7 +100,7 @@ def test_the_command_of_the_card_is_the_run_again(
         return run[1]
 
     monkeypatch.setattr("kdcache.student.train.train", remember)
-    name, *arguments = shlex.split(run_record.command(config))
+    name, *arguments = shlex.split(model_card.command(config))
     assert name == "kdcache" and "--resume" not in arguments
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.stderr
@@ -110,7 +110,7 @@ def test_the_command_of_the_card_is_the_run_again(
 def make_card(config: TrainConfig, cache: Path, summary: Any, **origin: Any) -> str:
     manifest = open_cache(cache).manifest
     other = dataclasses.replace(manifest, origin={**manifest.origin, **origin})
-    return run_record.make_card(config, {config.cache[0]: other, "second": manifest}, 8, summary, None)
+    return model_card.make_card(config, {config.cache[0]: other, "second": manifest}, 8, summary, None)
 
 
 def test_names_from_elsewhere_break_neither_the_front_matter_nor_a_table(

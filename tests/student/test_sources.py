@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from kdcache import open_cache
 from kdcache.errors import ConfigError, IncompleteCacheError, TargetError
 from kdcache.report.evaluate import evaluate
-from kdcache.student import checkpoints, record, split
+from kdcache.student import resume, split, trainer
+from kdcache.student.caches import open_sources, split_weight
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import split_heldout
-from kdcache.student.sources import open_sources, split_weight
 from kdcache.student.train import train
 from tests.making import TEXTS, dump_options
 from tests.objects import Bucket
@@ -68,7 +68,7 @@ def test_two_caches_are_each_read_once_an_epoch(cache: Path, other: Path, studen
     sizes = [len(open_cache(path)) for path in (cache, other)]
     whole = [split_heldout(size, 0.1)[0].tolist() for size in sizes]
     steps = taken(tmp_path / "s")
-    counted = Counter(place for step in steps for place in step)
+    counted = Counter(storage for step in steps for storage in step)
     assert set(counted) == {(number, row) for number, rows in enumerate(whole) for row in rows}
     assert summary["steps"] == math.ceil(summary["rows"]["train"] / 4) and sum(counted.values()) == 4 * len(steps)
     share = len(whole[1]) / summary["rows"]["train"]
@@ -124,7 +124,7 @@ def test_weights_set_the_shares_and_a_resumed_mixture_is_the_same(
     finer = dataclasses.replace(config, out=str(again), resume=True, batch_rows=2, accumulate=2, save_every=6)
     assert train(finer)["heldout"]["after"]["nll"] == pytest.approx(summary["heldout"]["after"]["nll"], abs=1e-5)
     assert taken(again) == taken(tmp_path / "s")
-    assert [path.name for path in checkpoints.complete(again)] == ["checkpoint-4", "checkpoint-6", "checkpoint-12"]
+    assert [path.name for path in trainer.complete(again)] == ["checkpoint-4", "checkpoint-6", "checkpoint-12"]
     with pytest.raises(ConfigError, match=r"differs in caches"):
         train(dataclasses.replace(finer, cache=(f"{cache}:1", f"{other}:2")))
     with pytest.raises(ConfigError, match=r"--batch-rows 4 x --accumulate 2 x 1 rank\(s\) is 8 rows a step"):
@@ -210,7 +210,7 @@ def test_rows_and_where(
     )  # fmt: skip
     summary = train(config, on_reading=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (sum(map(len, train_rows)), sum(map(len, train_rows)))
-    assert {place for step in taken(tmp_path / "s") for place in step} == {
+    assert {storage for step in taken(tmp_path / "s") for storage in step} == {
         (number, row) for number, rows in enumerate(expected) for row in rows
     }
     assert summary["rows"]["train"] == sum(map(len, expected)) and summary["rows"]["heldout"] == sum(map(len, heldout))
@@ -314,11 +314,11 @@ def test_a_cache_of_some_shards(cache: Path) -> None:
 def test_a_folder_that_another_run_writes_is_refused(cache: Path, student_config: Path, tmp_path: Path) -> None:
     config = options(cache, student_config, tmp_path / "s", steps=1)
     refused = pytest.raises(ConfigError, match="is being written by another run; wait until it ends, or end it")
-    with record.alone(tmp_path / "s"), refused:  # a lock belongs to an opening, so this stands for another process
+    with resume.alone(tmp_path / "s"), refused:  # a lock belongs to an opening, so this stands for another process
         train(config)
     assert not (tmp_path / "s").exists()
     (tmp_path / "s").mkdir()
-    with pytest.raises(ConfigError, match="--cache is missing"), record.alone(tmp_path / "s"):
+    with pytest.raises(ConfigError, match="--cache is missing"), resume.alone(tmp_path / "s"):
         options([], student_config, tmp_path / "s")
     assert (tmp_path / "s").exists()  # it was there before
     assert train(config)["steps"] == 1

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdcache.errors import ConfigError, ModelError
-from kdcache.student import surroundings
+from kdcache.student import preflight
 from kdcache.student.config import TrainConfig
 from kdcache.student.train import train
 
@@ -48,8 +48,8 @@ def test_nothing_is_logged_unasked(cache: Path, student_config: Path, tmp_path: 
 def test_a_tracker_that_is_not_there(
     cache: Path, student_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = surroundings.find_spec
-    monkeypatch.setattr(surroundings, "find_spec", lambda name: None if name == "wandb" else found(name))
+    found = preflight.find_spec
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "wandb" else found(name))
     with pytest.raises(ConfigError, match="--log-to wandb needs the package wandb, which is not installed: pip"):
         train(options(cache, student_config, tmp_path / "s", log_to="tensorboard,wandb"))
     for name in ("tensorbord", "all", "", "tensorboard,none"):
@@ -98,10 +98,10 @@ def test_sharding_is_refused_where_trainer_would_train_copies(
         train(config)
     assert not (tmp_path / "s").exists()
     gpu = torch.device("cuda")
-    surroundings.require_surroundings(config, gpu)
+    preflight.require_surroundings(config, gpu)
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(ConfigError, match="--fsdp shards over ranks, but there is one: start this command with"):
-        surroundings.require_surroundings(config, gpu)
+        preflight.require_surroundings(config, gpu)
 
 
 @pytest.mark.filterwarnings("ignore:.*bf16.*:UserWarning")

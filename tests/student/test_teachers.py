@@ -19,14 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from kdcache import Pool, open_cache
 from kdcache.errors import ConfigError, IncompleteCacheError, KdcacheError, TargetError
 from kdcache.isolation import packed_forward
-from kdcache.losses import aims
+from kdcache.losses import target_losses
 from kdcache.rows import PackedRow
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import Collator, RowDataset, RunOrder, labelled, split_heldout
-from kdcache.student.measure import measure
+from kdcache.student.data_workers import _ByValue
+from kdcache.student.evaluation import measure
 from kdcache.student.mixture import Mixture
-from kdcache.student.readers import _ByValue
-from kdcache.student.teachers import PooledCache, Teacher, require_lined_up
+from kdcache.student.multi_teacher import PooledCache, Teacher, require_lined_up
 from kdcache.student.train import train
 from kdcache.teacher.dump import dump
 from tests.making import dump_options, make_model
@@ -42,7 +42,7 @@ Caches = Callable[[str], tuple[Path, Path]]
 
 @pytest.fixture(autouse=True)
 def warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(aims, "_warned", {"pool"})
+    monkeypatch.setattr(target_losses, "_warned", {"pool"})
     yield
 
 
@@ -355,7 +355,7 @@ def test_the_command(caches: Caches, student_config: Path, tmp_path: Path) -> No
 def test_a_truncated_pool_says_once_that_it_is_none(
     caches: Caches, student_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aims, "_warned", set())
+    monkeypatch.setattr(target_losses, "_warned", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(options(caches("topk"), student_config, tmp_path / "s", steps=2))

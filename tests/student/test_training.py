@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdcache import open_cache
 from kdcache.errors import ConfigError, IncompleteCacheError, IsolationError, KdcacheError, ModelError
-from kdcache.student import checkpoints
+from kdcache.student import trainer
 from kdcache.student.config import TrainConfig
 from kdcache.student.train import train
 from tests.making import STUDENT, make_model, make_tokenizer
@@ -73,7 +73,7 @@ def test_what_a_run_leaves_is_a_plain_hugging_face_model(run: tuple[Path, dict[s
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "heldout" in line] == [6, 12]
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines if "loss" in line)
-    assert not list(out.rglob("*.partial")) and len(checkpoints.complete(out)) == 2
+    assert not list(out.rglob("*.partial")) and len(trainer.complete(out)) == 2
 
 
 def test_evaluate_agrees_with_training(run: tuple[Path, dict[str, Any]], cache: Path, teacher: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_student_goes_on_from_a_checkpoint(run: tuple[Path, dict[str, Any]], c
 KILL = """
 import os, signal, sys
 from pathlib import Path
-from kdcache.student import checkpoints, train as module
+from kdcache.student import train as module, trainer
 from kdcache.student.config import TrainConfig
 import json
 config = TrainConfig(**json.loads(sys.argv[1]))
@@ -198,7 +198,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
     died = python("-c", KILL, json.dumps(dataclasses.asdict(config)), where)
     assert died.returncode == -signal.SIGKILL, died.stderr
     expected = {"half-written": [4], "not-renamed": [4], "just-after": [4, 8], "before-any": []}[where]
-    assert [int(p.name.split("-")[1]) for p in checkpoints.complete(tmp_path / "s")] == expected
+    assert [int(p.name.split("-")[1]) for p in trainer.complete(tmp_path / "s")] == expected
     summary = train(dataclasses.replace(config, resume=True))
     assert summary["heldout"] == run[1]["heldout"]
     assert same(tmp_path / "s", run[0])

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from kdcache.teacher.beside import Beside
+from kdcache.teacher.background_writer import Beside
 
 
 def test_tasks_run_in_order_and_the_caller_waits_for_those_that_are_behind() -> None:

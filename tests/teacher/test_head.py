@@ -21,13 +21,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from kdcache import Selection, SparseTargets, open_cache
 from kdcache.errors import LogitsError, ModelError
 from kdcache.isolation import packed_forward
-from kdcache.positions import Positions
+from kdcache.position_filter import Positions
 from kdcache.rows import PackedRow
 from kdcache.selection import draws
-from kdcache.teacher import forward, head
 from kdcache.teacher.dump import dump
-from kdcache.teacher.forward import Teacher
-from kdcache.teacher.head import TiledHead, logit_tiles, require_same_logits
+from kdcache.teacher.engines import transformers
+from kdcache.teacher.engines.transformers import Teacher, TiledHead, logit_tiles, require_same_logits
 from tests.making import TEACHER, dump_options
 
 SHAPE = {**TEACHER, "head_dim": 8, "pad_token_id": 0}
@@ -88,8 +87,8 @@ def in_one_piece(model: Any, tokens: Tensor, positions: Tensor, slots: Tensor) -
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of at most 4 positions."""
-    monkeypatch.setitem(head.TILE_LOGITS, "cpu", 4 * 384)
-    monkeypatch.setattr(head, "_LEAST_POSITIONS", 1)
+    monkeypatch.setitem(transformers.TILE_LOGITS, "cpu", 4 * 384)
+    monkeypatch.setattr(transformers, "_LEAST_POSITIONS", 1)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -114,8 +113,8 @@ def test_tiles_of_a_gpu_are_few_and_not_too_large() -> None:
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=128_256)))
     expected = {0: 1, 523: 1, 524: 2, 3138: 6, 8192: 6, 12_552: 6, 20_920: 10, 262_144: 126}
     for positions, tiles in expected.items():
-        assert head._tiles(model, positions, torch.device("cuda")) == tiles
-        assert head._tiles(model, positions, torch.device("cpu")) == max(1, -(-positions // 128))
+        assert transformers._tiles(model, positions, torch.device("cuda")) == tiles
+        assert transformers._tiles(model, positions, torch.device("cpu")) == max(1, -(-positions // 128))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -276,7 +275,7 @@ def test_draws_are_keyed_by_shard_row_and_slot(teacher: Path, monkeypatch: pytes
         asked.append((seed, keys))
         return draws(rule, seed, keys)
 
-    monkeypatch.setattr(forward, "draws", listen)
+    monkeypatch.setattr(transformers, "draws", listen)
     model.run(some_rows(2), manifest, Selection(k=8), shard=7, first_row=40, seed=3)
     ((seed, keys),) = asked
     assert seed == 3 and keys.dtype == torch.int64
@@ -325,9 +324,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from kdcache import Selection
-from kdcache.positions import Positions
+from kdcache.position_filter import Positions
 from kdcache.rows import PackedRow
-from kdcache.teacher import forward
+from kdcache.teacher.engines import transformers
 from kdcache.teacher.config import DumpConfig
 
 vocab, length, rows = 152_064, 1024, 4
@@ -335,7 +334,7 @@ model = LlamaForCausalLM(LlamaConfig(
     vocab_size=vocab, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
     max_position_embeddings=length, tie_word_embeddings=True,
 ))
-forward.load_model = lambda *_: model
+transformers.load_model = lambda *_: model
 config = DumpConfig(teacher="", corpus="", out="", seq_len=length, device="cpu", tile_head=sys.argv[1] == "tiled")
 manifest = SimpleNamespace(vocab_size=vocab, seq_len=length, temperatures=(1.0,), choice=Positions())
 tokens = np.random.default_rng(0).integers(0, vocab, length).astype(np.int32)
@@ -343,7 +342,7 @@ row = PackedRow(tokens=tokens, piece_lengths=np.array([length], np.int32), piece
 with torch.inference_mode():  # what a forward pass of the body takes, and libraries on first use
     model.model(input_ids=torch.from_numpy(np.stack([tokens] * rows)).long(), use_cache=False)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-forward.Teacher(config, None, manifest).run([row] * rows, manifest, Selection(k=64))
+transformers.Teacher(config, None, manifest).run([row] * rows, manifest, Selection(k=64))
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print((after - before) * 1024 / (4 * vocab * length * rows))
 """

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdcache.selection import kernels
+from kdcache.selection import scan_triton
 
 TYPES = {
     "x": "*bf16", "scales": "*fp32", "sums": "*fp32", "surprise": "*fp32", "values": "*fp32", "outside": "*i64",
@@ -21,9 +21,9 @@ TYPES = {
 }  # fmt: skip
 SIZES: dict[str, tuple[dict[str, int], int]] = {  # and the warps of a program
     "look": ({"temperatures": 2, "chunk": 64}, 4),
-    "choose": ({"span": 2048}, kernels._warps(2048)),
-    "rank": ({"temperatures": 2, "span": 128}, kernels._warps(128 * 64)),
-    "finish": ({"temperatures": 2, "span": 2048, "width": 128}, kernels._warps(2048)),
+    "choose": ({"span": 2048}, scan_triton._warps(2048)),
+    "rank": ({"temperatures": 2, "span": 128}, scan_triton._warps(128 * 64)),
+    "finish": ({"temperatures": 2, "span": 2048, "width": 128}, scan_triton._warps(2048)),
 }
 ALIGNED = ("stride", "vocab")  # multiples of 16, as all addresses are
 
@@ -31,7 +31,7 @@ ALIGNED = ("stride", "vocab")  # multiples of 16, as all addresses are
 def main() -> None:
     for gpu in sys.argv[1:]:
         for name, (sizes, warps) in SIZES.items():
-            kernel = getattr(kernels, f"_{name}")
+            kernel = getattr(scan_triton, f"_{name}")
             types = TYPES | {"ids": "*i64" if name == "finish" else "*i32"}
             source = ASTSource(
                 fn=kernel,

@@ -7,8 +7,7 @@ from collections import Counter
 
 import pytest
 
-from kdcache.store.ahead import map_ahead
-from kdcache.store.recent import Recent
+from kdcache.store.storage import Recent, map_ahead
 
 
 def test_results_come_in_order_and_the_next_have_begun() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdcache.errors import ConfigError
-from kdcache.student.choice import parse_rows, parse_where
+from kdcache.student.row_filter import parse_rows, parse_where
 
 
 @pytest.mark.parametrize(

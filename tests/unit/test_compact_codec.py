@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kdcache import compiled as compiled_module
 from kdcache.codec import deflate, make_codec
 from kdcache.codec.compact import CompactCodec
-from kdcache.codec.levels import Levels
+from kdcache.codec.quantizer import Levels
 from kdcache.errors import CorruptCacheError, TargetError
 from kdcache.targets import SAMPLED_KINDS, SparseTargets
 from tests.unit.made_targets import DRAWS, KINDS, codec_options, logits, make_targets

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdcache import Selection, SparseTargets, select, sparse_kd_loss, sparse_kd_loss_from_logits
 from kdcache.errors import ConfigError, TargetError
-from kdcache.losses import aims, register_divergence
+from kdcache.losses import register_divergence, target_losses
 from kdcache.losses.divergences import _FAMILIES, find_divergence
 from tests.oracle import COMBINATIONS, DIVERGENCES, STEPS, TAILS, coarse, position_losses, step_loss, targets_of
 
@@ -24,7 +24,7 @@ BIASED = ("none", "renormalise", "label", "uniform")
 @pytest.fixture(autouse=True)
 def warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if every biased tail had been warned of."""
-    monkeypatch.setattr(aims, "_warned", set(BIASED))
+    monkeypatch.setattr(target_losses, "_warned", set(BIASED))
     yield
 
 
@@ -380,7 +380,7 @@ def test_sampled_targets_refuse_what_would_be_biased(kind: str) -> None:
 
 
 def test_biased_tails_warn_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aims, "_warned", set())
+    monkeypatch.setattr(target_losses, "_warned", set())
     targets = select(torch.randn(N, V), Selection(k=4))
     labels = torch.zeros(N, dtype=torch.long)
     for tail in BIASED:

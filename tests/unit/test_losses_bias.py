@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from kdcache import Selection, select, sparse_kd_loss_from_logits
-from kdcache.losses import aims
+from kdcache.losses import target_losses
 
 P = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)
 def warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(aims, "_warned", {"none", "renormalise", "label", "uniform"})
+    monkeypatch.setattr(target_losses, "_warned", {"none", "renormalise", "label", "uniform"})
     yield
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdcache import Pool, Selection, select, sparse_kd_loss, sparse_kd_loss_from_logits
 from kdcache.errors import TargetError
-from kdcache.losses import PositionWeights, aims, measure_positions
+from kdcache.losses import PositionWeights, measure_positions, target_losses
 from kdcache.losses.union import Union
 from tests.oracle import COMBINATIONS, DIVERGENCES, STEPS, position_losses, targets_of
 from tests.unit.made_teachers import WEIGHTS, N, V, log_pool, pool_of, sampling, student, teachers
@@ -21,7 +21,7 @@ from tests.unit.made_teachers import WEIGHTS, N, V, log_pool, pool_of, sampling,
 @pytest.fixture(autouse=True)
 def warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if everything that is biased had been warned of."""
-    monkeypatch.setattr(aims, "_warned", {"pool", "none", "renormalise", "label", "uniform"})
+    monkeypatch.setattr(target_losses, "_warned", {"pool", "none", "renormalise", "label", "uniform"})
     yield
 
 
@@ -294,7 +294,7 @@ def test_what_cannot_be_pooled() -> None:
 
 
 def test_only_truncated_pools_warn_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aims, "_warned", set())
+    monkeypatch.setattr(target_losses, "_warned", set())
     logits = torch.zeros(N, V)
     for rule in (Selection(kind="full"), sampling("ipps")):  # in a test a warning would be an error
         sparse_kd_loss_from_logits(logits, pool_of([select(x, rule) for x in teachers()]))

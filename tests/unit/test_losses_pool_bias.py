@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from kdcache import Pool, Selection, select, sparse_kd_loss_from_logits
-from kdcache.losses import aims
+from kdcache.losses import target_losses
 from tests.sampling import tau_of
 from tests.unit.made_teachers import V, log_pool, pool_of, sampling, student, teachers
 
 
 @pytest.fixture(autouse=True)
 def warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(aims, "_warned", {"pool"})
+    monkeypatch.setattr(target_losses, "_warned", {"pool"})
     yield
 
 

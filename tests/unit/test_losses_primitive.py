@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kdcache import Selection, linear_lse_gather, select, sparse_kd_loss, sparse_kd_loss_from_logits
-from kdcache.losses import LinearHead, heads
-from kdcache.losses.primitive import TILE_ELEMENTS
+from kdcache.losses import LinearHead, logit_sources
+from kdcache.losses.fused_linear import TILE_ELEMENTS
 from tests.oracle import step_loss
 
 N, D, V = 40, 16, 300
@@ -20,7 +20,7 @@ N, D, V = 40, 16, 300
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, of unequal sizes."""
     monkeypatch.setitem(TILE_ELEMENTS, "cpu", 0)
-    monkeypatch.setattr("kdcache.losses.primitive.LEAST_POSITIONS", 7)
+    monkeypatch.setattr("kdcache.losses.fused_linear.LEAST_POSITIONS", 7)
 
 
 def head(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,8 +204,8 @@ def test_half_precision(way: str, small_tiles: None, monkeypatch: pytest.MonkeyP
     copies = tuple(x.detach().double().requires_grad_() for x in leaves)
     exact = textbook(copies, torch.nn.functional.linear(*copies))
     if way == "half operands":
-        monkeypatch.setattr(heads, "_operand_dtype", lambda *_: torch.bfloat16)
-        monkeypatch.setattr(heads, "_BLOCK", 64)
+        monkeypatch.setattr(logit_sources, "_operand_dtype", lambda *_: torch.bfloat16)
+        monkeypatch.setattr(logit_sources, "_BLOCK", 64)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=way == "autocast"):
         ours = loss_and_gradients(leaves)
         lse, _ = linear_lse_gather(leaves[0], leaves[1], torch.zeros(N, 1, dtype=torch.int64), leaves[2])

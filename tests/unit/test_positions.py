@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kdcache.errors import ConfigError
-from kdcache.positions import Positions
-from kdcache.store.entropies import LEVELS, MOST_BINS, added, histogram, quantiles
+from kdcache.position_filter import Positions
+from kdcache.store.commit import LEVELS, MOST_BINS, added, histogram, quantiles
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from kdcache import Selection, select
 from kdcache.errors import ConfigError, LogitsError, TargetError
-from kdcache.selection.largest import largest
+from kdcache.selection.scan_torch import largest
 from tests.sampling import KINDS, logits_of
 
 TEMPERATURES = (1.0, 2.0, 0.5)
@@ -118,7 +118,7 @@ def test_a_tensor_of_another_shape_is_refused(message: str) -> None:
 def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = logits_of("random", 100), torch.arange(64)
     whole = select(logits, Selection(k=4), labels=labels)
-    monkeypatch.setattr("kdcache.selection.tiles.TILE_ELEMENTS", 700)
+    monkeypatch.setattr("kdcache.selection.select_logits.TILE_ELEMENTS", 700)
     tiled = select(logits, Selection(k=4), labels=labels)
     for name in ("ids", "logprobs", "log_tail", "entropy", "label_logprob"):
         assert torch.equal(getattr(whole, name), getattr(tiled, name)), name

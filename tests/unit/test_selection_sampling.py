@@ -220,8 +220,8 @@ def test_a_target_depends_on_nothing_but_its_own_position(rule: Selection, monke
     labels = torch.randint(vocab, (n,), generator=g)
     whole = select(logits, rule, labels=labels, keys=keys, temperatures=(1.0, 2.0))
     order = torch.randperm(n, generator=g)
-    monkeypatch.setattr("kdcache.selection.tiles.TILE_ELEMENTS", 5 * vocab)
-    monkeypatch.setattr("kdcache.selection.loops._THREAD_ELEMENTS", 2 * vocab)
+    monkeypatch.setattr("kdcache.selection.select_logits.TILE_ELEMENTS", 5 * vocab)
+    monkeypatch.setattr("kdcache.selection.scan_cpu._THREAD_ELEMENTS", 2 * vocab)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for parts in (order.split(n), order.split(1), order.split(7)):
         again = SparseTargets.cat(

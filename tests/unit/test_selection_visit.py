@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from kdcache import Selection, select
-from kdcache.selection import loops, passes
-from kdcache.selection.visits import Visit
+from kdcache.selection import scan_cpu, scan_torch
+from kdcache.selection.scan_dispatch import Visit
 from tests.sampling import KINDS, logits_of
 
-WAYS = {"loops": loops.visit, "passes": passes.visit}
+WAYS = {"loops": scan_cpu.visit, "passes": scan_torch.visit}
 if find_spec("triton"):
-    from kdcache.selection import kernels
+    from kdcache.selection import scan_triton
 
-    WAYS["kernels"] = kernels.visit  # in Triton's interpreter
+    WAYS["kernels"] = scan_triton.visit  # in Triton's interpreter
 VISITS = pytest.mark.parametrize("visit", WAYS.values(), ids=WAYS)
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, of the interpreter
 TEMPERATURES = [0.3, 4.0, 1.0]
@@ -151,22 +151,22 @@ def test_rows_need_not_touch(visit: Visit) -> None:
 @pytest.mark.parametrize("threads", [2, 3, 8, 9])
 def test_threads_do_not_show(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = rows("random", 500)
-    alone = loops.visit(x, 9, nobody(x), TEMPERATURES)
-    monkeypatch.setattr(loops, "_THREAD_ELEMENTS", 1)
+    alone = scan_cpu.visit(x, 9, nobody(x), TEMPERATURES)
+    monkeypatch.setattr(scan_cpu, "_THREAD_ELEMENTS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for _ in range(20):
-        for a, b in zip(alone, loops.visit(x, 9, nobody(x), TEMPERATURES), strict=True):
+        for a, b in zip(alone, scan_cpu.visit(x, 9, nobody(x), TEMPERATURES), strict=True):
             assert torch.equal(a, b)
 
 
 def _ids(x: Tensor) -> list[int]:
-    ids: list[int] = loops.visit(x, 9, nobody(x), TEMPERATURES)[1].flatten().tolist()
+    ids: list[int] = scan_cpu.visit(x, 9, nobody(x), TEMPERATURES)[1].flatten().tolist()
     return ids
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 def test_a_fork_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "_THREAD_ELEMENTS", 1)
+    monkeypatch.setattr(scan_cpu, "_THREAD_ELEMENTS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x = rows("random", 500)
     expected = _ids(x)
@@ -191,7 +191,7 @@ def test_every_way_gives_the_targets_of_loops(rule: Selection, way: str, monkeyp
     logits = torch.cat([rows(kind, 1000)[: 1 if way == "kernels" else 8] for kind in KINDS])
     labels = torch.randint(1000, (len(logits),), generator=torch.Generator().manual_seed(0))
     ours = select(logits, rule, labels=labels, temperatures=(1.0, 2.0))
-    monkeypatch.setattr(loops, "visit", WAYS[way])
+    monkeypatch.setattr(scan_cpu, "visit", WAYS[way])
     theirs = select(logits, rule, labels=labels, temperatures=(1.0, 2.0))
     same = (ours.ids == theirs.ids).all(-1)
     assert (~same).sum() <= 1  # a point on the border of two ids may fall on either

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdcache import Selection, select
-from kdcache.selection import inverse_cdf, select_ahead, visits
+from kdcache.selection import inverse_cdf, scan_dispatch, select_ahead
 from tests.sampling import KINDS, logits_of
 
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -49,7 +49,7 @@ def about(x: Tensor) -> tuple[Tensor, int, Tensor, list[float]]:
 def test_kernels_are_trusted() -> None:
     x = given()[0][::6]
     x[3, 5] = torch.nan
-    assert visits.trusted(*about(x)) and visits.trusted(*about(x.bfloat16()))
+    assert scan_dispatch.trusted(*about(x)) and scan_dispatch.trusted(*about(x.bfloat16()))
 
 
 @TRITON
@@ -58,38 +58,38 @@ def test_kernels_are_trusted_where_nothing_weighs_enough_to_compare() -> None:
     """Where a label is the centre, and all others lie so far below that their exponentials are not normal numbers."""
     x = logits_of("random", 1000, 2).clamp(max=8.0) / 10 - 9.5
     x[:, 300], x[:, 301] = 1.0, 2.0
-    assert visits.trusted(x, 1, torch.full((2,), 300), [0.1, 1.0])
+    assert scan_dispatch.trusted(x, 1, torch.full((2,), 300), [0.1, 1.0])
 
 
 @TRITON
 @NUMPY
 @pytest.mark.parametrize("part", range(4))
 def test_kernels_that_say_something_else_are_not_trusted(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdcache.selection import kernels
+    from kdcache.selection import scan_triton
 
-    real = kernels.visit
+    real = scan_triton.visit
 
     def wrong(x: Tensor, *rest: object) -> tuple[Tensor, ...]:
         found = real(x, *rest)  # type: ignore[arg-type]
         found[part][-1, ..., -2] = found[part][-1, ..., -2] * 2 + 1
         return found
 
-    monkeypatch.setattr(kernels, "visit", wrong)
+    monkeypatch.setattr(scan_triton, "visit", wrong)
     name = ("values", "ids", "sums", "surprise")[part]
     with pytest.warns(UserWarning, match=f"instead of kernels, which is slower: their {name} differ"):
-        assert not visits.trusted(*about(given()[0][::8]))
+        assert not scan_dispatch.trusted(*about(given()[0][::8]))
 
 
 @TRITON
 def test_kernels_that_do_not_run_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdcache.selection import kernels
+    from kdcache.selection import scan_triton
 
     def broken(*_: object) -> None:
         raise RuntimeError("no compiler\nand much more")
 
-    monkeypatch.setattr(kernels, "visit", broken)
+    monkeypatch.setattr(scan_triton, "visit", broken)
     with pytest.warns(UserWarning, match="slower: RuntimeError: no compiler$"):
-        assert not visits.trusted(*about(given()[0]))
+        assert not scan_dispatch.trusted(*about(given()[0]))
 
 
 def test_kernels_are_compared_once_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,16 +99,16 @@ def test_kernels_are_compared_once_for_a_shape(monkeypatch: pytest.MonkeyPatch) 
         asked.append(tuple(x.shape))
         return True
 
-    monkeypatch.setattr(visits, "trusted", listen)
-    monkeypatch.setattr(visits, "_trusted", {})
-    monkeypatch.setattr(visits, "find_spec", lambda name: name == "triton")
+    monkeypatch.setattr(scan_dispatch, "trusted", listen)
+    monkeypatch.setattr(scan_dispatch, "_trusted", {})
+    monkeypatch.setattr(scan_dispatch, "find_spec", lambda name: name == "triton")
     x, _ = given()
-    assert not visits._kernels_agree(*about(x[:0]))  # nothing to compare
-    assert all(visits._kernels_agree(*about(part)) for part in (x, x[:5], x.bfloat16(), x))
+    assert not scan_dispatch._kernels_agree(*about(x[:0]))  # nothing to compare
+    assert all(scan_dispatch._kernels_agree(*about(part)) for part in (x, x[:5], x.bfloat16(), x))
     assert asked == [(16, 1000), (16, 1000)]
-    monkeypatch.setattr(visits, "find_spec", lambda name: None)
+    monkeypatch.setattr(scan_dispatch, "find_spec", lambda name: None)
     with warnings.catch_warnings(action="error"):
-        assert not visits._kernels_agree(*about(x[:, :999]))  # no Triton, and nothing to say about it
+        assert not scan_dispatch._kernels_agree(*about(x[:, :999]))  # no Triton, and nothing to say about it
 
 
 @EVERY_RULE

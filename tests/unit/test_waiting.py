@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kdcache.student.waiting import Waiting
+from kdcache.student.trainer import Waiting
 
 
 class Clock:

@@ -1,0 +1,124 @@
+"""Figures: how a student does at each position, at T = 1, from the same tiles as its loss.
+
+    nll             of the true next token, nats
+    log_partition   log sum_v e^(z_v) of the student's logits: it drifts before a training diverges
+    kept_mass       the student's mass on the entries; the teacher's is one minus its tail
+    top1_agreement  1 where the teacher's most likely entry is the student's most likely token
+    kl              forward KL with the tail as one bucket, a lower bound; for targets sampled at T = 1 an unbiased
+                    estimate, which may be negative; absent if they were sampled at another temperature
+    has_target      1 where there is a target; `TEACHER_FIGURES` are 0 where there is none
+    kl/2, kl/3, ... the same of the other teachers of a pool, and has_target/2, ...; all else is told of its first
+
+Guarantee: no gradient, nothing averaged: sums over positions add up across micro-batches and ranks.
+Cost: operations on `[n, K]`, where the loss is at T = 1 or has a label term; else one more exponential of each tile.
+
+Shapes: N positions, n positions of a tile, V vocabulary, K entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kdcache.losses.divergences import find_divergence
+from kdcache.losses.fused_linear import Student, View, fused_loss
+from kdcache.losses.logit_sources import Source, StoredLogits
+from kdcache.losses.pool import Pool
+from kdcache.losses.target_losses import Aim, BucketAim, sampled_aim
+from kdcache.losses.union import Union
+from kdcache.targets import SAMPLED_KINDS, SparseTargets
+
+TEACHER_FIGURES = ("kept_mass", "top1_agreement", "kl", "teacher_nll")
+"""Those that compare with a target: their mean is over the positions that have one."""
+
+
+class Figures:
+    """A collector of figures, position by position, in order."""
+
+    def __init__(self) -> None:
+        self._parts: list[dict[str, Tensor]] = []
+
+    def over(self, pool: Pool, union: Union) -> Callable[[Student, slice], None]:
+        """What a view over a union of a pool's entries calls on each tile; the last id it gathers is the label."""
+        aims = [_kl_of(targets) for targets in pool.targets]
+        first = pool.targets[0]
+
+        def look(whole: Student, rows: slice) -> None:
+            student, held = union.view(0, whole, rows), first[rows]
+            entries = student.gathered[:, : held.ids.shape[-1]]
+            best = entries.gather(-1, held.weights.argmax(-1, keepdim=True))[:, 0]
+            kept = torch.where(held.valid, entries, -torch.inf)
+            found = {
+                "nll": student.lse - student.gathered[:, -1],
+                "log_partition": student.origin + student.lse,
+                "kept_mass": (kept.logsumexp(-1) - student.lse).exp(),
+                "top1_agreement": (best >= torch.maximum(kept.amax(-1), student.peak)).to(best.dtype),
+            }
+            for name in found.keys() & TEACHER_FIGURES:
+                found[name] = torch.where(held.count > 0, found[name], 0.0)
+            for number, (targets, aim) in enumerate(zip(pool.targets, aims, strict=True)):
+                has_target = targets.count[rows] > 0
+                found[of_teacher("has_target", number)] = has_target.to(student.lse.dtype)
+                if aim is not None:
+                    kl = aim.losses(union.view(number, whole, rows), rows)
+                    if targets.kind in SAMPLED_KINDS:
+                        kl = kl - targets.entropy[rows]
+                    found[of_teacher("kl", number)] = torch.where(has_target, kl, 0.0)
+            self._parts.append(found)
+
+        return look
+
+    def values(self) -> dict[str, Tensor]:
+        """`[N]` each figure; empty if no position was looked at."""
+        if not self._parts:
+            return {}
+        return {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+
+
+def of_teacher(figure: str, number: int) -> str:
+    """The name of a figure of a teacher of a pool, counted from 0: `kl` of the first, `kl/2` of the second."""
+    return figure if number == 0 else f"{figure}/{number + 1}"
+
+
+def divisor_of(figure: str) -> str | None:
+    """What the mean of a figure is over: `has_target` of the same teacher, or `positions`; None for these two."""
+    name, slash, number = figure.partition("/")
+    if name in ("has_target", "positions"):
+        return None
+    return f"has_target{slash}{number}" if name in TEACHER_FIGURES else "positions"
+
+
+def _kl_of(targets: SparseTargets) -> Aim | None:
+    """What `kl` is made of, if the targets can tell it."""
+    if targets.kind not in SAMPLED_KINDS:
+        return BucketAim.of(targets, find_divergence("forward-kl"), 1.0)
+    return sampled_aim(targets) if targets.sample_temperature == 1 else None
+
+
+@torch.no_grad()
+def measure(source: Source, targets: SparseTargets | Pool, labels: Tensor) -> dict[str, Tensor]:
+    """Figures of a student over positions that each have a label.
+
+    Args:
+        source: where its logits come from; N positions.
+        targets: over the same positions; some may have none.
+        labels: `[N]` true next tokens, none masked.
+
+    Returns:
+        `[N]` each: the figures above, and `teacher_nll` of the label; of the other teachers `teacher_nll/2` and so on.
+    """
+    figures, pool = Figures(), Pool.of(targets)
+    union = Union.of(pool.targets, labels, source.vocab)
+    fused_loss(source, [View(1.0, union.ids, union.kept, look=figures.over(pool, union))])
+    nll = {
+        of_teacher("teacher_nll", number): torch.where(each.count > 0, -each.label_logprob, 0.0)
+        for number, each in enumerate(pool.targets)
+    }
+    return {**figures.values(), **nll}
+
+
+def measure_positions(logits: Tensor, targets: SparseTargets | Pool, labels: Tensor) -> dict[str, Tensor]:
+    """`measure` for logits `[N, V]` that exist, cut to the cache's vocabulary."""
+    return measure(StoredLogits(logits), targets, labels)

@@ -1,0 +1,213 @@
+"""Aims: what sparse targets ask of a student, by kind of target and by what is made of the tail.
+
+    tail            target outside the entries K; p is exact inside       gradient on K     gradient elsewhere
+    bucket          its mass r, as one outcome                            q - p             q (1 - r / s)
+    none            nothing                                               (1-r) q - p       (1-r) q
+    renormalise     nothing; p / (1-r) inside                             q - p / (1-r)     q
+    label           r on the true next token                              q - p             q - r [label]
+    label-sample    1 on the true next token if it lies there             W q - p           W q - [label]
+    uniform         r / (V-K) on each id                                  q - p             q - r / (V-K)
+
+q is the student, s its mass outside K, W = 1 - r + [label outside K]. `bucket` is a lower bound of the dense loss
+whose kept probabilities and tail mass are exact at the optimum; `label-sample` is unbiased as labels follow p at T = 1;
+`none`, `renormalise`, `label` and `uniform` are biased and say so once. Targets of sampled kinds are their own aim:
+weights w that sum to 1, gradient q - w everywhere, unbiased. docs/mathematics.md derives all of them.
+
+All but `bucket` are linear in log q, so one class serves them. Those of several teachers are summed by weight, each on
+its own view of the same tile.
+
+Shapes: N positions, n positions of a tile, K entries.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdcache.errors import ConfigError
+from kdcache.losses.divergences import ABSENT, Divergence, Teacher
+from kdcache.losses.fused_linear import Student
+from kdcache.losses.pool import Pool
+from kdcache.losses.union import Union
+from kdcache.targets import SparseTargets
+
+TAILS = ("bucket", "none", "renormalise", "label", "label-sample", "uniform")
+
+_BIASED = {
+    "none": "its optimum is p / (kept mass) on the entries and 0 elsewhere",
+    "renormalise": "its optimum is p / (kept mass) on the entries and 0 elsewhere",
+    "label": "its optimum, over labels that follow p, is (1 + tail) p on the entries and tail * p elsewhere",
+    "uniform": "its optimum spreads the tail's mass evenly over the ids that are not entries",
+}
+_warned: set[str] = set()
+
+
+class Aim(ABC):
+    """A loss of each position, as a function of what a tile knows of the student.
+
+    Attributes:
+        tail_mean: whether it needs `Student.tail_mean`.
+    """
+
+    tail_mean = False
+
+    @abstractmethod
+    def losses(self, student: Student, rows: slice) -> Tensor:
+        """`[n]` nats. `student.gathered` starts with the K entries and, if labels are known, ends with the label."""
+
+
+@dataclass(frozen=True)
+class BucketAim(Aim):
+    """A divergence over the entries and the tail as one outcome.
+
+    Attributes:
+        divergence: which.
+        log_p: `[N, K]`, `ABSENT` past `count`.
+        log_tail: `[N]`, `ABSENT` where there is no tail.
+        targets: over the same positions.
+    """
+
+    divergence: Divergence
+    log_p: Tensor
+    log_tail: Tensor
+    targets: SparseTargets
+
+    @staticmethod
+    def of(targets: SparseTargets, divergence: Divergence, temperature: float) -> BucketAim:
+        """The aim of truncated targets at a temperature that they hold exactly."""
+        log_p, log_tail = targets.at_temperature(temperature)
+        log_p = torch.where(targets.valid, log_p.clamp(min=ABSENT), ABSENT)
+        return BucketAim(divergence, log_p, log_tail.clamp(min=ABSENT), targets)
+
+    def losses(self, student: Student, rows: slice) -> Tensor:
+        """`[n]` the divergence."""
+        targets = self.targets[rows]
+        entries = student.gathered[:, : targets.ids.shape[-1]]
+        log_q = torch.where(targets.valid, entries - student.lse[:, None], ABSENT)
+        log_tail_q = torch.where(torch.isneginf(student.tail), ABSENT, student.tail - student.lse)
+        return self.divergence.function(log_q, log_tail_q, Teacher(self.log_p[rows], self.log_tail[rows], targets))
+
+
+@dataclass(frozen=True)
+class LinearAim(Aim):
+    """A cross-entropy with fixed weights, less a constant.
+
+    Attributes:
+        weights: `[N, K]` of the entries; 0 past `count`.
+        constant: `[N]` added.
+        label_weight: `[N]` of the label, beside what it may have as an entry; or None.
+        spread: `[N]` mass laid evenly over the ids that are not entries; or None.
+    """
+
+    weights: Tensor
+    constant: Tensor
+    label_weight: Tensor | None = None
+    spread: Tensor | None = None
+
+    @property
+    def tail_mean(self) -> bool:  # type: ignore[override]
+        """Where mass is spread over the tail."""
+        return self.spread is not None
+
+    def losses(self, student: Student, rows: slice) -> Tensor:
+        """`[n]` the constant, and each weight times -log q."""
+        weights, lse = self.weights[rows], student.lse
+        total = self.constant[rows] + (weights * (lse[:, None] - student.gathered[:, : weights.shape[-1]])).sum(-1)
+        if self.label_weight is not None:
+            total = total + self.label_weight[rows] * (lse - student.gathered[:, -1])
+        if self.spread is not None and student.tail_mean is not None:
+            total = total + self.spread[rows] * (lse - student.tail_mean)
+        return total
+
+
+@dataclass(frozen=True)
+class PooledAim(Aim):
+    """The aims of several targets, each on its own view of a union, summed by weight.
+
+    Attributes:
+        union: of the targets.
+        parts: of each: its number in the union, `[N]` weights, and its aim.
+    """
+
+    union: Union
+    parts: tuple[tuple[int, Tensor, Aim], ...]
+
+    @property
+    def tail_mean(self) -> bool:  # type: ignore[override]
+        """Where any of them needs it."""
+        return any(aim.tail_mean for _, _, aim in self.parts)
+
+    def losses(self, student: Student, rows: slice) -> Tensor:
+        """`[n]` the weighted sum; `student` is what the whole union sees of the tile."""
+        return torch.stack(
+            [
+                weight[rows] * aim.losses(self.union.view(member, student, rows), rows)
+                for member, weight, aim in self.parts
+            ]
+        ).sum(0)
+
+
+def pooled_aim(pool: Pool, aim_of: Callable[[SparseTargets], Aim], labels: Tensor | None, vocab: int) -> PooledAim:
+    """The aims of all teachers of a pool, by their weights."""
+    parts = zip(range(len(pool.targets)), pool.present, map(aim_of, pool.targets), strict=True)
+    return PooledAim(Union.of(pool.targets, labels, vocab), tuple(parts))
+
+
+def dense_aim(pool: Pool, divergence: Divergence, temperature: float, labels: Tensor | None, vocab: int) -> PooledAim:
+    """A divergence from the pool of teachers that keep everything; the last of the union is the pool itself."""
+    targets, log_p = pool.dense(temperature, vocab)
+    no_tail = torch.full_like(log_p[:, 0], ABSENT)
+    aim = BucketAim(divergence, log_p.clamp(min=ABSENT), no_tail, targets)
+    union = Union.of((*pool.targets, targets), labels, vocab)
+    return PooledAim(union, ((len(pool.targets), pool.present.sum(0), aim),))
+
+
+def sampled_aim(targets: SparseTargets) -> LinearAim:
+    """sum_i w_i (-log q_i): its mean over draws is the dense cross-entropy with p_T, and that of its gradient is q - p.
+
+    It is blind to a shift of the logits and never negative, for every single draw.
+    """
+    return LinearAim(torch.where(targets.valid, targets.weights, 0.0), torch.zeros_like(targets.entropy))
+
+
+def truncated_aim(
+    targets: SparseTargets, tail: str, temperature: float, labels: Tensor | None, vocab: int
+) -> LinearAim:
+    """Forward KL against the entries and what a tail other than `bucket` makes of the rest.
+
+    Raises:
+        ConfigError: the tail needs labels.
+    """
+    if tail in _BIASED:
+        warn_once(tail, f"tail {tail!r} is biased: {_BIASED[tail]}; tail 'bucket' is not")
+    log_p, log_tail = targets.at_temperature(temperature)
+    p, r = torch.where(targets.valid, log_p.exp(), 0.0), log_tail.exp()
+    constant = torch.xlogy(p, p).sum(-1)
+    if tail == "none":
+        return LinearAim(p, constant)
+    if tail == "renormalise":
+        a = p.sum(-1).clamp(min=torch.finfo(p.dtype).tiny)
+        return LinearAim(p / a[:, None], constant / a - torch.where(targets.count > 0, a.log(), 0.0))
+    if tail == "uniform":
+        others = (vocab - targets.count).clamp(min=1)
+        return LinearAim(p, constant + torch.xlogy(r, r / others), spread=r)
+    if labels is None:
+        raise ConfigError(f"tail {tail!r} needs labels")
+    at_label = (targets.ids == labels[:, None]) & targets.valid
+    if tail == "label":
+        known = torch.where(at_label, p, 0.0).sum(-1)
+        changed = torch.xlogy(known + r, known + r) - torch.xlogy(known, known)
+        return LinearAim(p, constant + changed, label_weight=r)
+    return LinearAim(p, constant, label_weight=(~at_label.any(-1)).to(p.dtype))
+
+
+def warn_once(name: str, text: str) -> None:
+    """Warn of something, the first time that it is named."""
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(text, stacklevel=2)

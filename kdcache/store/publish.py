@@ -1,0 +1,136 @@
+"""Create: how a cache comes into being, and how a shard joins it.
+
+Order of writes, each durable before the next: tokenizer, manifest; then for each shard its data, then its commit.
+Every step is create-only, so workers that race leave one manifest and one commit a shard.
+
+Backends: the stores by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+from kdcache.errors import CacheError
+from kdcache.store.arrow_store import ArrowShardWriter
+from kdcache.store.commit import Commit, read_commits
+from kdcache.store.manifest import NAME, Manifest
+from kdcache.store.shards import Shard, ShardWriter, shard_stem
+from kdcache.store.storage import Storage
+from kdcache.store.zarr_store import ZarrShardWriter
+
+WRITERS: dict[str, type[ShardWriter]] = {"arrow": ArrowShardWriter, "zarr": ZarrShardWriter}
+
+
+def new_shard(storage: Storage, manifest: Manifest, shard: int) -> ShardWriter:
+    """A writer of one shard of a cache."""
+    return WRITERS[manifest.store](storage, shard, manifest.row_format)
+
+
+def open_shard(storage: Storage, manifest: Manifest, commit: Commit) -> Shard:
+    """A reader of one committed shard.
+
+    Raises:
+        CorruptCacheError: its objects are not what the commit promises.
+    """
+    reader = WRITERS[manifest.store].reader()
+    return reader(storage, commit.shard, manifest.row_format, commit.objects, commit.rows)
+
+
+TOKENIZER = "tokenizer"
+_MOST_BYTES = 1 << 30
+
+
+def require_free_or_same(storage: Storage, manifest: Manifest) -> Manifest | None:
+    """The manifest that stands in a place, if it is of this configuration; None in a free place.
+
+    Raises:
+        CacheMismatchError: a cache of another configuration.
+        CacheError: other files.
+    """
+    if storage.size(NAME) is not None:
+        standing = Manifest.read(storage)
+        standing.require_same(manifest, storage)
+        return standing
+    strangers = [
+        name for name in storage.names() if not name.startswith(f"{TOKENIZER}/")
+    ]  # written before the manifest
+    if NAME in strangers:  # another worker was quick
+        return require_free_or_same(storage, manifest)
+    if strangers:
+        raise CacheError(
+            f"--out {storage} holds no cache but other files, such as {strangers[0]}; choose another folder"
+        )
+    return None
+
+
+def create_cache(storage: Storage, manifest: Manifest, tokenizer: dict[str, bytes]) -> Manifest:
+    """Write the tokenizer's files and then the manifest, or take those that another worker has written.
+
+    Raises:
+        CacheError: the files of another tokenizer lie there, or the place cannot be written.
+    """
+    if storage.size(NAME) is None:
+        for name, data in tokenizer.items():
+            path = f"{TOKENIZER}/{name}"
+            if not storage.create(path, data) and storage.read(path, _MOST_BYTES) != data:
+                raise CacheError(
+                    f"{storage.where(path)} is of another tokenizer; delete {TOKENIZER}, or choose another --out"
+                )
+        strays = sorted(set(storage.names(TOKENIZER)) - {f"{TOKENIZER}/{name}" for name in tokenizer})
+        if strays and storage.size(NAME) is None:
+            raise CacheError(f"{storage.where(strays[0])} is a stray file; delete {TOKENIZER}, or choose another --out")
+        sums = {name: hashlib.sha256(data).hexdigest() for name, data in tokenizer.items()}
+    else:
+        sums = manifest.tokenizer_files
+    return dataclasses.replace(manifest, tokenizer_files=sums).create(storage)
+
+
+def publish_shard(
+    storage: Storage,
+    manifest: Manifest,
+    writer: ShardWriter,
+    *,
+    documents: int,
+    dropped: int,
+    entropies: list[int],
+    compute: dict[str, Any],
+) -> bool:
+    """Make a written shard appear and commit it. False if another worker was first.
+
+    Args:
+        place: where the cache lies.
+        manifest: the one that stands there.
+        writer: all rows written.
+        documents, dropped: documents in its range, and how many the filters dropped.
+        entropies: histogram of the teacher's entropy over its labelled positions.
+        compute: how its numbers were made.
+    """
+    if Commit.read(storage, writer.shard, manifest.sha256) is not None:
+        return False
+    objects, ours = writer.publish()
+    commit = Commit(
+        shard=writer.shard,
+        manifest_sha256=manifest.sha256,
+        objects=objects,
+        documents=documents,
+        dropped=dropped,
+        **writer.tally.fields(),
+        entropy_histogram=entropies,
+        compute=compute if ours else {"unknown": "its writer stopped before the commit"},
+    )
+    if commit.write(storage):
+        return True
+    standing = Commit.read(storage, writer.shard, manifest.sha256)
+    if storage.remote and standing == commit:  # the answer to the first put was lost; its data has a name of its own
+        return True
+    if standing is not None and not any(x["name"].startswith(writer.data.name) for x in standing.objects):
+        storage.delete(writer.data.name)
+    return False
+
+
+def sweep(storage: Storage, manifest: Manifest) -> None:
+    """Delete what writers that died have left in a cache."""
+    commits = read_commits(storage, manifest).values()
+    storage.sweep({shard_stem(c.shard): {x["name"] for x in c.objects} for c in commits})

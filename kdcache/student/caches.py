@@ -1,0 +1,198 @@
+"""Sources: the caches that a run learns from, each with its weight, checked against one another.
+
+`--cache PATH` or `--cache PATH:WEIGHT`, and so `--pool`, which adds what other teachers say of the same rows. Only a
+trailing `:NUMBER` is a weight, and a path or cache of that very name wins over it, so `s3://bucket/c:8` names the
+cache of that name if there is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdcache.cache import Cache, open_cache
+from kdcache.errors import ConfigError, IncompleteCacheError
+from kdcache.store.manifest import NAME, Manifest
+from kdcache.store.open_storage import open_storage
+from kdcache.student import distributed
+from kdcache.student.config import TrainConfig
+from kdcache.student.multi_teacher import PooledCache, RowReader, Teacher, require_lined_up
+
+
+@dataclass(frozen=True)
+class Source:
+    """A cache of a run.
+
+    Attributes:
+        name: its folder or URL, without the weight.
+        cache: the cache; only the shards that the run may read.
+        weight: its share of the rows that are read, in any unit; None for in proportion to its rows.
+        partial: whether it may lack shards.
+        partners: other teachers of the same rows.
+    """
+
+    name: str
+    cache: Cache
+    weight: float | None
+    partial: bool
+    partners: tuple[Teacher, ...] = ()
+
+    @property
+    def teachers(self) -> tuple[Teacher, ...]:
+        """All whose targets are pooled, the first of them that of `cache`; one, if there is nothing to pool."""
+        return Teacher(self.name, self.cache, 1.0 if self.weight is None else self.weight), *self.partners
+
+    @property
+    def rows(self) -> RowReader:
+        """What its rows are read from."""
+        return PooledCache(self.teachers) if self.partners else self.cache
+
+    @property
+    def remote(self) -> bool:
+        """Whether a read crosses a network."""
+        return any(teacher.cache.storage.remote for teacher in self.teachers)
+
+    def record(self) -> dict[str, Any]:
+        """What must be the same when the run is gone on with."""
+        shards = sorted(self.cache.commits) if self.partial else None
+        pool = [{"sha256": each.cache.manifest.sha256, "weight": each.weight} for each in self.partners]
+        found = {"sha256": self.cache.manifest.sha256, "weight": self.weight, "shards": shards}
+        return {**found, "pool": pool} if pool else found
+
+
+def open_sources(config: TrainConfig, standing: Sequence[dict[str, Any]] = ()) -> tuple[Source, ...]:
+    """Open the caches of a run.
+
+    Args:
+        config: names them.
+        standing: what the run said of them (`Source.record`) when it began; its shards are then read and no others.
+
+    Raises:
+        ConfigError: weights for some of them only, or caches that cannot be mixed.
+        KdcacheError: as for `open_cache`.
+    """
+    sources = []
+    for number, spelled in enumerate(config.cache):
+        name, weight = split_weight(spelled)
+        cache = _open(name, config)
+        began = standing[number] if number < len(standing) else {}
+        if began.get("shards") is not None and began.get("sha256") == cache.manifest.sha256:
+            cache = cache.only(began["shards"])
+        if config.partial:
+            cache.require_objects()
+        sources.append(Source(name, cache, weight, config.partial))
+    if len({source.weight is None for source in sources}) > 1:
+        raise ConfigError("--cache PATH:WEIGHT needs a weight for every cache, or for none")
+    for one, other in itertools.combinations(sources, 2):
+        require_alike(one, other)
+    return (_with_partners(sources[0], config),) if config.pool else tuple(sources)
+
+
+def _with_partners(source: Source, config: TrainConfig) -> Source:
+    """The source with the teachers that `--pool` names, all over the same rows."""
+    partners = []
+    for spelled in config.pool:
+        name, weight = split_weight(spelled, "--pool")
+        partners.append(Teacher(name, _open(name, config), 1.0 if weight is None else weight))
+    if config.partial:  # the shards that every teacher has
+        shared = set(source.cache.commits).intersection(*(each.cache.commits for each in partners))
+        source = dataclasses.replace(source, cache=source.cache.only(shared))
+        partners = [dataclasses.replace(each, cache=each.cache.only(shared)) for each in partners]
+        for each in partners:
+            each.cache.require_objects()
+    for number, each in enumerate(partners):
+        for other in (source.teachers[0], *partners[:number]):
+            require_lined_up(other, each)
+    return dataclasses.replace(source, partners=tuple(partners))
+
+
+def agree(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    """The sources with the shards that the first process of the run saw; others may have looked a moment later."""
+    commits = distributed.agree([[teacher.cache.commits for teacher in source.teachers] for source in sources])
+    found = []
+    for source, seen in zip(sources, commits, strict=True):
+        first, *others = (
+            dataclasses.replace(teacher, cache=Cache(teacher.cache.storage, teacher.cache.manifest, shards))
+            for teacher, shards in zip(source.teachers, seen, strict=True)
+        )
+        found.append(dataclasses.replace(source, cache=first.cache, partners=tuple(others)))
+    return tuple(found)
+
+
+def require_targets(sources: Sequence[Source]) -> None:
+    """Refuse caches of which no position carries a target.
+
+    Raises:
+        ConfigError: naming what the first was dumped with.
+    """
+    caches = [teacher.cache for source in sources for teacher in source.teachers]
+    if not any(commit.positions for cache in caches for commit in cache.commits.values()):
+        first = sources[0]
+        raise ConfigError(
+            f"no position of {first.name} carries a target (--positions {first.cache.manifest.positions}), so there is "
+            "nothing to distil; dump with a lower X, or train on its labels alone with --soft-weight 0"
+        )
+
+
+def weights(sources: Sequence[Source]) -> list[float] | None:
+    """Their weights, if they have any."""
+    given = [source.weight for source in sources if source.weight is not None]
+    return given or None
+
+
+def split_weight(spelled: str, option: str = "--cache") -> tuple[str, float | None]:
+    """`(path, weight)` of what follows `--cache` or `--pool`; no weight is None.
+
+    Raises:
+        ConfigError: a weight that is not above 0, or a URL that cannot be used.
+    """
+    name, _, tail = spelled.rpartition(":")
+    try:
+        weight = float(tail)
+    except ValueError:
+        return spelled, None
+    if len(name) < 2 or Path(spelled).exists() or open_storage(spelled).size(NAME) is not None:  # C:8 is a path
+        return spelled, None
+    if not 0 < weight < math.inf:
+        raise ConfigError(f"{option} {spelled} has a weight of {tail}, but it must be above 0")
+    return name, weight
+
+
+def _open(name: str, config: TrainConfig) -> Cache:
+    # Of several caches, those in folders need no copies; of one, that is said.
+    copy = config.local_copy if len(config.cache) + len(config.pool) == 1 or open_storage(name).remote else None
+    try:
+        return open_cache(name, partial=config.partial, local_copy=copy, local_limit=config.local_limit)
+    except IncompleteCacheError as error:
+        raise IncompleteCacheError(f"{error}, or give --partial to train on the shards that are there") from None
+
+
+def require_alike(one: Source, other: Source) -> None:
+    """Refuse two caches whose rows cannot stand in one batch. How many entries they keep may differ.
+
+    Raises:
+        ConfigError: naming both, and what differs.
+    """
+    if one.cache.manifest.sha256 == other.cache.manifest.sha256:
+        raise ConfigError(f"--cache {one.name} and {other.name} are one cache; name it once, with a greater weight")
+    mine, theirs = _nature(one.cache.manifest), _nature(other.cache.manifest)
+    differing = [f"{what} ({mine[what]} and {theirs[what]})" for what in mine if mine[what] != theirs[what]]
+    if differing:
+        raise ConfigError(f"--cache {one.name} and {other.name} cannot be mixed: they differ in {', '.join(differing)}")
+
+
+def _nature(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "tokenizer": manifest.tokenizer_sha256[:12],
+        "vocab_size": manifest.vocab_size,
+        "seq_len": manifest.seq_len,
+        "isolate": manifest.isolate,
+        "selection": manifest.selection["kind"],
+        "temperatures": ",".join(f"{t:g}" for t in manifest.temperatures),
+        "sample_temperature": manifest.selection.get("sample_temperature", 1.0),
+    }

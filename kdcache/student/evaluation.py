@@ -1,0 +1,231 @@
+"""Measure: a student's figures over rows of a cache, all at T = 1.
+
+`nll` is a mean over all labelled positions; the others compare with the teacher, so they are means over the positions
+that carry a target, `targets` of them, and None where there is none.
+
+    nll             of the true next token under the student, nats
+    teacher_nll     the same under the teacher, from the cache
+    delta_nll       the student's less the teacher's
+    kl              KL(teacher ‖ student); its kind is in `kl_kind`: `dense` when the cache keeps
+                    everything, `lower-bound` when the tail is one bucket (not comparable across k),
+                    `estimate` when the targets are sampled: unbiased, with `kl_standard_error` from its spread
+                    over positions; None if they were sampled at another temperature
+    top1_agreement  share of positions where both prefer the same token
+    ece             expected calibration error of the student's most likely token (`calibration`)
+    acceptance      of the student's drafts by the teacher (`acceptance`): known when everything is kept, else
+                    between `acceptance_low` and `acceptance_high`; all three None for sampled targets
+    teachers        of a pool: kl and teacher_nll of each; the figures above are told of the first
+
+All come from one forward pass. Sums are kept in float64, so the order of batches does not show. Those of
+several caches add up to the figures over all.
+
+Shapes: M labelled positions of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcache.errors import ConfigError
+from kdcache.isolation import packed_forward
+from kdcache.losses import Pool, measure_positions, of_teacher
+from kdcache.store.manifest import Manifest
+from kdcache.student.data import Rows, batches, labelled
+from kdcache.student.metrics import Calibration, acceptance_bounds
+from kdcache.student.multi_teacher import PooledCache, RowReader, Teacher
+from kdcache.targets import SAMPLED_KINDS
+
+
+def measure(
+    model: Any,
+    cache: RowReader,
+    rows: Rows,
+    device: torch.device,
+    batch_rows: int = 8,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Figures of a student over rows of a cache; see the module for what they mean.
+
+    Raises:
+        ConfigError: no row carries a label.
+    """
+    return _figures(model, cache, rows, device, batch_rows, on_progress).means()
+
+
+def measure_each(
+    model: Any,
+    caches: Mapping[str, RowReader],
+    rows: Sequence[Rows],
+    device: torch.device,
+    batch_rows: int = 8,
+) -> dict[str, Any]:
+    """Figures over rows of several caches together; if there are several, under `caches` those of each.
+
+    Raises:
+        ConfigError: no row of some cache carries a label.
+    """
+    whole, each = StudentFigures(), {}
+    for (name, cache), chosen in zip(caches.items(), rows, strict=True):
+        counted = _figures(model, cache, chosen, device, batch_rows)
+        whole.join(counted)
+        each[name] = counted.means()
+    return whole.means() if len(each) == 1 else {**whole.means(), "caches": each}
+
+
+def _figures(
+    model: Any,
+    cache: RowReader,
+    rows: Rows,
+    device: torch.device,
+    batch_rows: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> StudentFigures:
+    figures = StudentFigures.of(cache)
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for batch in batches(cache, rows, batch_rows):
+            figures.add(labelled_logits(model, batch, device, cache.manifest.vocab_size).float(), batch)
+            if on_progress:
+                on_progress(figures.rows, len(rows))
+    model.train(training)
+    return figures
+
+
+def labelled_logits(model: Any, batch: dict[str, Any], device: torch.device, vocab_size: int) -> Tensor:
+    """`[M, V]` a model's logits at the labelled slots of a batch, cut to the cache's vocabulary, in its own dtype."""
+    logits = packed_forward(model, batch["input_ids"].to(device), batch["position_ids"].to(device)).logits
+    taken: Tensor = logits[labelled(batch).to(device)][:, :vocab_size]
+    return taken
+
+
+class StudentFigures:
+    """Figures of one student over any number of batches.
+
+    Attributes:
+        calibration: of its confidence.
+        rows: how many were measured.
+        teachers: of a pool, in order; empty if there is nothing pooled.
+    """
+
+    def __init__(self) -> None:
+        self.calibration, self.rows = Calibration(), 0
+        self.teachers: tuple[Teacher, ...] = ()
+        self._kinds: set[str] = set()
+        self._sums: dict[str, float] = {}
+        self._labels = 0
+
+    @staticmethod
+    def of(cache: RowReader) -> StudentFigures:
+        """Those over rows of one cache, none so far."""
+        figures = StudentFigures()
+        figures._kinds = {_kl_kind(cache.manifest)}
+        if isinstance(cache, PooledCache):
+            figures.teachers = cache.teachers
+        return figures
+
+    def join(self, other: StudentFigures) -> None:
+        """Add what another counted."""
+        self.calibration.join(other.calibration)
+        self.teachers = other.teachers
+        self._kinds |= other._kinds
+        self.rows += other.rows
+        self._labels += other._labels
+        for name, value in other._sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def add(self, logits: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Take in the student's logits `[M, V]` of a batch; gives back its figures, `[M]` float64 each, on the CPU.
+
+        Those that compare with a target are 0 where there is none.
+        """
+        labels = batch["labels"][labelled(batch)].to(logits.device)
+        pool = Pool.of(batch["targets"].to(logits.device))
+        found = measure_positions(logits, pool, labels)
+        self.calibration.add(logits, found["log_partition"], labels)
+        bounds = acceptance_bounds(logits, found["log_partition"], pool.targets[0])
+        if bounds is not None:
+            found["acceptance_low"], found["acceptance_high"] = (end * found["has_target"] for end in bounds)
+        found["nll_at_targets"] = found["nll"] * found["has_target"]
+        columns = torch.stack([values.float() for values in found.values()]).cpu().double()  # one copy; [figures, M]
+        figures = dict(zip(found, columns, strict=True))
+        for number in range(len(pool.targets)):
+            if (kl := figures.get(of_teacher("kl", number))) is not None:
+                figures[of_teacher("kl_square", number)] = kl.square()
+        for name, values in figures.items():
+            self._sums[name] = self._sums.get(name, 0.0) + values.sum().item()
+        self.rows += len(batch["labels"])
+        self._labels += len(labels)
+        return figures
+
+    def means(self) -> dict[str, Any]:
+        """The figures, as the module describes them.
+
+        Raises:
+            ConfigError: there was no labelled position.
+        """
+        if not self._labels:
+            raise ConfigError(
+                f"the {self.rows} row(s) to measure on carry no label; hold out more, or measure other rows"
+            )
+        teacher_nll = self._mean("teacher_nll")
+        kind = next(iter(self._kinds)) if len(self._kinds) == 1 else "lower-bound"
+        bounded = "estimate" not in self._kinds  # by every cache; a part of the positions bounds nothing
+        low, high = (self._mean(f"acceptance_{end}") if bounded else None for end in ("low", "high"))
+        found: dict[str, Any] = {
+            "nll": self._sums["nll"] / self._labels,
+            "teacher_nll": teacher_nll,
+            "delta_nll": None if teacher_nll is None else self._mean("nll_at_targets", less=teacher_nll),
+            "kl": self._mean("kl"),
+            "kl_kind": kind,
+            "top1_agreement": self._mean("top1_agreement"),
+            "ece": self.calibration.error,
+            "acceptance": low if kind == "dense" else None,
+            "acceptance_low": low,
+            "acceptance_high": high,
+            "positions": self._labels,
+            "targets": self._targets(0),
+        }
+        if kind == "estimate" and found["kl"] is not None:
+            found["kl_standard_error"] = self._kl_error(0)
+        if self.teachers:
+            found["teachers"] = [self._of_teacher(number) for number in range(len(self.teachers))]
+        return found
+
+    def _of_teacher(self, number: int) -> dict[str, Any]:
+        teacher = self.teachers[number]
+        found = {
+            "cache": teacher.name,
+            "weight": teacher.weight / sum(each.weight for each in self.teachers),
+            "kl": self._mean("kl", number),
+            "kl_kind": _kl_kind(teacher.cache.manifest),
+            "teacher_nll": self._mean("teacher_nll", number),
+            "targets": self._targets(number),
+        }
+        if found["kl_kind"] == "estimate" and found["kl"] is not None:
+            found["kl_standard_error"] = self._kl_error(number)
+        return found
+
+    def _targets(self, number: int) -> int:
+        """Positions at which a teacher has a target."""
+        return round(self._sums[of_teacher("has_target", number)])
+
+    def _mean(self, figure: str, number: int = 0, less: float = 0.0) -> float | None:
+        """Over those positions, less a number; None where there are none, or no such figure."""
+        total, targets = self._sums.get(of_teacher(figure, number)), self._targets(number)
+        return None if total is None or not targets else total / targets - less
+
+    def _kl_error(self, number: int) -> float:
+        mean, square = self._mean("kl", number) or 0.0, self._mean("kl_square", number) or 0.0
+        return math.sqrt(max(0.0, square - mean**2) / self._targets(number))
+
+
+def _kl_kind(manifest: Manifest) -> str:
+    if manifest.selection["kind"] in SAMPLED_KINDS:
+        return "estimate"
+    return "dense" if manifest.width == manifest.vocab_size else "lower-bound"

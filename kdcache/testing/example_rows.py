@@ -1,0 +1,137 @@
+"""Examples: small manifests, rows of every sort, and whole caches of them, to test stores with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcache.rows import IGNORE, PackedRow
+from kdcache.selection import KINDS, Selection, select
+from kdcache.store.commit import histogram
+from kdcache.store.manifest import Manifest
+from kdcache.store.publish import create_cache, new_shard, publish_shard
+from kdcache.store.row_format import Record
+from kdcache.store.storage import Storage
+from kdcache.targets import SparseTargets
+
+Example = tuple[PackedRow, SparseTargets]
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "topk": {"k": 3},
+    "topp": {"k": 4, "top_p": 0.8},
+    "sample": {"draws": 5},
+    "ipps": {"k": 3},
+    "full": {},
+}
+
+SELECTIONS: dict[str, dict[str, Any]] = {kind: {"kind": kind, **_SETTINGS[kind]} for kind in KINDS}
+"""One small selection of each kind."""
+
+SHARDS = 2
+"""Of an example cache."""
+
+
+def example_manifest(store: str, **changes: Any) -> Manifest:
+    """A small manifest: 2 shards of 20 documents, rows of 12 slots, 50 ids."""
+    zero = "0" * 64
+    fields: dict[str, Any] = {
+        "teacher_sha256": zero, "tokenizer_sha256": zero, "tokenizer_files": {}, "corpus_sha256": zero, "filters": {},
+        "documents": 20 * SHARDS, "docs_per_shard": 20, "vocab_size": 50, "seq_len": 12, "isolate": True,
+        "adaptive": False, "tau": None, "positions": "all", "seed": 0,
+        "selection": SELECTIONS["topk"], "temperatures": (1.0, 2.0), "precision": "float32",
+        "error_bound": {}, "id_order": (),
+        "store": store, "origin": {},
+    }  # fmt: skip
+    return Manifest(**{**fields, **changes})
+
+
+def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | None = None) -> list[Example]:
+    """Rows of every sort: whole and short, of one piece and of many, masked, and with nothing to predict.
+
+    Args:
+        manifest: of the cache that they are for.
+        count: how many.
+        seed: of the tokens and pieces.
+        values: of the targets; like `seed` if not given.
+    """
+    random, logits = np.random.default_rng(seed), torch.Generator().manual_seed(seed if values is None else values)
+    rule, found = Selection(**manifest.selection), []
+    for i in range(count):
+        n = (manifest.seq_len, 1, manifest.seq_len - 3)[i % 3]
+        cuts = np.sort(random.choice(np.arange(1, n), min(n - 1, (0, 1, n - 1)[i // 3 % 3]), replace=False))
+        lengths = np.diff([0, *cuts, n]).astype(np.int32)
+        row = PackedRow(
+            tokens=random.integers(0, manifest.vocab_size, n, np.int32),
+            piece_lengths=lengths,
+            piece_documents=random.integers(0, manifest.documents, len(lengths)),
+            supervised=random.random(n) < 0.6 if i % 2 else None,
+        )
+        labels = row.labels(manifest.seq_len)
+        labels = labels[labels != IGNORE]
+        scores = 4 * torch.randn(len(labels), manifest.vocab_size, generator=logits)
+        targets = select(scores, rule, labels=torch.from_numpy(labels), temperatures=manifest.temperatures)
+        chosen = manifest.choice.chosen(targets.entropy)
+        if chosen is not None:
+            targets = targets[chosen].spread(chosen.nonzero()[:, 0], len(labels))
+        found.append((row, targets))
+    return found
+
+
+def same_rows(one: Example, two: Example) -> bool:
+    """Whether two rows and their targets are equal bit for bit; a NaN equals a NaN."""
+    values = [zip(vars(a).values(), vars(b).values(), strict=True) for a, b in zip(one, two, strict=True)]
+    return all(_same(a, b) for pairs in values for a, b in pairs)
+
+
+def same_records(one: Record, two: Record) -> bool:
+    """Whether two records hold the same streams."""
+    return (
+        one.positions == two.positions
+        and list(one.streams) == list(two.streams)
+        and all(a.tobytes() == two.streams[name].tobytes() for name, a in one.streams.items())
+    )
+
+
+def write_cache(storage: Storage, manifest: Manifest, rows: list[Example]) -> Manifest:
+    """A complete cache that has these rows in each of its shards; the manifest that stands."""
+    standing = create_cache(storage, manifest, {"tokenizer.json": b"{}"})
+    for shard in range(manifest.shards):
+        assert write_shard(storage, standing, rows, shard)
+    return standing
+
+
+def write_shard(storage: Storage, manifest: Manifest, rows: list[Example], shard: int = 0) -> bool:
+    """Write and commit one shard; False if there is a commit already."""
+    with new_shard(storage, manifest, shard) as writer:
+        for row, targets in rows:
+            writer.write(row, targets)
+        return publish_shard(
+            storage, manifest, writer, documents=manifest.docs_per_shard, dropped=0, entropies=histogram_of(rows),
+            compute={"a": 1},
+        )  # fmt: skip
+
+
+def histogram_of(rows: list[Example]) -> list[int]:
+    """What a commit says of the entropies of these rows; a position without a target counts as one of none."""
+    return histogram(torch.cat([torch.zeros(0), *(targets.entropy for _, targets in rows)]))
+
+
+def overwrite(storage: Storage, name: str, data: bytes) -> None:
+    """Put other bytes under a name."""
+    storage.delete(name)
+    assert storage.create(name, data)
+
+
+def everything(storage: Storage) -> dict[str, bytes]:
+    """All objects of a cache, by name."""
+    return {name: b"".join(storage.chunks(name)) for name in storage.names()}
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(torch.nan_to_num(a, 7.5), torch.nan_to_num(b, 7.5))
+    if isinstance(a, np.ndarray):
+        return bool(np.array_equal(a, b))
+    return bool(a == b)
