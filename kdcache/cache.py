@@ -84,7 +84,8 @@ class Cache:
             strays = set(self.storage.names(TOKENIZER)) - {f"{TOKENIZER}/{name}" for name in files}
             if strays:  # the library that loads a tokenizer takes whatever lies beside it
                 raise CorruptCacheError(f"{self.storage.where(min(strays))} is not named by the manifest")
-            return self.storage.folder / TOKENIZER
+            if files:
+                return self.storage.folder / TOKENIZER
         folder = Path(tempfile.mkdtemp(prefix="kdcache-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         for name, data in files.items():

@@ -22,6 +22,21 @@ Ints = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowSpec:
+    """The shape of the rows that a cache holds and a model is given.
+
+    Attributes:
+        vocab_size: token ids lie below it.
+        seq_len: slots a row.
+        isolate: whether the packed pieces of a row are kept from seeing each other.
+    """
+
+    vocab_size: int
+    seq_len: int
+    isolate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedRow:
     """Tokens of one row and the pieces they belong to.
 

@@ -19,6 +19,7 @@ from kdcache.codec.id_ranks import MOST_ORDERED
 from kdcache.codec.streams import deflate, id_dtype
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
 from kdcache.position_filter import Positions
+from kdcache.rows import RowSpec
 from kdcache.selection import Selection, check_temperatures
 from kdcache.store.row_format import RowFormat, read_stream
 from kdcache.store.sealed_json import checksum, is_count, read_record, require_fields, seal, short
@@ -98,6 +99,11 @@ class Manifest:
     def choice(self) -> Positions:
         """Which labelled positions carry a target."""
         return Positions(self.positions)
+
+    @property
+    def row_spec(self) -> RowSpec:
+        """The shape of its rows."""
+        return RowSpec(vocab_size=self.vocab_size, seq_len=self.seq_len, isolate=self.isolate)
 
     @property
     def width(self) -> int:

@@ -18,11 +18,11 @@ import kdcache.student
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
     {"errors", "options", "rows", "compiled"},
-    {"position_filter", "targets", "worker"},
-    {"selection", "losses", "codec", "isolation"},
+    {"targets", "worker"},
+    {"position_filter", "selection", "losses", "codec", "isolation"},
     {"store", "corpus"},
     {"pretrained"},
-    {"cache", "verify"},
+    {"cache", "cache_writer", "verify"},
     {"convert"},
     {"teacher", "student"},
     {"report"},
