@@ -18,6 +18,8 @@ import kdcache.student
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
     {"errors", "options", "rows", "compiled"},
+    {"plugins"},
+    {"registry"},
     {"position_filter", "targets", "worker"},
     {"selection", "losses", "codec", "isolation"},
     {"store", "corpus"},
