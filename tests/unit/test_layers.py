@@ -18,7 +18,7 @@ import kdcache.student
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
     {"errors", "options", "rows", "compiled"},
-    {"position_filter", "targets", "worker"},
+    {"extras", "position_filter", "targets", "worker"},
     {"selection", "losses", "codec", "isolation"},
     {"store", "corpus"},
     {"pretrained"},
