@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "options", "rows", "compiled"},
     {"plugins"},
     {"registry"},
-    {"position_filter", "targets", "worker"},
+    {"extras", "position_filter", "targets", "worker"},
     {"selection", "losses", "codec", "isolation"},
     {"store", "corpus"},
     {"pretrained"},
