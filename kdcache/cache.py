@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Row:
         segments: `[L]` int64, piece of each token, -1 where padded.
         documents: `[P]` int64, the document that each piece comes from.
         targets: SparseTargets over L slots; `count` is 0 where the label is -100 and where the cache chose none.
+        extras: `[L, width]` float32 of each extra of the cache, by name; NaN where a slot has none: padded slots, and
+            slots without a label in an extra of positions.
     """
 
     tokens: torch.Tensor
@@ -52,6 +54,7 @@ class Row:
     segments: torch.Tensor
     documents: torch.Tensor
     targets: SparseTargets
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Cache:
@@ -171,7 +174,10 @@ class Cache:
         return unpack(packed, targets, self.manifest.seq_len)
 
     def read_packed(self, index: int) -> tuple[PackedRow, SparseTargets]:
-        """A row without padding, and the targets of its labelled slots; `count` is 0 where the cache chose none."""
+        """A row without padding, with its extras, and the targets of its labelled slots.
+
+        `count` is 0 where the cache chose no target.
+        """
         shard, row = self.locate(index)
         return self.shard(shard).read(row)
 
@@ -196,6 +202,7 @@ def unpack(packed: PackedRow, targets: SparseTargets, seq_len: int) -> Row:
         segments=torch.from_numpy(packed.segments(seq_len)),
         documents=torch.from_numpy(packed.piece_documents.astype(np.int64)),
         targets=targets.spread(torch.from_numpy(np.flatnonzero(labels != IGNORE)), seq_len),
+        extras={name: torch.from_numpy(values) for name, values in packed.padded_extras(seq_len).items()},
     )
 
 

@@ -5,6 +5,7 @@ Text is decoded with the cache's own tokenizer. Nothing but the cache is opened.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from kdcache.errors import CacheError, TargetError
 from kdcache.pretrained import load_tokenizer
 from kdcache.rows import IGNORE
 from kdcache.store.commit import added, quantiles
+from kdcache.store.manifest import Manifest
 from kdcache.targets import SAMPLED_KINDS, SparseTargets
 
 _CONTEXT_TOKENS = 32
@@ -69,9 +71,19 @@ def inspect_summary(path: str, shard: int | None = None) -> dict[str, Any]:
         "position_choice": manifest.positions,
         "temperatures": list(manifest.temperatures),
         "precision": manifest.precision,
+        "extras": _extras(manifest, slots, total["labels"]),
         "seq_len": manifest.seq_len,
         "vocab_size": manifest.vocab_size,
     }
+
+
+def _extras(manifest: Manifest, tokens: int, labels: int) -> list[dict[str, Any]]:
+    """Each extra: its name, what it holds, and the bytes of its vectors before compression."""
+    found = []
+    for name, spec in manifest.extra_specs.items():
+        vector = sum(math.prod(shape) * dtype.itemsize for dtype, shape in spec.shapes(1).values())
+        found.append({"name": name, **spec.to_fields(), "bytes": vector * (tokens if spec.per == "token" else labels)})
+    return found
 
 
 def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]:

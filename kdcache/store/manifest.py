@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from kdcache.codec import Codec, make_codec
 from kdcache.codec.id_ranks import MOST_ORDERED
 from kdcache.codec.streams import deflate, id_dtype
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
+from kdcache.extras import ExtraSpec, read_specs
 from kdcache.position_filter import Positions
 from kdcache.rows import RowSpec
 from kdcache.selection import Selection, check_temperatures
@@ -59,6 +60,7 @@ class Manifest:
         error_bound: the most by which stored numbers are off, by name.
         id_order: ids by falling frequency in the pilot, for the compact codec.
         store: `arrow` or `zarr`.
+        extras: further arrays of a row by name, each as `ExtraSpec.to_fields` gives it.
         origin: names and versions, for people; two caches of one configuration may differ here.
     """
 
@@ -83,6 +85,12 @@ class Manifest:
     id_order: tuple[int, ...]
     store: str
     origin: dict[str, Any]
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def extra_specs(self) -> dict[str, ExtraSpec]:
+        """What each extra holds, by name, in order of name."""
+        return read_specs(self.extras)
 
     @property
     def shards(self) -> int:
@@ -196,7 +204,7 @@ class Manifest:
         if self.row_format.most_bytes > _MOST_ROW:
             raise ConfigError(
                 f"a row of --seq-len {self.seq_len} slots may hold {self.row_format.most_bytes:,} bytes, above the "
-                f"limit of {_MOST_ROW:,}; make rows shorter or keep fewer entries"
+                f"limit of {_MOST_ROW:,}; make rows shorter, or keep fewer entries or extras"
             )
         if self.store not in STORES:
             raise ConfigError(f"--store {self.store} is not one of {', '.join(STORES)}")
@@ -209,7 +217,7 @@ class Manifest:
         """How rows become streams."""
         return RowFormat(
             codec=self.codec, seq_len=self.seq_len, vocab_size=self.vocab_size, documents=self.documents,
-            chooses=self.choice.above is not None,
+            chooses=self.choice.above is not None, extras=self.extra_specs,
         )  # fmt: skip
 
     def create(self, storage: Storage) -> Manifest:

@@ -16,7 +16,7 @@ import numpy as np
 
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.rows import PackedRow
-from kdcache.store.row_format import Record, RowFormat
+from kdcache.store.row_format import Extras, Record, RowFormat
 from kdcache.store.storage import Storage
 from kdcache.targets import SparseTargets
 
@@ -81,9 +81,22 @@ class ShardWriter(ABC):
         self.tally = Tally()
         self.data = storage.new_data(shard_stem(shard), self.suffix, self.folder)
 
-    def write(self, row: PackedRow, targets: SparseTargets, record: Record | None = None) -> None:
-        """Append a row and the targets of its labelled slots, in slot order; `record` if it is packed already."""
-        record = record or self.form.pack(row, targets)
+    def write(
+        self, row: PackedRow, targets: SparseTargets, record: Record | None = None, extras: Extras | None = None
+    ) -> None:
+        """Append a row, the targets of its labelled slots in slot order, and its extras.
+
+        Args:
+            row: the tokens.
+            targets: of its labelled slots.
+            record: all of it, if it is packed already; then `extras` is not looked at.
+            extras: see `RowFormat.pack`; every extra of the cache MUST be given.
+
+        Raises:
+            TargetError: see `RowFormat.pack`.
+            CacheError: the shard cannot be written.
+        """
+        record = record or self.form.pack(row, targets, extras)
         self._append(record)
         self.tally.add(row, targets, record)
 

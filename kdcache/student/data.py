@@ -75,17 +75,25 @@ class Collator:
     where nothing counts, and `shift_labels` is the same tensor under the name by which Trainer
     counts the positions of an optimiser step. `targets` holds the M labelled positions, in order, as wide as the
     widest cache's; a `Pool` if they are those of several teachers. `rows` `[R, 2]` says where each row was read: which
-    cache, and which row of it.
+    cache, and which row of it. `extras`, `{name: [R, L, width]}` float32, holds the extras that all caches have
+    with one width, NaN where a slot has none; a batch without any has no such key.
     """
 
     def __init__(self, caches: Sequence[RowReader]) -> None:
         manifest = caches[0].manifest
         self.seq_len, self.isolate = manifest.seq_len, manifest.isolate
         self.width = max(cache.manifest.width for cache in caches)
+        specs = [cache.manifest.extra_specs for cache in caches]
+        self.extras = [
+            name
+            for name, spec in specs[0].items()
+            if all(name in other and (other[name].width, other[name].per) == (spec.width, spec.per) for other in specs)
+        ]
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Make one batch of rows and their targets."""
         rows = [item.row for item in items]
+        extras = self._extras(rows)
         segments = np.stack([row.segments(self.seq_len) for row in rows])
         labels = torch.from_numpy(np.stack([row.labels(self.seq_len) for row in rows]))
         return {
@@ -95,7 +103,12 @@ class Collator:
             "shift_labels": labels,
             "targets": self._join([item.targets for item in items]),
             "rows": torch.tensor([(item.cache, item.number) for item in items]),
+            **({"extras": extras} if extras else {}),
         }
+
+    def _extras(self, rows: Sequence[PackedRow]) -> dict[str, torch.Tensor]:
+        padded = [row.padded_extras(self.seq_len) for row in rows] if self.extras else []
+        return {name: torch.from_numpy(np.stack([one[name] for one in padded])) for name in self.extras}
 
     def _join(self, each: Sequence[SparseTargets | Pool]) -> SparseTargets | Pool:
         pools = [targets for targets in each if isinstance(targets, Pool)]

@@ -34,10 +34,12 @@ from kdcache.store.row_format import RowFormat
 from kdcache.store.shards import FOLDER, Shard, ShardWriter, shard_stem
 from kdcache.store.storage import Storage
 from kdcache.testing.example_rows import (
+    EXTRAS,
     SELECTIONS,
     SHARDS,
     Example,
     everything,
+    example_extras,
     example_manifest,
     example_rows,
     histogram_of,
@@ -52,6 +54,7 @@ Objects = list[dict[str, Any]]
 
 _CASES = [(kind, precision, "all") for kind in SELECTIONS for precision in ("float32", "6")]
 _CASES += [(kind, precision, "entropy>1.2") for kind, precision in (("topk", "6"), ("ipps", "6"), ("topp", "float32"))]
+_CASES += [("topk", "float16", "all"), ("topk", "6", "extras"), ("ipps", "float16", "extras entropy>1.2")]
 
 _DAMAGE = ("empty", "cut", "longer", "delete", "flip", "swap", "copy", "folder")
 
@@ -97,9 +100,13 @@ class StoreConformance:
 
     @pytest.fixture(params=_CASES, ids="-".join)
     def manifest(self, request: pytest.FixtureRequest) -> Manifest:
-        """Each kind of selection, with each kind of codec; and positions that carry no target."""
-        kind, precision, positions = request.param
-        return example_manifest(self.store, selection=SELECTIONS[kind], precision=precision, positions=positions)
+        """Each kind of selection, with each kind of codec; positions that carry no target; and extras."""
+        kind, precision, rest = request.param
+        extras, positions = rest.startswith("extras"), rest.removeprefix("extras").strip() or "all"
+        return example_manifest(
+            self.store, selection=SELECTIONS[kind], precision=precision, positions=positions,
+            extras=EXTRAS if extras else {},
+        )  # fmt: skip
 
     @pytest.fixture
     def plain(self) -> Manifest:
@@ -115,7 +122,7 @@ class StoreConformance:
         standing = write_cache(storage, manifest, rows)
         shard = open_shard(storage, standing, read_commits(storage, standing)[1])
         for i in np.random.default_rng(1).permutation(2 * count) % max(1, count):
-            record = form.pack(*rows[i])
+            record = form.pack(*rows[i], extras=example_extras(manifest, rows[i][0]))
             assert same_records(shard.read_with_record(int(i))[2], record)
             assert same_rows(shard.read(int(i)), form.unpack(record))
 
@@ -125,7 +132,7 @@ class StoreConformance:
         rows = example_rows(manifest, count)
         standing = write_cache(storage, manifest, rows)
         found = self.streams(storage, read_commits(storage, standing)[1].objects, manifest.row_format)
-        expected = [manifest.row_format.pack(*row).streams for row in rows]
+        expected = [manifest.row_format.pack(*row, extras=example_extras(manifest, row[0])).streams for row in rows]
         assert len(found) == count
         for ours, theirs in zip(expected, found, strict=True):
             assert list(ours) == list(theirs)

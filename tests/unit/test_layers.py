@@ -18,7 +18,9 @@ import kdcache.student
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
     {"errors", "options", "rows", "compiled"},
-    {"targets", "worker"},
+    {"plugins"},
+    {"registry"},
+    {"extras", "targets", "worker"},
     {"position_filter", "selection", "losses", "codec", "isolation"},
     {"store", "corpus"},
     {"pretrained"},

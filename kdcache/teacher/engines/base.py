@@ -37,6 +37,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from kdcache.errors import ConfigError
+from kdcache.registry import Registry
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -219,28 +220,20 @@ class Engine(ABC):
         self.close()
 
 
-_ENGINES: dict[str, str | type[Engine]] = {"transformers": "kdcache.teacher.engines.transformers:TransformersEngine"}
-"""By name: the class, or for those of this package where it is, so that it is imported only when it is used."""
+_ENGINES: Registry[str | type[Engine]] = Registry("engine")
+"""By name: the class, or where it is, so that an engine of this package is imported only when it is used."""
+
+_ENGINES.register("transformers", "kdcache.teacher.engines.transformers:TransformersEngine")
 
 
 def register_engine(engine: type[Engine]) -> type[Engine]:
-    """Make an engine known under its name; usable as a decorator.
+    """Make an engine known under its `name`; usable as a decorator.
 
     Raises:
-        ConfigError: the name is empty or taken by another engine.
+        ConfigError: the name is taken, or cannot be a name.
     """
-    name = getattr(engine, "name", "")
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"the engine {engine.__name__} has no name")
-    if _ENGINES.get(name, engine) is not engine:
-        raise ConfigError(f"an engine {name} is registered already")
-    _ENGINES[name] = engine
+    _ENGINES.register(getattr(engine, "name", ""), engine)
     return engine
-
-
-def engine_names() -> list[str]:
-    """Names of all registered engines."""
-    return sorted(_ENGINES)
 
 
 def require_engine(name: str) -> None:
@@ -249,8 +242,7 @@ def require_engine(name: str) -> None:
     Raises:
         ConfigError: naming those that are.
     """
-    if name not in _ENGINES:
-        raise ConfigError(f"engine is {name}, but must be one of {', '.join(engine_names())}")
+    _ENGINES.find(name)
 
 
 def find_engine(name: str) -> type[Engine]:
@@ -259,12 +251,11 @@ def find_engine(name: str) -> type[Engine]:
     Raises:
         ConfigError: there is none.
     """
-    require_engine(name)
-    found = _ENGINES[name]
+    found = _ENGINES.find(name)
     if isinstance(found, str):
         module, _, attribute = found.partition(":")
         found = getattr(importlib.import_module(module), attribute)
-        _ENGINES[name] = found
+        assert isinstance(found, type)
     return found
 
 
