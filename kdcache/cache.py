@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.pretrained import load_tokenizer
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.commit import Commit, read_commits
 from kdcache.store.local import LocalStorage
@@ -77,6 +78,8 @@ class Cache:
     def tokenizer_path(self) -> Path:
         """A local folder with the cache's tokenizer: the files that the manifest names, checked; fetched if remote.
 
+        Empty if the cache was written without a tokenizer.
+
         Raises:
             CorruptCacheError: a file is missing, is not the one that the manifest names, or is named by nobody.
         """
@@ -95,6 +98,18 @@ class Cache:
             (folder / name).write_bytes(data)
         self._tokenizer = folder
         return folder
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer itself.
+
+        Raises:
+            CacheError: the cache was written without one.
+            CorruptCacheError: see `tokenizer_path`.
+            ModelError: its files do not load.
+        """
+        if not self.manifest.tokenizer_files:
+            raise CacheError(f"{self.storage} was written without a tokenizer, so its tokens cannot be shown as text")
+        return load_tokenizer(self.tokenizer_path)
 
     def _tokenizer_file(self, name: str) -> bytes:
         where = self.storage.where(f"{TOKENIZER}/{name}")

@@ -31,6 +31,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from kdcache.errors import ConfigError, TargetError
+from kdcache.extras import ExtraSpec
 from kdcache.pretrained import load_tokenizer, tokenizer_fingerprint
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import Selection
@@ -39,6 +40,7 @@ from kdcache.store import publish
 from kdcache.store.commit import Commit, added, histogram, read_commits, totals
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
+from kdcache.store.row_format import Extras
 from kdcache.store.shards import ShardWriter
 from kdcache.store.storage import Storage
 from kdcache.targets import SAMPLED_KINDS, SparseTargets
@@ -61,6 +63,7 @@ def create_cache(
     seed: int = 0,
     store: str = "arrow",
     precision: str | None = None,
+    extras: Mapping[str, ExtraSpec] | None = None,
     frequent_ids: Sequence[int] = (),
     origin: Mapping[str, Any] | None = None,
 ) -> CacheWriter:
@@ -84,6 +87,7 @@ def create_cache(
         seed: of the draws of a sampling selection.
         store: `arrow` or `zarr`.
         precision: `float32`, `float16`, or 4 to 16 bits a value; by default 6 bits, 8 for `full`.
+        extras: further arrays of each row, by name; every row must then come with all of them.
         frequent_ids: ids by falling frequency among the entries, which makes precisions of some bits a fifth smaller;
             `kdcache.codec.id_ranks.FrequencyOrder` counts them over sample targets.
         origin: names and versions for people, as plain JSON values; caches that differ in nothing else are the same.
@@ -125,6 +129,7 @@ def create_cache(
         "precision": precision or ("8" if selection.kind == "full" else "6"),
         "id_order": tuple(int(i) for i in frequent_ids),
         "store": store,
+        "extras": {name: spec.to_fields() for name, spec in sorted((extras or {}).items())},
         "origin": {"teacher": teacher, "corpus": corpus, **(origin or {})},
     }
     manifest = Manifest(**fields, error_bound={})
@@ -232,6 +237,7 @@ class NewShard:
         documents: ArrayLike | None = None,
         labels: ArrayLike | None = None,
         supervised: ArrayLike | None = None,
+        extras: Extras | None = None,
     ) -> None:
         """Append a row.
 
@@ -244,6 +250,8 @@ class NewShard:
             documents: `[P]` the document of each piece; by default 0.
             labels: `[n]` or `[L]` the true next token of each slot, -100 where there is none, as it is in a batch.
             supervised: `[n]` bool, whether each token may be a label; another way to say what `labels` says.
+            extras: `[n, width]` by name, a vector for each token (`[N, width]`, one for each labelled slot, where the
+                extra is per position).
 
         Raises:
             TargetError: targets that are not of the cache's selection and temperatures, or hold values that no targets
@@ -264,10 +272,10 @@ class NewShard:
             position, what = fault
             at = "" if position is None else f" at slot {np.flatnonzero(labelled)[position]}"
             raise TargetError(f"{where} has{at} {what}")
-        self.write_row(row, targets)
+        self.write_row(row, targets, extras)
 
-    def write_row(self, row: PackedRow, targets: SparseTargets) -> None:
-        """Append a packed row and the targets `[N]` of its labelled slots, which are not checked.
+    def write_row(self, row: PackedRow, targets: SparseTargets, extras: Extras | None = None) -> None:
+        """Append a packed row, the targets `[N]` of its labelled slots, which are not checked, and its extras.
 
         Those that the cache's `positions` do not choose are dropped; the entropies of all are counted.
         """
@@ -275,7 +283,7 @@ class NewShard:
         if self._data is None:
             return
         self.entropies = [added([*self.entropies, histogram(targets.entropy)])]
-        self._data.write(row, self._manifest.choice.apply(targets))
+        self._data.write(row, self._manifest.choice.apply(targets), extras=extras)
 
 
 def _share(manifest: Manifest, shard: int) -> int:

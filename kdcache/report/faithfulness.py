@@ -15,6 +15,7 @@ the mean choice of the control plus 0.05.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
@@ -100,7 +101,7 @@ def _three_targets(
     cache: Cache, teacher: OpenedTeacher, index: int
 ) -> tuple[SparseTargets, SparseTargets, SparseTargets]:
     """The stored targets of a row's labelled slots, and two fresh ones of them all, chosen or not."""
-    (shard, row), request = cache.locate(index), TargetRequest.of(cache.manifest)
+    (shard, row), request = cache.locate(index), dataclasses.replace(TargetRequest.of(cache.manifest), extras=())
     packed, stored = cache.read_packed(index)
     fresh, again = (teacher.targets([packed], request, shard=shard, first_row=row).targets for _ in range(2))
     return stored, fresh, again

@@ -12,7 +12,6 @@ import torch
 
 from kdcache.cache import Cache, Row, open_cache
 from kdcache.errors import CacheError, TargetError
-from kdcache.pretrained import load_tokenizer
 from kdcache.rows import IGNORE
 from kdcache.store.commit import added, quantiles
 from kdcache.store.manifest import Manifest
@@ -89,7 +88,7 @@ def _extras(manifest: Manifest, tokens: int, labels: int) -> list[dict[str, Any]
 def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]:
     """A row as text: each token with the probability that the teacher gave it, where a target tells it."""
     cache, shard, row, value = _find(path, row, shard)
-    tokenizer = load_tokenizer(cache.tokenizer_path)
+    tokenizer = cache.load_tokenizer()
     ids = value.tokens[value.segments >= 0].tolist()
     starts = [
         int((value.segments < piece).logical_and(value.segments >= 0).sum()) for piece in range(len(value.documents))
@@ -120,7 +119,7 @@ def inspect_position(
         TargetError: a temperature that the cache cannot give exactly.
     """
     cache, shard, row, value = _find(path, row, shard)
-    tokenizer = load_tokenizer(cache.tokenizer_path)
+    tokenizer = cache.load_tokenizer()
     used = int((value.segments >= 0).sum())
     if not 0 <= position < used:
         raise CacheError(f"row {row} of shard {shard} has positions 0 to {used - 1}, not {position}")

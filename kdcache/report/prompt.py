@@ -18,7 +18,7 @@ from kdcache.cache import Cache, open_cache
 from kdcache.corpus.tokenise import tokenise_prompt
 from kdcache.errors import ConfigError
 from kdcache.isolation import packed_forward
-from kdcache.pretrained import find_device, load_tokenizer
+from kdcache.pretrained import find_device
 from kdcache.report.inspect import added_text
 from kdcache.rows import IGNORE
 from kdcache.student.model import load_student, require_students
@@ -75,7 +75,7 @@ def next_tokens(
     if not text:
         raise ConfigError("--prompt is empty, but must hold at least one token")
     opened, where = open_cache(cache, local_copy=local_copy, local_limit=local_limit), find_device(device)
-    tokenizer = load_tokenizer(opened.tokenizer_path)
+    tokenizer = opened.load_tokenizer()
     tokens = tokenise_prompt(tokenizer, text)
     if not tokens:
         raise ConfigError(f"--prompt {text!r} holds no token of the cache's tokenizer")

@@ -9,6 +9,9 @@ from kdcache.options import option
 from kdcache.position_filter import Positions
 from kdcache.teacher.engines.base import TeacherSpec, require_engine
 
+EXTRA_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+"""Those of `kdcache.extras`, which this file does not import because it would load torch."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DumpConfig:
@@ -45,6 +48,9 @@ class DumpConfig:
     positions: str = option("which labelled positions carry a target: all, or entropy>X (nats, of the teacher)", "all")
     seed: int = option("of the draws", 0)
     temperatures: str = option("comma-separated T whose exact tails are kept", "1")
+    # extras
+    extra: tuple[str, ...] = option("keep this too, one vector a token: hidden:-1, what the output head is given", ())
+    extra_precision: str = option("of extras: float32, float16, bfloat16, or int8 with a scale a vector", "float16")
     # store
     store: str = option("arrow or zarr", "arrow")
     precision: str | None = option("float32, float16, or 4 to 16 bits a value  [default: 6, and 8 for full]", None)
@@ -75,6 +81,9 @@ class DumpConfig:
             raise ConfigError(f"--dtype {self.dtype} is not one of auto, float32, bfloat16, float16")
         if self.device_map not in (None, "auto"):
             raise ConfigError(f"--device-map {self.device_map} is not auto")
+        object.__setattr__(self, "extra", (self.extra,) if isinstance(self.extra, str) else tuple(self.extra))
+        if self.extra_precision not in EXTRA_PRECISIONS:
+            raise ConfigError(f"--extra-precision {self.extra_precision} is not one of {', '.join(EXTRA_PRECISIONS)}")
         require_engine(self.engine)
         object.__setattr__(self, "positions", Positions(self.positions).rule)
         _ = self.stored_temperatures

@@ -11,6 +11,7 @@ import kdcache
 from kdcache.corpus.shards import ShardRows, docs_per_shard, shard_rows
 from kdcache.corpus.sources import Corpus, Filters, open_corpus
 from kdcache.errors import ConfigError, CorpusError
+from kdcache.extras import ExtraSpec
 from kdcache.pretrained import (
     context_length,
     fingerprint,
@@ -25,6 +26,7 @@ from kdcache.selection import Selection
 from kdcache.store.manifest import Manifest
 from kdcache.targets import SAMPLED_KINDS
 from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.engines.base import find_engine, require_extras
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,14 @@ class Inputs:
         manifest, start = self.manifest, shard * self.manifest.docs_per_shard
         stop = start + manifest.docs_per_shard
         return shard_rows(self.corpus, start, stop, self.tokenizer, manifest.vocab_size, manifest.seq_len)
+
+
+def _extras(config: DumpConfig, folder: Path) -> dict[str, Any]:
+    """The extra arrays that are asked for, as a manifest names them."""
+    widths = require_extras(find_engine(config.engine), folder, config.extra)
+    return {
+        name: ExtraSpec(width=widths[name], precision=config.extra_precision).to_fields() for name in sorted(widths)
+    }
 
 
 def open_inputs(config: DumpConfig) -> Inputs:
@@ -103,6 +113,7 @@ def open_inputs(config: DumpConfig) -> Inputs:
         error_bound={},
         id_order=(),
         store=config.store,
+        extras=_extras(config, folder),
         origin={
             "kdcache": kdcache.__version__,
             "teacher": config.teacher,

@@ -68,7 +68,7 @@ def _tau(teacher: OpenedTeacher, inputs: Inputs) -> float:
 def _id_order(teacher: OpenedTeacher, inputs: Inputs, manifest: Manifest) -> tuple[int, ...]:
     """Ids that the teacher proposes, most often first."""
     order = FrequencyOrder(manifest.vocab_size)
-    request = TargetRequest.of(manifest)
+    request = dataclasses.replace(TargetRequest.of(manifest), extras=())
     for row in _rows(inputs):
         if not order.add(manifest.choice.apply(teacher.targets([row], request).targets)):
             break

@@ -94,7 +94,10 @@ class TargetRequest:
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
         """What a cache asks of its teacher."""
-        return cls(selection=manifest.rule, temperatures=manifest.temperatures, seed=manifest.seed)
+        return cls(
+            selection=manifest.rule, temperatures=manifest.temperatures, seed=manifest.seed,
+            extras=tuple(manifest.extras),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
