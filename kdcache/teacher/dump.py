@@ -51,19 +51,18 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     started = time.perf_counter()
     worker = find_worker(config.worker, os.environ)
     storage = open_storage(config.out)
-    inputs = open_inputs(config)
-    inputs.require_positions()
+    inputs = open_inputs(config, storage)
     standing = require_free_or_same(storage, inputs.manifest)
     done = read_commits(storage, standing) if standing else {}
     mine = [s for s in range(inputs.manifest.shards) if worker.owns(s) and s not in done]
-    tally = _Tally(on_progress, sum(_range_size(inputs.manifest, s) for s in mine))
+    tally = _Tally(on_progress, sum(inputs.plan.documents_of(s) for s in mine))
     if mine or not standing:
         teacher = Teacher(config, inputs.folder, inputs.manifest)
         wanted = standing or run_pilot(teacher, inputs)
-        manifest = create_cache(storage, wanted, _tokenizer_files(inputs.tokenizer))
+        manifest = create_cache(storage, wanted, _tokenizer_files(inputs.tokenizer), inputs.plan)
         sweep(storage, manifest)
         for shard in mine:
-            tally.finish(_make_shard(storage, shard, inputs, manifest, teacher, tally), _range_size(manifest, shard))
+            tally.finish(_make_shard(storage, shard, inputs, manifest, teacher, tally), inputs.plan.documents_of(shard))
         sweep(storage, manifest)  # again: data without a commit is known to be nobody's once its shard has one
     return _summary(storage, worker, tally, time.perf_counter() - started)
 
@@ -99,7 +98,7 @@ def _make_shard(
     made, rule, positions = inputs.shard_rows(shard), manifest.rule, 0
     entropies: list[list[int]] = []
     with new_shard(storage, manifest, shard) as writer, Beside() as beside:
-        batches = [made.rows[i : i + teacher.batch_rows] for i in range(0, len(made.rows), teacher.batch_rows)]
+        batches = made.rows.batches(teacher.batch_rows)
         rows = 0
         made_targets = teacher.run_all(batches, manifest, rule, shard=shard, seed=manifest.seed)
         for batch, found in zip(batches, made_targets, strict=True):
@@ -125,11 +124,6 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         return {p.name: p.read_bytes() for p in sorted(Path(scratch).rglob("*")) if p.is_file()}
-
-
-def _range_size(manifest: Manifest, shard: int) -> int:
-    start = shard * manifest.docs_per_shard
-    return min(manifest.docs_per_shard, manifest.documents - start)
 
 
 def _summary(storage: Storage, worker: Worker, tally: _Tally, seconds: float) -> dict[str, Any]:

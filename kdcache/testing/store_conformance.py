@@ -34,6 +34,7 @@ from kdcache.store.row_format import RowFormat
 from kdcache.store.shards import FOLDER, Shard, ShardWriter, shard_stem
 from kdcache.store.storage import Storage
 from kdcache.testing.example_rows import (
+    DOCUMENTS,
     SELECTIONS,
     SHARDS,
     Example,
@@ -199,9 +200,7 @@ class StoreConformance:
                     writer.write(*row)
             entropies = histogram_of(rows)
             done += [
-                publish_shard(
-                    storage, standing, w, documents=plain.docs_per_shard, dropped=0, entropies=entropies, compute={}
-                )
+                publish_shard(storage, standing, w, documents=DOCUMENTS, dropped=0, entropies=entropies, compute={})
                 for w in (two, one)
             ]
         assert done == [True, False]
@@ -374,7 +373,7 @@ class StoreConformance:
         standing = write_cache(storage, plain, example_rows(plain, 3))
         commit = read_commits(storage, standing)[1]
         for field in ("labels", "positions", "entries", "documents", "dropped", "tokens_sha256", "content_sha256"):
-            lie = "f" * 64 if field.endswith("sha256") else getattr(commit, field) + plain.docs_per_shard + 1
+            lie = "f" * 64 if field.endswith("sha256") else getattr(commit, field) + DOCUMENTS + 1
             storage.delete(commit_name(1))
             Commit(**{**vars(commit), field: lie}).write(storage)
             assert self.problems(storage) & {commit_name(1), commit.objects[0]["name"]}, field

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import platform
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -278,7 +278,7 @@ class Teacher:
         return self._start(rows, manifest, rule, shard, first_row, seed).finish()
 
     def run_all(
-        self, batches: list[list[PackedRow]], manifest: Manifest, rule: Selection, *, shard: int = 0, seed: int = 0
+        self, batches: Iterable[list[PackedRow]], manifest: Manifest, rule: Selection, *, shard: int = 0, seed: int = 0
     ) -> Iterator[Targets]:
         """Targets of batch after batch, the rows of a shard from its first on; see `run`.
 
