@@ -319,7 +319,7 @@ BAD: dict[str, tuple[type[KdcacheError], str, dict[str, Any]]] = {
     "negative temperature": (ConfigError, "--temperatures", {"temperatures": "1,-2"}),
     "precision": (ConfigError, "--precision float8", {"precision": "float8"}),
     "selection": (ConfigError, "--select best", {"select": "best"}),
-    "device": (ConfigError, "--device quantum", {"device": "quantum"}),
+    "device": (ConfigError, "device quantum", {"device": "quantum"}),
     "cold": (ConfigError, "lie in 0.01 to 100", {"temperatures": "1,1e-40"}),
     "strange device": (ConfigError, "is not a cpu, cuda or mps device", {"device": "meta"}),
     "worker": (ConfigError, "I must lie in 0 to N-1", {"worker": "5/5"}),

@@ -22,6 +22,7 @@ LAYERS = [
     {"selection", "losses", "codec", "isolation"},
     {"corpus"},
     {"store"},
+    {"file_hashes"},
     {"pretrained"},
     {"cache", "verify"},
     {"convert"},
