@@ -150,7 +150,7 @@ class Cache:
 
     def missing(self) -> list[int]:
         """Planned shards that are not committed."""
-        return sorted(set(range(self.manifest.shards)) - set(self.commits))
+        return [shard for shard in range(self.manifest.shards) if shard not in self.commits]
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -249,9 +249,10 @@ def open_cache(
     if local_copy is not None:
         storage = mirror(storage, manifest.sha256, local_copy, limit)
     cache = Cache(storage, manifest, read_commits(storage, manifest))
-    if cache.missing() and not partial:
+    missing = manifest.shards - len(cache.commits)
+    if missing and not partial:
         raise IncompleteCacheError(
-            f"{storage} is incomplete: {len(cache.missing())} of {manifest.shards} shards are missing; "
+            f"{storage} is incomplete: {missing} of {manifest.shards} shards are missing; "
             "run the same dump-teacher command again to finish it"
         )
     if not partial:

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from kdcache.corpus.plan import Plan
 from kdcache.errors import ConfigError, TargetError
 from kdcache.extras import ExtraSpec
 from kdcache.pretrained import load_tokenizer, tokenizer_fingerprint
@@ -38,7 +39,7 @@ from kdcache.selection import Selection
 from kdcache.selection.target_faults import find_fault
 from kdcache.store import publish
 from kdcache.store.commit import Commit, added, histogram, read_commits, totals
-from kdcache.store.manifest import Manifest
+from kdcache.store.manifest import Manifest, today
 from kdcache.store.open_storage import open_storage
 from kdcache.store.row_format import Extras
 from kdcache.store.shards import ShardWriter
@@ -107,7 +108,6 @@ def create_cache(
         documents = shards
     if documents < shards:
         raise ConfigError(f"documents is {documents}, fewer than the {shards} shards")
-    each = -(-documents // shards)
     files, tokenizer_sha256 = _read_tokenizer(tokenizer)
     fields: dict[str, Any] = {
         "teacher_sha256": _fingerprint(teacher),
@@ -115,8 +115,11 @@ def create_cache(
         "tokenizer_files": {},
         "corpus_sha256": _fingerprint(corpus),
         "filters": {},
-        "documents": each * shards,
-        "docs_per_shard": each,
+        "documents": documents,
+        "shards": shards,
+        "plan": {},
+        "date": today(),
+        "on_bad_record": "stop",
         "vocab_size": vocab_size,
         "seq_len": seq_len,
         "isolate": isolate,
@@ -151,19 +154,22 @@ class CacheWriter:
         self.storage, self.manifest = storage, manifest
 
     @classmethod
-    def create(cls, storage: Storage, manifest: Manifest, tokenizer: dict[str, bytes]) -> Self:
+    def create(
+        cls, storage: Storage, manifest: Manifest, tokenizer: dict[str, bytes], plan: Plan | None = None
+    ) -> Self:
         """The writer of a cache of this manifest, which is created unless it stands there.
 
         Args:
             storage: where the cache lies.
             manifest: what it is.
             tokenizer: the content of its tokenizer's files, by name.
+            plan: of the shards; None where the rows come from no corpus of kdcache.
 
         Raises:
             CacheMismatchError: a cache of another configuration stands there.
             CacheError: it cannot be written.
         """
-        writer = cls(storage, publish.create_cache(storage, manifest, tokenizer))
+        writer = cls(storage, publish.create_cache(storage, manifest, tokenizer, plan))
         publish.sweep(storage, writer.manifest)
         return writer
 
@@ -287,9 +293,8 @@ class NewShard:
 
 
 def _share(manifest: Manifest, shard: int) -> int:
-    """Documents of a shard."""
-    start = shard * manifest.docs_per_shard
-    return min(manifest.docs_per_shard, manifest.documents - start)
+    """Documents of a shard, where all shards have as many as others or one more."""
+    return (shard + 1) * manifest.documents // manifest.shards - shard * manifest.documents // manifest.shards
 
 
 def _pack(

@@ -27,6 +27,7 @@ from kdcache.selection import Selection, narrow, require_narrower
 from kdcache.store.commit import read_commits, totals
 from kdcache.store.manifest import STORES, Manifest
 from kdcache.store.open_storage import open_storage
+from kdcache.store.plan import read_plan
 from kdcache.store.publish import TOKENIZER, create_cache, new_shard, publish_shard, require_free_or_same, sweep
 from kdcache.store.row_format import Record
 from kdcache.targets import SparseTargets
@@ -70,7 +71,9 @@ def convert(
     standing = require_free_or_same(storage, wanted)
     if standing is None:
         wanted = dataclasses.replace(wanted, id_order=_id_order(source, wanted))
-    manifest = create_cache(storage, standing or wanted, _tokenizer_files(source))
+    manifest = create_cache(
+        storage, standing or wanted, _tokenizer_files(source), read_plan(source.storage, source.manifest)
+    )
     sweep(storage, manifest)
     done = read_commits(storage, manifest)
     mine = [shard for shard in range(manifest.shards) if me.owns(shard) and shard not in done]

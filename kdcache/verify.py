@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from kdcache.corpus.plan import Plan
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.store.commit import FOLDER as COMMITS
 from kdcache.store.commit import Commit, commit_name
-from kdcache.store.manifest import NAME, Manifest
+from kdcache.store.manifest import NAME, PLAN, Manifest
 from kdcache.store.open_storage import open_storage
+from kdcache.store.plan import read_plan
 from kdcache.store.publish import TOKENIZER, open_shard
 from kdcache.store.shards import FOLDER, shard_stem
 from kdcache.store.storage import Storage
+
+_MOST_MISSING = 1000
+"""Shards without a commit that are named one by one."""
 
 
 @dataclass(kw_only=True)
@@ -64,16 +70,20 @@ def verify_cache(path: str | os.PathLike[str], on_progress: Callable[[int, int],
     report.objects, report.bytes = 1, storage.size(NAME) or 0
     files = [{"name": f"{TOKENIZER}/{name}", "sha256": sha256} for name, sha256 in manifest.tokenizer_files.items()]
     _check_objects(report, storage, None, files)
+    plan = _read_plan(report, storage, manifest)
     content, listed = hashlib.sha256(), set(storage.names(COMMITS))
     known: dict[str, int | None] = {f"{TOKENIZER}/{name}": None for name in manifest.tokenizer_files}
+    missing = 0
     for shard in range(manifest.shards):
         if on_progress:
             on_progress(shard, manifest.shards)
         if commit_name(shard) not in listed:
-            report.add(shard, commit_name(shard), "the shard is not committed")
+            missing += 1
+            if missing <= _MOST_MISSING:
+                report.add(shard, commit_name(shard), "the shard is not committed")
             continue
         known[commit_name(shard)] = None
-        commit = _read_commit(report, storage, manifest, shard)
+        commit = _read_commit(report, storage, manifest, plan, shard)
         if commit is None:
             continue
         known |= {data["name"]: shard for data in commit.objects}
@@ -81,13 +91,29 @@ def verify_cache(path: str | os.PathLike[str], on_progress: Callable[[int, int],
         if _check_objects(report, storage, shard, commit.objects):
             _check_rows(report, storage, manifest, commit)
         content.update(commit.content_sha256.encode())
+    if missing > _MOST_MISSING:
+        report.add(None, COMMITS, f"{missing - _MOST_MISSING:,} more shards are not committed")
     _check_strays(report, storage, manifest, known)
     if report.ok:
         report.content_sha256 = content.hexdigest()
     return report
 
 
-def _read_commit(report: VerifyReport, storage: Storage, manifest: Manifest, shard: int) -> Commit | None:
+def _read_plan(report: VerifyReport, storage: Storage, manifest: Manifest) -> Plan | None:
+    """The plan, if there is one and it is sound."""
+    try:
+        plan = read_plan(storage, manifest)
+    except CorruptCacheError as error:
+        report.add(None, PLAN, error)
+        return None
+    if plan is not None:
+        report.objects, report.bytes = report.objects + 1, report.bytes + manifest.plan["bytes"]
+    return plan
+
+
+def _read_commit(
+    report: VerifyReport, storage: Storage, manifest: Manifest, plan: Plan | None, shard: int
+) -> Commit | None:
     name = commit_name(shard)
     try:
         commit = Commit.read(storage, shard, manifest.sha256)
@@ -99,9 +125,8 @@ def _read_commit(report: VerifyReport, storage: Storage, manifest: Manifest, sha
     if commit is None:
         report.add(shard, name, "it cannot be read")
         return None
-    first = shard * manifest.docs_per_shard
-    documents = min(manifest.docs_per_shard, manifest.documents - first)
-    if commit.documents != documents or commit.dropped > documents:
+    documents = plan.documents_of(shard) if plan else manifest.documents
+    if (plan and commit.documents != documents) or not commit.dropped <= commit.documents <= documents:
         report.add(shard, name, f"it claims {commit.documents} documents, {commit.dropped} dropped, of {documents}")
     report.objects, report.bytes = report.objects + 1, report.bytes + (storage.size(name) or 0)
     return commit
@@ -146,7 +171,7 @@ def _check_strays(report: VerifyReport, storage: Storage, manifest: Manifest, kn
     """
     committed = set(known.values())
     for name in (name for folder in (FOLDER, COMMITS, TOKENIZER) for name in storage.names(folder)):
-        number = name.removeprefix(f"{FOLDER}/")[:5]
+        number = re.split("[.-]", name.removeprefix(f"{FOLDER}/"))[0]
         leftover = number.isdecimal() and int(number) < manifest.shards
         if leftover and int(number) in committed:
             leftover = name.startswith(f"{shard_stem(int(number))}-")

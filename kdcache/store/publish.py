@@ -1,6 +1,6 @@
 """Create: how a cache comes into being, and how a shard joins it.
 
-Order of writes, each durable before the next: tokenizer, manifest; then for each shard its data, then its commit.
+Order of writes, each durable before the next: tokenizer, plan, manifest; then for each shard its data, then its commit.
 Every step is create-only, so workers that race leave one manifest and one commit a shard.
 
 Backends: the stores by name.
@@ -12,10 +12,12 @@ import dataclasses
 import hashlib
 from typing import Any
 
+from kdcache.corpus.plan import Plan
 from kdcache.errors import CacheError
 from kdcache.store.arrow_store import ArrowShardWriter
 from kdcache.store.commit import Commit, read_commits
-from kdcache.store.manifest import NAME, Manifest
+from kdcache.store.manifest import NAME, PLAN, Manifest
+from kdcache.store.plan import create_plan
 from kdcache.store.shards import Shard, ShardWriter, shard_stem
 from kdcache.store.storage import Storage
 from kdcache.store.zarr_store import ZarrShardWriter
@@ -54,7 +56,7 @@ def require_free_or_same(storage: Storage, manifest: Manifest) -> Manifest | Non
         standing.require_same(manifest, storage)
         return standing
     strangers = [
-        name for name in storage.names() if not name.startswith(f"{TOKENIZER}/")
+        name for name in storage.names() if not name.startswith(f"{TOKENIZER}/") and name != PLAN
     ]  # written before the manifest
     if NAME in strangers:  # another worker was quick
         return require_free_or_same(storage, manifest)
@@ -65,8 +67,16 @@ def require_free_or_same(storage: Storage, manifest: Manifest) -> Manifest | Non
     return None
 
 
-def create_cache(storage: Storage, manifest: Manifest, tokenizer: dict[str, bytes]) -> Manifest:
-    """Write the tokenizer's files and then the manifest, or take those that another worker has written.
+def create_cache(
+    storage: Storage, manifest: Manifest, tokenizer: dict[str, bytes], plan: Plan | None = None
+) -> Manifest:
+    """Write the tokenizer's files, the plan and then the manifest, or take those that another worker has written.
+
+    Args:
+        storage: where the cache is to lie.
+        manifest: all but `tokenizer_files` and `plan`, which follow from what is written here.
+        tokenizer: the bytes of each of its files, by name.
+        plan: of the shards; None where the cache is not made from a corpus.
 
     Raises:
         CacheError: the files of another tokenizer lie there, or the place cannot be written.
@@ -82,9 +92,10 @@ def create_cache(storage: Storage, manifest: Manifest, tokenizer: dict[str, byte
         if strays and storage.size(NAME) is None:
             raise CacheError(f"{storage.where(strays[0])} is a stray file; delete {TOKENIZER}, or choose another --out")
         sums = {name: hashlib.sha256(data).hexdigest() for name, data in tokenizer.items()}
+        planned = {} if plan is None else create_plan(storage, plan)
     else:
-        sums = manifest.tokenizer_files
-    return dataclasses.replace(manifest, tokenizer_files=sums).create(storage)
+        sums, planned = manifest.tokenizer_files, manifest.plan
+    return dataclasses.replace(manifest, tokenizer_files=sums, plan=planned).create(storage)
 
 
 def publish_shard(

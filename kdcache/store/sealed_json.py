@@ -47,14 +47,14 @@ def seal(fields: dict[str, Any]) -> bytes:
     return data
 
 
-def parse(data: bytes) -> Any:
+def parse(data: bytes, most_values: int = _MOST_VALUES) -> Any:
     """A JSON value that every reader understands alike: UTF-8, each key once, no NaN, not too many values or levels.
 
     Raises:
         ValueError: it is not.
     """
-    if sum(map(data.count, (b"{", b"[", b","))) > _MOST_VALUES:  # each takes 60 bytes of memory for 3 of text
-        raise ValueError(f"it has more than {_MOST_VALUES} values")
+    if sum(map(data.count, (b"{", b"[", b","))) > most_values:  # each takes 60 bytes of memory for 3 of text
+        raise ValueError(f"it has more than {most_values} values")
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
     except RecursionError:

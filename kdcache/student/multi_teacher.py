@@ -129,7 +129,7 @@ def _rows_of(manifest: Manifest) -> dict[str, Any]:
         "corpus": manifest.corpus_sha256[:12],
         "filters": manifest.filters,
         "documents": manifest.documents,
-        "docs_per_shard": manifest.docs_per_shard,
+        "shards": manifest.shards,
         "seq_len": manifest.seq_len,
         "isolate": manifest.isolate,
     }

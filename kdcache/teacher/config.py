@@ -54,7 +54,10 @@ class DumpConfig:
     # store
     store: str = option("arrow or zarr", "arrow")
     precision: str | None = option("float32, float16, or 4 to 16 bits a value  [default: 6, and 8 for full]", None)
-    docs_per_shard: int | None = option("documents a shard  [default: from the corpus's size]", None)
+    docs_per_shard: int | None = option("documents a shard  [default: as many as --chars-per-shard asks for]", None)
+    chars_per_shard: int | None = option(
+        "characters a shard, at least  [default: a 64th of the corpus, 256 thousand to 16 million]", None
+    )
     # compute
     engine: str = option("what runs the teacher: transformers, or one that a plug-in registers", "transformers")
     device: str = option("auto, cpu, cuda, cuda:1, mps", "auto")
@@ -73,8 +76,11 @@ class DumpConfig:
             raise ConfigError(f"--seed is {self.seed}, but must lie in 0 to 2^63 - 1")
         if self.adaptive and self.select != "ipps":
             raise ConfigError(f"--adaptive is for --select ipps, not {self.select}")
-        if self.docs_per_shard is not None and self.docs_per_shard < 1:
-            raise ConfigError(f"--docs-per-shard is {self.docs_per_shard}, but must be at least 1")
+        for name in ("docs_per_shard", "chars_per_shard"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least 1")
+        if self.docs_per_shard is not None and self.chars_per_shard is not None:
+            raise ConfigError("--docs-per-shard and --chars-per-shard exclude each other")
         if self.store not in ("arrow", "zarr"):
             raise ConfigError(f"--store {self.store} is not one of arrow, zarr")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

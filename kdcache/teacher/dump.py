@@ -20,7 +20,6 @@ from typing import Any
 from kdcache.cache_writer import CacheWriter, NewShard, tokenizer_files
 from kdcache.rows import PackedRow
 from kdcache.store.commit import read_commits
-from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
 from kdcache.store.publish import require_free_or_same
 from kdcache.teacher.background_writer import BackgroundWriter
@@ -48,20 +47,19 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     started = time.perf_counter()
     worker = find_worker(config.worker, os.environ)
     storage = open_storage(config.out)
-    inputs = open_inputs(config)
+    inputs = open_inputs(config, storage)
     planned = inputs.manifest
     request = TargetRequest.of(planned)
     require_answerable(find_engine(config.engine), request, planned.choice)
-    inputs.require_positions()
     standing = require_free_or_same(storage, planned)
     done = read_commits(storage, standing) if standing else {}
     mine = [s for s in range(planned.shards) if worker.owns(s) and s not in done]
-    tally = _Tally(on_progress, sum(_range_size(planned, s) for s in mine))
+    tally = _Tally(on_progress, sum(inputs.plan.documents_of(s) for s in mine))
     writer = CacheWriter(storage, standing or planned)
     if mine or not standing:
         with open_teacher(config.teacher_spec, planned.row_spec, request) as teacher:
             wanted = standing or run_pilot(teacher, inputs)
-            writer = CacheWriter.create(storage, wanted, tokenizer_files(inputs.tokenizer))
+            writer = CacheWriter.create(storage, wanted, tokenizer_files(inputs.tokenizer), inputs.plan)
             for shard in mine:
                 _make_shard(writer, shard, inputs, teacher, tally)
     return _summary(writer, worker, tally, time.perf_counter() - started)
@@ -97,14 +95,14 @@ def _make_shard(writer: CacheWriter, number: int, inputs: Inputs, teacher: Opene
     made, request, positions, rows = inputs.shard_rows(number), TargetRequest.of(writer.manifest), 0, 0
     with writer.shard(number) as shard, BackgroundWriter() as background:
         shard.documents, shard.dropped, shard.compute = made.documents, made.dropped, teacher.compute
-        batches = [made.rows[i : i + teacher.batch_rows] for i in range(0, len(made.rows), teacher.batch_rows)]
+        batches = made.rows.batches(teacher.batch_rows)
         for batch, found in zip(batches, teacher.targets_of(batches, request, shard=number), strict=True):
             background.submit(functools.partial(_write, shard, batch, found))
             positions, rows = positions + sum(found.counts), rows + len(batch)
             tally.show(made.documents * rows / len(made.rows), positions)
         background.finish()
         tally.stalled_seconds += background.stalled_seconds
-    tally.finish(shard, _range_size(writer.manifest, number))
+    tally.finish(shard, made.documents)
 
 
 def _write(shard: NewShard, batch: list[PackedRow], found: BatchTargets) -> None:
@@ -113,11 +111,6 @@ def _write(shard: NewShard, batch: list[PackedRow], found: BatchTargets) -> None
         stop = start + len(row.tokens)
         shard.write_row(row, targets, {name: values[start:stop] for name, values in found.extras.items()})
         start = stop
-
-
-def _range_size(manifest: Manifest, shard: int) -> int:
-    start = shard * manifest.docs_per_shard
-    return min(manifest.docs_per_shard, manifest.documents - start)
 
 
 def _summary(writer: CacheWriter, worker: Worker, tally: _Tally, seconds: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Shapes: N labelled slots of a batch, n of a tile, V the vocabulary of the head (
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -93,7 +93,7 @@ class OpenedTeacher:
         return self._start(rows, request, shard, first_row).finish()
 
     def targets_of(
-        self, batches: Sequence[Sequence[PackedRow]], request: TargetRequest, *, shard: int = 0
+        self, batches: Iterable[Sequence[PackedRow]], request: TargetRequest, *, shard: int = 0
     ) -> Iterator[BatchTargets]:
         """Targets of batch after batch, the rows of a shard from its first on; see `targets`.
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdcache.corpus.plan import CorpusFile, Plan
 from kdcache.extras import ExtraSpec
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import KINDS, Selection, select
@@ -42,19 +43,36 @@ EXTRAS: dict[str, dict[str, Any]] = {
 SHARDS = 2
 """Of an example cache."""
 
+DOCUMENTS = 20
+"""Of each shard of an example cache."""
+
 
 def example_manifest(store: str, **changes: Any) -> Manifest:
     """A small manifest: 2 shards of 20 documents, rows of 12 slots, 50 ids."""
     zero = "0" * 64
     fields: dict[str, Any] = {
         "teacher_sha256": zero, "tokenizer_sha256": zero, "tokenizer_files": {}, "corpus_sha256": zero, "filters": {},
-        "documents": 20 * SHARDS, "docs_per_shard": 20, "vocab_size": 50, "seq_len": 12, "isolate": True,
+        "documents": DOCUMENTS * SHARDS, "shards": SHARDS, "plan": {}, "date": "2026-01-31", "on_bad_record": "stop",
+        "vocab_size": 50, "seq_len": 12, "isolate": True,
         "adaptive": False, "tau": None, "positions": "all", "seed": 0,
         "selection": SELECTIONS["topk"], "temperatures": (1.0, 2.0), "precision": "float32",
         "error_bound": {}, "id_order": (),
         "store": store, "origin": {},
     }  # fmt: skip
     return Manifest(**{**fields, **changes})
+
+
+def example_plan(manifest: Manifest) -> Plan:
+    """The plan of an example cache: as many documents a shard as go into it, in one file."""
+    first = np.arange(manifest.shards) * DOCUMENTS
+    return Plan(
+        first=first, last=np.append(first[1:] - 1, manifest.documents - 1), characters=np.full(manifest.shards, 100),
+        sha256=np.arange(32 * manifest.shards, dtype=np.uint8).reshape(-1, 32),
+        file=np.zeros(manifest.shards, np.int32), offset=100 * np.arange(manifest.shards),
+        files=(CorpusFile(name="example.txt", size=100 * manifest.shards),),
+        reading={"form": "text", "columns": ["text"], "split": "train", "split_text": "line"},
+        rule={"docs_per_shard": DOCUMENTS},
+    )  # fmt: skip
 
 
 def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | None = None) -> list[Example]:
@@ -115,7 +133,7 @@ def same_records(one: Record, two: Record) -> bool:
 
 def write_cache(storage: Storage, manifest: Manifest, rows: list[Example]) -> Manifest:
     """A complete cache that has these rows in each of its shards; the manifest that stands."""
-    standing = create_cache(storage, manifest, {"tokenizer.json": b"{}"})
+    standing = create_cache(storage, manifest, {"tokenizer.json": b"{}"}, example_plan(manifest))
     for shard in range(manifest.shards):
         assert write_shard(storage, standing, rows, shard)
     return standing
@@ -127,7 +145,7 @@ def write_shard(storage: Storage, manifest: Manifest, rows: list[Example], shard
         for row, targets in rows:
             writer.write(row, targets, extras=example_extras(manifest, row))
         return publish_shard(
-            storage, manifest, writer, documents=manifest.docs_per_shard, dropped=0, entropies=histogram_of(rows),
+            storage, manifest, writer, documents=DOCUMENTS, dropped=0, entropies=histogram_of(rows),
             compute={"a": 1},
         )  # fmt: skip
 

@@ -34,6 +34,7 @@ from kdcache.store.row_format import RowFormat
 from kdcache.store.shards import FOLDER, Shard, ShardWriter, shard_stem
 from kdcache.store.storage import Storage
 from kdcache.testing.example_rows import (
+    DOCUMENTS,
     EXTRAS,
     SELECTIONS,
     SHARDS,
@@ -132,7 +133,8 @@ class StoreConformance:
         rows = example_rows(manifest, count)
         standing = write_cache(storage, manifest, rows)
         found = self.streams(storage, read_commits(storage, standing)[1].objects, manifest.row_format)
-        expected = [manifest.row_format.pack(*row, extras=example_extras(manifest, row[0])).streams for row in rows]
+        form = manifest.row_format
+        expected = [form.pack(row, kept, extras=example_extras(manifest, row)).streams for row, kept in rows]
         assert len(found) == count
         for ours, theirs in zip(expected, found, strict=True):
             assert list(ours) == list(theirs)
@@ -206,9 +208,7 @@ class StoreConformance:
                     writer.write(*row)
             entropies = histogram_of(rows)
             done += [
-                publish_shard(
-                    storage, standing, w, documents=plain.docs_per_shard, dropped=0, entropies=entropies, compute={}
-                )
+                publish_shard(storage, standing, w, documents=DOCUMENTS, dropped=0, entropies=entropies, compute={})
                 for w in (two, one)
             ]
         assert done == [True, False]
@@ -381,7 +381,7 @@ class StoreConformance:
         standing = write_cache(storage, plain, example_rows(plain, 3))
         commit = read_commits(storage, standing)[1]
         for field in ("labels", "positions", "entries", "documents", "dropped", "tokens_sha256", "content_sha256"):
-            lie = "f" * 64 if field.endswith("sha256") else getattr(commit, field) + plain.docs_per_shard + 1
+            lie = "f" * 64 if field.endswith("sha256") else getattr(commit, field) + DOCUMENTS + 1
             storage.delete(commit_name(1))
             Commit(**{**vars(commit), field: lie}).write(storage)
             assert self.problems(storage) & {commit_name(1), commit.objects[0]["name"]}, field

@@ -86,7 +86,8 @@ def write(name: str) -> None:
     order.add(targets(rows(0)[0], 0, rule))
     manifest = Manifest(
         teacher_sha256="1" * 64, tokenizer_sha256="2" * 64, tokenizer_files={}, corpus_sha256="3" * 64,
-        filters={"min_chars": 0, "drop": None, "limit_docs": None}, documents=15, docs_per_shard=8, vocab_size=VOCAB,
+        filters={"min_chars": 0, "drop": None, "limit_docs": None}, documents=15, shards=2, plan={}, date="2026-11-28",
+        on_bad_record="stop", vocab_size=VOCAB,
         seq_len=SLOTS, isolate=True, selection=rule.to_fields(), adaptive=rule.tau is not None, tau=rule.tau,
         positions=POSITIONS.get(kind, "all"),
         seed=0,

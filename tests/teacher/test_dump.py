@@ -226,13 +226,14 @@ def test_a_remade_shard_is_the_same_whoever_makes_it(
     assert positions > 500 and differing <= 0.002 * positions + 1
 
 
-def test_the_same_documents_in_another_file_go_on(cache: Path, teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    import datasets
-
-    other = tmp_path / "same.parquet"
-    datasets.Dataset.from_dict({"body": TEXTS}).to_parquet(str(other))
+def test_the_same_documents_elsewhere_go_on(cache: Path, teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    """A corpus may lie in another folder on another machine; its files have the same names and sizes."""
+    (tmp_path / "there").mkdir()
+    other = Path(shutil.copy(corpus, tmp_path / "there"))
     shutil.copytree(cache, tmp_path / "c")
-    assert dump(dump_options(teacher, other, tmp_path / "c", text_column="body"))["complete"]
+    (tmp_path / "c/commits/00002.json").unlink()
+    assert dump(dump_options(teacher, other, tmp_path / "c"))["complete"]
+    assert files(tmp_path / "c") == files(cache)
 
 
 def test_chat_targets_lie_on_the_assistants_tokens(teacher: Path, tmp_path: Path) -> None:
@@ -331,7 +332,7 @@ BAD: dict[str, tuple[type[KdcacheError], str, dict[str, Any]]] = {
     "negative temperature": (ConfigError, "--temperatures", {"temperatures": "1,-2"}),
     "precision": (ConfigError, "--precision float8", {"precision": "float8"}),
     "selection": (ConfigError, "--select best", {"select": "best"}),
-    "device": (ConfigError, "--device quantum", {"device": "quantum"}),
+    "device": (ConfigError, "device quantum", {"device": "quantum"}),
     "cold": (ConfigError, "lie in 0.01 to 100", {"temperatures": "1,1e-40"}),
     "strange device": (ConfigError, "is not a cpu, cuda or mps device", {"device": "meta"}),
     "worker": (ConfigError, "I must lie in 0 to N-1", {"worker": "5/5"}),
@@ -380,14 +381,18 @@ def test_a_cache_of_another_configuration_is_not_touched(
     out = tmp_path / "c"
     shutil.copytree(cache, out)
     before = files(out)
-    changes = {"seq_len": 32, "k": 4, "temperatures": "1", "precision": "float16", "docs_per_shard": 7}
+    changes = {"seq_len": 32, "k": 4, "temperatures": "1", "precision": "float16", "min_chars": 3}
     for name, value in changes.items():
         with pytest.raises(CacheMismatchError, match="another configuration") as caught:
             dump(dump_options(teacher, corpus, out, **{name: value}))
-        assert ("selection" if name == "k" else name) in str(caught.value)
+        assert {"k": "selection", "min_chars": "filters"}.get(name, name) in str(caught.value)
+    with pytest.raises(CacheMismatchError, match="its shards have docs_per_shard 30, not docs_per_shard 7"):
+        dump(dump_options(teacher, corpus, out, docs_per_shard=7))
+    with pytest.raises(CacheMismatchError, match="its shards have docs_per_shard 30, not chars_per_shard 5,000"):
+        dump(dump_options(teacher, corpus, out, docs_per_shard=None, chars_per_shard=5000))
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"text": "something else"}) + "\n")
-    with pytest.raises(CacheMismatchError, match="corpus_sha256"):
+    with pytest.raises(CorpusError, match=r"it has a file other\.jsonl where that had texts\.jsonl"):
         dump(dump_options(teacher, other, out))
     make_tokenizer(tmp_path / "t")
     make_model(tmp_path / "t", scale=2.0)
@@ -463,6 +468,13 @@ def test_settings_are_frozen_and_checked(teacher: Path, corpus: Path, tmp_path: 
     config = dump_options(teacher, corpus, tmp_path)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.k = 3
-    for changes in ({"seq_len": 1}, {"batch_rows": 0}, {"docs_per_shard": 0}, {"dtype": "int8"}, {"device_map": "gpu"}):
+    for changes in (
+        {"seq_len": 1},
+        {"batch_rows": 0},
+        {"docs_per_shard": 0},
+        {"chars_per_shard": 5},
+        {"dtype": "int8"},
+        {"device_map": "gpu"},
+    ):
         with pytest.raises(ConfigError):
             dataclasses.replace(config, **changes)
