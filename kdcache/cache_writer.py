@@ -336,7 +336,7 @@ def _pack(
         wrong = np.flatnonzero(row.labels(seq_len)[: len(given)] != given)
         if len(wrong):
             raise ConfigError(
-                f"{where} has at slot {wrong[0]} the label {given[wrong[0]]}, which does not follow there"
+                f"{where} has the label {given[wrong[0]]} at slot {wrong[0]}, which does not follow there"
             )
     return row
 

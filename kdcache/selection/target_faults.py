@@ -67,8 +67,8 @@ def _values(targets: SparseTargets, selection: Selection, vocab_size: int) -> It
     for name in ("log_partition", "entropy", "label_logprob"):
         known = getattr(targets, name)
         if known is not None:
-            yield ~torch.isfinite(known), f"a {name} that is not finite"
+            yield ~torch.isfinite(known), f"a value of {name} that is not finite"
     if targets.entropy is not None:
         yield targets.entropy < -_ROUNDING, "an entropy below 0"
     if targets.log_tail is not None and not sampled:
-        yield ~(targets.log_tail <= _ROUNDING), "a log_tail above 0"  # or NaN; -inf where everything is kept
+        yield ~(targets.log_tail <= _ROUNDING), "a value of log_tail above 0"  # or NaN; -inf where everything is kept
