@@ -90,6 +90,11 @@ class DumpConfig:
         object.__setattr__(self, "extra", (self.extra,) if isinstance(self.extra, str) else tuple(self.extra))
         if self.extra_precision not in EXTRA_PRECISIONS:
             raise ConfigError(f"--extra-precision {self.extra_precision} is not one of {', '.join(EXTRA_PRECISIONS)}")
+        if self.extra and not self.tile_head:
+            raise ConfigError(
+                f"--extra {self.extra[0]} is what the output head is given, which needs the head in tiles; leave out "
+                "--no-tile-head"
+            )
         require_engine(self.engine)
         object.__setattr__(self, "positions", Positions(self.positions).rule)
         _ = self.stored_temperatures
