@@ -34,7 +34,7 @@ from kdcache import Selection
 from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.isolation import packed_forward
 from kdcache.rows import IGNORE, PackedRow, position_ids
-from kdcache.store.commit import added, histogram
+from kdcache.store.commit import add_histograms, histogram
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
 from kdcache.store.publish import new_shard, publish_shard
@@ -73,7 +73,9 @@ def dump(teacher: Teacher, manifest: Manifest, batches: Batches) -> None:
             for batch, found in zip(batches, teacher.run_all(batches, manifest, manifest.rule), strict=True):
                 beside.run(partial(write, batch, found))
             beside.finish()
-            publish_shard(storage, manifest, writer, documents=1, dropped=0, entropies=added(entropies), compute={})
+            publish_shard(
+                storage, manifest, writer, documents=1, dropped=0, entropies=add_histograms(entropies), compute={}
+            )
 
 
 def some_batches(inputs: Inputs, rows: int, batch_rows: int) -> Batches:

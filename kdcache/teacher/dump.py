@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.rows import PackedRow
-from kdcache.store.commit import added, histogram, read_commits, totals
+from kdcache.store.commit import add_histograms, histogram
+from kdcache.store.commits import committed, read_commits
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
-from kdcache.store.publish import create_cache, new_shard, publish_shard, require_free_or_same, sweep
+from kdcache.store.publish import create_cache, new_shard, publish_shard, require_free_or_same, sweep, totals
+from kdcache.store.seal import seal_cache, unseal
 from kdcache.store.shards import ShardWriter
 from kdcache.store.storage import Storage
 from kdcache.targets import SparseTargets
@@ -54,7 +56,9 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     inputs = open_inputs(config)
     inputs.require_positions()
     standing = require_free_or_same(storage, inputs.manifest)
-    done = read_commits(storage, standing) if standing else {}
+    done = set(committed(storage, standing)) if standing else set()
+    if standing:
+        read_commits(storage, standing, [s for s in done if worker.owns(s)])  # refuses one that is damaged
     mine = [s for s in range(inputs.manifest.shards) if worker.owns(s) and s not in done]
     tally = _Tally(on_progress, sum(_range_size(inputs.manifest, s) for s in mine))
     if mine or not standing:
@@ -62,9 +66,12 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
         wanted = standing or run_pilot(teacher, inputs)
         manifest = create_cache(storage, wanted, _tokenizer_files(inputs.tokenizer))
         sweep(storage, manifest)
+        if mine:
+            unseal(storage)
         for shard in mine:
             tally.finish(_make_shard(storage, shard, inputs, manifest, teacher, tally), _range_size(manifest, shard))
         sweep(storage, manifest)  # again: data without a commit is known to be nobody's once its shard has one
+    seal_cache(storage)
     return _summary(storage, worker, tally, time.perf_counter() - started)
 
 
@@ -110,8 +117,8 @@ def _make_shard(
         beside.finish()
         tally.waited += beside.waited
         done = publish_shard(
-            storage, manifest, writer, documents=made.documents, dropped=made.dropped, entropies=added(entropies),
-            compute=teacher.compute,
+            storage, manifest, writer, documents=made.documents, dropped=made.dropped,
+            entropies=add_histograms(entropies), compute=teacher.compute,
         )  # fmt: skip
         return positions if done else None
 

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.store import manifest as manifests
-from kdcache.store.commit import Commit, commit_name, read_commits
+from kdcache.store.commit import Commit, commit_name
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, Manifest
 from kdcache.store.publish import WRITERS, create_cache, new_shard, open_shard, publish_shard
