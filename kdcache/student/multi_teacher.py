@@ -10,6 +10,7 @@ Cost: of reading, that of all caches.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -70,8 +71,8 @@ class PooledCache:
 
     def read_rows(self, indices: Iterable[int]) -> Iterator[tuple[PackedRow, Pool]]:
         """The same of several rows, in their order; all caches read ahead where one does."""
-        numbers = list(indices)
-        each = [teacher.cache.read_rows(numbers) for teacher in self.teachers]
+        numbers, *copies = itertools.tee(indices, 1 + len(self.teachers))
+        each = [teacher.cache.read_rows(copy) for teacher, copy in zip(self.teachers, copies, strict=True)]
         for index, *found in zip(numbers, *each, strict=True):
             yield self._pooled(index, found)
 
