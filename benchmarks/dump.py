@@ -1,7 +1,7 @@
 """The dump's arithmetic beside a bare forward pass of the same teacher, on the same batches in one run.
 
     python -m benchmarks.dump [--teacher DIR] [--corpus FILE] [--rows 8] [--seq-len 512] [--batch-rows 4] [--repeats 7]
-                              [--tile-logits N ...] [--no-tile-head]
+                              [--tile-logits N ...] [--no-tile-head] [--json FILE]
     python -m benchmarks.dump --shape 1b --device cuda --rows 32 --seq-len 1024 --batch-rows 8
 
 Bare is `model(...).logits` with isolation, and nothing done with them. Beside it, each as a ratio to the bare pass
@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.record import write
 from benchmarks.teachers import SHAPES, make_teacher
 from kdcache import Selection
 from kdcache.codec.id_ranks import FrequencyOrder
@@ -62,7 +63,7 @@ def with_order(teacher: Teacher, inputs: Inputs, batches: Batches, rule: Selecti
 def dump(teacher: Teacher, manifest: Manifest, batches: Batches) -> None:
     entropies: list[list[int]] = []
 
-    def write(batch: list[PackedRow], found: Targets) -> None:
+    def encode(batch: list[PackedRow], found: Targets) -> None:
         for row, part in zip(batch, found.targets.split(found.labels), strict=True):
             writer.write(row, part)
         entropies.append(histogram(found.entropy))
@@ -71,7 +72,7 @@ def dump(teacher: Teacher, manifest: Manifest, batches: Batches) -> None:
         storage = open_storage(folder)
         with new_shard(storage, manifest, 0) as writer, Beside() as beside:
             for batch, found in zip(batches, teacher.run_all(batches, manifest, manifest.rule), strict=True):
-                beside.run(partial(write, batch, found))
+                beside.run(partial(encode, batch, found))
             beside.finish()
             publish_shard(storage, manifest, writer, documents=1, dropped=0, entropies=added(entropies), compute={})
 
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tile-logits", type=int, nargs="+", help="sizes of a tile to try, in logits")
     parser.add_argument("--no-tile-head", dest="tile_head", action="store_false")
+    parser.add_argument("--json", help="a file for the results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.shape:
@@ -191,6 +193,8 @@ def report(options: argparse.Namespace) -> None:
         transformers.GPU_TILES = sys.maxsize
     sizes = options.tile_logits or [transformers.TILE_LOGITS[teacher.device.type]]
     seconds = measure(works(teacher, inputs, batches, sizes), options.repeats, teacher.device)
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "teacher", "corpus")}
+    write(options.json, str(teacher.device), {**settings, "positions": int(slots)}, {"seconds": seconds})
     print(f"{'least seconds, and how often the bare pass':48} seconds  positions/s   minima    least   median")
     for name, values in seconds.items():
         ratios = [value / bare for value, bare in zip(values, seconds["bare"], strict=True)]
