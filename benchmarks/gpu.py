@@ -26,7 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PARTS = {
-    "tests": (240, ["pytest", "-c", "tests/gpu/pytest.ini", "--rootdir", ".", "-q", "-m", "gpu", "tests/gpu"]),
+    "tests": (240, ["pytest", "-c", "tests/gpu/plain.ini", "--rootdir", ".", "--confcutdir", ".", "-q", "-m", "gpu",
+                    "tests/gpu"]),
     "dump": (150, ["benchmarks.dump", "--shape", "1b", "--rows", "32", "--seq-len", "1024", "--batch-rows", "8",
                    "--repeats", "3"]),
     "head": (100, ["benchmarks.head", "--repeats", "5"]),
