@@ -1,7 +1,7 @@
 """The dump's arithmetic beside a bare forward pass of the same teacher, on the same batches in one run.
 
     python -m benchmarks.dump [--teacher DIR] [--corpus FILE] [--rows 8] [--seq-len 512] [--batch-rows 4] [--repeats 7]
-                              [--tile-logits N ...] [--no-tile-head]
+                              [--tile-logits N ...] [--no-tile-head] [--json FILE]
     python -m benchmarks.dump --shape 1b --device cuda --rows 32 --seq-len 1024 --batch-rows 8
 
 Bare is `model(...).logits` with isolation, and nothing done with them. Beside it, each as a ratio to the bare pass
@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.record import write
 from benchmarks.teachers import SHAPES, make_teacher
 from kdcache import Selection
 from kdcache.cache_writer import CacheWriter
@@ -62,7 +63,7 @@ def with_order(teacher: OpenedTeacher, inputs: Inputs, batches: Batches, rule: S
 
 
 def dump(teacher: OpenedTeacher, manifest: Manifest, batches: Batches) -> None:
-    def write(batch: list[PackedRow], found: BatchTargets) -> None:
+    def encode(batch: list[PackedRow], found: BatchTargets) -> None:
         for row, part in zip(batch, found.targets.split(found.counts), strict=True):
             shard.write_row(row, part)
 
@@ -70,7 +71,7 @@ def dump(teacher: OpenedTeacher, manifest: Manifest, batches: Batches) -> None:
         writer = CacheWriter(open_storage(folder), manifest)
         with writer.shard(0) as shard, BackgroundWriter() as background:
             for batch, found in zip(batches, teacher.targets_of(batches, TargetRequest.of(manifest)), strict=True):
-                background.submit(partial(write, batch, found))
+                background.submit(partial(encode, batch, found))
             background.finish()
 
 
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tile-logits", type=int, nargs="+", help="sizes of a tile to try, in logits")
     parser.add_argument("--no-tile-head", dest="tile_head", action="store_false")
+    parser.add_argument("--json", help="a file for the results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.shape:
@@ -186,6 +188,8 @@ def report(options: argparse.Namespace) -> None:
         opened_teacher.GPU_TILES = sys.maxsize
     sizes = options.tile_logits or [opened_teacher.TILE_LOGITS[teacher.device.type]]
     seconds = measure(works(teacher, inputs, batches, sizes), options.repeats, teacher.device)
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "teacher", "corpus")}
+    write(options.json, str(teacher.device), {**settings, "positions": int(slots)}, {"seconds": seconds})
     print(f"{'least seconds, and how often the bare pass':48} seconds  positions/s   minima    least   median")
     for name, values in seconds.items():
         ratios = [value / bare for value, bare in zip(values, seconds["bare"], strict=True)]

@@ -38,10 +38,12 @@ from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import Selection
 from kdcache.selection.target_faults import find_fault
 from kdcache.store import publish
-from kdcache.store.commit import Commit, added, histogram, read_commits, totals
+from kdcache.store.commit import Commit, add_histograms, histogram
+from kdcache.store.commits import committed
 from kdcache.store.manifest import Manifest, today
 from kdcache.store.open_storage import open_storage
 from kdcache.store.row_format import Extras
+from kdcache.store.seal import seal_cache, unseal
 from kdcache.store.shards import ShardWriter
 from kdcache.store.storage import Storage
 from kdcache.targets import SAMPLED_KINDS, SparseTargets
@@ -175,7 +177,8 @@ class CacheWriter:
 
     def missing(self) -> list[int]:
         """The shards that nobody has committed yet."""
-        return sorted(set(range(self.manifest.shards)) - set(read_commits(self.storage, self.manifest)))
+        done = set(committed(self.storage, self.manifest))
+        return [shard for shard in range(self.manifest.shards) if shard not in done]
 
     @contextmanager
     def shard(self, number: int) -> Iterator[NewShard]:
@@ -195,23 +198,25 @@ class CacheWriter:
         if Commit.read(self.storage, number, self.manifest.sha256) is not None:
             yield NewShard(self.manifest, number, None)
             return
+        unseal(self.storage)
         with publish.new_shard(self.storage, self.manifest, number) as data:
             shard = NewShard(self.manifest, number, data)
             yield shard
             shard.committed = publish.publish_shard(
                 self.storage, self.manifest, data, documents=shard.documents, dropped=shard.dropped,
-                entropies=added(shard.entropies), compute=shard.compute,
+                entropies=add_histograms(shard.entropies), compute=shard.compute,
             )  # fmt: skip
 
     def finish(self) -> dict[str, Any]:
-        """Remove what writers that died have left, and count.
+        """Remove what writers that died have left, seal the cache if it is complete, and count.
 
         Returns:
             `cache`, `complete`, `shards{planned, committed}`, `rows`, `labels`, `positions`, `entries`, `documents`,
             `dropped`, `bytes`, `bytes_per_position`, `entropy_quantiles` of all that is committed, by anyone.
         """
         publish.sweep(self.storage, self.manifest)
-        return totals(self.storage)
+        seal_cache(self.storage)
+        return publish.totals(self.storage)
 
 
 class NewShard:
@@ -288,7 +293,7 @@ class NewShard:
         self.rows, self.labels = self.rows + 1, self.labels + len(targets.count)
         if self._data is None:
             return
-        self.entropies = [added([*self.entropies, histogram(targets.entropy)])]
+        self.entropies = [add_histograms([*self.entropies, histogram(targets.entropy)])]
         self._data.write(row, self._manifest.choice.apply(targets), extras=extras)
 
 

@@ -24,12 +24,21 @@ from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import Selection, narrow, require_narrower
-from kdcache.store.commit import read_commits, totals
+from kdcache.store.commits import committed, read_commits
 from kdcache.store.manifest import STORES, Manifest
 from kdcache.store.open_storage import open_storage
 from kdcache.store.plan import read_plan
-from kdcache.store.publish import TOKENIZER, create_cache, new_shard, publish_shard, require_free_or_same, sweep
+from kdcache.store.publish import (
+    TOKENIZER,
+    create_cache,
+    new_shard,
+    publish_shard,
+    require_free_or_same,
+    sweep,
+    totals,
+)
 from kdcache.store.row_format import Record
+from kdcache.store.seal import seal_cache, unseal
 from kdcache.targets import SparseTargets
 from kdcache.worker import find_worker
 
@@ -75,8 +84,12 @@ def convert(
         storage, standing or wanted, _tokenizer_files(source), read_plan(source.storage, source.manifest)
     )
     sweep(storage, manifest)
-    done = read_commits(storage, manifest)
+    done = set(committed(storage, manifest))
+    read_commits(storage, manifest, [shard for shard in done if me.owns(shard)])  # refuses one that is damaged
     mine = [shard for shard in range(manifest.shards) if me.owns(shard) and shard not in done]
+    if mine:
+        unseal(storage)
+    same_targets = manifest.selection == source.manifest.selection
     for number, shard in enumerate(mine):
         if on_progress:
             on_progress(number, len(mine))
@@ -88,8 +101,10 @@ def convert(
             publish_shard(
                 storage, manifest, writer, documents=commit.documents, dropped=commit.dropped,
                 entropies=commit.entropy_histogram, compute=commit.compute,
+                sums=commit.sums if same_targets else None,
             )  # fmt: skip
     sweep(storage, manifest)
+    seal_cache(storage)
     summary = totals(storage)
     summary["shards"]["by_this_worker"] = len(mine)
     return {**summary, "seconds": time.perf_counter() - started}

@@ -111,6 +111,7 @@ class InspectOptions:
     position: int | None = option("show the entries of one position of the row", None)
     top: int = option("entries to show", 10)
     temperature: float = option("T of the probabilities shown", 1.0)
+    exact: bool = option("read every row for the summary, not the sums that the commits carry", False)
 
 
 @command(app, "inspect-shard", InspectOptions, positional=("cache",))
@@ -122,10 +123,13 @@ def inspect_shard(options: InspectOptions, output: Output) -> None:
 
     if options.position is not None and options.row is None:
         raise ConfigError("--position needs --row")
+    if options.exact and options.row is not None:
+        raise ConfigError("--exact is for a summary, so it does not go with --row")
     if options.top < 1:
         raise ConfigError(f"--top is {options.top}, but must be at least 1")
     if options.row is None:
-        summary = inspect_summary(options.cache, options.shard)
+        with output.progress("inspect", "rows") as bar:
+            summary = inspect_summary(options.cache, options.shard, exact=options.exact, on_progress=bar)
         output.result(summary, lambda console: console.print(tables.summary_table(summary)))
     elif options.position is None:
         row = inspect_row(options.cache, options.row, options.shard)

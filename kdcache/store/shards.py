@@ -18,6 +18,7 @@ from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.rows import PackedRow
 from kdcache.store.row_format import Extras, Record, RowFormat
 from kdcache.store.storage import Storage
+from kdcache.store.target_sums import TargetSums
 from kdcache.targets import SparseTargets
 
 FOLDER = "shards"
@@ -26,20 +27,26 @@ _DAMAGE = (CorruptCacheError, IndexError, OverflowError, ValueError, TypeError, 
 """What reading damaged bytes can raise, in our code and in the libraries."""
 
 
+_NO_LEAST = 1 << 62
+
+
 def shard_stem(shard: int) -> str:
     """How the name of a shard's data begins."""
     return f"{FOLDER}/{shard:05d}"
 
 
 class Tally:
-    """Counts and hashes of the rows of a shard, as its commit names them.
+    """Counts, sums and hashes of the rows of a shard, as its commit names them.
 
     Attributes:
-        rows, labels, positions, entries: so far.
+        rows, labels, positions, entries, tokens, pieces: so far.
+        sums: over the targets; of what was read back from a shard they are of rounded values.
     """
 
     def __init__(self) -> None:
-        self.rows = self.labels = self.positions = self.entries = 0
+        self.rows = self.labels = self.positions = self.entries = self.tokens = self.pieces = 0
+        self.sums = TargetSums()
+        self._least, self._most = _NO_LEAST, 0
         self._tokens, self._content = hashlib.sha256(), hashlib.sha256()
 
     def add(self, row: PackedRow, targets: SparseTargets, record: Record) -> None:
@@ -52,10 +59,21 @@ class Tally:
         self.labels += len(targets.count)
         self.positions += record.positions
         self.entries += int(targets.count.sum())
+        self.tokens += len(row.tokens)
+        self.pieces += len(row.piece_lengths)
+        counts = targets.count.numpy()
+        counts = counts[counts > 0]
+        if len(counts):
+            self._least, self._most = min(self._least, int(counts.min())), max(self._most, int(counts.max()))
+        self.sums.add(targets)
 
     def fields(self) -> dict[str, Any]:
         """Counts and hashes under the names that a commit has for them."""
         return {
+            "tokens": self.tokens,
+            "pieces": self.pieces,
+            "least_entries": self._least if self._most else 0,
+            "most_entries": self._most,
             "rows": self.rows,
             "labels": self.labels,
             "positions": self.positions,

@@ -147,7 +147,7 @@ def _matching(model: Any, head: nn.Linear, tokens: Tensor, places: Tensor) -> Fu
     for guess in _guesses(model.config.get_text_config()):
         off = 0.0
         for given, logits in cases:
-            mine = guess.source(given.flatten(0, -2), head.weight, head.bias).logits(slice(None))
+            mine = guess.source(given.flatten(0, -2), head.weight, head.bias).all_logits()
             own = logits.flatten(0, -2).float()
             off = max(off, ((mine - own).abs().max() / own.abs().max().clamp(min=1e-6)).item())
         if off <= max(1e-4, 4 * torch.finfo(logits.dtype).eps):

@@ -19,7 +19,7 @@ from typing import Any
 
 from kdcache.cache_writer import CacheWriter, NewShard, tokenizer_files
 from kdcache.rows import PackedRow
-from kdcache.store.commit import read_commits
+from kdcache.store.commits import committed, read_commits
 from kdcache.store.open_storage import open_storage
 from kdcache.store.publish import require_free_or_same
 from kdcache.teacher.background_writer import BackgroundWriter
@@ -52,7 +52,9 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     request = TargetRequest.of(planned)
     require_answerable(find_engine(config.engine), request, planned.choice)
     standing = require_free_or_same(storage, planned)
-    done = read_commits(storage, standing) if standing else {}
+    done = set(committed(storage, standing)) if standing else set()
+    if standing:
+        read_commits(storage, standing, [s for s in done if worker.owns(s)])  # refuses one that is damaged
     mine = [s for s in range(planned.shards) if worker.owns(s) and s not in done]
     tally = _Tally(on_progress, sum(inputs.plan.documents_of(s) for s in mine))
     writer = CacheWriter(storage, standing or planned)

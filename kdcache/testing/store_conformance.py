@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.store import manifest as manifests
-from kdcache.store.commit import Commit, commit_name, read_commits
+from kdcache.store.commit import Commit, commit_name
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, Manifest
 from kdcache.store.publish import WRITERS, create_cache, new_shard, open_shard, publish_shard
@@ -123,7 +124,8 @@ class StoreConformance:
         standing = write_cache(storage, manifest, rows)
         shard = open_shard(storage, standing, read_commits(storage, standing)[1])
         for i in np.random.default_rng(1).permutation(2 * count) % max(1, count):
-            record = form.pack(*rows[i], extras=example_extras(manifest, rows[i][0]))
+            row, targets = rows[i]
+            record = form.pack(row, targets, extras=example_extras(manifest, row))
             assert same_records(shard.read_with_record(int(i))[2], record)
             assert same_rows(shard.read(int(i)), form.unpack(record))
 

@@ -13,7 +13,8 @@ from jsonschema import Draft202012Validator
 
 from kdcache.errors import CacheError
 from kdcache.selection import KINDS, Selection
-from kdcache.store.commit import Commit, read_commits
+from kdcache.store.commit import Commit
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, STORES, Manifest
 from kdcache.store.sealed_json import seal
