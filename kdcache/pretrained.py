@@ -164,3 +164,21 @@ def one_line(error: BaseException) -> str:
     """The first line of what a library said, and the next when the first only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def hidden_width(folder: Path) -> int | None:
+    """Width of the hidden states that a model's output head is given, or None if its configuration does not say.
+
+    Raises:
+        ModelError: transformers does not know the model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).get_text_config()
+    except Exception as error:
+        raise ModelError(
+            f"{folder / 'config.json'} is not a configuration that can be used: {one_line(error)}"
+        ) from error
+    width = getattr(config, "word_embed_proj_dim", None) or getattr(config, "hidden_size", None)
+    return width if isinstance(width, int) else None

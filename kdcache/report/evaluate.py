@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError
 from kdcache.pretrained import find_device
-from kdcache.report.live import DenseFigures, TeacherFigures, load_teacher
+from kdcache.report.live_teacher import DenseFigures, TeacherCalibration
 from kdcache.store.atomic_files import write_new
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
@@ -36,6 +37,9 @@ from kdcache.student.data import Rows, batches, labelled, split_heldout
 from kdcache.student.evaluation import StudentFigures, labelled_logits
 from kdcache.student.model import load_student, require_students
 from kdcache.student.model_card import versions
+from kdcache.teacher.engines.base import TeacherSpec
+from kdcache.teacher.open_teacher import open_teacher_of
+from kdcache.teacher.opened_teacher import OpenedTeacher
 
 
 def require_new(path: str) -> None:
@@ -88,7 +92,7 @@ def evaluate(student: str, cache: str, teacher: str | None = None, **options: An
 
     Returns:
         The figures of `kdcache.student.evaluation`, `calibration` with its `bins`, and with a teacher those of
-        `kdcache.report.live` and `teacher_calibration`.
+        `kdcache.report.live_teacher` and `teacher_calibration`.
 
     Raises:
         KdcacheError: see the exception tree.
@@ -107,6 +111,7 @@ def compare(
     device: str = "auto",
     local_copy: str | None = None,
     local_limit: str = "20GB",
+    engine: str = "transformers",
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure several students on the same rows of a cache; all of them are in memory at once.
@@ -120,6 +125,7 @@ def compare(
         batch_rows: rows a forward pass.
         device: where to run.
         local_copy, local_limit: as for `open_cache`.
+        engine: what runs the teacher.
         on_progress: called with (rows done, rows to do).
 
     Returns:
@@ -140,9 +146,13 @@ def compare(
     chosen = _choose(len(opened), heldout, rows)
     if not len(chosen):
         raise ConfigError(f"the cache {cache} has no rows to measure on")
-    live = None if teacher is None else _Live(load_teacher(teacher, opened, where))
-    measured = [_Measured(name, opened, where, teacher is not None) for name in students]
-    _walk(measured, live, opened, chosen, where, batch_rows, on_progress)
+    with ExitStack() as stack:
+        live = None
+        if teacher is not None:
+            spec = TeacherSpec(model=teacher, engine=engine, device=device, batch_rows=batch_rows)
+            live = _Live(stack.enter_context(open_teacher_of(spec, opened.manifest, opened.storage)))
+        measured = [_Measured(name, opened, where, teacher is not None) for name in students]
+        _walk(measured, live, opened, chosen, where, batch_rows, on_progress)
     return {
         "students": {
             one.name: {**one.figures(), **({} if live is None else live.means()), **one.less(measured[0])}
@@ -161,8 +171,12 @@ def _choose(count: int, heldout: float | None, rows: int | None) -> Rows:
 class _Live:
     """A teacher, and what is known of it so far."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.known = model, TeacherFigures()
+    def __init__(self, teacher: OpenedTeacher) -> None:
+        self.teacher, self.known = teacher, TeacherCalibration()
+
+    def logits(self, cache: Cache, rows: Rows, device: torch.device) -> torch.Tensor:
+        """`[M, V]` at the labelled slots of some rows."""
+        return torch.cat(list(self.teacher.logits([cache.read_packed(int(row))[0] for row in rows]))).to(device)
 
     def means(self) -> dict[str, Any]:
         calibration = self.known.calibration
@@ -213,7 +227,7 @@ def _walk(
     for batch in batches(cache, rows, batch_rows):
         teacher_logits = None
         if live is not None:
-            teacher_logits = labelled_logits(live.model, batch, device, vocab)
+            teacher_logits = live.logits(cache, rows[done : done + len(batch["labels"])], device)
             live.known.add(teacher_logits, batch["labels"][labelled(batch)].to(device))
         for one in measured:
             one.add(batch, teacher_logits, labelled_logits(one.model, batch, device, vocab).float())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import datetime
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
@@ -19,7 +19,9 @@ from kdcache.codec import Codec, make_codec
 from kdcache.codec.id_ranks import MOST_ORDERED
 from kdcache.codec.streams import deflate, id_dtype
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
+from kdcache.extras import ExtraSpec, read_specs
 from kdcache.position_filter import Positions
+from kdcache.rows import RowSpec
 from kdcache.selection import Selection, check_temperatures
 from kdcache.store.row_format import RowFormat, read_stream
 from kdcache.store.sealed_json import checksum, is_count, read_record, require_fields, seal, short
@@ -80,6 +82,7 @@ class Manifest:
         error_bound: the most by which stored numbers are off, by name.
         id_order: ids by falling frequency in the pilot, for the compact codec.
         store: `arrow` or `zarr`.
+        extras: further arrays of a row by name, each as `ExtraSpec.to_fields` gives it.
         origin: names and versions, for people; two caches of one configuration may differ here.
     """
 
@@ -107,6 +110,12 @@ class Manifest:
     id_order: tuple[int, ...]
     store: str
     origin: dict[str, Any]
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def extra_specs(self) -> dict[str, ExtraSpec]:
+        """What each extra holds, by name, in order of name."""
+        return read_specs(self.extras)
 
     @property
     def rule(self) -> Selection:
@@ -118,6 +127,11 @@ class Manifest:
     def choice(self) -> Positions:
         """Which labelled positions carry a target."""
         return Positions(self.positions)
+
+    @property
+    def row_spec(self) -> RowSpec:
+        """The shape of its rows."""
+        return RowSpec(vocab_size=self.vocab_size, seq_len=self.seq_len, isolate=self.isolate)
 
     @property
     def width(self) -> int:
@@ -223,7 +237,7 @@ class Manifest:
         if self.row_format.most_bytes > _MOST_ROW:
             raise ConfigError(
                 f"a row of --seq-len {self.seq_len} slots may hold {self.row_format.most_bytes:,} bytes, above the "
-                f"limit of {_MOST_ROW:,}; make rows shorter or keep fewer entries"
+                f"limit of {_MOST_ROW:,}; make rows shorter, or keep fewer entries or extras"
             )
         if self.store not in STORES:
             raise ConfigError(f"--store {self.store} is not one of {', '.join(STORES)}")
@@ -236,7 +250,7 @@ class Manifest:
         """How rows become streams."""
         return RowFormat(
             codec=self.codec, seq_len=self.seq_len, vocab_size=self.vocab_size, documents=self.documents,
-            chooses=self.choice.above is not None,
+            chooses=self.choice.above is not None, extras=self.extra_specs,
         )  # fmt: skip
 
     def create(self, storage: Storage) -> Manifest:
@@ -272,6 +286,11 @@ class Manifest:
                 f"{storage} holds a cache of another configuration; it differs in {', '.join(differences)}; "
                 "choose another --out or the same options"
             )
+
+
+def today() -> str:
+    """The day in UTC, as a manifest has it."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def _fold_order(order: tuple[int, ...], vocab_size: int) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kdcache.errors import ConfigError
 from kdcache.options import option
 from kdcache.position_filter import Positions
+from kdcache.teacher.engines.base import TeacherSpec, require_engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class DumpConfig:
         "characters a shard, at least  [default: a 64th of the corpus, 256 thousand to 16 million]", None
     )
     # compute
+    engine: str = option("what runs the teacher: transformers, or one that a plug-in registers", "transformers")
     device: str = option("auto, cpu, cuda, cuda:1, mps", "auto")
     device_map: str | None = option("auto spreads the teacher over several GPUs", None)
     dtype: str = option("auto (float32 on a CPU, the checkpoint's elsewhere), float32, bfloat16, float16", "auto")
@@ -79,8 +81,17 @@ class DumpConfig:
             raise ConfigError(f"--dtype {self.dtype} is not one of auto, float32, bfloat16, float16")
         if self.device_map not in (None, "auto"):
             raise ConfigError(f"--device-map {self.device_map} is not auto")
+        require_engine(self.engine)
         object.__setattr__(self, "positions", Positions(self.positions).rule)
         _ = self.stored_temperatures
+
+    @property
+    def teacher_spec(self) -> TeacherSpec:
+        """Which teacher is run, by which engine, and how."""
+        return TeacherSpec(
+            model=self.teacher, engine=self.engine, device=self.device, device_map=self.device_map, dtype=self.dtype,
+            batch_rows=self.batch_rows, tile_head=self.tile_head,
+        )  # fmt: skip
 
     @property
     def stored_temperatures(self) -> tuple[float, ...]:

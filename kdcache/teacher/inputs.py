@@ -7,7 +7,6 @@ costs nothing that grows with the corpus; the documents of a shard are checked w
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from kdcache.pretrained import (
     vocabulary_size,
 )
 from kdcache.selection import Selection
-from kdcache.store.manifest import NAME, Manifest
+from kdcache.store.manifest import NAME, Manifest, today
 from kdcache.store.plan import read_plan
 from kdcache.store.storage import Storage
 from kdcache.targets import SAMPLED_KINDS
@@ -147,7 +146,7 @@ def _survey(corpus: Corpus, rule: dict[str, int], tokenizer: Any, vocab_size: in
     found = survey(corpus, rule)
     if not has_label(corpus, found.plan, tokenizer, vocab_size, seq_len):
         raise CorpusError(f"none of the {found.plan.documents} documents has a token to predict")
-    return found.plan, found.corpus_sha256, datetime.datetime.now(datetime.UTC).date().isoformat()
+    return found.plan, found.corpus_sha256, today()
 
 
 def _standing(storage: Storage, corpus: Corpus, rule: dict[str, int]) -> _Planned | None:

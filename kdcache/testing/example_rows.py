@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdcache.corpus.plan import CorpusFile, Plan
+from kdcache.extras import ExtraSpec
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import KINDS, Selection, select
 from kdcache.store.commit import histogram
@@ -29,6 +31,14 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 SELECTIONS: dict[str, dict[str, Any]] = {kind: {"kind": kind, **_SETTINGS[kind]} for kind in KINDS}
 """One small selection of each kind."""
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "hidden:-1": ExtraSpec(width=5, precision="int8").to_fields(),
+    "surprise": ExtraSpec(width=1, precision="float16", per="position").to_fields(),
+    "wide_0.5": ExtraSpec(width=2, precision="bfloat16").to_fields(),
+    "exact": ExtraSpec(width=3, per="position").to_fields(),
+}
+"""One extra of each precision, of tokens and of positions."""
 
 SHARDS = 2
 """Of an example cache."""
@@ -97,6 +107,15 @@ def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | No
     return found
 
 
+def example_extras(manifest: Manifest, row: PackedRow, seed: int = 0) -> dict[str, NDArray[np.float32]]:
+    """Vectors of every extra of a manifest, for one row."""
+    random, found = np.random.default_rng(seed), {}
+    for name, spec in manifest.extra_specs.items():
+        vectors = len(row.tokens) if spec.per == "token" else int((row.labels(manifest.seq_len) != IGNORE).sum())
+        found[name] = random.standard_normal((vectors, spec.width)).astype(np.float32)
+    return found
+
+
 def same_rows(one: Example, two: Example) -> bool:
     """Whether two rows and their targets are equal bit for bit; a NaN equals a NaN."""
     values = [zip(vars(a).values(), vars(b).values(), strict=True) for a, b in zip(one, two, strict=True)]
@@ -124,7 +143,7 @@ def write_shard(storage: Storage, manifest: Manifest, rows: list[Example], shard
     """Write and commit one shard; False if there is a commit already."""
     with new_shard(storage, manifest, shard) as writer:
         for row, targets in rows:
-            writer.write(row, targets)
+            writer.write(row, targets, extras=example_extras(manifest, row))
         return publish_shard(
             storage, manifest, writer, documents=DOCUMENTS, dropped=0, entropies=histogram_of(rows),
             compute={"a": 1},
@@ -151,5 +170,7 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(torch.nan_to_num(a, 7.5), torch.nan_to_num(b, 7.5))
     if isinstance(a, np.ndarray):
-        return bool(np.array_equal(a, b))
+        return bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
     return bool(a == b)

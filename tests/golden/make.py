@@ -20,7 +20,7 @@ import torch
 from kdcache import Selection, open_cache, select, verify_cache
 from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.rows import IGNORE, PackedRow
-from kdcache.store.commit import added, histogram
+from kdcache.store.commit import add_histograms, histogram
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
 from kdcache.store.publish import create_cache, new_shard, publish_shard
@@ -108,7 +108,7 @@ def write(name: str) -> None:
                     found = found[chosen].spread(chosen.nonzero()[:, 0], len(chosen))
                 writer.write(row, found)
             publish_shard(
-                storage, manifest, writer, documents=8 - shard, dropped=0, entropies=added(entropies),
+                storage, manifest, writer, documents=8 - shard, dropped=0, entropies=add_histograms(entropies),
                 compute={"dtype": "float32"},
             )  # fmt: skip
 

@@ -15,7 +15,8 @@ import pytest
 from numcodecs import Zstd
 
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
-from kdcache.store.commit import Commit, read_commits
+from kdcache.store.commit import Commit
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, Manifest
 from kdcache.store.sealed_json import canonical, read_record, seal

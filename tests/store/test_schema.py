@@ -13,7 +13,8 @@ from jsonschema import Draft202012Validator
 
 from kdcache.errors import CacheError
 from kdcache.selection import KINDS, Selection
-from kdcache.store.commit import Commit, read_commits
+from kdcache.store.commit import Commit
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, STORES, Manifest
 from kdcache.store.sealed_json import seal
@@ -113,6 +114,15 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"id_order": [1, 2]}),
     ("manifest", {"store": "tape"}),
     ("manifest", {"origin": None}),
+    ("manifest", {"extras": None}),
+    ("manifest", {"extras": {"a": {"width": 4}}}),
+    *(
+        ("manifest", {"extras": {name: {"width": 4, "dtype": "float32", "precision": "int8", "per": "token", **lie}}})
+        for name, lie in (
+            ("A", {}), ("a/b", {}), ("a\n", {}), ("a" * 81, {}), ("a", {"width": 0}), ("a", {"width": True}),
+            ("a", {"dtype": "int8"}), ("a", {"precision": "4"}), ("a", {"per": "row"}), ("a", {"more": 1}),
+        )
+    ),
     ("commit", {"format": 0}),
     ("commit", {"surprise": 1}),
     ("commit", {"shard": -1}),

@@ -132,12 +132,25 @@ def test_the_same_dump_is_the_same_directory(cache: Path, teacher: Path, corpus:
     assert files(again) == files(cache)
 
 
+def give_batches_ahead(monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    """Let the engine have so many batches before the first is waited for, as a GPU has."""
+    from kdcache.teacher.engines.transformers import TransformersEngine
+
+    built = TransformersEngine.__init__
+
+    def build(self: Any, *given: Any) -> None:
+        built(self, *given)
+        self.lookahead = ahead
+
+    monkeypatch.setattr(TransformersEngine, "__init__", build)
+
+
 @pytest.mark.parametrize("ahead", [1, 2, 9])
 def test_batches_on_their_way_come_back_in_order(
     cache: Path, teacher: Path, corpus: Path, tmp_path: Path, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU has the next batch before this one is waited for."""
-    monkeypatch.setattr("kdcache.teacher.engines.transformers._AHEAD", {"cpu": ahead})
+    give_batches_ahead(monkeypatch, ahead)
     dump(dump_options(teacher, corpus, tmp_path / "c"))
     assert files(tmp_path / "c") == files(cache)
 
@@ -299,7 +312,7 @@ def test_poisoned_logits_name_the_document(
     corpus = tmp_path / "ids.jsonl"
     documents = ([1, 2, 3], [4, 5, 6, 7, 8, 9], [*range(10, 19)], [7, *range(10, 18)])  # a batch of two, two of one
     corpus.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in documents))
-    monkeypatch.setattr("kdcache.teacher.engines.transformers._AHEAD", {"cpu": ahead})
+    give_batches_ahead(monkeypatch, ahead)
     with pytest.raises(LogitsError, match=r"document 1 of the corpus, 3 tokens into its piece"):
         dump(dump_options(sick, corpus, tmp_path / "c", seq_len=10, batch_rows=1))
     assert not list(tmp_path.glob("c/commits/*"))

@@ -18,13 +18,15 @@ import kdcache.student
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
     {"errors", "options", "rows", "compiled"},
-    {"position_filter", "targets", "worker"},
-    {"selection", "losses", "codec", "isolation"},
+    {"plugins"},
+    {"registry"},
+    {"extras", "targets", "worker"},
+    {"position_filter", "selection", "losses", "codec", "isolation"},
     {"corpus"},
     {"store"},
     {"file_hashes"},
     {"pretrained"},
-    {"cache", "verify"},
+    {"cache", "cache_writer", "verify"},
     {"convert"},
     {"teacher", "student"},
     {"report"},

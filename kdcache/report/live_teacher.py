@@ -1,4 +1,4 @@
-"""Live: the cache's own teacher beside a student, for what needs the whole distribution.
+"""What only the cache's own teacher, run live beside a student, can tell: figures that need the whole distribution.
 
     acceptance            sum_v min(p_v, q_v): the share of a student's drafts that the teacher accepts in speculative
                           decoding (Leviathan et al. 2023, arXiv 2211.17192, corollary 3.6)
@@ -13,41 +13,22 @@ Shapes: M labelled positions of a batch, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from kdcache.cache import Cache
-from kdcache.errors import ModelError
-from kdcache.pretrained import fingerprint, load_model, model_folder
 from kdcache.student.metrics import Calibration
 
-_TILE = 1 << 22
+_TILE_LOGITS = 1 << 22
 
 
-def load_teacher(name: str, cache: Cache, device: torch.device) -> Any:
-    """The teacher that made a cache, ready to run: in float32 on a CPU, else in the dtype of its weights.
-
-    Raises:
-        ModelError: it is another model, or cannot be loaded.
-    """
-    folder = model_folder(name, "teacher")
-    if fingerprint(folder) != cache.manifest.teacher_sha256:
-        raise ModelError(
-            f"the teacher {name} is not the one that made {cache.storage}: its weights or configuration differ"
-        )
-    return load_model(folder, "teacher", "float32" if device.type == "cpu" else "auto", device).eval()
-
-
-class TeacherFigures:
+class TeacherCalibration:
     """Calibration of a live teacher over any number of batches."""
 
     def __init__(self) -> None:
         self.calibration = Calibration()
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Take in its logits `[M, V]` at `[M]` labels."""
+        """Count its logits `[M, V]` at `[M]` labels."""
         for rows in _tiles(logits):
             part = logits[rows].float()
             self.calibration.add(part, part.logsumexp(-1), labels[rows])
@@ -61,7 +42,7 @@ class DenseFigures:
         self._positions = 0
 
     def add(self, teacher: Tensor, student: Tensor) -> None:
-        """Take in the logits of both, `[M, V]` each."""
+        """Count the logits of both, `[M, V]` each."""
         for rows in _tiles(student):
             p, q = (logits[rows].float().log_softmax(-1) for logits in (teacher, student))  # [n, V]
             same = (q.gather(-1, p.argmax(-1, keepdim=True))[:, 0] >= q.amax(-1)).float()
@@ -76,5 +57,5 @@ class DenseFigures:
 
 
 def _tiles(logits: Tensor) -> list[slice]:
-    step = max(1, _TILE // logits.shape[-1])
+    step = max(1, _TILE_LOGITS // logits.shape[-1])
     return [slice(start, start + step) for start in range(0, len(logits), step)]
