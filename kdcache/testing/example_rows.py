@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,11 @@ def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | No
             targets = targets[chosen].spread(chosen.nonzero()[:, 0], len(labels))
         found.append((row, targets))
     return found
+
+
+def of_shards(manifest: Manifest, shards: int) -> Manifest:
+    """The same manifest of so many shards."""
+    return dataclasses.replace(manifest, documents=shards * manifest.docs_per_shard)
 
 
 def same_rows(one: Example, two: Example) -> bool:
