@@ -260,7 +260,7 @@ def test_bad_input_is_one_sentence(cache: Path, student_config: Path, teacher: P
     make_model(stranger)
     leaky = tmp_path / "leaky.json"
     leaky.write_text(json.dumps({"model_type": "mamba", "vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1}))
-    half = copy_without(cache, tmp_path / "half", "commits/00000.json", "commits/00003.json")
+    half = copy_without(cache, tmp_path / "half", "seal.arrow", "commits/00000.json", "commits/00003.json")
     cases: list[tuple[dict[str, Any], type[KdcacheError], str]] = [
         ({"student": small}, ModelError, r"vocabulary of 300, which does not cover the cache's 320 ids"),
         ({"student": short}, ModelError, r"takes 32 positions, but a row of the cache has 64"),
