@@ -1,9 +1,7 @@
-"""Create: how a cache comes into being, and how a shard joins it.
+"""Publish: how a cache comes into being, and how a shard joins it.
 
 Order of writes, each durable before the next: tokenizer, manifest; then for each shard its data, then its commit.
 Every step is create-only, so workers that race leave one manifest and one commit a shard.
-
-Backends: the stores by name.
 """
 
 from __future__ import annotations
@@ -13,19 +11,16 @@ import hashlib
 from typing import Any
 
 from kdcache.errors import CacheError
-from kdcache.store.arrow_store import ArrowShardWriter
 from kdcache.store.commit import Commit, read_commits
 from kdcache.store.manifest import NAME, Manifest
+from kdcache.store.registry import find_store
 from kdcache.store.shards import Shard, ShardWriter, shard_stem
 from kdcache.store.storage import Storage
-from kdcache.store.zarr_store import ZarrShardWriter
-
-WRITERS: dict[str, type[ShardWriter]] = {"arrow": ArrowShardWriter, "zarr": ZarrShardWriter}
 
 
 def new_shard(storage: Storage, manifest: Manifest, shard: int) -> ShardWriter:
     """A writer of one shard of a cache."""
-    return WRITERS[manifest.store](storage, shard, manifest.row_format)
+    return find_store(manifest.store).writer(storage, shard, manifest.row_format)
 
 
 def open_shard(storage: Storage, manifest: Manifest, commit: Commit) -> Shard:
@@ -34,7 +29,7 @@ def open_shard(storage: Storage, manifest: Manifest, commit: Commit) -> Shard:
     Raises:
         CorruptCacheError: its objects are not what the commit promises.
     """
-    reader = WRITERS[manifest.store].reader()
+    reader = find_store(manifest.store).reader
     return reader(storage, commit.shard, manifest.row_format, commit.objects, commit.rows)
 
 
@@ -109,7 +104,7 @@ def publish_shard(
     """
     if Commit.read(storage, writer.shard, manifest.sha256) is not None:
         return False
-    objects, ours = writer.publish()
+    objects, ours = writer.publish(find_store(manifest.store).reader)
     commit = Commit(
         shard=writer.shard,
         manifest_sha256=manifest.sha256,

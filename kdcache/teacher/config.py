@@ -45,7 +45,7 @@ class DumpConfig:
     seed: int = option("of the draws", 0)
     temperatures: str = option("comma-separated T whose exact tails are kept", "1")
     # store
-    store: str = option("arrow or zarr", "arrow")
+    store: str = option("arrow, zarr, or a store that was registered", "arrow")
     precision: str | None = option("float32, float16, or 4 to 16 bits a value  [default: 6, and 8 for full]", None)
     docs_per_shard: int | None = option("documents a shard  [default: from the corpus's size]", None)
     # compute
@@ -67,8 +67,9 @@ class DumpConfig:
             raise ConfigError(f"--adaptive is for --select ipps, not {self.select}")
         if self.docs_per_shard is not None and self.docs_per_shard < 1:
             raise ConfigError(f"--docs-per-shard is {self.docs_per_shard}, but must be at least 1")
-        if self.store not in ("arrow", "zarr"):
-            raise ConfigError(f"--store {self.store} is not one of arrow, zarr")
+        from kdcache.store.registry import find_store  # which loads the libraries that `--help` does without
+
+        find_store(self.store)
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"--dtype {self.dtype} is not one of auto, float32, bfloat16, float16")
         if self.device_map not in (None, "auto"):
