@@ -21,11 +21,11 @@ import torch
 
 from kdcache.cache import Cache, open_cache
 from kdcache.codec.id_ranks import FrequencyOrder
-from kdcache.errors import ConfigError, CorruptCacheError
+from kdcache.errors import CorruptCacheError
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import Selection, narrow, require_narrower
 from kdcache.store.commits import committed, read_commits
-from kdcache.store.manifest import STORES, Manifest
+from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
 from kdcache.store.plan import read_plan
 from kdcache.store.publish import (
@@ -37,6 +37,7 @@ from kdcache.store.publish import (
     sweep,
     totals,
 )
+from kdcache.store.registry import find_store
 from kdcache.store.row_format import Record
 from kdcache.store.seal import seal_cache, unseal
 from kdcache.targets import SparseTargets
@@ -60,7 +61,7 @@ def convert(
     Args:
         cache: folder or URL of the cache.
         out: folder or URL of the new cache; made, or gone on with.
-        store: `arrow` or `zarr`; None leaves it as it is.
+        store: `arrow`, `zarr` or a registered one; None leaves it as it is.
         k: entries a position, or draws; None leaves them as they are.
         precision: of the values; None leaves the stored streams alone where k does.
         worker: `I/N`; None takes it from SLURM or torchrun.
@@ -112,8 +113,8 @@ def convert(
 
 def _plan(source: Cache, store: str | None, k: int | None, precision: str | None) -> Manifest:
     """The manifest of the new cache, but for its order of ids."""
-    if store not in (None, *STORES):
-        raise ConfigError(f"--store {store} is not one of {', '.join(STORES)}")
+    if store is not None:
+        find_store(store)
     old = source.manifest
     rule = old.rule if k is None else _fewer(old.rule, k)
     require_narrower(rule, old.rule, old.width)

@@ -17,19 +17,20 @@ import numpy as np
 
 from kdcache.codec import Codec, make_codec
 from kdcache.codec.id_ranks import MOST_ORDERED
+from kdcache.codec.plain import PRECISIONS
 from kdcache.codec.streams import deflate, id_dtype
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
 from kdcache.extras import ExtraSpec, read_specs
 from kdcache.position_filter import Positions
 from kdcache.rows import RowSpec
 from kdcache.selection import Selection, check_temperatures
+from kdcache.store.registry import find_store
 from kdcache.store.row_format import RowFormat, read_stream
 from kdcache.store.sealed_json import checksum, is_count, read_record, require_fields, seal, short
 from kdcache.store.storage import Storage, inside
 
 FORMAT = 1
 NAME = "kdcache.json"
-STORES = ("arrow", "zarr")
 
 PLAN = "plan.arrow"
 _OF_THE_CREATOR = ("origin", "tokenizer_files", "id_order", "tau", "plan", "date")
@@ -81,7 +82,7 @@ class Manifest:
         precision: how values are stored: `float32`, `float16`, or a number of bits.
         error_bound: the most by which stored numbers are off, by name.
         id_order: ids by falling frequency in the pilot, for the compact codec.
-        store: `arrow` or `zarr`.
+        store: `arrow`, `zarr`, or the name of a registered one.
         extras: further arrays of a row by name, each as `ExtraSpec.to_fields` gives it.
         origin: names and versions, for people; two caches of one configuration may differ here.
     """
@@ -239,8 +240,7 @@ class Manifest:
                 f"a row of --seq-len {self.seq_len} slots may hold {self.row_format.most_bytes:,} bytes, above the "
                 f"limit of {_MOST_ROW:,}; make rows shorter, or keep fewer entries or extras"
             )
-        if self.store not in STORES:
-            raise ConfigError(f"--store {self.store} is not one of {', '.join(STORES)}")
+        find_store(self.store)
         for name in self.tokenizer_files:
             if "/" in inside(name):
                 raise CorruptCacheError(f"tokenizer file {name} is not a plain name")
@@ -250,7 +250,7 @@ class Manifest:
         """How rows become streams."""
         return RowFormat(
             codec=self.codec, seq_len=self.seq_len, vocab_size=self.vocab_size, documents=self.documents,
-            chooses=self.choice.above is not None, extras=self.extra_specs,
+            chooses=self.choice.above is not None, extras=self.extra_specs, typed=self.precision in PRECISIONS,
         )  # fmt: skip
 
     def create(self, storage: Storage) -> Manifest:

@@ -52,7 +52,7 @@ class DumpConfig:
     extra: tuple[str, ...] = option("keep this too, one vector a token: hidden:-1, what the output head is given", ())
     extra_precision: str = option("of extras: float32, float16, bfloat16, or int8 with a scale a vector", "float16")
     # store
-    store: str = option("arrow or zarr", "arrow")
+    store: str = option("arrow, zarr, or a store that was registered", "arrow")
     precision: str | None = option("float32, float16, or 4 to 16 bits a value  [default: 6, and 8 for full]", None)
     docs_per_shard: int | None = option("documents a shard  [default: as many as --chars-per-shard asks for]", None)
     chars_per_shard: int | None = option(
@@ -81,8 +81,9 @@ class DumpConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least 1")
         if self.docs_per_shard is not None and self.chars_per_shard is not None:
             raise ConfigError("--docs-per-shard and --chars-per-shard exclude each other")
-        if self.store not in ("arrow", "zarr"):
-            raise ConfigError(f"--store {self.store} is not one of arrow, zarr")
+        from kdcache.store.registry import find_store  # which loads the libraries that `--help` does without
+
+        find_store(self.store)
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"--dtype {self.dtype} is not one of auto, float32, bfloat16, float16")
         if self.device_map not in (None, "auto"):

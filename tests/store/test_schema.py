@@ -16,7 +16,8 @@ from kdcache.selection import KINDS, Selection
 from kdcache.store.commit import Commit
 from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
-from kdcache.store.manifest import NAME, STORES, Manifest
+from kdcache.store.manifest import NAME, Manifest
+from kdcache.store.registry import store_names
 from kdcache.store.sealed_json import seal
 from kdcache.testing.example_rows import SELECTIONS, example_manifest, example_rows, write_cache
 
@@ -45,12 +46,12 @@ def test_a_schema_names_every_choice() -> None:
     properties = schema("manifest")["properties"]
     assert set(properties["selection"]["properties"]) == {field.name for field in dataclasses.fields(Selection)}
     assert set(properties["selection"]["properties"]["kind"]["enum"]) == set(KINDS)
-    assert set(properties["store"]["enum"]) == set(STORES)
+    assert set(properties["store"]["enum"]) == set(store_names())
     for precision in properties["precision"]["enum"]:
         _ = example_manifest("arrow", precision=precision).codec
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", store_names())
 @pytest.mark.parametrize("kind", SELECTIONS)
 def test_records_of_examples_are_valid(tmp_path: Path, store: str, kind: str) -> None:
     manifest = example_manifest(
