@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.known import Known
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.commit import Commit, read_commits
 from kdcache.store.local import LocalStorage
@@ -69,6 +70,11 @@ class Cache:
         self._ends = list(itertools.accumulate(commit.rows for commit in commits.values()))
         self._open: Recent[Shard] = Recent(storage.open_shards)
         self._tokenizer: Path | None = None
+
+    @property
+    def known(self) -> Known:
+        """What its targets know of the teacher: entropy, log p of the labels, temperatures of partitions and tails."""
+        return self.manifest.known
 
     @property
     def tokenizer_path(self) -> Path:

@@ -50,7 +50,7 @@ class Positions:
             above = -1.0
         if not 0 <= above <= _MOST:  # NaN included
             raise ConfigError(
-                f"--positions {self.rule!r} is neither all nor entropy>X with X from 0 to {_MOST:g} nats, as in "
+                f"positions {self.rule!r} is neither all nor entropy>X with X from 0 to {_MOST:g} nats, as in "
                 "entropy>0.5"
             )
         return above + 0.0  # of -0.0 too

@@ -73,7 +73,7 @@ class CompactCodec:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise ConfigError(f"--precision {self.bits} is outside {BITS.start} to {BITS.stop - 1} bits")
+            raise ConfigError(f"precision is {self.bits}, outside {BITS.start} to {BITS.stop - 1} bits")
         _ = self._runs  # refuses a bad order
 
     @property
@@ -90,23 +90,23 @@ class CompactCodec:
     def error_bound(self) -> dict[str, float]:
         """The most by which each stored number is off, in the units that levels.py and numbers.py define."""
         nats = ERROR_BOUND["nats"]
-        bound = {"entropy": nats, "label_logprob": nats}
+        bound = {name: nats for name in ("entropy", "label_logprob") if getattr(self.layout.known, name)}
         if self._odds or (self.layout.sampled and self.layout.heavies):
             bound["log_odds"] = ERROR_BOUND["log_odds"]
         if self.layout.sampled and self.layout.others:
             bound["renyi_entropy"] = nats
-        return bound | ({"multiplicity": 0.0} if self.layout.kind == "sample" else self._levels.error_bound)
+        return bound | ({"multiplicity": 0.0} if self.layout.draws is not None else self._levels.error_bound)
 
     @cached_property
     def _runs(self) -> Runs:
         # `full` sorts by id: no order is needed to find its entries.
         order = IdOrder(self.id_order, self.layout.vocab_size)
-        sample = self.layout.kind == "sample"
+        drawn = self.layout.draws is not None
         return Runs(
             order=order if self.layout.named_ids else IdOrder((), self.layout.vocab_size),
             vocab_size=self.layout.vocab_size,
             width=self.layout.width,
-            payload_bits=8 * self._value_planes if sample else self.bits,
+            payload_bits=8 * self._value_planes if drawn else self.bits,
         )
 
     @cached_property
@@ -120,17 +120,12 @@ class CompactCodec:
 
     @property
     def _value_planes(self) -> int:
-        return self.layout.multiplicity_dtype.itemsize if self.layout.kind == "sample" else 1 + (self.bits > 8)
-
-    @property
-    def _most_heavies(self) -> int:
-        return self.layout.width if self.layout.kind == "ipps" else int(self.layout.force_label)
+        return self.layout.multiplicity_dtype.itemsize if self.layout.draws is not None else 1 + (self.bits > 8)
 
     @cached_property
     def _odds(self) -> tuple[str, ...]:
         """Names of the tail's log-odds at each T."""
-        tails = not self.layout.sampled and self.layout.named_ids
-        return tuple(f"odds{column}" for column in range(len(self.layout.temperatures))) if tails else ()
+        return tuple(f"odds{column}" for column in self.layout.tails)
 
     @cached_property
     def _numbers(self) -> Numbers:
@@ -139,12 +134,13 @@ class CompactCodec:
         words = self._odds
         if layout.sampled:
             if layout.heavies:
-                counts["heavies"] = self._most_heavies
+                counts["heavies"] = self.layout.most_heavies
                 words = ("odds",)
             words += tuple(f"renyi{column}" for column in layout.others)
         else:
             counts["floor"] = self._levels.top
-        return Numbers(counts, (*words, "entropy", "label"))
+        measured = [name for name in ("entropy", "label_logprob") if getattr(layout.known, name)]
+        return Numbers(counts, (*words, *measured))
 
     def streams(self, positions: int) -> Shapes:
         """Type and largest shape of each stream of a row."""
@@ -161,8 +157,11 @@ class CompactCodec:
         """
         pack = self._pack_sampled if self.layout.sampled else self._pack_truncated
         numbers, streams, odds, nats = pack(targets, self.layout.counts(targets))
-        nats += [targets.entropy.numpy().astype(np.float64), -targets.label_logprob.numpy().astype(np.float64)]
-        words = [odds_to_words(odds), nats_to_words(np.stack(nats))]
+        if targets.entropy is not None:
+            nats.append(targets.entropy.numpy().astype(np.float64))
+        if targets.label_logprob is not None:
+            nats.append(-targets.label_logprob.numpy().astype(np.float64))
+        words = [odds_to_words(odds), *([nats_to_words(np.stack(nats))] if nats else [])]
         return {**streams, **self._numbers.pack(numbers, np.concatenate(words))}
 
     def decode(self, streams: Mapping[str, NDArray[Any]], positions: int) -> SparseTargets:
@@ -180,10 +179,11 @@ class CompactCodec:
         log_partition, log_tail = np.empty((2, n, len(layout.temperatures)), np.float32)
         entropy, label = np.empty((2, n), np.float32)
         counts = np.empty(n, np.int32)
+        tails = [] if layout.sampled else [log_tail]
         unpack: Any = unpack_sampled if layout.sampled else unpack_truncated
         problem = unpack(
             near, values, high, low, *self._constants,
-            ids, weights, logprobs, counts, log_partition, log_tail, entropy, label,
+            ids, weights, logprobs, counts, log_partition, *tails, entropy, label,
         )  # fmt: skip
         if problem:
             raise CorruptCacheError(PROBLEMS[problem])
@@ -193,9 +193,9 @@ class CompactCodec:
             weights=weights.reshape(n, width),
             counts=counts,
             log_partition=log_partition,
-            log_tail=log_tail,
-            entropy=entropy,
-            label_logprob=label,
+            log_tail=None if layout.sampled else log_tail,
+            entropy=entropy if layout.known.entropy else None,
+            label_logprob=label if layout.known.label_logprob else None,
         )
 
     @cached_property
@@ -211,7 +211,7 @@ class CompactCodec:
             sizes[0] if layout.ragged else 0, sizes[-1],
             self._levels.top, tables.weights, tables.logs, tables.fixed, tables.fields, tables.unit,
             1 / np.array(self._levels.temperatures), np.array([layout.temperatures.index(1.0), *layout.others]),
-            LOG_MASS, LOG_REST, NATS,
+            LOG_MASS, LOG_REST, NATS, layout.known.entropy, layout.known.label_logprob,
         )  # fmt: skip
 
     @property
@@ -219,11 +219,11 @@ class CompactCodec:
         layout, tables, sizes = self.layout, self._levels.tables, self._numbers.sizes
         return (
             layout.width, self._runs.planes, self._runs.lookup, layout.vocab_size, layout.draws or 0,
-            self._most_heavies, sizes[0], sizes[1] if layout.heavies else 0,
+            self.layout.most_heavies, sizes[0], sizes[1] if layout.heavies else 0,
             self._levels.top, tables.weights, tables.logs, tables.fixed, tables.unit,
             np.array(layout.temperatures), np.array(layout.others, np.int64),
             layout.temperatures.index(layout.own_temperature),
-            LOG_MASS, LOG_REST, NATS,
+            LOG_MASS, LOG_REST, NATS, layout.known.entropy, layout.known.label_logprob,
         )  # fmt: skip
 
     def _pack_truncated(self, targets: SparseTargets, counts: Ints) -> Packed:
@@ -231,7 +231,7 @@ class CompactCodec:
         if (heavies != counts).any():
             raise TargetError("an entry has no log-probability")
         if not self.layout.named_ids and (keys >> self.bits != np.arange(self.layout.width)).any():
-            raise TargetError("a target of kind full does not name every id once")
+            raise TargetError("a target of every id does not name each once")
         values, floors = self._values(keys, np.zeros_like(counts), counts, lift=True)
         odds = _tail_odds(targets) if self._odds else np.empty((0, len(counts)))
         return {"count": counts, "floor": floors}, self._entries(keys, counts, counts, values), odds, []
@@ -241,13 +241,13 @@ class CompactCodec:
         valid = np.arange(layout.width) < counts[:, None]
         light = np.isnan(targets.logprobs.numpy()) & valid
         weights = np.where(valid, targets.weights.double().numpy(), 0.0)
-        if layout.kind == "ipps":
+        if layout.draws is None:
             keys, heavies = self._sort(targets, counts)
             values, _ = self._values(keys, np.zeros_like(counts), heavies, lift=False)
         else:
             keys, heavies = self._runs.keys(targets.ids.numpy(), counts, light, multiplicities(layout, weights, light))
             values, _ = self._values(keys, heavies, counts, lift=False)
-        if heavies.max(initial=0) > self._most_heavies:
+        if heavies.max(initial=0) > self.layout.most_heavies:
             raise TargetError("a sampled target has more entries with a probability than its forced label")
         odds = light_odds(weights, light)[None] if layout.heavies else np.empty((0, len(counts)))
         nats = [renyi(layout, targets, column) for column in layout.others]
@@ -274,6 +274,7 @@ def _tail_odds(targets: SparseTargets) -> NDArray[np.float64]:
 
     One minus the tail is the kept mass, and exact enough but where little is kept: there the entries are summed.
     """
+    assert targets.log_tail is not None  # of truncated targets
     log_tail = targets.log_tail.numpy().T.astype(np.float64)
     with np.errstate(divide="ignore"):
         log_kept = np.log(-np.expm1(np.minimum(log_tail, 0.0)))

@@ -27,7 +27,7 @@ PROBLEMS = {
     4: "the draws of a position do not add up",
     5: "a position has no entries, or more than it can have",
     6: "there are more or fewer values than entries that have one",
-    7: "an entropy is not a number",
+    7: "an entropy or a label's log-probability is not a number",
 }
 _VOCABULARY, _FAR_ENDS, _LEVEL, _DRAWS, _COUNT, _VALUES, _ENTROPY = PROBLEMS
 
@@ -54,6 +54,24 @@ def _read_word(high: Bytes, low: Bytes, plane: int, word: int, table: Floats | D
         out[i] = table[np.uint64(high[plane + word, i]) << _8 | np.uint64(low[word, i])]
         known &= out[i] == out[i]
     return known
+
+
+# fmt: off
+@compiled
+def _read_measures(
+    high: Bytes, low: Bytes, plane: int, word: int, nats: Floats, has_entropy: bool, has_label: bool,
+    entropy: Floats, label: Floats,
+) -> int:
+    # fmt: on
+    """`[n]` entropies and log-probabilities of labels, where they are stored: 0, or a problem."""
+    if has_entropy and not _read_word(high, low, plane, word, nats, entropy):
+        return _ENTROPY
+    if has_label:
+        if not _read_word(high, low, plane, word + has_entropy, nats, label):
+            return _ENTROPY
+        for i in range(len(label)):
+            label[i] = -label[i]
+    return 0
 
 
 @compiled
@@ -224,6 +242,7 @@ def unpack_truncated(
     width: int, planes: int, order: Ids, vocab_size: int, named_ids: bool, count_size: int, floor_size: int,
     top: int, table: Floats, log_table: Floats, fixed: Ints, fields: int, unit: float,
     exponents: Doubles, columns: Ints, log_mass: Doubles, log_rest: Doubles, nats: Floats,
+    has_entropy: bool, has_label: bool,
     ids: Ids, weights: Floats, logprobs: Floats, count: NDArray[np.int32],
     log_partition: Floats, log_tail: Floats, entropy: Floats, label: Floats,
 ) -> int:
@@ -233,7 +252,7 @@ def unpack_truncated(
     Returns:
         0, or a problem.
     """
-    n, first, odds = high.shape[1], count_size + floor_size, len(low) - 2
+    n, first, odds = high.shape[1], count_size + floor_size, len(low) - has_entropy - has_label
     counts = np.full(n, width)
     if count_size:
         _read_count(high, 0, count_size, counts)
@@ -265,10 +284,9 @@ def unpack_truncated(
     for k in range(len(columns)):
         for i in range(n):
             log_partition[i, columns[k]] = sums[i, k] - kept[k, i] if k else 0.0
-    _read_word(high, low, first, odds + 1, nats, label)
     for i in range(n):
-        count[i], label[i] = counts[i], -label[i]
-    return 0 if _read_word(high, low, first, odds, nats, entropy) else _ENTROPY
+        count[i] = counts[i]
+    return _read_measures(high, low, first, odds, nats, has_entropy, has_label, entropy, label)
 
 
 # fmt: off
@@ -279,8 +297,9 @@ def unpack_sampled(
     count_size: int, heavy_size: int,
     top: int, table: Floats, log_table: Floats, fixed: Ints, unit: float,
     temperatures: Doubles, columns: Ints, own_column: int, log_mass: Doubles, log_rest: Doubles, nats: Floats,
+    has_entropy: bool, has_label: bool,
     ids: Ids, weights: Floats, logprobs: Floats, count: NDArray[np.int32],
-    log_partition: Floats, log_tail: Floats, entropy: Floats, label: Floats,
+    log_partition: Floats, entropy: Floats, label: Floats,
 ) -> int:
     # fmt: on
     """Fill the targets of a row of a sampled kind; `draws` is 0 for `ipps`.
@@ -290,7 +309,7 @@ def unpack_sampled(
     """
     n, first, odds = high.shape[1], count_size + heavy_size, 1 if heavy_size else 0
     counts, heavies, log_lights, log_heavies = np.empty(n, np.int64), np.empty(n, np.int64), np.zeros(n), np.zeros(n)
-    log_partition[:], log_tail[:] = 0, np.nan
+    log_partition[:] = 0
     _read_count(high, 0, count_size, counts)
     _read_count(high, count_size, heavy_size, heavies)
     entries, valued = 0, 0
@@ -338,7 +357,6 @@ def unpack_sampled(
     problem = add_lights(values, counts, heavies, log_lights, draws, weights, logprobs)
     if problem:
         return problem
-    _read_word(high, low, first, odds + len(columns) + 1, nats, label)
     for i in range(n):
-        count[i], label[i] = counts[i], -label[i]
-    return 0 if _read_word(high, low, first, odds + len(columns), nats, entropy) else _ENTROPY
+        count[i] = counts[i]
+    return _read_measures(high, low, first, odds + len(columns), nats, has_entropy, has_label, entropy, label)

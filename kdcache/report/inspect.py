@@ -14,7 +14,7 @@ from kdcache.errors import CacheError, TargetError
 from kdcache.pretrained import load_tokenizer
 from kdcache.rows import IGNORE
 from kdcache.store.commit import added, quantiles
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.targets import SparseTargets
 
 _CONTEXT_TOKENS = 32
 _WINDOW = 8  # tokens that decide how the next one reads
@@ -23,7 +23,8 @@ _WINDOW = 8  # tokens that decide how the next one reads
 def inspect_summary(path: str, shard: int | None = None) -> dict[str, Any]:
     """What a cache, or one shard of it, holds. A cache that is still being dumped may be looked at.
 
-    Means are over the positions that carry a target, `entropy_quantiles` over all labelled ones.
+    Means are over the positions that carry a target, `entropy_quantiles` over all labelled ones. What the cache
+    does not know is None; weights of sampled kinds stand for the whole distribution: no tail and no kept mass.
     """
     cache = open_cache(path, partial=True)
     if shard is not None and shard not in cache.commits:
@@ -32,7 +33,7 @@ def inspect_summary(path: str, shard: int | None = None) -> dict[str, Any]:
         )
     chosen = list(cache.commits.values()) if shard is None else [cache.commits[shard]]
     manifest = cache.manifest
-    sampled = manifest.selection["kind"] in SAMPLED_KINDS  # whose weights stand for everything: there is no tail
+    known = cache.known
     kept = tail = entropy = label = 0.0
     slots = 0
     for commit in chosen:
@@ -40,11 +41,14 @@ def inspect_summary(path: str, shard: int | None = None) -> dict[str, Any]:
         for row, targets in cache.read_rows(range(base, base + commit.rows)):
             slots += len(row.tokens)
             targets = targets[targets.count > 0]
-            log_tail = targets.log_tail[:, manifest.temperatures.index(1.0)].double()
-            tail += log_tail.exp().sum().item()
-            kept -= torch.expm1(log_tail).sum().item()
-            entropy += targets.entropy.double().sum().item()
-            label -= targets.label_logprob.double().sum().item()
+            if targets.log_tail is not None:
+                log_tail = targets.log_tail[:, manifest.temperatures.index(1.0)].double()
+                tail += log_tail.exp().sum().item()
+                kept -= torch.expm1(log_tail).sum().item()
+            if targets.entropy is not None:
+                entropy += targets.entropy.double().sum().item()
+            if targets.label_logprob is not None:
+                label -= targets.label_logprob.double().sum().item()
     names = ("rows", "labels", "positions", "entries", "documents", "dropped")
     total = {name: sum(getattr(c, name) for c in chosen) for name in names}
     size = sum(data["bytes"] for c in chosen for data in c.objects)
@@ -58,14 +62,15 @@ def inspect_summary(path: str, shard: int | None = None) -> dict[str, Any]:
         "tokens": slots,
         "bytes": size,
         "bytes_per_position": size / positions,
-        "mean_kept_mass": None if sampled else kept / positions,
-        "mean_tail": None if sampled else tail / positions,
-        "mean_entropy": entropy / positions,
-        "teacher_nll": label / positions,
+        "mean_kept_mass": kept / positions if known.tails else None,
+        "mean_tail": tail / positions if known.tails else None,
+        "mean_entropy": entropy / positions if known.entropy else None,
+        "teacher_nll": label / positions if known.label_logprob else None,
         "entropy_quantiles": quantiles(added(commit.entropy_histogram for commit in chosen)),
         "teacher": manifest.origin.get("teacher"),
         "corpus": manifest.origin.get("corpus"),
         "selection": manifest.selection,
+        "known": known.to_fields(),
         "position_choice": manifest.positions,
         "temperatures": list(manifest.temperatures),
         "precision": manifest.precision,
@@ -85,7 +90,7 @@ def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]
     tokens = []
     for slot in range(len(ids)):
         told = slot > 0 and int(value.targets.count[slot - 1]) > 0
-        logprob = float(value.targets.label_logprob[slot - 1]) if told else None
+        logprob = _number(value.targets.label_logprob, slot - 1) if told else None
         segment = int(value.segments[slot])
         tokens.append({
             "position": slot, "id": ids[slot], "text": added_text(tokenizer, ids[starts[segment] : slot], ids[slot]),
@@ -101,7 +106,8 @@ def inspect_position(
 
     `probability` and `tail` are at `temperature`; `logprob` and `weight` are as stored, `logprob` at T = 1. Of a
     sampled target only the weight is always known: an entry that was drawn has no `logprob` and no `probability`,
-    and there is no `tail`. Where the position carries no target, `no_target` says why.
+    and there is no `tail`. What else the cache does not know is None. Where the position carries
+    no target, `no_target` says why.
 
     Raises:
         CacheError: no such row or position.
@@ -147,9 +153,9 @@ def inspect_position(
     count = int(targets.count[0])
     order = targets.weights[0, :count].argsort(descending=True, stable=True)[:top].tolist()
     found.update(
-        label={**label, "logprob": float(targets.label_logprob[0])},
-        entropy=float(targets.entropy[0]),
-        tail=_known(log_tail[0].exp()),
+        label={**label, "logprob": _number(targets.label_logprob, 0)},
+        entropy=_number(targets.entropy, 0),
+        tail=None if log_tail is None else float(log_tail[0].exp()),
         kept=count,
         entries=[
             {
@@ -163,14 +169,18 @@ def inspect_position(
     return found
 
 
-def _at(targets: SparseTargets, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p_T of the entries and of the tail; NaN where a sampled target does not know them."""
-    if targets.kind not in SAMPLED_KINDS:
+def _at(targets: SparseTargets, temperature: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log p_T of the entries, NaN where a sampled target has a weight alone; and of the tail, if it has one."""
+    if not targets.sampled:
         return targets.at_temperature(temperature)
     if temperature not in targets.temperatures:
         raise TargetError(f"temperature {temperature:g} is not among those that the cache stores")
     partition = targets.log_partition[..., targets.temperatures.index(temperature), None]
-    return targets.logprobs / temperature - partition, torch.full_like(targets.entropy, torch.nan)
+    return targets.logprobs / temperature - partition, None
+
+
+def _number(values: torch.Tensor | None, place: int) -> float | None:
+    return None if values is None else float(values[place])
 
 
 def _known(value: torch.Tensor) -> float | None:

@@ -23,7 +23,7 @@ from kdcache.report.inspect import added_text
 from kdcache.report.live import load_teacher
 from kdcache.rows import IGNORE
 from kdcache.student.model import load_student, require_students
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.targets import SparseTargets
 
 _Entries = list[tuple[int, float]]
 
@@ -91,7 +91,7 @@ def next_tokens(
     elif (place := find_prompt(opened, tokens, on_progress)) is not None:
         row, position, target = place
         told.update(
-            source="cache", row=row, position=position, sampled=target.kind in SAMPLED_KINDS,
+            source="cache", row=row, position=position, sampled=target.sampled,
             temperature=target.sample_temperature, entries=shown(_largest(target, top)),
         )  # fmt: skip
     answers = {

@@ -34,12 +34,14 @@ LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 _BINS_A_ROOT = 32
 
 
-def histogram(entropy: torch.Tensor) -> list[int]:
-    """Positions in each bin, up to the last that has any.
+def histogram(entropy: torch.Tensor | None) -> list[int]:
+    """Positions in each bin, up to the last that has any; none where the entropy is unknown.
 
     Args:
         entropy: `[N]` nats, on the CPU.
     """
+    if entropy is None:
+        return []
     bins = (_BINS_A_ROOT * entropy.double().clamp(min=0).sqrt()).long().clamp(max=MOST_BINS - 1)
     return np.bincount(bins.numpy()).tolist() if len(bins) else []
 
@@ -80,7 +82,7 @@ class Commit:
         objects: `{"name", "bytes", "sha256"}` of each file of the shard.
         tokens_sha256: of the token ids of its rows, the shape of the pieces included.
         content_sha256: of all streams of its rows, before compression: equal in every store.
-        entropy_histogram: of the teacher, over all labelled positions; see `entropies`.
+        entropy_histogram: of the teacher, over all labelled positions; see `histogram`. Empty where it is unknown.
         compute: dtype, device, threads and batch size that made it; bit-identity is promised for
             equal values of these, near-identity otherwise.
     """
@@ -142,7 +144,8 @@ class Commit:
             raise ValueError(f"it claims {self.rows} rows in {size} bytes")
         if self.positions > self.labels:
             raise ValueError(f"it claims {self.positions} targets for {self.labels} labels")
-        if len(self.entropy_histogram) > MOST_BINS or sum(self.entropy_histogram) != self.labels:
+        counted = sum(self.entropy_histogram)  # none where the entropy is unknown
+        if len(self.entropy_histogram) > MOST_BINS or (self.entropy_histogram and counted != self.labels):
             raise ValueError(f"its histogram is not of the entropies of {self.labels} labels")
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.targets import SparseTargets
 
 BINS = 15
 
@@ -90,7 +90,7 @@ def acceptance_bounds(logits: Tensor, log_partition: Tensor, targets: SparseTarg
     Returns:
         `[M]` each; None for sampled targets.
     """
-    if targets.kind in SAMPLED_KINDS:
+    if targets.sampled:
         return None
     log_p, log_tail = targets.at_temperature(1.0)
     kept = targets.valid

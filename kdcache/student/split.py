@@ -120,6 +120,8 @@ def _where(
     config: TrainConfig,
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[Ints, ...]:
+    for source in sources:
+        source.cache.known.require("entropy", "--where", source.name)
     mine = [rows[distributed.rank() :: distributed.world()] for rows in train]
     done, total = 0, sum(map(len, mine))
     kept = []
@@ -156,4 +158,8 @@ def mean_entropies(cache: Cache, rows: Ints, count: int) -> Iterator[list[float]
 
 
 def _means(items: list[Item]) -> list[float]:
-    return [float(item.targets.entropy[item.targets.count > 0].double().mean()) for item in items]
+    means = []
+    for item in items:
+        entropy = item.targets.require("entropy", "--where")
+        means.append(float(entropy[item.targets.count > 0].double().mean()))
+    return means

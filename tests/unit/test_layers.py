@@ -17,7 +17,8 @@ import kdcache.student
 
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
-    {"errors", "options", "rows", "compiled"},
+    {"errors", "options", "rows", "compiled", "entry_form"},
+    {"known"},
     {"position_filter", "targets", "worker"},
     {"selection", "losses", "codec", "isolation"},
     {"store", "corpus"},

@@ -309,7 +309,7 @@ class Teacher:
         keys = torch.cat([torch.full_like(slots[:, :1], shard), slots + torch.tensor([first_row, 0])], -1)  # [N, 3]
         near = select_device(self.device)
         draw, labels = draws(rule, seed, _sent(keys, near)), _sent(labels[wanted], near)
-        running = _Running(self, rows, slots, wanted.sum(-1).tolist(), manifest.choice)
+        running = _Running(self, rows, slots, wanted.sum(-1).tolist(), manifest.choice, rule.form.every_id)
         for logits in self._logits(rows, manifest, slots):  # [n, V]
             tile = slice(running.positions, running.positions + len(logits))
             logits = logits.to(select_device(logits.device))
@@ -381,14 +381,16 @@ class _Running:
     _arrival: torch.cuda.Event | None = None
 
     def __init__(
-        self, teacher: Teacher, rows: list[PackedRow], slots: torch.Tensor, labels: list[int], choice: Positions
-    ) -> None:
+        self, teacher: Teacher, rows: list[PackedRow], slots: torch.Tensor, labels: list[int], choice: Positions,
+        every_id: bool,
+    ) -> None:  # fmt: skip
         self._teacher, self._rows, self._slots, self._labels, self._choice = teacher, rows, slots, labels, choice
+        self._every_id = every_id
         self.positions = 0
 
     def add(self, tile: SparseTargets, finite: torch.Tensor) -> None:
         """Lay the next positions' targets, and whether their logits are finite, beside the others."""
-        if tile.kind == "full":
+        if self._every_id:
             tile = tile.to("cpu")  # larger than the logits: a batch of it has no room on a GPU
         start, self.positions = self.positions, self.positions + len(tile.count)
         if start == 0:
@@ -417,7 +419,7 @@ class _Running:
             require_finite(self._finite)
         except LogitsError as error:
             raise self._teacher.named(self._rows, self._slots, error.position) from None
-        targets, entropy = self._targets, self._targets.entropy
+        targets, entropy = self._targets, self._targets.require("entropy", "a dump")
         chosen = self._choice.chosen(entropy)
         if chosen is not None:
             targets = targets[chosen].spread(chosen.nonzero()[:, 0], len(entropy))
