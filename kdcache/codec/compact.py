@@ -25,6 +25,7 @@ Cost: docs/decisions/0009.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,14 +34,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codec.id_deltas import Runs
+from kdcache.codec.id_deltas import Runs, unpack_ids
 from kdcache.codec.id_ranks import IdOrder
-from kdcache.codec.layout import Layout, light_odds, multiplicities, renyi
-from kdcache.codec.packing import pack_values
-from kdcache.codec.quantizer import BITS, Levels, merge, split
-from kdcache.codec.scalars import ERROR_BOUND, LOG_MASS, LOG_REST, NATS, Numbers, nats_to_words, odds_to_words
-from kdcache.codec.streams import Ints, Keys, Shapes, Streams, id_dtype, whole
-from kdcache.codec.unpacking import PROBLEMS, unpack_sampled, unpack_truncated
+from kdcache.codec.layout import Layout
+from kdcache.codec.lights import light_odds, multiplicities, unpack_lights
+from kdcache.codec.quantizer import BITS, Levels, merge, pack_levels, split, unpack_levels
+from kdcache.codec.scalars import (
+    ERROR_BOUND,
+    MEASURES,
+    Numbers,
+    nats_to_words,
+    odds_to_words,
+    read_count,
+    read_measures,
+    read_word,
+    renyi_entropy,
+)
+from kdcache.codec.streams import (
+    COUNT,
+    FAR_ENDS,
+    MEASURE,
+    PROBLEMS,
+    VALUES,
+    Bytes,
+    Doubles,
+    Floats,
+    Ids,
+    Ints,
+    Keys,
+    Shapes,
+    Streams,
+    Values,
+    id_dtype,
+    whole,
+)
+from kdcache.compiled import compiled
 from kdcache.errors import ConfigError, CorruptCacheError, TargetError
 from kdcache.targets import SparseTargets
 
@@ -205,25 +233,22 @@ class CompactCodec:
 
     @property
     def _truncated_constants(self) -> tuple[Any, ...]:
-        layout, tables, sizes = self.layout, self._levels.tables, self._numbers.sizes
+        layout, sizes = self.layout, self._numbers.sizes
+        columns = np.array([layout.temperatures.index(1.0), *layout.others])
         return (
-            layout.width, self._runs.planes, self._runs.lookup, layout.vocab_size, layout.named_ids,
-            sizes[0] if layout.ragged else 0, sizes[-1],
-            self._levels.top, tables.weights, tables.logs, tables.fixed, tables.fields, tables.unit,
-            1 / np.array(self._levels.temperatures), np.array([layout.temperatures.index(1.0), *layout.others]),
-            LOG_MASS, LOG_REST, NATS, layout.known.entropy, layout.known.label_logprob,
+            *self._runs.table, *self._levels.table, *MEASURES, layout.known.entropy, layout.known.label_logprob,
+            layout.named_ids, sizes[0] if layout.ragged else 0, sizes[-1],
+            1 / np.array(self._levels.temperatures), columns,
         )  # fmt: skip
 
     @property
     def _sampled_constants(self) -> tuple[Any, ...]:
-        layout, tables, sizes = self.layout, self._levels.tables, self._numbers.sizes
+        layout, sizes = self.layout, self._numbers.sizes
         return (
-            layout.width, self._runs.planes, self._runs.lookup, layout.vocab_size, layout.draws or 0,
-            self.layout.most_heavies, sizes[0], sizes[1] if layout.heavies else 0,
-            self._levels.top, tables.weights, tables.logs, tables.fixed, tables.unit,
+            *self._runs.table, *self._levels.table, *MEASURES, layout.known.entropy, layout.known.label_logprob,
+            layout.draws or 0, layout.most_heavies, sizes[0], sizes[1] if layout.heavies else 0,
             np.array(layout.temperatures), np.array(layout.others, np.int64),
             layout.temperatures.index(layout.own_temperature),
-            LOG_MASS, LOG_REST, NATS, layout.known.entropy, layout.known.label_logprob,
         )  # fmt: skip
 
     def _pack_truncated(self, targets: SparseTargets, counts: Ints) -> Packed:
@@ -245,12 +270,15 @@ class CompactCodec:
             keys, heavies = self._sort(targets, counts)
             values, _ = self._values(keys, np.zeros_like(counts), heavies, lift=False)
         else:
-            keys, heavies = self._runs.keys(targets.ids.numpy(), counts, light, multiplicities(layout, weights, light))
+            keys, heavies = self._runs.keys(
+                targets.ids.numpy(), counts, light, multiplicities(layout.draws, weights, light)
+            )
             values, _ = self._values(keys, heavies, counts, lift=False)
         if heavies.max(initial=0) > self.layout.most_heavies:
             raise TargetError("a sampled target has more entries with a probability than its forced label")
         odds = light_odds(weights, light)[None] if layout.heavies else np.empty((0, len(counts)))
-        nats = [renyi(layout, targets, column) for column in layout.others]
+        partitions = targets.log_partition.numpy()
+        nats = [renyi_entropy(partitions[:, column], layout.temperatures[column]) for column in layout.others]
         return {"count": counts, "heavies": heavies}, self._entries(keys, counts, heavies, values), odds, nats
 
     def _sort(self, targets: SparseTargets, counts: Ints) -> tuple[Keys, Ints]:
@@ -261,7 +289,7 @@ class CompactCodec:
     def _values(self, keys: Keys, starts: Ints, stops: Ints, *, lift: bool) -> tuple[NDArray[Any], Ints]:
         values: Any = np.empty(int((stops - starts).sum()), np.uint8 if self._value_planes == 1 else np.uint16)
         floors = np.empty_like(starts)
-        pack_values(keys, starts, stops, (1 << self._runs.payload_bits) - 1, lift, floors, values)
+        pack_levels(keys, starts, stops, (1 << self._runs.payload_bits) - 1, lift, floors, values)
         return values, floors
 
     def _entries(self, keys: Keys, counts: Ints, heavies: Ints, values: NDArray[Any]) -> Streams:
@@ -285,3 +313,133 @@ def _tail_odds(targets: SparseTargets) -> NDArray[np.float64]:
             summed = (some.logprobs.double() / t).logsumexp(-1) - some.log_partition[:, column].double()
             log_kept[column, flat] = summed.numpy()
     return np.asarray(log_tail - log_kept, np.float64)
+
+
+# fmt: off
+@compiled
+def unpack_truncated(
+    near: Bytes, values: Values, high: Bytes, low: Bytes,
+    width: int, planes: int, lookup: Ids, vocab_size: int,
+    top: int, table: Floats, log_table: Floats, fixed: Ints, fields: int, unit: float,
+    log_mass: Doubles, log_rest: Doubles, nats: Floats, has_entropy: bool, has_label: bool,
+    named_ids: bool, count_size: int, floor_size: int, exponents: Doubles, columns: Ints,
+    ids: Ids, weights: Floats, logprobs: Floats, count: NDArray[np.int32],
+    log_partition: Floats, log_tail: Floats, entropy: Floats, label: Floats,
+) -> int:
+    # fmt: on
+    """Fill the targets of a row of a truncated kind; streams and numbers as the module has them.
+
+    The first line of arguments is the row; `IdTable`, `LevelTable` and `MeasureTables` follow; the last two lines are
+    filled. They are flat because a call takes 1 us for each field of a named tuple, and a row of 12 entries takes 80.
+
+    Returns:
+        0, or a problem.
+    """
+    n, first, odds = high.shape[1], count_size + floor_size, len(low) - has_entropy - has_label
+    counts = np.full(n, width)
+    if count_size:
+        read_count(high, 0, count_size, counts)
+    entries = 0
+    for i in range(n):
+        if counts[i] < 1 or counts[i] > width:
+            return COUNT
+        entries += counts[i]
+    if len(values) != entries:
+        return VALUES
+    if named_ids:
+        if len(near) < entries or (len(near) - entries) % planes:
+            return FAR_ENDS
+        problem = unpack_ids(near, entries, planes, counts, counts, lookup, vocab_size, ids)
+        if problem:
+            return problem
+    floors, sums, kept = np.empty(n, np.int64), np.empty((n, len(exponents))), np.zeros((len(columns), n))
+    read_count(high, count_size, floor_size, floors)
+    log_tail[:] = -np.inf
+    for k in range(len(columns) if odds else 0):
+        read_word(high, low, first, columns[k], log_rest, kept[k])
+        read_word(high, low, first, columns[k], log_mass, log_tail[:, columns[k]])
+    problem = unpack_levels(
+        values, counts, floors, kept[0], top, table, log_table, fixed, fields, unit,
+        1.0, exponents, weights, logprobs, sums,
+    )  # fmt: skip
+    if problem:
+        return problem
+    for k in range(len(columns)):
+        for i in range(n):
+            log_partition[i, columns[k]] = sums[i, k] - kept[k, i] if k else 0.0
+    for i in range(n):
+        count[i] = counts[i]
+    return read_measures(high, low, first, odds, nats, has_entropy, has_label, entropy, label)
+
+
+# fmt: off
+@compiled
+def unpack_sampled(
+    near: Bytes, values: Values, high: Bytes, low: Bytes,
+    width: int, planes: int, lookup: Ids, vocab_size: int,
+    top: int, table: Floats, log_table: Floats, fixed: Ints, fields: int, unit: float,
+    log_mass: Doubles, log_rest: Doubles, nats: Floats, has_entropy: bool, has_label: bool,
+    draws: int, most_heavies: int, count_size: int, heavy_size: int,
+    temperatures: Doubles, columns: Ints, own_column: int,
+    ids: Ids, weights: Floats, logprobs: Floats, count: NDArray[np.int32],
+    log_partition: Floats, entropy: Floats, label: Floats,
+) -> int:
+    # fmt: on
+    """Fill the targets of a row of a sampled kind; `draws` is 0 where lights weigh alike. See `unpack_truncated`.
+
+    Returns:
+        0, or a problem.
+    """
+    n, first, odds = high.shape[1], count_size + heavy_size, 1 if heavy_size else 0
+    counts, heavies, log_lights, log_heavies = np.empty(n, np.int64), np.empty(n, np.int64), np.zeros(n), np.zeros(n)
+    log_partition[:] = 0
+    read_count(high, 0, count_size, counts)
+    read_count(high, count_size, heavy_size, heavies)
+    entries, valued = 0, 0
+    for i in range(n):
+        if counts[i] < 1 or counts[i] > width or heavies[i] > min(counts[i], most_heavies):
+            return COUNT
+        entries += counts[i]
+        valued += counts[i] - heavies[i] if draws else heavies[i]
+    if len(values) != valued:
+        return VALUES
+    if len(near) < entries or (len(near) - entries) % planes:
+        return FAR_ENDS
+    problem = unpack_ids(near, entries, planes, counts, heavies, lookup, vocab_size, ids)
+    if problem:
+        return problem
+    if odds:
+        read_word(high, low, first, 0, log_mass, log_lights)
+        read_word(high, low, first, 0, log_rest, log_heavies)
+    for k in range(len(columns)):
+        if not read_word(high, low, first, odds + k, nats, entropy):
+            return MEASURE
+        for i in range(n):
+            log_partition[i, columns[k]] = entropy[i] * (1 - 1 / temperatures[columns[k]])
+    temperature = temperatures[own_column]
+    for i in range(n):
+        if heavies[i] == counts[i]:
+            log_heavies[i] = 0.0
+    if draws:
+        weights[:] = 0
+        logprobs[:] = -np.inf
+        for i in range(n):
+            if heavies[i]:
+                weights[i * width], logprobs[i * width] = math.exp(log_heavies[i]), temperature * log_heavies[i]
+    else:
+        problem = unpack_levels(
+            values, heavies, np.zeros(n, np.int64), log_heavies, top, table, log_table, fixed, fields, unit,
+            temperature, np.ones(1), weights, logprobs, np.empty((n, 1)),
+        )  # fmt: skip
+        if problem:
+            return problem
+    if own_column in columns:
+        for i in range(n):
+            for j in range(i * width, i * width + heavies[i]):
+                logprobs[j] += temperature * log_partition[i, own_column]
+    problem = unpack_lights(values, counts, heavies, log_lights, draws, weights, logprobs)
+    if problem:
+        return problem
+    for i in range(n):
+        count[i] = counts[i]
+    return read_measures(high, low, first, odds + len(columns), nats, has_entropy, has_label, entropy, label)

@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.codec.layout import Layout, light_odds, multiplicities
-from kdcache.codec.streams import Floats, Ints, Shapes, Streams, id_dtype, take, whole
-from kdcache.codec.unpacking import PROBLEMS, add_lights
+from kdcache.codec.layout import Layout
+from kdcache.codec.lights import light_odds, multiplicities, unpack_lights
+from kdcache.codec.streams import PROBLEMS, Floats, Ints, Shapes, Streams, id_dtype, take, whole
 from kdcache.errors import ConfigError, CorruptCacheError, TargetError
 from kdcache.targets import SparseTargets
 
@@ -166,7 +166,7 @@ class PlainCodec:
 
     def _values(self, logprobs: Floats, weights: NDArray[np.float64], light: Mask, heavy: Mask) -> NDArray[Any]:
         if self._draws:
-            return multiplicities(self.layout, weights, light)[light].astype(self._value_dtype)
+            return multiplicities(self.layout.draws or 0, weights, light)[light].astype(self._value_dtype)
         if self._exact:
             return logprobs[heavy].astype(_SINGLE)
         root = np.sqrt(weights[heavy]) if self.layout.sampled else np.exp(logprobs[heavy].astype(np.float64) / 2)
@@ -306,7 +306,7 @@ class PlainCodec:
         lead = log_partition[:, self.layout.temperatures.index(own), None]
         logprobs = (own * (logs + lead)).astype(np.float32)
         draws = self.layout.draws or 0
-        problem = add_lights(drawn, counts, heavies, log_mass, draws, weights.reshape(-1), logprobs.reshape(-1))
+        problem = unpack_lights(drawn, counts, heavies, log_mass, draws, weights.reshape(-1), logprobs.reshape(-1))
         if problem:
             raise CorruptCacheError(PROBLEMS[problem])
         return logprobs, weights
