@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kdcache.cache import Cache, Row, open_cache
     from kdcache.errors import KdcacheError
     from kdcache.losses import Pool, linear_lse_gather, sparse_kd_loss, sparse_kd_loss_from_logits
-    from kdcache.selection import Selection, select
+    from kdcache.selection import Selection, register_kind, select
     from kdcache.targets import SparseTargets
     from kdcache.verify import verify_cache
 
@@ -27,6 +27,7 @@ __all__ = [
     "SparseTargets",
     "linear_lse_gather",
     "open_cache",
+    "register_kind",
     "select",
     "sparse_kd_loss",
     "sparse_kd_loss_from_logits",
@@ -42,6 +43,7 @@ _HOMES = {
     "SparseTargets": "targets",
     "linear_lse_gather": "losses",
     "open_cache": "cache",
+    "register_kind": "selection",
     "select": "selection",
     "sparse_kd_loss": "losses",
     "sparse_kd_loss_from_logits": "losses",

@@ -93,7 +93,7 @@ def convert(
 def _plan(source: Cache, store: str | None, k: int | None, precision: str | None) -> Manifest:
     """The manifest of the new cache, but for its order of ids."""
     if store not in (None, *STORES):
-        raise ConfigError(f"--store {store} is not one of {', '.join(STORES)}")
+        raise ConfigError(f"store {store} is not one of {', '.join(STORES)}")
     old = source.manifest
     rule = old.rule if k is None else old.rule.fewer(k)
     require_narrower(rule, old.rule, old.width)

@@ -2,20 +2,21 @@
 
 Streams of a row of n positions, E entries in all, K at most in each; all are bytes:
 
-    ids          E distances of ranks and their far ends (runs.py); absent for `full`, which is in order of id
-    values       truncated kinds: E levels (levels.py), each less the least of its position; `ipps`: the heavies'
-                 levels; `sample`: how often each light was drawn; two planes, high bytes first, where one is too little
-    scalars      counts, and the high bytes of measures (numbers.py)
+    ids          E distances of ranks and their far ends (id_deltas.py); absent where each position has every id
+    values       truncated: E levels (quantizer.py), each less the least of its position; sampled: the heavies' levels,
+                 or how often each light was drawn, where that decides; two planes, high bytes first, where one is too
+                 little
+    scalars      counts, and the high bytes of measures (scalars.py)
     scalars_low  the low bytes of measures
 
-A position's numbers, in this order:
+The scalars of a position, in this order:
 
     count        entries, where they differ
-    heavies      `ipps`, and `sample` with a forced label
-    floor        truncated kinds: the least level
-    odds         truncated kinds but `full`: log-odds of the tail at each T; sampled kinds with heavies: of the lights
-    renyi        sampled kinds: the Rényi entropy of order 1/T for each T but 1, from which the partition follows
-    entropy, label
+    heavies      sampled: where any entry may be heavy
+    floor        truncated: the least level
+    odds         log-odds of the tail at each T that is stored; sampled with heavies: of the lights
+    renyi        sampled: the Rényi entropy of order 1/T for each T but 1, from which the partition follows
+    entropy, label_logprob (negated), each where it is known
 
 What is kept is scaled to what the tail or the lights leave, so a peaked position keeps its tail and a flat one its few
 entries; a truncated kind's partitions follow from both. `streams` and `scalars_low` depend on the layout alone.
@@ -116,7 +117,7 @@ class CompactCodec:
 
     @property
     def error_bound(self) -> dict[str, float]:
-        """The most by which each stored number is off, in the units that levels.py and numbers.py define."""
+        """The most by which each stored number is off, in the units that quantizer.py and scalars.py define."""
         nats = ERROR_BOUND["nats"]
         bound = {name: nats for name in ("entropy", "label_logprob") if getattr(self.layout.known, name)}
         if self._odds or (self.layout.sampled and self.layout.heavies):
@@ -228,7 +229,7 @@ class CompactCodec:
 
     @cached_property
     def _constants(self) -> tuple[Any, ...]:
-        """What unpacking needs beside a row's streams, in the order of its kernel's parameters."""
+        """What unpacking needs besides a row's streams, in the order of its kernel's parameters."""
         return self._sampled_constants if self.layout.sampled else self._truncated_constants
 
     @property

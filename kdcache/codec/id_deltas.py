@@ -30,7 +30,7 @@ _LARGE = 1 << 22  # ranks in a table
 
 
 class IdTable(NamedTuple):
-    """What unpacking needs beside a row's streams.
+    """What unpacking needs besides a row's streams.
 
     Attributes:
         width: K.

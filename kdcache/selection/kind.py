@@ -92,6 +92,8 @@ class Selection(metaclass=_Kind):
                 adaptive, tau (the threshold that all positions of a cache share) and min_k
         full    every token of the vocabulary, the reference
 
+    or of a kind that was registered from outside. Settings are keywords; what a kind leaves out has its default.
+
     Raises:
         ConfigError: an unknown kind, a setting out of range, or one that the kind does not have.
     """
@@ -100,7 +102,7 @@ class Selection(metaclass=_Kind):
     """The name that it is registered by."""
 
     precision: ClassVar[str] = "6"
-    """How values are stored where nobody says otherwise: bits a value, `float16` or `float32`."""
+    """How values are stored unless something else is asked for: bits a value, `float16` or `float32`."""
 
     pilot_settings: ClassVar[tuple[str, ...]] = ()
     """Settings that a pilot finds, see `fit`."""
