@@ -1,8 +1,8 @@
 """Convert: a cache into another store, another place, another precision or fewer entries, without its teacher.
 
 Between stores the streams of every row are carried over as they are, so the content is the same bit for bit and so
-is its hash. Fewer entries follow the rule of the selection (`kdcache.selection.narrow`): the largest stay and the
-rest moves into every tail, or sampled weights are drawn again without bias. Shard by shard, create-only, any number
+is its hash. Fewer entries are the business of the kind of selection (`kdcache.selection.narrow`): the largest stay and
+the rest moves into every tail, or sampled weights are drawn again without bias. Shard by shard, create-only, any number
 of workers: a run that stops goes on where it was.
 """
 
@@ -23,7 +23,7 @@ from kdcache.cache import Cache, open_cache
 from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.errors import CorruptCacheError
 from kdcache.rows import IGNORE, PackedRow
-from kdcache.selection import Selection, narrow, require_narrower
+from kdcache.selection import narrow, require_narrower
 from kdcache.store.commits import committed, read_commits
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
@@ -116,28 +116,17 @@ def _plan(source: Cache, store: str | None, k: int | None, precision: str | None
     if store is not None:
         find_store(store)
     old = source.manifest
-    rule = old.rule if k is None else _fewer(old.rule, k)
+    rule = old.rule if k is None else old.rule.fewer(k)
     require_narrower(rule, old.rule, old.width)
     new = dataclasses.replace(
         old,
         selection=old.selection if k is None else rule.to_fields(),
-        adaptive=old.adaptive and k is None,
-        tau=old.tau if k is None else None,
         store=store or old.store,
         precision=precision or old.precision,
         id_order=old.id_order if precision in (None, old.precision) else (),
         origin={**old.origin, "converted_from": old.sha256},
     )
     return dataclasses.replace(new, error_bound=new.codec.error_bound)
-
-
-def _fewer(rule: Selection, k: int) -> Selection:
-    """The rule that keeps k entries, or makes k draws; whether that is fewer is checked by `narrow`."""
-    if rule.kind == "full":
-        return Selection(kind="topk", k=k)
-    if rule.kind == "sample":
-        return dataclasses.replace(rule, draws=k)
-    return dataclasses.replace(rule, k=k, min_k=min(rule.min_k, k), tau=None)
 
 
 def _id_order(source: Cache, manifest: Manifest) -> tuple[int, ...]:

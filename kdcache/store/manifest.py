@@ -15,12 +15,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from kdcache.codec import Codec, make_codec
+from kdcache.codec import Codec, Layout, make_codec
 from kdcache.codec.id_ranks import MOST_ORDERED
 from kdcache.codec.plain import PRECISIONS
 from kdcache.codec.streams import deflate, id_dtype
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
 from kdcache.extras import ExtraSpec, read_specs
+from kdcache.known import Known
 from kdcache.position_filter import Positions
 from kdcache.rows import RowSpec
 from kdcache.selection import Selection, check_temperatures
@@ -33,7 +34,7 @@ FORMAT = 1
 NAME = "kdcache.json"
 
 PLAN = "plan.arrow"
-_OF_THE_CREATOR = ("origin", "tokenizer_files", "id_order", "tau", "plan", "date")
+_OF_THE_CREATOR = ("origin", "tokenizer_files", "id_order", "error_bound", "plan", "date")
 """Fields that everyone else takes from the manifest that stands."""
 
 ON_BAD_RECORD = ("stop", "skip")
@@ -73,9 +74,8 @@ class Manifest:
         vocab_size: ids lie below it; that of the tokenizer.
         seq_len: slots a row.
         isolate: whether packed pieces are kept from seeing each other.
-        selection: kind and settings of the selection.
-        adaptive: whether one threshold, `tau`, holds for the whole cache.
-        tau: that threshold, from the pilot; None unless `adaptive`.
+        selection: `kind` and each of its settings, those that a pilot found included.
+        known: what the targets know of the teacher; nothing else is stored.
         positions: which labelled positions carry a target: `all`, or `entropy>X`.
         seed: of the draws of sampled kinds; 0 for the others.
         temperatures: T of each stored partition and tail.
@@ -101,8 +101,7 @@ class Manifest:
     seq_len: int
     isolate: bool
     selection: dict[str, Any]
-    adaptive: bool
-    tau: float | None
+    known: Known
     positions: str
     seed: int
     temperatures: tuple[float, ...]
@@ -120,9 +119,8 @@ class Manifest:
 
     @property
     def rule(self) -> Selection:
-        """The selection, with the threshold that the pilot found."""
-        rule = Selection(**self.selection)
-        return rule if self.tau is None else dataclasses.replace(rule, tau=self.tau)
+        """The selection."""
+        return Selection.from_fields(self.selection)
 
     @property
     def choice(self) -> Positions:
@@ -142,19 +140,8 @@ class Manifest:
     @cached_property
     def codec(self) -> Codec:
         """How targets are laid out."""
-        rule = self.rule
-        return make_codec(
-            kind=rule.kind,
-            width=rule.width(self.vocab_size),
-            vocab_size=self.vocab_size,
-            temperatures=self.temperatures,
-            precision=self.precision,
-            id_order=self.id_order,
-            draws=rule.draws,
-            force_label=rule.force_label,
-            sample_temperature=rule.sample_temperature,
-            weighted=rule.proposal_power != 1,
-        )
+        layout = Layout.of(self.rule, self.vocab_size, self.temperatures, self.known)
+        return make_codec(layout, self.precision, self.id_order)
 
     @cached_property
     def sha256(self) -> str:
@@ -169,6 +156,7 @@ class Manifest:
         """The JSON object, without its checksum."""
         fields = dataclasses.asdict(self)
         fields["temperatures"] = list(self.temperatures)
+        fields["known"] = self.known.to_fields()
         fields["id_order"] = _fold_order(self.id_order, self.vocab_size)
         return {"format": FORMAT, **fields}
 
@@ -194,7 +182,10 @@ class Manifest:
             require_fields(fields, cls)
             _require_vocabulary(fields["vocab_size"])  # bounds what the order may unfold to
             order = _unfold_order(fields["id_order"], fields["vocab_size"])
-            manifest = cls(**{**fields, "temperatures": tuple(fields["temperatures"]), "id_order": order})
+            known = Known.from_fields(fields["known"])
+            manifest = cls(**{
+                **fields, "temperatures": tuple(fields["temperatures"]), "id_order": order, "known": known,
+            })  # fmt: skip
             manifest.require_sound()
         except (TypeError, ValueError, ConfigError, CorruptCacheError, OverflowError) as error:
             raise CorruptCacheError(f"{path} does not describe a cache: {short(error, 200)}") from None
@@ -211,6 +202,10 @@ class Manifest:
         _require_vocabulary(self.vocab_size)
         if self.choice.rule != self.positions:
             raise ConfigError(f"positions {self.positions!r} must be spelled {self.choice.rule!r}")
+        if self.choice.above is not None:
+            self.known.require("entropy", f"the choice of positions {self.positions}")
+        if self.rule.needs_pilot:
+            raise ConfigError(f"{', '.join(self.rule.pilot_settings)} of kind {self.rule.kind} is missing")
         check_temperatures(self.temperatures)
         if len(self.temperatures) > _MOST_TEMPERATURES:
             raise ConfigError(f"{len(self.temperatures)} temperatures are above the limit of {_MOST_TEMPERATURES}")
@@ -278,8 +273,8 @@ class Manifest:
             f"{name} (cache: {short(mine[name], most)}, asked: {short(theirs[name], most)})"
             for name in mine
             for most in (15 if name.endswith("sha256") else 60,)
-            if name not in ("origin", "tokenizer_files", "id_order", "tau", "plan", "date")
-            and mine[name] != theirs[name]
+            if name not in _OF_THE_CREATOR and mine[name] != theirs[name]
+            if name != "selection" or not self.rule.same_but_for_pilot(other.rule)
         ]
         if differences:
             raise CacheMismatchError(
