@@ -238,7 +238,7 @@ def test_verify_compares_the_sums_with_the_rows(copy: Path) -> None:
 def many(folder: Path, shards: int) -> Path:
     """A cache of so many commits, sealed, without objects."""
     manifest = example_manifest("arrow")
-    manifest = dataclasses.replace(manifest, documents=shards * manifest.docs_per_shard)
+    manifest = dataclasses.replace(manifest, documents=shards, shards=shards)
     storage = LocalStorage(folder)
     one = write_cache(
         LocalStorage(folder / "one"), example_manifest("arrow"), example_rows(example_manifest("arrow"), 2)
