@@ -21,6 +21,8 @@ import numpy as np
 import torch
 
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.known import Known
+from kdcache.pretrained import load_tokenizer
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.commits import Commits
 from kdcache.store.local import LocalStorage
@@ -73,8 +75,15 @@ class Cache:
         self._tokenizer: Path | None = None
 
     @property
+    def known(self) -> Known:
+        """What its targets know of the teacher: entropy, log p of the labels, temperatures of partitions and tails."""
+        return self.manifest.known
+
+    @property
     def tokenizer_path(self) -> Path:
         """A local folder with the cache's tokenizer: the files that the manifest names, checked; fetched if remote.
+
+        Empty if the cache was written without a tokenizer.
 
         Raises:
             CorruptCacheError: a file is missing, is not the one that the manifest names, or is named by nobody.
@@ -94,6 +103,18 @@ class Cache:
             (folder / name).write_bytes(data)
         self._tokenizer = folder
         return folder
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer itself.
+
+        Raises:
+            CacheError: the cache was written without one.
+            CorruptCacheError: see `tokenizer_path`.
+            ModelError: its files do not load.
+        """
+        if not self.manifest.tokenizer_files:
+            raise CacheError(f"{self.storage} was written without a tokenizer, so its tokens cannot be shown as text")
+        return load_tokenizer(self.tokenizer_path)
 
     def _tokenizer_file(self, name: str) -> bytes:
         where = self.storage.where(f"{TOKENIZER}/{name}")

@@ -18,11 +18,11 @@ from kdcache.cache import Cache, open_cache
 from kdcache.corpus.tokenise import tokenise_prompt
 from kdcache.errors import ConfigError
 from kdcache.isolation import packed_forward
-from kdcache.pretrained import find_device, load_tokenizer
+from kdcache.pretrained import find_device
 from kdcache.report.inspect import added_text
 from kdcache.rows import IGNORE
 from kdcache.student.model import load_student, require_students
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.targets import SparseTargets
 from kdcache.teacher.engines.base import TeacherSpec
 from kdcache.teacher.open_teacher import open_teacher_of
 
@@ -75,7 +75,7 @@ def next_tokens(
     if not text:
         raise ConfigError("--prompt is empty, but must hold at least one token")
     opened, where = open_cache(cache, local_copy=local_copy, local_limit=local_limit), find_device(device)
-    tokenizer = load_tokenizer(opened.tokenizer_path)
+    tokenizer = opened.load_tokenizer()
     tokens = tokenise_prompt(tokenizer, text)
     if not tokens:
         raise ConfigError(f"--prompt {text!r} holds no token of the cache's tokenizer")
@@ -94,7 +94,7 @@ def next_tokens(
     elif (place := find_prompt(opened, tokens, on_progress)) is not None:
         row, position, target = place
         told.update(
-            source="cache", row=row, position=position, sampled=target.kind in SAMPLED_KINDS,
+            source="cache", row=row, position=position, sampled=target.sampled,
             temperature=target.sample_temperature, entries=shown(_largest(target, top)),
         )  # fmt: skip
     answers = {

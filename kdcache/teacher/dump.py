@@ -108,8 +108,11 @@ def _make_shard(writer: CacheWriter, number: int, inputs: Inputs, teacher: Opene
 
 
 def _write(shard: NewShard, batch: list[PackedRow], found: BatchTargets) -> None:
-    for row, part in zip(batch, found.targets.split(found.counts), strict=True):
-        shard.write_row(row, part)
+    start = 0
+    for row, targets in zip(batch, found.targets.split(found.counts), strict=True):
+        stop = start + len(row.tokens)
+        shard.write_row(row, targets, {name: values[start:stop] for name, values in found.extras.items()})
+        start = stop
 
 
 def _summary(writer: CacheWriter, worker: Worker, tally: _Tally, seconds: float) -> dict[str, Any]:
@@ -117,6 +120,7 @@ def _summary(writer: CacheWriter, worker: Worker, tally: _Tally, seconds: float)
     summary["shards"]["by_this_worker"] = tally.shards
     return {
         **summary,
+        "extras": writer.manifest.extras,
         "worker": f"{worker.index}/{worker.count}",
         "seconds": seconds,
         "waited_seconds": tally.stalled_seconds,

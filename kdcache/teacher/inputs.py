@@ -17,6 +17,7 @@ from kdcache.corpus.shards import ShardRows, has_label, shard_rows
 from kdcache.corpus.sources import Corpus, Filters, open_corpus
 from kdcache.corpus.survey import shard_rule, survey
 from kdcache.errors import CacheMismatchError, ConfigError, CorpusError
+from kdcache.extras import ExtraSpec
 from kdcache.pretrained import (
     context_length,
     fingerprint,
@@ -26,12 +27,11 @@ from kdcache.pretrained import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
-from kdcache.selection import Selection
 from kdcache.store.manifest import NAME, Manifest, today
 from kdcache.store.plan import read_plan
 from kdcache.store.storage import Storage
-from kdcache.targets import SAMPLED_KINDS
 from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.engines.base import find_engine, require_extras
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,14 @@ class Inputs:
         return shard_rows(self.corpus, self.plan, shard, self.tokenizer, manifest.vocab_size, manifest.seq_len)
 
 
+def _extras(config: DumpConfig, folder: Path) -> dict[str, Any]:
+    """The extra arrays that are asked for, as a manifest names them."""
+    widths = require_extras(find_engine(config.engine), folder, config.extra)
+    return {
+        name: ExtraSpec(width=widths[name], precision=config.extra_precision).to_fields() for name in sorted(widths)
+    }
+
+
 def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
     """Open what the options name, and refuse what can be refused before a teacher is loaded.
 
@@ -72,11 +80,7 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
     Raises:
         KdcacheError: see the exception tree.
     """
-    rule = Selection(
-        kind=config.select, k=config.k, min_k=config.min_k, top_p=config.top_p, draws=config.draws,
-        force_label=config.force_label, sample_temperature=config.sample_temperature,
-        proposal_power=config.proposal_power,
-    )  # fmt: skip
+    rule = config.rule
     filters = Filters(min_chars=config.min_chars, drop=config.drop, limit_docs=config.limit_docs)
     folder = model_folder(config.teacher, "teacher")
     tokenizer = load_tokenizer(folder)
@@ -110,15 +114,15 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
         seq_len=config.seq_len,
         isolate=config.isolate,
         selection=rule.to_fields(),
-        adaptive=config.adaptive,
-        tau=None,
+        known=find_engine(config.engine).knows.known(rule, config.stored_temperatures),
         positions=config.positions,
-        seed=config.seed if rule.kind in SAMPLED_KINDS else 0,
+        seed=0 if rule.random_shape is None else config.seed,
         temperatures=config.stored_temperatures,
-        precision=config.precision or ("8" if rule.kind == "full" else "6"),
+        precision=config.precision or rule.precision,
         error_bound={},
         id_order=(),
         store=config.store,
+        extras=_extras(config, folder),
         origin={
             "kdcache": kdcache.__version__,
             "teacher": config.teacher,
