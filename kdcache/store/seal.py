@@ -84,7 +84,7 @@ def to_bytes(commits: Commits) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    data = sink.getvalue().to_pybytes()
+    data: bytes = sink.getvalue().to_pybytes()
     return data.replace(_UNKNOWN, _checksum(data))
 
 
