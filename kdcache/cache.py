@@ -159,8 +159,8 @@ class Cache:
         """Planned shards that are not committed."""
         if len(self.commits) == self.manifest.shards:
             return []
-        gone: list[int] = np.setdiff1d(np.arange(self.manifest.shards), self.commits.shards).tolist()
-        return gone
+        planned = np.arange(self.manifest.shards)
+        return [int(shard) for shard in np.setdiff1d(planned, self.commits.shards)]
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
