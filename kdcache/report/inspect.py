@@ -126,7 +126,6 @@ def _range_of_entries(commits: Commits) -> dict[str, int]:
 
 def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]:
     """A row as text: each token with the probability that the teacher gave it, where a target tells it."""
-    from kdcache.pretrained import load_tokenizer
 
     cache, shard, row, value = _find(path, row, shard)
     tokenizer = cache.load_tokenizer()
@@ -159,7 +158,6 @@ def inspect_position(
         CacheError: no such row or position.
         TargetError: a temperature that the cache cannot give exactly.
     """
-    from kdcache.pretrained import load_tokenizer
 
     cache, shard, row, value = _find(path, row, shard)
     tokenizer = cache.load_tokenizer()
