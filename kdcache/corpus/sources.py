@@ -16,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from kdcache.corpus.plan import Address, CorpusFile, Plan
 from kdcache.corpus.tables import ArrowFiles, DatasetTable, ParquetFiles, Table
-from kdcache.corpus.text_files import TextFiles, holds_records
+from kdcache.corpus.text_files import Addresses, TextFiles, holds_records
 from kdcache.errors import ConfigError, CorpusError
 
 SPLITS = ("paragraph", "line", "file")
@@ -96,7 +97,7 @@ class Source(Protocol):
     def cut(self, file: int, at: int) -> int:
         """The first address from `at` on at which reading may stop."""
 
-    def read(self, file: int, start: int, stop: int) -> tuple[list[Any], Sequence[int]]:
+    def read(self, file: int, start: int, stop: int) -> tuple[list[Any], Addresses]:
         """The documents between two addresses, and the address of each."""
 
 
@@ -181,7 +182,7 @@ class Corpus:
         """
         return self._read(part)[0]
 
-    def _read(self, part: Part) -> tuple[list[Any], Sequence[int]]:
+    def _read(self, part: Part) -> tuple[list[Any], Addresses]:
         try:
             documents, addresses = self._source.read(*part)
         except CorpusError:
@@ -231,15 +232,20 @@ class Corpus:
 
     def digest(self, documents: Sequence[Any], number: int) -> tuple[bytes, NDArray[np.int64]]:
         """The sha256 of each document, one behind the other, and their lengths."""
-        sha256, contents, lengths = hashlib.sha256, [], []
+        sha256 = hashlib.sha256
+        if self.form == "text" and all(type(text) is str for text in documents):  # the common case, at twice the speed
+            with suppress(UnicodeEncodeError):
+                found = b"".join([sha256(text.encode()).digest() for text in documents])
+                return found, np.fromiter(map(len, documents), np.int64, len(documents))
+        digests, lengths = [], []
         for offset, document in enumerate(documents):
             try:
                 content, length = _content(document, self.form)
             except (TypeError, ValueError, AttributeError) as error:
                 raise CorpusError(f"document {number + offset} cannot be read: {error}") from None
-            contents.append(sha256(content).digest())
+            digests.append(sha256(content).digest())
             lengths.append(length)
-        return b"".join(contents), np.array(lengths, np.int64)
+        return b"".join(digests), np.array(lengths, np.int64)
 
     def read_shard(self, plan: Plan, shard: int) -> Iterator[tuple[int, list[Any]]]:
         """The documents of a shard, a part at a time.

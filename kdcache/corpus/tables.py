@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from kdcache.corpus.plan import CorpusFile
+from kdcache.corpus.text_files import Addresses
 
 
 class Table:
@@ -56,7 +57,7 @@ class Table:
         """The first address from `at` on at which reading may stop."""
         return min(at, self.end(file))
 
-    def read(self, file: int, start: int, stop: int) -> tuple[list[Any], Sequence[int]]:
+    def read(self, file: int, start: int, stop: int) -> tuple[list[Any], Addresses]:
         """The documents between two addresses, and the address of each.
 
         Returns:

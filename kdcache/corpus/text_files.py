@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from kdcache.corpus.plan import CorpusFile
 from kdcache.errors import CorpusError
+
+Addresses = Sequence[int] | NDArray[np.int64]
 
 _MARK = b"\xef\xbb\xbf"
 _WINDOW = 1 << 14
@@ -81,15 +83,15 @@ class TextFiles:
         """Fields of the first records, in order."""
         data = self._bytes(0, self.begin(0), self.cut(0, min(_SNIFFED, self.end(0))))
         found: dict[str, None] = {}
-        for line, start in _lines(data):
-            found |= dict.fromkeys(self._record(0, start, line))
+        for line in data.splitlines():
+            found |= dict.fromkeys(self._record(0, 0, line) if line.strip() else ())
         return list(found)
 
     def choose(self, columns: tuple[str, ...]) -> None:
         """Read these fields of each record, and not its text."""
         self._columns = columns
 
-    def read(self, file: int, start: int, stop: int) -> tuple[list[Any], Sequence[int]]:
+    def read(self, file: int, start: int, stop: int) -> tuple[list[Any], Addresses]:
         """The documents between two addresses, and the address of each.
 
         Returns:
@@ -111,14 +113,21 @@ class TextFiles:
             texts = [text.replace("\r\n", "\n").replace("\r", "\n") for text in texts]
         return texts, [start + a for a, _ in spans]
 
-    def _read_records(self, file: int, base: int, data: bytes) -> tuple[list[Any], Sequence[int]]:
-        found, addresses, columns = [], [], self._columns
-        for line, start in _lines(data):
-            record = self._record(file, base + start, line)
-            values = tuple([record.get(column) for column in columns])
-            found.append(values[0] if len(values) == 1 else values)
-            addresses.append(base + start)
-        return found, addresses
+    def _read_records(self, file: int, base: int, data: bytes) -> tuple[list[Any], Addresses]:
+        lines, columns = data.split(b"\n"), self._columns
+        if not lines[-1]:
+            lines.pop()
+        starts = _starts(lines)
+        try:
+            records = [orjson.loads(line) for line in lines]
+            if len(columns) == 1:
+                return [record.get(columns[0]) for record in records], base + starts
+        except (orjson.JSONDecodeError, AttributeError):  # a blank line, or one that has to be named
+            found = [(line, start) for line, start in zip(lines, starts.tolist(), strict=True) if line.strip()]
+            records = [self._record(file, base + start, line) for line, start in found]
+            starts = np.array([start for _, start in found], np.int64)
+        documents = [tuple([record.get(column) for column in columns]) for record in records]
+        return [values[0] for values in documents] if len(columns) == 1 else documents, base + starts
 
     def _record(self, file: int, at: int, line: bytes) -> dict[str, Any]:
         try:
@@ -161,11 +170,10 @@ def holds_records(path: str) -> bool:
         return False
 
 
-def _lines(data: bytes) -> Iterable[tuple[bytes, int]]:
-    """The lines that hold anything, and where each begins."""
-    lines = data.split(b"\n")
-    ends = np.cumsum(np.fromiter(map(len, lines), np.int64, len(lines)) + 1)
-    return ((line, end - len(line) - 1) for line, end in zip(lines, ends.tolist(), strict=True) if line.strip())
+def _starts(lines: list[bytes]) -> NDArray[np.int64]:
+    """Where each of some lines begins."""
+    lengths = np.fromiter(map(len, lines), np.int64, len(lines)) + 1
+    return np.cumsum(lengths) - lengths
 
 
 def _spans(data: bytes, document: str, returns: bool) -> list[tuple[int, int]]:

@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdcache.losses.logit_sources import Grads, LinearHead, Source
+from kdcache.losses.logit_sources import Grads, LinearHead, LogitSource
 
 
 @dataclass(frozen=True)
-class Student:
+class StudentTile:
     """What the losses know of a student's logits z at one temperature, all less the largest of them, `origin`.
 
     No loss notices the shift, and the differences that losses are made of lose no digits to large logits.
@@ -62,11 +62,11 @@ class Student:
         """The tensors that a loss is differentiated in."""
         return [x for x in (self.lse, self.tail, self.gathered, self.tail_mean) if x is not None]
 
-    def require_grad(self) -> Student:
+    def require_grad(self) -> StudentTile:
         """The same values as new leaves of a graph."""
         mean = None if self.tail_mean is None else self.tail_mean.detach().requires_grad_()
         lse, tail, gathered = (x.detach().requires_grad_() for x in (self.lse, self.tail, self.gathered))
-        return Student(lse, tail, gathered, mean, self.peak, self.origin)
+        return StudentTile(lse, tail, gathered, mean, self.peak, self.origin)
 
 
 class Tile:
@@ -100,7 +100,7 @@ class Tile:
         gathered = gathered - origin[:, None]
         tail = (own - origin) + self._total.log()
         lse = tail if kept is None else torch.logaddexp(tail, _logsumexp(gathered, kept))
-        self.student = Student(lse, tail, gathered, None if mean is None else mean - origin, peak - origin, origin)
+        self.student = StudentTile(lse, tail, gathered, None if mean is None else mean - origin, peak - origin, origin)
 
     def gradient(self, d_lse: Tensor, d_tail: Tensor, d_gathered: Tensor, d_tail_mean: Tensor | None = None) -> Tensor:
         """`[n, V]` a loss's gradient in the logits, from its gradients in the student's values; in the same memory."""
@@ -151,14 +151,14 @@ class View:
         kept: `[N, G]` bool, which of them are entries; see `Tile`.
         loss: `(student, rows) -> [n]` summands of the loss; None if the view is only looked at.
         look: called with (student, rows) of each tile.
-        tail_mean: whether `loss` needs `Student.tail_mean`.
+        tail_mean: whether `loss` needs `StudentTile.tail_mean`.
     """
 
     temperature: float
     ids: Tensor
     kept: Tensor | None = None
-    loss: Callable[[Student, Rows], Tensor] | None = None
-    look: Callable[[Student, Rows], None] | None = None
+    loss: Callable[[StudentTile, Rows], Tensor] | None = None
+    look: Callable[[StudentTile, Rows], None] | None = None
     tail_mean: bool = False
 
     def reduce(self, logits: Tensor, rows: Rows) -> Tile:
@@ -167,7 +167,7 @@ class View:
             logits.div_(self.temperature)
         return Tile(logits, self.ids[rows], None if self.kept is None else self.kept[rows], self.tail_mean)
 
-    def visit(self, tile: Tile, rows: Rows, needs_gradient: bool) -> tuple[Tensor | None, Tensor | None]:
+    def scan(self, tile: Tile, rows: Rows, needs_gradient: bool) -> tuple[Tensor | None, Tensor | None]:
         """`[n]` summands of the loss and `[n, V]` their gradient in the logits, None where there is none."""
         if self.look is not None:
             self.look(tile.student, rows)
@@ -182,7 +182,7 @@ class View:
         return summands.detach(), tile.gradient(*(d / self.temperature for d in found))
 
 
-def fused_loss(source: Source, views: Sequence[View], index: Tensor | None = None) -> Tensor:
+def fused_loss(source: LogitSource, views: Sequence[View], index: Tensor | None = None) -> Tensor:
     """The sum of the losses of some views, differentiable in the tensors of the source.
 
     Args:
@@ -199,7 +199,12 @@ def fused_loss(source: Source, views: Sequence[View], index: Tensor | None = Non
 
 
 def _scan_tile(
-    source: Source, views: Sequence[View], rows: Rows, where: Tensor | slice, needed: bool, buffers: Sequence[Tensor]
+    source: LogitSource,
+    views: Sequence[View],
+    rows: Rows,
+    where: Tensor | slice,
+    needed: bool,
+    buffers: Sequence[Tensor],
 ) -> Tensor:
     """The loss of one tile of positions, its gradient given to the source; `buffers` hold the logits of each view."""
     count = rows.stop - rows.start
@@ -209,7 +214,7 @@ def _scan_tile(
         buffer[:count].copy_(logits)
     for buffer, view in zip(buffers, views, strict=True):
         tile = view.reduce(buffer[:count], rows)
-        summands, part = view.visit(tile, rows, needed)
+        summands, part = view.scan(tile, rows, needed)
         if summands is not None:
             total += summands.sum()
         if part is not None:
@@ -222,7 +227,12 @@ def _scan_tile(
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, source: Source, views: Sequence[View], index: Tensor | None, needed: bool, *_tensors: Tensor | None
+        ctx: Any,
+        source: LogitSource,
+        views: Sequence[View],
+        index: Tensor | None,
+        needed: bool,
+        *_tensors: Tensor | None,
     ) -> Tensor:
         ids = views[0].ids
         total = torch.zeros((), dtype=source.dtype, device=ids.device)
@@ -304,7 +314,7 @@ def _tiles(positions: int, vocab: int, views: int, device: torch.device) -> list
     return [slice(positions * i // count, positions * (i + 1) // count) for i in range(count)]
 
 
-def _buffer(source: Source, tiles: Sequence[Rows]) -> Tensor:
+def _buffer(source: LogitSource, tiles: Sequence[Rows]) -> Tensor:
     """`[n, V]` memory for the largest of some tiles, used for each in turn.
 
     Memory that is taken anew for each tile costs time, as a kernel clears it, and space: tiles differ by a position,

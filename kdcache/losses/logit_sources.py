@@ -30,7 +30,7 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-class Source(ABC):
+class LogitSource(ABC):
     """Logits by tiles.
 
     Attributes:
@@ -68,7 +68,7 @@ class Source(ABC):
         """The gradients, each in the dtype of its tensor; None where none is needed."""
 
 
-class StoredLogits(Source):
+class StoredLogits(LogitSource):
     """Logits `[N, V]` that exist.
 
     Raises:
@@ -101,7 +101,7 @@ class StoredLogits(Source):
         return (self._grad,)
 
 
-class LinearHead(Source):
+class LinearHead(LogitSource):
     """`softcap(scale * (hidden @ weight.T + bias))`.
 
     Args:

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from kdcache.errors import ConfigError, TargetError
 from kdcache.losses.divergences import find_divergence
-from kdcache.losses.fused_linear import Student, View, eager, fused_loss
-from kdcache.losses.logit_sources import LinearHead, Source, StoredLogits
+from kdcache.losses.fused_linear import StudentTile, View, eager, fused_loss
+from kdcache.losses.logit_sources import LinearHead, LogitSource, StoredLogits
 from kdcache.losses.pool import Pool
 from kdcache.losses.position_metrics import Figures
 from kdcache.losses.target_losses import (
@@ -183,19 +183,19 @@ class _Term:
     """One summand of the loss at each position, and its factor."""
 
     factor: Tensor  # [M]
-    losses: Callable[[Student, slice], Tensor]
+    losses: Callable[[StudentTile, slice], Tensor]
 
-    def summands(self, student: Student, rows: slice) -> Tensor:
+    def summands(self, student: StudentTile, rows: slice) -> Tensor:
         return self.factor[rows] * self.losses(student, rows)
 
 
-def _label_losses(student: Student, rows: slice) -> Tensor:  # noqa: ARG001 - a term's signature
+def _label_losses(student: StudentTile, rows: slice) -> Tensor:  # noqa: ARG001 - a term's signature
     return student.lse - student.gathered[:, -1]
 
 
 @eager
 def distil(
-    source: Source,
+    source: LogitSource,
     targets: SparseTargets | Pool,
     labels: Tensor | None,
     objective: Objective,
@@ -258,12 +258,12 @@ def distil(
     return fused_loss(source, views, index)
 
 
-def _sum_of(terms: list[_Term]) -> Callable[[Student, slice], Tensor] | None:
+def _sum_of(terms: list[_Term]) -> Callable[[StudentTile, slice], Tensor] | None:
     if not terms:
         return None
     first, *rest = terms
 
-    def total(student: Student, rows: slice) -> Tensor:
+    def total(student: StudentTile, rows: slice) -> Tensor:
         value = first.summands(student, rows)
         for term in rest:
             value = value + term.summands(student, rows)

@@ -17,6 +17,7 @@ Evaluation record: an evaluation as one file that says of what it is.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -28,13 +29,15 @@ import torch
 
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError
+from kdcache.losses import LogitSource, StoredLogits
 from kdcache.pretrained import find_device
-from kdcache.report.live_teacher import DenseFigures, TeacherCalibration
+from kdcache.report.live_teacher import DenseFigures, TeacherFigures
 from kdcache.store.atomic_files import write_new
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
 from kdcache.student.data import Rows, batches, labelled, split_heldout
-from kdcache.student.evaluation import StudentFigures, labelled_logits
+from kdcache.student.evaluation import StudentFigures, head_or_none
+from kdcache.student.fused_head import with_logits
 from kdcache.student.model import load_student, require_students
 from kdcache.student.model_card import versions
 from kdcache.teacher.engines.base import TeacherSpec
@@ -172,11 +175,12 @@ class _Live:
     """A teacher, and what is known of it so far."""
 
     def __init__(self, teacher: OpenedTeacher) -> None:
-        self.teacher, self.known = teacher, TeacherCalibration()
+        self.teacher, self.known = teacher, TeacherFigures()
 
-    def logits(self, cache: Cache, rows: Rows, device: torch.device) -> torch.Tensor:
+    def logits(self, cache: Cache, rows: Rows, device: torch.device) -> LogitSource:
         """`[M, V]` at the labelled slots of some rows."""
-        return torch.cat(list(self.teacher.logits([cache.read_packed(int(row))[0] for row in rows]))).to(device)
+        tiles = self.teacher.logits([cache.read_packed(int(row))[0] for row in rows])
+        return StoredLogits(torch.cat(list(tiles)).to(device))
 
     def means(self) -> dict[str, Any]:
         calibration = self.known.calibration
@@ -188,15 +192,16 @@ class _Measured:
 
     def __init__(self, name: str, cache: Cache, device: torch.device, beside_teacher: bool) -> None:
         self.name, self.model = name, load_student(name, cache, device, seed=0).eval()
+        self.head = head_or_none(self.model, device)
         self.known = StudentFigures.of(cache)
         self.dense = DenseFigures() if beside_teacher else None
         self.nll_by_row: list[float] = []
         self.positions_by_row: list[int] = []
 
-    def add(self, batch: dict[str, Any], teacher_logits: torch.Tensor | None, logits: torch.Tensor) -> None:
-        nll = self.known.add(logits, batch)["nll"]
-        if self.dense is not None and teacher_logits is not None:
-            self.dense.add(teacher_logits, logits)
+    def add(self, source: LogitSource, batch: dict[str, Any], teacher: LogitSource | None) -> None:
+        nll = self.known.add(source, batch)["nll"]
+        if self.dense is not None and teacher is not None:
+            self.dense.add(teacher, source)
         mask = labelled(batch)
         sums = torch.zeros(len(mask), dtype=torch.float64).index_add_(0, mask.nonzero()[:, 0], nll)
         self.nll_by_row += sums.tolist()
@@ -225,12 +230,13 @@ def _walk(
 ) -> None:
     vocab, done = cache.manifest.vocab_size, 0
     for batch in batches(cache, rows, batch_rows):
-        teacher_logits = None
+        teacher = None
         if live is not None:
-            teacher_logits = live.logits(cache, rows[done : done + len(batch["labels"])], device)
-            live.known.add(teacher_logits, batch["labels"][labelled(batch)].to(device))
+            teacher = live.logits(cache, rows[done : done + len(batch["labels"])], device)
+            live.known.add(teacher, batch["labels"][labelled(batch)].to(device))
         for one in measured:
-            one.add(batch, teacher_logits, labelled_logits(one.model, batch, device, vocab).float())
+            add = functools.partial(one.add, batch=batch, teacher=teacher)
+            with_logits(one.model, one.head, batch, device, vocab, add)
         done += len(batch["labels"])
         if on_progress:
             on_progress(done, len(rows))

@@ -16,22 +16,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdcache.student.metrics import Calibration
+from kdcache.losses import LogitSource, measure_labels
+from kdcache.student.metrics import Calibration, confidence
 
-_TILE_LOGITS = 1 << 22
+_TILE_ELEMENTS, _LEAST_POSITIONS = 1 << 22, 32
+"""Size of a tile, of which several tensors are alive at once; see `losses.fused_linear` for the second."""
 
 
-class TeacherCalibration:
+class TeacherFigures:
     """Calibration of a live teacher over any number of batches."""
 
     def __init__(self) -> None:
         self.calibration = Calibration()
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count its logits `[M, V]` at `[M]` labels."""
-        for rows in _tiles(logits):
-            part = logits[rows].float()
-            self.calibration.add(part, part.logsumexp(-1), labels[rows])
+    def add(self, source: LogitSource, labels: Tensor) -> None:
+        """Take in its logits at M positions and their labels `[M]`."""
+        self.calibration.add(**measure_labels(source, labels, confidence))
 
 
 class DenseFigures:
@@ -41,14 +41,16 @@ class DenseFigures:
         self._sums = torch.zeros(3, dtype=torch.float64)  # acceptance, KL, agreement
         self._positions = 0
 
-    def add(self, teacher: Tensor, student: Tensor) -> None:
-        """Count the logits of both, `[M, V]` each."""
-        for rows in _tiles(student):
-            p, q = (logits[rows].float().log_softmax(-1) for logits in (teacher, student))  # [n, V]
+    def add(self, teacher: LogitSource, student: LogitSource) -> None:
+        """Take in the logits of both, over the same M positions."""
+        step = max(_LEAST_POSITIONS, _TILE_ELEMENTS // student.vocab)
+        for start in range(0, student.positions, step):
+            rows = slice(start, min(start + step, student.positions))
+            p, q = (_log_softmax(source, rows) for source in (teacher, student))  # [n, V]
             same = (q.gather(-1, p.argmax(-1, keepdim=True))[:, 0] >= q.amax(-1)).float()
             columns = (torch.minimum(p, q).exp().sum(-1), (p.exp() * (p - q)).sum(-1), same)
             self._sums += torch.stack(columns).cpu().double().sum(-1)
-        self._positions += len(student)
+        self._positions += student.positions
 
     def means(self) -> dict[str, float]:
         """The figures, by name."""
@@ -56,6 +58,6 @@ class DenseFigures:
         return dict(zip(names, (self._sums / max(1, self._positions)).tolist(), strict=True))
 
 
-def _tiles(logits: Tensor) -> list[slice]:
-    step = max(1, _TILE_LOGITS // logits.shape[-1])
-    return [slice(start, start + step) for start in range(0, len(logits), step)]
+def _log_softmax(source: LogitSource, rows: slice) -> Tensor:
+    out = torch.empty(rows.stop - rows.start, source.vocab, dtype=source.dtype, device=source.device)
+    return source.logits(rows, out).log_softmax(-1)

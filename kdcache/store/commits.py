@@ -217,8 +217,9 @@ def require_sound(table: pa.Table, temperatures: int) -> None:
     if pc.any(pc.is_nan(pc.list_flatten(tails))).as_py():
         raise ValueError("a sum of tail mass is not a number")
     for at in range(temperatures):
-        column = pc.list_element(tails, at) if len(known) else tails.cast(pa.null())
-        column = np.full(len(table), np.nan) if not len(known) else column.to_numpy(zero_copy_only=False)
+        column = (
+            pc.list_element(tails, at).to_numpy(zero_copy_only=False) if len(known) else np.full(len(table), np.nan)
+        )
         for wrong, words in RULES:
             bad = np.flatnonzero(wrong({**numbers, "tail": column}))
             if len(bad):

@@ -23,16 +23,18 @@ import itertools
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
 from kdcache.isolation import packed_forward
-from kdcache.losses import Figures, LinearHead, Objective, PositionWeights, distil
+from kdcache.losses import Figures, LinearHead, LogitSource, Objective, PositionWeights, StoredLogits, distil
 from kdcache.pretrained import one_line
 from kdcache.student.data import labelled
+
+T = TypeVar("T")
 
 OnHead = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """`(hidden [R, L, D], weight [V, D], bias [V] or None)` to a scalar loss."""
@@ -46,6 +48,9 @@ Auxiliary = Callable[[Tensor, dict[str, Any]], Tensor]
 _CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap", "softcap")
 # The second of these divides in some models and multiplies in others; the check tells which.
 _FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier", "output_multiplier")
+
+_KNOWN = "_kdcache_fused_head"
+"""Where a model keeps what was found: its forward must not be replaced twice."""
 
 _CHECKED_TOKENS = 16
 _WIDE = 40.0
@@ -82,6 +87,9 @@ def fuse_head(model: Any, device: torch.device | str) -> FusedHead:
     Raises:
         ModelError: the model's logits are not those of a linear head, scaled and capped.
     """
+    known: FusedHead | None = vars(model).get(_KNOWN)
+    if known is not None:
+        return known
     head, name = model.get_output_embeddings(), type(model).__name__
     if type(head) is not nn.Linear:
         raise ModelError(f"the student {name} has no linear output head, which its loss needs ({type(head).__name__})")
@@ -100,6 +108,7 @@ def fuse_head(model: Any, device: torch.device | str) -> FusedHead:
         raise ModelError(f"the student {name} cannot make its loss at its output head: {one_line(error)}") from error
     finally:
         model.train(training)
+    setattr(model, _KNOWN, found)
     return found
 
 
@@ -185,6 +194,43 @@ def _guesses(config: Any) -> Iterator[FusedHead]:
 def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
     values = (getattr(config, name, None) for name in names)
     return [float(x) for x in values if isinstance(x, int | float) and x]
+
+
+def with_logits(
+    model: Any,
+    head: FusedHead | None,
+    batch: dict[str, Any],
+    device: torch.device,
+    vocab_size: int,
+    use: Callable[[LogitSource], T],
+) -> T:
+    """Run a model over a batch and hand the logits of its M labelled slots, by tiles, to a function.
+
+    The function is called inside the model's forward, where weights that are sharded are gathered.
+
+    Args:
+        model: a causal language model, sharded by FSDP2 or not.
+        head: what `fuse_head` gave for it; without one its logits `[R, L, V]` are made whole.
+        batch: of `Collator`.
+        device: where the model is.
+        vocab_size: of the cache; later rows of the head are padding.
+        use: given the source of the logits.
+
+    Returns:
+        What the function returns.
+    """
+    mask = labelled(batch).to(device)
+    tokens, positions = batch["input_ids"].to(device), batch["position_ids"].to(device)
+    if head is None:
+        return use(StoredLogits(packed_forward(model, tokens, positions).logits[mask][:, :vocab_size]))
+    made: list[T] = []
+
+    def on_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        made.append(use(head.source(hidden[mask], weight, bias, vocab_size)))
+        return hidden.new_zeros(())
+
+    packed_forward(model, tokens, positions, on_head=on_head)
+    return made[0]
 
 
 def count_items(batch: dict[str, Any]) -> Tensor:

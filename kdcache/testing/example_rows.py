@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,11 @@ def example_extras(manifest: Manifest, row: PackedRow, seed: int = 0) -> dict[st
         vectors = len(row.tokens) if spec.per == "token" else int((row.labels(manifest.seq_len) != IGNORE).sum())
         found[name] = random.standard_normal((vectors, spec.width)).astype(np.float32)
     return found
+
+
+def of_shards(manifest: Manifest, shards: int) -> Manifest:
+    """The same manifest of so many shards."""
+    return dataclasses.replace(manifest, documents=shards * DOCUMENTS, shards=shards)
 
 
 def same_rows(one: Example, two: Example) -> bool:

@@ -196,6 +196,10 @@ def _object(**fields: Any) -> Callable[[Forgery], str]:
     return lambda f: f.change_commit(objects=[{**f.objects[0], **fields}, *f.objects[1:]])
 
 
+def _sums(**fields: Any) -> Callable[[Forgery], str]:
+    return lambda f: f.change_commit(sums={**f.commit.sums, **fields})
+
+
 def _drop_hash(f: Forgery) -> str:
     return f.change_commit(objects=[{k: v for k, v in f.objects[0].items() if k != "sha256"}])
 
@@ -214,6 +218,18 @@ COMMITS = [
     Attack("entropies of text", _commit(entropy_histogram=["1"])),
     Attack("entropies that are a number", lambda f: f.change_commit(entropy_histogram=f.commit.labels)),
     Attack("entropies without end", lambda f: f.change_commit(entropy_histogram=[f.commit.labels, *[0] * 60_000])),
+    Attack("2^60 tokens", _commit(tokens=1 << 60)),
+    Attack("fewer tokens than labels", _commit(tokens=3)),
+    Attack("more pieces than tokens", lambda f: f.change_commit(pieces=f.commit.tokens + 1)),
+    Attack("more entries than its most allow", _commit(most_entries=0, least_entries=0)),
+    Attack("sums that are missing", _commit(sums={})),
+    Attack("entropy beyond any", _sums(entropy=1e9)),
+    Attack("entropy of 400 digits", _sums(entropy=10**400)),
+    Attack("label log p of 400 digits", _sums(label_logprob=-(10**400))),
+    Attack("label log p above zero", _sums(label_logprob=1e6)),
+    Attack("a tail mass below zero", _sums(tail_mass=[-1.0])),
+    Attack("tail masses of other temperatures", _sums(tail_mass=[0.0] * 9)),
+    Attack("tail masses of text", _sums(tail_mass="0")),
     Attack("an object above", _object(name="../shards/00000.arrow")),
     Attack("an object beside", _object(name="shards/00000.arrow/../00001.arrow")),
     Attack("an object at the root", _object(name="/etc/passwd")),

@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from kdcache import open_cache, verify_cache
 from tests.attacks import arrow_lies, record_lies, row_lies, zarr_lies
 from tests.attacks.forge import ArrowForgery, Attack, ZarrForgery
+from tests.attacks.reading import MOST_SECONDS
+from tests.processes import PATIENCE
 
 RECORDS = [*record_lies.MANIFESTS, *record_lies.COMMITS, *record_lies.DEVICES]
 ROOM = 64 << 20
@@ -53,7 +55,7 @@ def outcomes(honest: dict[str, Path], forged: dict[str, tuple[Path, str]]) -> di
     given = json.dumps([[str(p) for p in honest.values()], {name: str(copy) for name, (copy, _) in forged.items()}])
     done = subprocess.run(
         [sys.executable, "-m", "tests.attacks.reading"], input=given, capture_output=True, text=True, check=False,
-        timeout=300,
+        timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -77,11 +79,11 @@ def test_an_attack_is_refused_by_name_at_once(
         assert outcome["kind"] == "refused", outcome
         assert culprit in outcome["text"], outcome
         assert "\n" not in outcome["text"] and len(outcome["text"]) < 600
-        assert outcome["seconds"] < 1
+        assert outcome["seconds"] < MOST_SECONDS
     outcome = outcomes[name]["verify"]
     assert outcome["kind"] == "done", outcome
     assert culprit in outcome["text"], outcome
-    assert outcome["seconds"] < 1
+    assert outcome["seconds"] < MOST_SECONDS
 
 
 def test_all_attacks_together_take_no_memory(outcomes: dict[str, Any]) -> None:
@@ -96,7 +98,7 @@ def test_commands_name_it_too(name: str, forged: dict[str, tuple[Path, str]]) ->
     assert code == 1
     assert any(culprit in f"{p['object']}: {p['what']}" for p in json.loads(out)["problems"])
     if "tokenizer" not in culprit:
-        code, out, err = invoke("inspect-shard", folder)
+        code, out, err = invoke("inspect-shard", folder, "--exact")
         assert (code, out) == (2, "")
         assert err.startswith("error: ") and err.count("\n") == 1 and culprit in err
 

@@ -22,7 +22,7 @@ from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
 from kdcache.store.seal import _UNKNOWN, SEAL, _checksum, open_commits, read_seal, seal_cache, to_bytes, unseal
 from kdcache.store.sealed_json import seal as seal_record
-from kdcache.testing.example_rows import example_manifest, example_rows, write_cache
+from kdcache.testing.example_rows import example_manifest, example_rows, of_shards, write_cache
 from tests.objects import Bucket, Endpoint
 
 
@@ -237,9 +237,7 @@ def test_verify_compares_the_sums_with_the_rows(copy: Path) -> None:
 
 def many(folder: Path, shards: int) -> Path:
     """A cache of so many commits, sealed, without objects."""
-    manifest = example_manifest("arrow")
-    manifest = dataclasses.replace(manifest, documents=shards * manifest.docs_per_shard)
-    storage = LocalStorage(folder)
+    manifest, storage = of_shards(example_manifest("arrow"), shards), LocalStorage(folder)
     one = write_cache(
         LocalStorage(folder / "one"), example_manifest("arrow"), example_rows(example_manifest("arrow"), 2)
     )

@@ -23,7 +23,7 @@ from kdcache.student import trainer
 from kdcache.student.config import TrainConfig
 from kdcache.student.train import train
 from tests.making import STUDENT, make_model, make_tokenizer
-from tests.processes import ReadyMade, python
+from tests.processes import ReadyMade, python, wait_until
 
 
 def options(cache: Path, student: Path, out: Path, **changes: Any) -> TrainConfig:
@@ -217,9 +217,7 @@ def test_killed_at_any_moment(cache: Path, student_config: Path, tmp_path: Path)
     for delay in (0.2, 0.5, 0.9):
         again = dataclasses.replace(config, out=str(out), resume=out.exists())
         process = ReadyMade("-c", KILL, json.dumps(dataclasses.asdict(again)), "never")
-        deadline = time.monotonic() + 60
-        while not (out / "heldout-before.json").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until((out / "heldout-before.json").exists, process, "no step was taken", every=0.01)
         time.sleep(delay)
         process.kill()
         process.wait()
@@ -260,7 +258,7 @@ def test_bad_input_is_one_sentence(cache: Path, student_config: Path, teacher: P
     make_model(stranger)
     leaky = tmp_path / "leaky.json"
     leaky.write_text(json.dumps({"model_type": "mamba", "vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1}))
-    half = copy_without(cache, tmp_path / "half", "commits/00000.json", "commits/00003.json")
+    half = copy_without(cache, tmp_path / "half", "seal.arrow", "commits/00000.json", "commits/00003.json")
     cases: list[tuple[dict[str, Any], type[KdcacheError], str]] = [
         ({"student": small}, ModelError, r"vocabulary of 300, which does not cover the cache's 320 ids"),
         ({"student": short}, ModelError, r"takes 32 positions, but a row of the cache has 64"),

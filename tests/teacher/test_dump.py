@@ -168,6 +168,7 @@ def test_any_workers_in_any_order_make_the_same_cache(
 def test_a_stopped_dump_goes_on_with_what_is_missing(cache: Path, teacher: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
     shutil.copytree(cache, out)
+    (out / "seal.arrow").unlink()
     (out / "commits/00002.json").unlink()  # stopped between data and commit
     (out / "commits/00001.json").unlink()
     (out / "shards/00001.arrow").unlink()
@@ -207,7 +208,7 @@ def test_a_remade_shard_is_the_same_whoever_makes_it(
     dump(dump_options(teacher, corpus, whole, **rule))
     for i in (1, 0):
         dump(dump_options(teacher, corpus, parts, worker=f"{i}/2", **rule))
-    (parts / "commits/00001.json").unlink()  # stopped between data and commit, then tried again
+    (parts / "commits/00001.json").unlink()  # made again, though the cache was sealed
     dump(dump_options(teacher, corpus, parts, **rule))
     assert files(parts) == files(whole)
     dump(dump_options(teacher, corpus, other, batch_rows=3, **rule))
@@ -292,6 +293,7 @@ def test_two_writers_of_one_shard(cache: Path, teacher: Path, corpus: Path, tmp_
         return None if shard == 0 and asked.count(0) == 1 else read(Commit, folder, shard, sha256)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdcache.teacher.dump.committed", lambda *_: [1, 3])
         patch.setattr(Commit, "read", late)
         summary = dump(dump_options(teacher, corpus, out))
     assert summary["complete"] and summary["shards"]["by_this_worker"] == 1
@@ -449,7 +451,7 @@ def test_a_teacher_without_a_tokenizer(teacher: Path, corpus: Path, tmp_path: Pa
 def test_data_of_a_writer_that_stopped_is_not_called_ours(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
     dump(dump_options(teacher, corpus, out, dtype="bfloat16"))
-    for path in (out / "commits").iterdir():
+    for path in [*(out / "commits").iterdir(), out / "seal.arrow"]:
         path.unlink()
     dump(dump_options(teacher, corpus, out, dtype="float32"))
     assert verify_cache(out).ok
