@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kdcache.cache_writer import CacheWriter, create_cache
     from kdcache.errors import KdcacheError
     from kdcache.losses import Pool, linear_lse_gather, sparse_kd_loss, sparse_kd_loss_from_logits
-    from kdcache.selection import Selection, select
+    from kdcache.selection import Selection, register_kind, select
     from kdcache.targets import SparseTargets
     from kdcache.teacher.engines.base import register_engine
     from kdcache.verify import verify_cache
@@ -32,6 +32,7 @@ __all__ = [
     "linear_lse_gather",
     "open_cache",
     "register_engine",
+    "register_kind",
     "select",
     "sparse_kd_loss",
     "sparse_kd_loss_from_logits",
@@ -50,6 +51,7 @@ _HOMES = {
     "linear_lse_gather": "losses",
     "open_cache": "cache",
     "register_engine": "teacher.engines.base",
+    "register_kind": "selection",
     "select": "selection",
     "sparse_kd_loss": "losses",
     "sparse_kd_loss_from_logits": "losses",

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.known import Known
 from kdcache.pretrained import load_tokenizer
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.commits import Commits
@@ -72,6 +73,11 @@ class Cache:
         self._ends = np.cumsum(commits.column("rows"))
         self._open: Recent[Shard] = Recent(storage.open_shards)
         self._tokenizer: Path | None = None
+
+    @property
+    def known(self) -> Known:
+        """What its targets know of the teacher: entropy, log p of the labels, temperatures of partitions and tails."""
+        return self.manifest.known
 
     @property
     def tokenizer_path(self) -> Path:

@@ -136,6 +136,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
         value is None or (isinstance(value, list) and all(map(_is_float, value)))
     ),
     "dict[str, Any]": lambda value: isinstance(value, dict),
+    "Known": lambda value: isinstance(value, dict),
     "dict[str, str]": lambda value: isinstance(value, dict) and all(map(_is_sha256, value.values())),
     "list[int]": lambda value: _is_list(value, is_count),
     "list[dict[str, Any]]": lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value),

@@ -113,7 +113,7 @@ class ZarrShardWriter(ShardWriter):
         self._lengths: list[list[int]] = []
         self._seals: list[int] = []
 
-    def _append(self, record: Record) -> None:
+    def append(self, record: Record) -> None:
         self._seals.append(row_seal(self.shard, self.tally.rows, record.positions, record.streams.values()))
         self._lengths.append([len(stream) for stream in record.streams.values()] + [record.positions])
         for name, stream in record.streams.items():
@@ -128,7 +128,7 @@ class ZarrShardWriter(ShardWriter):
     def _part(self, name: str) -> Sink:
         return self.data.part(name)
 
-    def _finish(self) -> list[dict[str, Any]]:
+    def finish(self) -> list[dict[str, Any]]:
         rows, done = self.tally.rows, list(self._sinks.values())
         for name, sink in self._sinks.items():
             sink.write(_sealed(b"".join(_ENTRY.pack(*entry) for entry in self._index[name])))
@@ -146,15 +146,11 @@ class ZarrShardWriter(ShardWriter):
         sink.write(data)
         return sink
 
-    @classmethod
-    def reader(cls) -> type[Shard]:
-        return ZarrShard
-
 
 class ZarrShard(Shard):
     """Reads one group."""
 
-    def _open(self, objects: list[dict[str, Any]]) -> str:
+    def open(self, objects: list[dict[str, Any]]) -> str:
         root = str(objects[0]["name"]).partition(".zarr/")[0] + ".zarr"
         self._shapes = self.form.shapes(self.form.seq_len)
         metadata = {name: _json(fields) for name, fields in _metadata(self.rows, self._shapes).items()}
@@ -164,7 +160,7 @@ class ZarrShard(Shard):
         names = [*metadata, *chunks.values()]
         if {str(x["name"]).removeprefix(f"{root}/") for x in objects} != set(names):
             raise CorruptCacheError(f"shard {self.shard} is committed as other objects than a shard of its rows has")
-        opened = self.storage.map(lambda name: self._require(objects, f"{root}/{name}"), names)
+        opened = self.storage.map(lambda name: self.require(objects, f"{root}/{name}"), names)
         files: dict[str, Readable] = dict(zip(names, opened, strict=True))
 
         most = {name: 4 * len(text) for name, text in metadata.items()}
@@ -199,7 +195,7 @@ class ZarrShard(Shard):
         }
         return root
 
-    def _record(self, row: int) -> Record:
+    def record(self, row: int) -> Record:
         *lengths, positions = (int(n) for n in self._lengths[row])
         self.form.shapes(positions)
         requests = []

@@ -29,7 +29,8 @@ ROOM = 64 << 20
 CASES: dict[str, tuple[str, Attack]] = {
     f"{store}: {attack}": (store, attack)
     for store, attacks in {
-        "arrow": [*arrow_lies.ATTACKS, *row_lies.ATTACKS, *RECORDS],
+        "arrow": [*arrow_lies.NUMBERS, *row_lies.ATTACKS, *RECORDS],
+        "arrow frames": arrow_lies.FRAMES,
         "zarr": [*zarr_lies.ATTACKS, *row_lies.ATTACKS, *record_lies.DEVICES],
         "arrow chosen": row_lies.CHOSEN,
         "zarr chosen": row_lies.CHOSEN,
@@ -109,7 +110,9 @@ def invoke(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-SHARDS = ["a body that unfolds to 1 GB", "a frame of 2^40 bytes", "a wrong seal", "a token outside the vocabulary"]
+SHARDS = [
+    "a body that unfolds to 1 GB", "numbers that claim 2^40 bytes", "a wrong seal", "a token outside the vocabulary",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [f"arrow: {a}" for a in SHARDS + [str(a) for a in RECORDS]])
