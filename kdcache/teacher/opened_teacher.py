@@ -9,6 +9,7 @@ Shapes: N labelled slots of a batch, n of a tile, V the vocabulary of the head (
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -193,7 +194,9 @@ class OpenedTeacher:
         """Ready entries, refused if they are not what was asked for."""
         name, targets = self.engine.name, targets.to("cpu")
         for what in ("entropy", "label_logprob"):
-            if getattr(self.engine.knows, what) and getattr(targets, what) is None:
+            if not getattr(self.engine.knows, what):
+                targets = dataclasses.replace(targets, **{what: None})  # type: ignore[arg-type]
+            elif getattr(targets, what) is None:
                 raise EngineError(f"the engine {name} gave no {what}, which it declares to know")
         fault = find_fault(targets, request.selection, request.temperatures, self.rows.vocab_size)
         if fault is None:
