@@ -29,9 +29,9 @@ import torch
 
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError
-from kdcache.losses import LogitSource, StoredLogits
+from kdcache.losses import LogitSource
 from kdcache.pretrained import find_device
-from kdcache.report.live_teacher import DenseFigures, TeacherFigures
+from kdcache.report.live_teacher import DenseFigures, TeacherFigures, TeacherLogits
 from kdcache.store.atomic_files import write_new
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
@@ -179,8 +179,8 @@ class _Live:
 
     def logits(self, cache: Cache, rows: Rows, device: torch.device) -> LogitSource:
         """`[M, V]` at the labelled slots of some rows."""
-        tiles = self.teacher.logits([cache.read_packed(int(row))[0] for row in rows])
-        return StoredLogits(torch.cat(list(tiles)).to(device))
+        given = self.teacher.position_logits([cache.read_packed(int(row))[0] for row in rows])
+        return TeacherLogits(given, cache.manifest.vocab_size, device)
 
     def means(self) -> dict[str, Any]:
         calibration = self.known.calibration

@@ -18,9 +18,34 @@ from torch import Tensor
 
 from kdcache.losses import LogitSource, measure_labels
 from kdcache.student.metrics import Calibration, confidence
+from kdcache.teacher.opened_teacher import PositionLogits
 
 _TILE_ELEMENTS, _LEAST_POSITIONS = 1 << 22, 32
 """Size of a tile, of which several tensors are alive at once; see `losses.fused_linear` for the second."""
+
+
+class TeacherLogits(LogitSource):
+    """Logits of a live teacher as a source of tiles, which takes no gradient."""
+
+    def __init__(self, given: PositionLogits, vocab: int, device: torch.device) -> None:
+        self.tensors, self.positions, self.vocab = (), len(given), vocab
+        self.dtype, self.device = torch.float32, device
+        self._given = given
+
+    def logits(self, rows: Tensor | slice, out: Tensor) -> Tensor:
+        """A copy of the rows, which must be a slice."""
+        assert isinstance(rows, slice)
+        return out.copy_(self._given.logits(rows))
+
+    def require(self, needed: tuple[bool, ...]) -> None:
+        """Nothing is needed."""
+
+    def pull(self, rows: Tensor | slice, d_logits: Tensor) -> None:
+        """Nothing is taken."""
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """None."""
+        return ()
 
 
 class TeacherFigures:

@@ -9,6 +9,7 @@ Shapes: N labelled slots of a batch, n of a tile, V the vocabulary of the head (
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -121,11 +122,16 @@ class OpenedTeacher:
         Raises:
             EngineError: the engine gives ready entries, and no logits.
         """
-        batch = Batch(rows, self.rows, every_slot=every_slot)
-        given = self._run(batch, TargetRequest(selection=Selection())).positions
-        if isinstance(given, SparseTargets):
-            raise EngineError(f"the engine {self.engine.name} gives entries, and no logits of the whole vocabulary")
-        yield from self._tiles(given)
+        yield from self._tiles(self._logits_given(Batch(rows, self.rows, every_slot=every_slot)))
+
+    @torch.inference_mode()
+    def position_logits(self, rows: Sequence[PackedRow]) -> PositionLogits:
+        """The same, for whoever chooses tiles: nothing but hidden states is held, where the engine gives those.
+
+        Raises:
+            EngineError: the engine gives ready entries, and no logits.
+        """
+        return PositionLogits(self, self._logits_given(Batch(rows, self.rows)))
 
     @torch.inference_mode()
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
@@ -178,11 +184,19 @@ class OpenedTeacher:
             )
         return output
 
+    def _logits_given(self, batch: Batch) -> HiddenStates | Logits:
+        given = self._run(batch, TargetRequest(selection=Selection())).positions
+        if isinstance(given, SparseTargets):
+            raise EngineError(f"the engine {self.engine.name} gives entries, and no logits of the whole vocabulary")
+        return given
+
     def _checked(self, targets: SparseTargets, batch: Batch, request: TargetRequest) -> SparseTargets:
         """Ready entries, refused if they are not what was asked for."""
         name, targets = self.engine.name, targets.to("cpu")
         for what in ("entropy", "label_logprob"):
-            if getattr(self.engine.knows, what) and getattr(targets, what) is None:
+            if not getattr(self.engine.knows, what):
+                targets = dataclasses.replace(targets, **{what: None})  # type: ignore[arg-type]
+            elif getattr(targets, what) is None:
                 raise EngineError(f"the engine {name} gave no {what}, which it declares to know")
         fault = find_fault(targets, request.selection, request.temperatures, self.rows.vocab_size)
         if fault is None:
@@ -208,11 +222,10 @@ class OpenedTeacher:
         """Logits `[n, vocab_size]` tile by tile; one empty tile if there is no position."""
         vocab_size = self.rows.vocab_size
         for part in tile_slices(len(given), self.engine.padded_vocab_size or vocab_size, self.device):
-            yield self._cut(given.logits(part), part)  # no variable here: it would keep each tile for too long
+            yield self.cut(given.logits(part), part.stop - part.start)  # a variable would keep each tile for too long
 
-    def _cut(self, logits: Tensor, part: slice) -> Tensor:
-        """A tile without the padding of the vocabulary, its shape checked."""
-        wanted = part.stop - part.start
+    def cut(self, logits: Tensor, wanted: int) -> Tensor:
+        """A tile of so many positions without the padding of the vocabulary, its shape checked."""
         if logits.ndim != 2 or len(logits) != wanted or logits.shape[1] < self.rows.vocab_size:
             raise EngineError(
                 f"the engine {self.engine.name} gave logits of shape {tuple(logits.shape)} for {wanted} positions and "
@@ -254,6 +267,21 @@ class OpenedTeacher:
                         good, length = (good, middle) if bad(row.tokens[start : start + middle]) else (middle, length)
                     return int(document), length - 1
         return None
+
+
+class PositionLogits:
+    """Logits of the N labelled slots of some rows, made when they are asked for."""
+
+    def __init__(self, teacher: OpenedTeacher, given: HiddenStates | Logits) -> None:
+        self._teacher, self._given = teacher, given
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def logits(self, part: slice) -> Tensor:
+        """`[n, vocab_size]` of some of them, in the teacher's dtype and on its device."""
+        wanted = len(range(*part.indices(len(self))))
+        return self._teacher.cut(self._given.logits(part), wanted)
 
 
 class _StartedBatch:
