@@ -1,29 +1,44 @@
 # The two commands of the README are `make demo` and `make test`; each makes .venv when there is none.
+#
+#   make test       linters, types and the tests that a contributor runs: 10 minutes on 2 cores, installation included
+#   make test-all   the tests that `make test` leaves out (the mark `slow`): kills, buckets, SLURM, the demo, ranks
+#   make gpu        the tests with the mark `gpu` and the GPU benchmarks: 8 minutes on one card; without one it says so
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys, ensurepip; print("$(p)") if (3, 11) <= sys.version_info < (3, 14) else None' 2>/dev/null)))
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check clean
+# What runs `make gpu`: a Python whose torch sees the card. Nothing is installed for it.
+GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
+GPU_RESULTS ?= benchmarks/results/gpu.json
+
+.PHONY: demo test test-all gpu check clean
 
 demo: $(STAMP)
 	rm -rf kdcache-demo
 	$(BIN)/kdcache demo --out kdcache-demo
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+
+test-all: $(STAMP)
+	bash tests/faults/install_slurm.sh
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu"
+
+gpu:
+	@$(GPU_PYTHON) -m benchmarks.gpu --json $(GPU_RESULTS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/unit/test_layers.py
 
+# Byte code is made when a module is first imported: most modules of what is installed never are.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "kdcache needs Python 3.11 to 3.13 with venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
 clean:

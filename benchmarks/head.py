@@ -1,6 +1,6 @@
 """The fused loss beside cross-entropy over materialised logits: time and extra peak memory of forward + backward.
 
-    python -m benchmarks.head [--vocab 32000 128256] [--loss forward-kl] [--repeats 7]
+    python -m benchmarks.head [--vocab 32000 128256] [--loss forward-kl] [--repeats 7] [--json FILE]
 
 On a CPU float32, 2 threads, N = 2,048 positions, D = 512; on a GPU (`--device cuda`) bfloat16, N = 16,384, D = 2,048.
 The rival is `F.cross_entropy(hidden @ weight.T, labels)`; ours has K = 64 entries a position. Both give the gradients
@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks.record import write
 from kdcache import Selection, SparseTargets, select, sparse_kd_loss
 
 K = 64
@@ -114,19 +115,28 @@ def in_fresh_process(way: str, device: str, vocab: int, loss: str) -> tuple[int,
     return int(peak), int(gradients)
 
 
-def report(device: str, vocab: int, loss: str, repeats: int) -> str:
+def measure(device: str, vocab: int, loss: str, repeats: int) -> dict[str, dict[str, float]]:
+    """Of each way: seconds, and bytes at the peak and of the gradients."""
     times = best_times(device, vocab, loss, repeats)
-    memory = {way: in_fresh_process(way, device, vocab, loss) for way in WAYS}
+    found: dict[str, dict[str, float]] = {}
+    for way in WAYS:
+        peak, gradients = in_fresh_process(way, device, vocab, loss)
+        found[way] = {"seconds": times[way], "peak_bytes": peak, "gradient_bytes": gradients}
+    return found
+
+
+def report(vocab: int, found: dict[str, dict[str, float]]) -> str:
     lines = [f"V = {vocab:,}"]
     working = {}
     for way in WAYS:
-        peak, gradients = memory[way]
-        working[way] = peak - gradients
+        peak = found[way]["peak_bytes"]
+        working[way] = peak - found[way]["gradient_bytes"]
         lines.append(
-            f"  {way:14} {times[way]:7.3f} s   peak {peak / 2**20:7.0f} MiB, working {working[way] / 2**20:7.0f} MiB"
+            f"  {way:14} {found[way]['seconds']:7.3f} s   peak {peak / 2**20:7.0f} MiB, "
+            f"working {working[way] / 2**20:7.0f} MiB"
         )
-    ratio = times["ours"] / times["cross-entropy"]
-    peaks = memory["ours"][0] / memory["cross-entropy"][0]
+    ratio = found["ours"]["seconds"] / found["cross-entropy"]["seconds"]
+    peaks = found["ours"]["peak_bytes"] / found["cross-entropy"]["peak_bytes"]
     lines.append(
         f"  ours / rival   {ratio:7.3f}     peak 1/{1 / peaks:<6.1f}      "
         f"working 1/{working['cross-entropy'] / working['ours']:.1f}"
@@ -140,6 +150,7 @@ def main() -> None:
     parser.add_argument("--loss", default="forward-kl")
     parser.add_argument("--device", choices=list(SIZES), default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", help="a file for the results")
     parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -151,8 +162,12 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}, {options.device}, "
         f"{str(dtype).removeprefix('torch.')}, N = {positions:,}, D = {width}, K = {K}, {options.loss}"
     )
+    results = {}
     for vocab in options.vocab:
-        print(report(options.device, vocab, options.loss, options.repeats), flush=True)
+        results[str(vocab)] = measure(options.device, vocab, options.loss, options.repeats)
+        print(report(vocab, results[str(vocab)]), flush=True)
+    settings = {"positions": positions, "width": width, "dtype": str(dtype), "k": K, "loss": options.loss}
+    write(options.json, options.device, settings, results)
 
 
 if __name__ == "__main__":

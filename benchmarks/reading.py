@@ -38,7 +38,8 @@ def make(folder: Path, store: str, targets: list[SparseTargets], rows: int, voca
     manifest = Manifest(
         teacher_sha256=NOBODY, tokenizer_sha256=NOBODY, tokenizer_files={}, corpus_sha256=NOBODY,
         filters={}, documents=SHARDS,
-        docs_per_shard=1, vocab_size=vocab, seq_len=SLOTS, isolate=True, adaptive=False, tau=None,
+        shards=SHARDS, plan={}, date="2026-11-28", on_bad_record="stop",
+        vocab_size=vocab, seq_len=SLOTS, isolate=True, adaptive=False, tau=None,
         positions="all", seed=0,
         selection={"kind": "topk", "k": targets[0].ids.shape[-1]}, temperatures=targets[0].temperatures,
         precision=precision, error_bound={},

@@ -1,6 +1,7 @@
 """A training step from a cache beside the same student's plain cross-entropy step: same Trainer, same rows.
 
     python -m benchmarks.step [--teacher DIR] [--corpus FILE] [--limit-docs 150] [--rounds 5] [--steps 5]
+                              [--shape 200m] [--device cuda] [--json FILE]
 
 The rival is the student's own loss as transformers makes it, from logits in memory; Trainer, optimiser, rows, their
 order and the reading of the cache are the same. The student has the teacher's shape and fresh weights. A step is timed
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
+from benchmarks.record import write
+from benchmarks.teachers import SHAPES, make_teacher
 from kdcache import open_cache
 from kdcache.student.config import TrainConfig
 from kdcache.student.mixture import Mixture
@@ -92,7 +95,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch-rows", type=int, default=4)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, help="a random teacher of a known shape, instead of --teacher")
+    parser.add_argument("--json", help="a file for the results")
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        if options.shape:
+            options.teacher = made
+            make_teacher(Path(made), options.shape, Path(options.corpus))
+        report(options)
+
+
+def report(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.teacher), dtype=torch.float32)
     with tempfile.TemporaryDirectory() as scratch:
@@ -114,7 +127,7 @@ def main() -> None:
         )  # fmt: skip
         print(
             f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-            f"{options.device}, {Path(options.teacher).name}'s shape, {made['rows']} rows, "
+            f"{options.device}, {options.shape or Path(options.teacher).name}'s shape, {made['rows']} rows, "
             f"{options.batch_rows} of 512 slots a step"
         )
         found: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -123,6 +136,8 @@ def main() -> None:
             first = turn % len(names)
             for way in names[first:] + names[:first]:
                 found[way] += seconds(way, folder, model, config, options.steps)
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "teacher", "corpus")}
+    write(options.json, options.device, settings, {"seconds": found})
     print(f"{'':24} median   ratio    least   ratio")
     plain = found[PLAIN]
     for way, each in found.items():

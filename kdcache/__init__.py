@@ -10,23 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache, Row, open_cache
+    from kdcache.cache_writer import CacheWriter, create_cache
     from kdcache.errors import KdcacheError
     from kdcache.losses import Pool, linear_lse_gather, sparse_kd_loss, sparse_kd_loss_from_logits
     from kdcache.selection import Selection, select
     from kdcache.targets import SparseTargets
+    from kdcache.teacher.engines.base import register_engine
     from kdcache.verify import verify_cache
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Cache",
+    "CacheWriter",
     "KdcacheError",
     "Pool",
     "Row",
     "Selection",
     "SparseTargets",
+    "create_cache",
     "linear_lse_gather",
     "open_cache",
+    "register_engine",
     "select",
     "sparse_kd_loss",
     "sparse_kd_loss_from_logits",
@@ -35,13 +40,16 @@ __all__ = [
 
 _HOMES = {
     "Cache": "cache",
+    "CacheWriter": "cache_writer",
     "KdcacheError": "errors",
     "Pool": "losses",
     "Row": "cache",
     "Selection": "selection",
     "SparseTargets": "targets",
+    "create_cache": "cache_writer",
     "linear_lse_gather": "losses",
     "open_cache": "cache",
+    "register_engine": "teacher.engines.base",
     "select": "selection",
     "sparse_kd_loss": "losses",
     "sparse_kd_loss_from_logits": "losses",

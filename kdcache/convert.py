@@ -22,12 +22,24 @@ import torch
 from kdcache.cache import Cache, open_cache
 from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.errors import ConfigError, CorruptCacheError
-from kdcache.rows import IGNORE
+from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import Selection, narrow, require_narrower
-from kdcache.store.commit import read_commits, totals
+from kdcache.store.commits import committed, read_commits
 from kdcache.store.manifest import STORES, Manifest
 from kdcache.store.open_storage import open_storage
-from kdcache.store.publish import TOKENIZER, create_cache, new_shard, publish_shard, require_free_or_same, sweep
+from kdcache.store.plan import read_plan
+from kdcache.store.publish import (
+    TOKENIZER,
+    create_cache,
+    new_shard,
+    publish_shard,
+    require_free_or_same,
+    sweep,
+    totals,
+)
+from kdcache.store.row_format import Record
+from kdcache.store.seal import seal_cache, unseal
+from kdcache.targets import SparseTargets
 from kdcache.worker import find_worker
 
 _MOST_TOKENIZER = 1 << 30
@@ -68,23 +80,31 @@ def convert(
     standing = require_free_or_same(storage, wanted)
     if standing is None:
         wanted = dataclasses.replace(wanted, id_order=_id_order(source, wanted))
-    manifest = create_cache(storage, standing or wanted, _tokenizer_files(source))
+    manifest = create_cache(
+        storage, standing or wanted, _tokenizer_files(source), read_plan(source.storage, source.manifest)
+    )
     sweep(storage, manifest)
-    done = read_commits(storage, manifest)
+    done = set(committed(storage, manifest))
+    read_commits(storage, manifest, [shard for shard in done if me.owns(shard)])  # refuses one that is damaged
     mine = [shard for shard in range(manifest.shards) if me.owns(shard) and shard not in done]
+    if mine:
+        unseal(storage)
+    same_targets = manifest.selection == source.manifest.selection
     for number, shard in enumerate(mine):
         if on_progress:
             on_progress(number, len(mine))
         commit = source.commits[shard]
         with new_shard(storage, manifest, shard) as writer:
             made = functools.partial(_row, source, manifest, shard)
-            for row in source.storage.map(made, range(commit.rows)):
-                writer.write(*row)
+            for packed, targets, record in source.storage.map(made, range(commit.rows)):
+                writer.write(packed, targets, record)
             publish_shard(
                 storage, manifest, writer, documents=commit.documents, dropped=commit.dropped,
                 entropies=commit.entropy_histogram, compute=commit.compute,
+                sums=commit.sums if same_targets else None,
             )  # fmt: skip
     sweep(storage, manifest)
+    seal_cache(storage)
     summary = totals(storage)
     summary["shards"]["by_this_worker"] = len(mine)
     return {**summary, "seconds": time.perf_counter() - started}
@@ -130,8 +150,8 @@ def _id_order(source: Cache, manifest: Manifest) -> tuple[int, ...]:
     return order.ids()
 
 
-def _row(source: Cache, manifest: Manifest, shard: int, row: int) -> tuple[Any, ...]:
-    """Row, targets and, if nothing about them changes, the streams as they are."""
+def _row(source: Cache, manifest: Manifest, shard: int, row: int) -> tuple[PackedRow, SparseTargets, Record]:
+    """Row, targets and streams; the streams of what does not change, extras among it, are taken over as they are."""
     packed, targets, record = source.shard(shard).read_with_record(row)
     old = source.manifest
     if (manifest.selection, manifest.precision) == (old.selection, old.precision):
@@ -143,7 +163,7 @@ def _row(source: Cache, manifest: Manifest, shard: int, row: int) -> tuple[Any, 
         labels = torch.from_numpy(packed.labels(manifest.seq_len)[slots])
         fewer = narrow(targets[chosen], manifest.rule, source=old.rule, labels=labels, seed=manifest.seed, keys=keys)
         targets = fewer.spread(chosen, len(targets.count))
-    return packed, targets
+    return packed, targets, manifest.row_format.repack(record, packed, targets)
 
 
 def _tokenizer_files(source: Cache) -> dict[str, bytes]:

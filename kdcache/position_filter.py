@@ -17,6 +17,8 @@ from kdcache.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kdcache.targets import SparseTargets
+
 _MOST = 100.0
 """Nats; no vocabulary of a cache has an entropy above 22."""
 
@@ -58,3 +60,10 @@ class Positions:
     def chosen(self, entropy: Tensor) -> Tensor | None:
         """`[N]` bool: which of N positions with these entropies carry a target; None for all of them."""
         return None if self.above is None else entropy > self.above
+
+    def apply(self, targets: SparseTargets) -> SparseTargets:
+        """Targets of N labelled positions, emptied (`count` is 0) at those that are to carry none."""
+        chosen = self.chosen(targets.entropy)
+        if chosen is None:
+            return targets
+        return targets[chosen].spread(chosen.nonzero()[:, 0], len(targets.count))

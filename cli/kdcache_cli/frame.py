@@ -1,7 +1,7 @@
 """Frame: what every command has in common.
 
 A command is a dataclass of options and a function that takes it. The frame makes the command
-line from the fields, adds `--config`, `--json` and `--quiet`, turns a KdcacheError into one
+line from the fields, adds `--config`, `--json`, `--quiet` and `--plugin`, turns a KdcacheError into one
 sentence on stderr and exit code 2, and lets any other exception keep its traceback.
 """
 
@@ -26,6 +26,7 @@ import typer
 from typer.core import TyperCommand
 
 from kdcache.errors import KdcacheError
+from kdcache.plugins import load_plugins
 
 if typing.TYPE_CHECKING:
     from rich.console import Console
@@ -98,7 +99,9 @@ def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str
         def run(**given: Any) -> None:
             given.pop("config")
             output = Output(json=given.pop("json"), quiet=given.pop("quiet"))
+            plugins = given.pop("plugin")
             with _manners():
+                load_plugins(plugins)  # before the options are checked: they may name what a plug-in registers
                 function(options(**given), output)
 
         parameters = list(_parameters(options, positional))
@@ -149,6 +152,7 @@ def _parameters(options: type, positional: tuple[str, ...]) -> Iterator[inspect.
         ("config", Path | None, None, "TOML file of options; flags win", {"is_eager": True, "callback": _read_config}),
         ("json", bool, False, "print one JSON object on stdout", {}),
         ("quiet", bool, False, "print nothing but errors and --json", {}),
+        ("plugin", list[str], [], "import this module or .py file of yours first; may be given again", {}),
     )
     for name, hint, default, help_text, more in shared:
         flags = () if hint is not bool else (f"--{name}",)

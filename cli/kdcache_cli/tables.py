@@ -28,12 +28,12 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("documents", f"{summary['documents']:,} ({summary['dropped']:,} dropped)"),
         ("rows", f"{summary['rows']:,} of {summary['seq_len']} slots, {summary['tokens']:,} tokens"),
         ("positions", f"{count_of_labels(summary)} ({summary['position_choice']})"),
-        ("entries", f"{summary['entries']:,}"),
+        ("entries", _entries(summary)),
         ("bytes", f"{summary['bytes']:,}, {summary['bytes_per_position']:.1f} a position"),
         ("kept mass", _kept_mass(summary)),
-        ("entropy", f"{summary['mean_entropy']:.4f} nats in the mean"),
-        ("of all labels", quantiles(summary["entropy_quantiles"] or {})),
-        ("teacher nll", f"{summary['teacher_nll']:.4f} nats in the mean"),
+        ("entropy", _nats(summary["mean_entropy"])),
+        ("of all labels", quantiles(summary["entropy_quantiles"] or {}) or "unknown"),
+        ("teacher nll", _nats(summary["teacher_nll"])),
     ):
         table.add_row(Text(name, style="bold"), Text(value))
     return table
@@ -50,6 +50,16 @@ def count_of_labels(summary: dict[str, Any]) -> str:
 def quantiles(found: dict[str, float]) -> str:
     """Quantiles in one line."""
     return ", ".join(f"{float(level):.0%} below {value:.3g}" for level, value in found.items())
+
+
+def _entries(summary: dict[str, Any]) -> str:
+    least, most = summary["entries_per_position"]["least"], summary["entries_per_position"]["most"]
+    each = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    return f"{summary['entries']:,}, {each} a position"
+
+
+def _nats(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f} nats in the mean"
 
 
 def _kept_mass(summary: dict[str, Any]) -> str:

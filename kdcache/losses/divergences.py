@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import ConfigError
+from kdcache.registry import Registry
 from kdcache.targets import SparseTargets
 
 ABSENT = -1e4
@@ -86,7 +87,7 @@ class _Family:
     temperature_power: int
 
 
-_FAMILIES: dict[str, _Family] = {}
+_FAMILIES: Registry[_Family] = Registry("loss")
 
 
 def register_divergence(
@@ -102,16 +103,14 @@ def register_divergence(
         temperature_power: see `Divergence`: 2, unless the gradient at T shrinks by another power of T.
 
     Raises:
-        ConfigError: the name is taken or has a colon.
+        ConfigError: the name is taken, or has other characters than letters, digits, `-`, `_` and `.`.
     """
-    if name in _FAMILIES or ":" in name:
-        raise ConfigError(f"a divergence cannot be registered as {name!r}: the name is taken, or has a colon")
-    _FAMILIES[name] = _Family(function, constant, temperature_power)
+    _FAMILIES.register(name, _Family(function, constant, temperature_power))
 
 
 def divergence_names() -> tuple[str, ...]:
     """The names of all registered divergences, in the order in which they were registered."""
-    return tuple(_FAMILIES)
+    return _FAMILIES.names()
 
 
 @functools.cache
@@ -122,9 +121,7 @@ def find_divergence(name: str) -> Divergence:
         ConfigError: no such name, or a constant that it does not take.
     """
     base, colon, text = name.partition(":")
-    family = _FAMILIES.get(base)
-    if family is None:
-        raise ConfigError(f"loss {name!r} is not one of {', '.join(_FAMILIES)}")
+    family = _FAMILIES.find(base)
     if family.constant is None:
         if colon:
             raise ConfigError(f"loss {name!r} gives {base} a constant, but it takes none")

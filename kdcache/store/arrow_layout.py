@@ -123,6 +123,26 @@ def read_blocks(storage: Storage, file: Readable, schema: pa.Schema) -> NDArray[
     return blocks
 
 
+def is_compressed(metadata: bytes) -> bool:
+    """Whether the body of a record batch is compressed, from the metadata of its block.
+
+    Raises:
+        CorruptCacheError: it is not the metadata of a record batch.
+    """
+    return _record_batch(metadata).has(3)
+
+
+def _record_batch(metadata: bytes) -> _Table:
+    """The header of a record batch, from the metadata of its block."""
+    marker, length = struct.unpack_from("<Ii", metadata)
+    if marker != _CONTINUATION or not 0 < length <= len(metadata) - 8:
+        raise CorruptCacheError("its metadata is damaged")
+    message = _Table.root(metadata[8 : 8 + length])
+    if message.number(1, "<B") != _RECORD_BATCH:
+        raise CorruptCacheError("it is not a record batch")
+    return message.table(2)
+
+
 def _require_schema(head: bytes, schema: pa.Schema) -> None:
     if int.from_bytes(head[:4], "little") != _CONTINUATION:
         raise CorruptCacheError("its schema is missing")
@@ -147,13 +167,7 @@ def read_batch(data: bytes, metadata: int, columns: int, buffers: int) -> Batch:
     Raises:
         CorruptCacheError: not an uncompressed record batch of this shape.
     """
-    marker, length = struct.unpack_from("<Ii", data)
-    if marker != _CONTINUATION or not 0 < length <= metadata - 8:
-        raise CorruptCacheError("its metadata is damaged")
-    message = _Table.root(data[8 : 8 + length])
-    if message.number(1, "<B") != _RECORD_BATCH:
-        raise CorruptCacheError("it is not a record batch")
-    header = message.table(2)
+    header = _record_batch(data[:metadata])
     if header.has(3):
         raise CorruptCacheError("its batch is compressed, which a shard's is not")
     nodes, places = header.structs(1, _NODE), header.structs(2, _BUFFER)

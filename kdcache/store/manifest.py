@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from dataclasses import dataclass
+import datetime
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
@@ -18,7 +19,9 @@ from kdcache.codec import Codec, make_codec
 from kdcache.codec.id_ranks import MOST_ORDERED
 from kdcache.codec.streams import deflate, id_dtype
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
+from kdcache.extras import ExtraSpec, read_specs
 from kdcache.position_filter import Positions
+from kdcache.rows import RowSpec
 from kdcache.selection import Selection, check_temperatures
 from kdcache.store.row_format import RowFormat, read_stream
 from kdcache.store.sealed_json import checksum, is_count, read_record, require_fields, seal, short
@@ -28,11 +31,28 @@ FORMAT = 1
 NAME = "kdcache.json"
 STORES = ("arrow", "zarr")
 
-_MOST_SHARDS = 100_000
+PLAN = "plan.arrow"
+_OF_THE_CREATOR = ("origin", "tokenizer_files", "id_order", "tau", "plan", "date")
+"""Fields that everyone else takes from the manifest that stands."""
+
+ON_BAD_RECORD = ("stop", "skip")
+
+MOST_SHARDS = 10_000_000
+_PLAN_ROW, _MOST_PLAN = 80, 64 << 20
+"""Bytes that a plan may have: for each shard, and for its schema with the names of the corpus's files."""
+
 _MOST_IDS = (1 << 31) - 1
 _MOST_TEMPERATURES = 64
 _MOST_ROW = 1 << 30
 """Bytes of the streams of a row, unpacked. So whoever writes a manifest bounds what reading a row may allocate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PlanObject:
+    """The fields of `plan`."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +64,11 @@ class Manifest:
         tokenizer_files: sha256 of each file under `tokenizer/`.
         filters: what was left out of the corpus.
         documents: documents in the corpus, filtered ones included.
-        docs_per_shard: shard s covers documents [s * docs_per_shard, (s + 1) * docs_per_shard).
+        shards: shards planned.
+        plan: `bytes` and `sha256` of `plan.arrow`, which says which documents each shard holds; empty where a cache was
+            not made from a corpus, and only its commits say how many documents a shard has.
+        date: the day, in UTC, on which the cache was created, as `YYYY-MM-DD`; what a chat template may ask for.
+        on_bad_record: what becomes of a document that cannot be used: `stop` ends the dump, `skip` drops the document.
         vocab_size: ids lie below it; that of the tokenizer.
         seq_len: slots a row.
         isolate: whether packed pieces are kept from seeing each other.
@@ -58,6 +82,7 @@ class Manifest:
         error_bound: the most by which stored numbers are off, by name.
         id_order: ids by falling frequency in the pilot, for the compact codec.
         store: `arrow` or `zarr`.
+        extras: further arrays of a row by name, each as `ExtraSpec.to_fields` gives it.
         origin: names and versions, for people; two caches of one configuration may differ here.
     """
 
@@ -67,7 +92,10 @@ class Manifest:
     corpus_sha256: str
     filters: dict[str, Any]
     documents: int
-    docs_per_shard: int
+    shards: int
+    plan: dict[str, Any]
+    date: str
+    on_bad_record: str
     vocab_size: int
     seq_len: int
     isolate: bool
@@ -82,11 +110,12 @@ class Manifest:
     id_order: tuple[int, ...]
     store: str
     origin: dict[str, Any]
+    extras: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def shards(self) -> int:
-        """Shards planned."""
-        return -(-self.documents // self.docs_per_shard)
+    def extra_specs(self) -> dict[str, ExtraSpec]:
+        """What each extra holds, by name, in order of name."""
+        return read_specs(self.extras)
 
     @property
     def rule(self) -> Selection:
@@ -98,6 +127,11 @@ class Manifest:
     def choice(self) -> Positions:
         """Which labelled positions carry a target."""
         return Positions(self.positions)
+
+    @property
+    def row_spec(self) -> RowSpec:
+        """The shape of its rows."""
+        return RowSpec(vocab_size=self.vocab_size, seq_len=self.seq_len, isolate=self.isolate)
 
     @property
     def width(self) -> int:
@@ -179,18 +213,31 @@ class Manifest:
         check_temperatures(self.temperatures)
         if len(self.temperatures) > _MOST_TEMPERATURES:
             raise ConfigError(f"{len(self.temperatures)} temperatures are above the limit of {_MOST_TEMPERATURES}")
-        for name in ("documents", "docs_per_shard", "seq_len"):
+        for name in ("documents", "shards", "seq_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if self.shards > _MOST_SHARDS:
+        if self.shards > min(self.documents, MOST_SHARDS):
             raise ConfigError(
-                f"--docs-per-shard {self.docs_per_shard} makes {self.shards:,} shards of {self.documents:,} documents, "
-                f"above the limit of {_MOST_SHARDS:,}"
+                f"{self.shards:,} shards of {self.documents:,} documents are above the limit of one a document and "
+                f"{MOST_SHARDS:,} in all; make shards larger"
+            )
+        if self.plan:
+            require_fields(self.plan, _PlanObject)
+            if self.plan["bytes"] > _MOST_PLAN + _PLAN_ROW * self.shards:
+                raise ConfigError(f"a plan of {self.plan['bytes']:,} bytes is too large for {self.shards:,} shards")
+        try:
+            if datetime.date.fromisoformat(self.date).isoformat() != self.date:
+                raise ValueError
+        except ValueError:
+            raise ConfigError(f"date is {short(repr(self.date))}, not a day like 2026-11-28") from None
+        if self.on_bad_record not in ON_BAD_RECORD:
+            raise ConfigError(
+                f"on_bad_record is {short(repr(self.on_bad_record))}, not one of {', '.join(ON_BAD_RECORD)}"
             )
         if self.row_format.most_bytes > _MOST_ROW:
             raise ConfigError(
                 f"a row of --seq-len {self.seq_len} slots may hold {self.row_format.most_bytes:,} bytes, above the "
-                f"limit of {_MOST_ROW:,}; make rows shorter or keep fewer entries"
+                f"limit of {_MOST_ROW:,}; make rows shorter, or keep fewer entries or extras"
             )
         if self.store not in STORES:
             raise ConfigError(f"--store {self.store} is not one of {', '.join(STORES)}")
@@ -203,7 +250,7 @@ class Manifest:
         """How rows become streams."""
         return RowFormat(
             codec=self.codec, seq_len=self.seq_len, vocab_size=self.vocab_size, documents=self.documents,
-            chooses=self.choice.above is not None,
+            chooses=self.choice.above is not None, extras=self.extra_specs,
         )  # fmt: skip
 
     def create(self, storage: Storage) -> Manifest:
@@ -231,13 +278,19 @@ class Manifest:
             f"{name} (cache: {short(mine[name], most)}, asked: {short(theirs[name], most)})"
             for name in mine
             for most in (15 if name.endswith("sha256") else 60,)
-            if name not in ("origin", "tokenizer_files", "id_order", "tau") and mine[name] != theirs[name]
+            if name not in ("origin", "tokenizer_files", "id_order", "tau", "plan", "date")
+            and mine[name] != theirs[name]
         ]
         if differences:
             raise CacheMismatchError(
                 f"{storage} holds a cache of another configuration; it differs in {', '.join(differences)}; "
                 "choose another --out or the same options"
             )
+
+
+def today() -> str:
+    """The day in UTC, as a manifest has it."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def _fold_order(order: tuple[int, ...], vocab_size: int) -> str:

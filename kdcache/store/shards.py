@@ -16,8 +16,9 @@ import numpy as np
 
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.rows import PackedRow
-from kdcache.store.row_format import Record, RowFormat
+from kdcache.store.row_format import Extras, Record, RowFormat
 from kdcache.store.storage import Storage
+from kdcache.store.target_sums import TargetSums
 from kdcache.targets import SparseTargets
 
 FOLDER = "shards"
@@ -26,20 +27,26 @@ _DAMAGE = (CorruptCacheError, IndexError, OverflowError, ValueError, TypeError, 
 """What reading damaged bytes can raise, in our code and in the libraries."""
 
 
+_NO_LEAST = 1 << 62
+
+
 def shard_stem(shard: int) -> str:
     """How the name of a shard's data begins."""
     return f"{FOLDER}/{shard:05d}"
 
 
 class Tally:
-    """Counts and hashes of the rows of a shard, as its commit names them.
+    """Counts, sums and hashes of the rows of a shard, as its commit names them.
 
     Attributes:
-        rows, labels, positions, entries: so far.
+        rows, labels, positions, entries, tokens, pieces: so far.
+        sums: over the targets; of what was read back from a shard they are of rounded values.
     """
 
     def __init__(self) -> None:
-        self.rows = self.labels = self.positions = self.entries = 0
+        self.rows = self.labels = self.positions = self.entries = self.tokens = self.pieces = 0
+        self.sums = TargetSums()
+        self._least, self._most = _NO_LEAST, 0
         self._tokens, self._content = hashlib.sha256(), hashlib.sha256()
 
     def add(self, row: PackedRow, targets: SparseTargets, record: Record) -> None:
@@ -52,10 +59,21 @@ class Tally:
         self.labels += len(targets.count)
         self.positions += record.positions
         self.entries += int(targets.count.sum())
+        self.tokens += len(row.tokens)
+        self.pieces += len(row.piece_lengths)
+        counts = targets.count.numpy()
+        counts = counts[counts > 0]
+        if len(counts):
+            self._least, self._most = min(self._least, int(counts.min())), max(self._most, int(counts.max()))
+        self.sums.add(targets)
 
     def fields(self) -> dict[str, Any]:
         """Counts and hashes under the names that a commit has for them."""
         return {
+            "tokens": self.tokens,
+            "pieces": self.pieces,
+            "least_entries": self._least if self._most else 0,
+            "most_entries": self._most,
             "rows": self.rows,
             "labels": self.labels,
             "positions": self.positions,
@@ -81,9 +99,22 @@ class ShardWriter(ABC):
         self.tally = Tally()
         self.data = storage.new_data(shard_stem(shard), self.suffix, self.folder)
 
-    def write(self, row: PackedRow, targets: SparseTargets, record: Record | None = None) -> None:
-        """Append a row and the targets of its labelled slots, in slot order; `record` if it is packed already."""
-        record = record or self.form.pack(row, targets)
+    def write(
+        self, row: PackedRow, targets: SparseTargets, record: Record | None = None, extras: Extras | None = None
+    ) -> None:
+        """Append a row, the targets of its labelled slots in slot order, and its extras.
+
+        Args:
+            row: the tokens.
+            targets: of its labelled slots.
+            record: all of it, if it is packed already; then `extras` is not looked at.
+            extras: see `RowFormat.pack`; every extra of the cache MUST be given.
+
+        Raises:
+            TargetError: see `RowFormat.pack`.
+            CacheError: the shard cannot be written.
+        """
+        record = record or self.form.pack(row, targets, extras)
         self._append(record)
         self.tally.add(row, targets, record)
 

@@ -39,6 +39,12 @@ T = TypeVar("T")
 OnHead = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """`(hidden [R, L, D], weight [V, D], bias [V] or None)` to a scalar loss."""
 
+Auxiliary = Callable[[Tensor, dict[str, Any]], Tensor]
+"""`(hidden [R, L, D], batch)` to a scalar that is added to the loss: a term that learns from `batch["extras"]`.
+
+`hidden` is what the output head is given, with its gradient; `batch` is the collator's, on the device that it came on.
+"""
+
 _CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap", "softcap")
 # The second of these divides in some models and multiplies in others; the check tells which.
 _FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier", "output_multiplier")
@@ -242,6 +248,7 @@ def compute_loss(
     num_items: Tensor | None = None,
     weights: PositionWeights | None = None,
     figures: Figures | None = None,
+    auxiliary: Auxiliary | None = None,
 ) -> Tensor:
     """Distillation and label loss of one batch: a sum over its positions, divided once.
 
@@ -256,6 +263,7 @@ def compute_loss(
             them. By default, those of this batch.
         weights: how much the distillation term of each position counts; all the same by default.
         figures: filled with the student's figures at each position.
+        auxiliary: gives a further term, added to the loss as it is; it divides by its own count of what it sums.
 
     Returns:
         A scalar, nats.
@@ -273,11 +281,12 @@ def compute_loss(
     items, with_target = (None, None) if num_items is None else num_items.to(device).clamp(min=1e-9)  # of none, none
 
     def on_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return distil(
+        loss = distil(
             head.source(hidden[mask], weight, bias, vocab_size), targets, labels[mask], objective,
             num_items=items, num_targets=with_target, figures=figures,
             position_weights=weights.of(targets, vocab_size) if weights else None,
         )  # fmt: skip
+        return loss if auxiliary is None else loss + auxiliary(hidden, batch)
 
     loss: Tensor = packed_forward(model, tokens, positions, on_head=on_head)
     return loss

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from kdcache.errors import ConfigError
 from kdcache.options import option
 from kdcache.position_filter import Positions
+from kdcache.teacher.engines.base import TeacherSpec, require_engine
+
+EXTRA_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+"""Those of `kdcache.extras`, which this file does not import because it would load torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +48,18 @@ class DumpConfig:
     positions: str = option("which labelled positions carry a target: all, or entropy>X (nats, of the teacher)", "all")
     seed: int = option("of the draws", 0)
     temperatures: str = option("comma-separated T whose exact tails are kept", "1")
+    # extras
+    extra: tuple[str, ...] = option("keep this too, one vector a token: hidden:-1, what the output head is given", ())
+    extra_precision: str = option("of extras: float32, float16, bfloat16, or int8 with a scale a vector", "float16")
     # store
     store: str = option("arrow or zarr", "arrow")
     precision: str | None = option("float32, float16, or 4 to 16 bits a value  [default: 6, and 8 for full]", None)
-    docs_per_shard: int | None = option("documents a shard  [default: from the corpus's size]", None)
+    docs_per_shard: int | None = option("documents a shard  [default: as many as --chars-per-shard asks for]", None)
+    chars_per_shard: int | None = option(
+        "characters a shard, at least  [default: a 64th of the corpus, 256 thousand to 16 million]", None
+    )
     # compute
+    engine: str = option("what runs the teacher: transformers, or one that a plug-in registers", "transformers")
     device: str = option("auto, cpu, cuda, cuda:1, mps", "auto")
     device_map: str | None = option("auto spreads the teacher over several GPUs", None)
     dtype: str = option("auto (float32 on a CPU, the checkpoint's elsewhere), float32, bfloat16, float16", "auto")
@@ -65,16 +76,36 @@ class DumpConfig:
             raise ConfigError(f"--seed is {self.seed}, but must lie in 0 to 2^63 - 1")
         if self.adaptive and self.select != "ipps":
             raise ConfigError(f"--adaptive is for --select ipps, not {self.select}")
-        if self.docs_per_shard is not None and self.docs_per_shard < 1:
-            raise ConfigError(f"--docs-per-shard is {self.docs_per_shard}, but must be at least 1")
+        for name in ("docs_per_shard", "chars_per_shard"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least 1")
+        if self.docs_per_shard is not None and self.chars_per_shard is not None:
+            raise ConfigError("--docs-per-shard and --chars-per-shard exclude each other")
         if self.store not in ("arrow", "zarr"):
             raise ConfigError(f"--store {self.store} is not one of arrow, zarr")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"--dtype {self.dtype} is not one of auto, float32, bfloat16, float16")
         if self.device_map not in (None, "auto"):
             raise ConfigError(f"--device-map {self.device_map} is not auto")
+        object.__setattr__(self, "extra", (self.extra,) if isinstance(self.extra, str) else tuple(self.extra))
+        if self.extra_precision not in EXTRA_PRECISIONS:
+            raise ConfigError(f"--extra-precision {self.extra_precision} is not one of {', '.join(EXTRA_PRECISIONS)}")
+        if self.extra and not self.tile_head:
+            raise ConfigError(
+                f"--extra {self.extra[0]} is what the output head is given, which needs the head in tiles; leave out "
+                "--no-tile-head"
+            )
+        require_engine(self.engine)
         object.__setattr__(self, "positions", Positions(self.positions).rule)
         _ = self.stored_temperatures
+
+    @property
+    def teacher_spec(self) -> TeacherSpec:
+        """Which teacher is run, by which engine, and how."""
+        return TeacherSpec(
+            model=self.teacher, engine=self.engine, device=self.device, device_map=self.device_map, dtype=self.dtype,
+            batch_rows=self.batch_rows, tile_head=self.tile_head,
+        )  # fmt: skip
 
     @property
     def stored_temperatures(self) -> tuple[float, ...]:

@@ -15,14 +15,15 @@ from kdcache.errors import ConfigError
 from kdcache.rows import PackedRow
 from kdcache.selection import Selection, select, solve_adaptive_tau
 from kdcache.store.manifest import Manifest
-from kdcache.teacher.engines.transformers import Teacher
+from kdcache.teacher.engines.base import TargetRequest
 from kdcache.teacher.inputs import Inputs
+from kdcache.teacher.opened_teacher import OpenedTeacher
 
 _POSITIONS = 1 << 14
 _CHEAPEST = Selection(kind="topk", k=1)
 
 
-def run_pilot(teacher: Teacher, inputs: Inputs) -> Manifest:
+def run_pilot(teacher: OpenedTeacher, inputs: Inputs) -> Manifest:
     """The manifest, with the threshold and the order of ids that it asks for.
 
     Cost: for each of the two, a forward pass over about 16 thousand positions; nothing where neither is wanted.
@@ -39,7 +40,7 @@ def _rows(inputs: Inputs) -> Iterator[PackedRow]:
     return (row for shard in range(inputs.manifest.shards) for row in inputs.shard_rows(shard).rows)
 
 
-def _tau(teacher: Teacher, inputs: Inputs) -> float:
+def _tau(teacher: OpenedTeacher, inputs: Inputs) -> float:
     """The threshold at which positions that carry a target keep k entries in the mean."""
     rule, choice = inputs.manifest.rule, inputs.manifest.choice
     seen = kept = 0
@@ -47,7 +48,7 @@ def _tau(teacher: Teacher, inputs: Inputs) -> float:
     def tiles() -> Iterator[torch.Tensor]:
         nonlocal seen, kept
         for row in _rows(inputs):
-            for logits in teacher.logits([row], inputs.manifest):
+            for logits in teacher.logits([row]):
                 seen += len(logits)
                 chosen = None if choice.above is None else choice.chosen(select(logits, _CHEAPEST).entropy)
                 part = logits if chosen is None else logits[chosen]
@@ -64,10 +65,11 @@ def _tau(teacher: Teacher, inputs: Inputs) -> float:
     return solve_adaptive_tau(tiles(), rule.k, rule.sample_temperature)
 
 
-def _id_order(teacher: Teacher, inputs: Inputs, manifest: Manifest) -> tuple[int, ...]:
+def _id_order(teacher: OpenedTeacher, inputs: Inputs, manifest: Manifest) -> tuple[int, ...]:
     """Ids that the teacher proposes, most often first."""
     order = FrequencyOrder(manifest.vocab_size)
+    request = dataclasses.replace(TargetRequest.of(manifest), extras=())
     for row in _rows(inputs):
-        if not order.add(teacher.run([row], manifest, manifest.rule, seed=manifest.seed).targets):
+        if not order.add(manifest.choice.apply(teacher.targets([row], request).targets)):
             break
     return order.ids()

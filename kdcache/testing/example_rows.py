@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from kdcache.corpus.plan import CorpusFile, Plan
+from kdcache.extras import ExtraSpec
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import KINDS, Selection, select
 from kdcache.store.commit import histogram
@@ -29,8 +33,19 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 SELECTIONS: dict[str, dict[str, Any]] = {kind: {"kind": kind, **_SETTINGS[kind]} for kind in KINDS}
 """One small selection of each kind."""
 
+EXTRAS: dict[str, dict[str, Any]] = {
+    "hidden:-1": ExtraSpec(width=5, precision="int8").to_fields(),
+    "surprise": ExtraSpec(width=1, precision="float16", per="position").to_fields(),
+    "wide_0.5": ExtraSpec(width=2, precision="bfloat16").to_fields(),
+    "exact": ExtraSpec(width=3, per="position").to_fields(),
+}
+"""One extra of each precision, of tokens and of positions."""
+
 SHARDS = 2
 """Of an example cache."""
+
+DOCUMENTS = 20
+"""Of each shard of an example cache."""
 
 
 def example_manifest(store: str, **changes: Any) -> Manifest:
@@ -38,13 +53,27 @@ def example_manifest(store: str, **changes: Any) -> Manifest:
     zero = "0" * 64
     fields: dict[str, Any] = {
         "teacher_sha256": zero, "tokenizer_sha256": zero, "tokenizer_files": {}, "corpus_sha256": zero, "filters": {},
-        "documents": 20 * SHARDS, "docs_per_shard": 20, "vocab_size": 50, "seq_len": 12, "isolate": True,
+        "documents": DOCUMENTS * SHARDS, "shards": SHARDS, "plan": {}, "date": "2026-01-31", "on_bad_record": "stop",
+        "vocab_size": 50, "seq_len": 12, "isolate": True,
         "adaptive": False, "tau": None, "positions": "all", "seed": 0,
         "selection": SELECTIONS["topk"], "temperatures": (1.0, 2.0), "precision": "float32",
         "error_bound": {}, "id_order": (),
         "store": store, "origin": {},
     }  # fmt: skip
     return Manifest(**{**fields, **changes})
+
+
+def example_plan(manifest: Manifest) -> Plan:
+    """The plan of an example cache: as many documents a shard as go into it, in one file."""
+    first = np.arange(manifest.shards) * DOCUMENTS
+    return Plan(
+        first=first, last=np.append(first[1:] - 1, manifest.documents - 1), characters=np.full(manifest.shards, 100),
+        sha256=np.arange(32 * manifest.shards, dtype=np.uint8).reshape(-1, 32),
+        file=np.zeros(manifest.shards, np.int32), offset=100 * np.arange(manifest.shards),
+        files=(CorpusFile(name="example.txt", size=100 * manifest.shards),),
+        reading={"form": "text", "columns": ["text"], "split": "train", "split_text": "line"},
+        rule={"docs_per_shard": DOCUMENTS},
+    )  # fmt: skip
 
 
 def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | None = None) -> list[Example]:
@@ -79,6 +108,20 @@ def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | No
     return found
 
 
+def example_extras(manifest: Manifest, row: PackedRow, seed: int = 0) -> dict[str, NDArray[np.float32]]:
+    """Vectors of every extra of a manifest, for one row."""
+    random, found = np.random.default_rng(seed), {}
+    for name, spec in manifest.extra_specs.items():
+        vectors = len(row.tokens) if spec.per == "token" else int((row.labels(manifest.seq_len) != IGNORE).sum())
+        found[name] = random.standard_normal((vectors, spec.width)).astype(np.float32)
+    return found
+
+
+def of_shards(manifest: Manifest, shards: int) -> Manifest:
+    """The same manifest of so many shards."""
+    return dataclasses.replace(manifest, documents=shards * DOCUMENTS, shards=shards)
+
+
 def same_rows(one: Example, two: Example) -> bool:
     """Whether two rows and their targets are equal bit for bit; a NaN equals a NaN."""
     values = [zip(vars(a).values(), vars(b).values(), strict=True) for a, b in zip(one, two, strict=True)]
@@ -96,7 +139,7 @@ def same_records(one: Record, two: Record) -> bool:
 
 def write_cache(storage: Storage, manifest: Manifest, rows: list[Example]) -> Manifest:
     """A complete cache that has these rows in each of its shards; the manifest that stands."""
-    standing = create_cache(storage, manifest, {"tokenizer.json": b"{}"})
+    standing = create_cache(storage, manifest, {"tokenizer.json": b"{}"}, example_plan(manifest))
     for shard in range(manifest.shards):
         assert write_shard(storage, standing, rows, shard)
     return standing
@@ -106,9 +149,9 @@ def write_shard(storage: Storage, manifest: Manifest, rows: list[Example], shard
     """Write and commit one shard; False if there is a commit already."""
     with new_shard(storage, manifest, shard) as writer:
         for row, targets in rows:
-            writer.write(row, targets)
+            writer.write(row, targets, extras=example_extras(manifest, row))
         return publish_shard(
-            storage, manifest, writer, documents=manifest.docs_per_shard, dropped=0, entropies=histogram_of(rows),
+            storage, manifest, writer, documents=DOCUMENTS, dropped=0, entropies=histogram_of(rows),
             compute={"a": 1},
         )  # fmt: skip
 
@@ -133,5 +176,7 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(torch.nan_to_num(a, 7.5), torch.nan_to_num(b, 7.5))
     if isinstance(a, np.ndarray):
-        return bool(np.array_equal(a, b))
+        return bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
     return bool(a == b)

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.store import manifest as manifests
-from kdcache.store.commit import Commit, commit_name, read_commits
+from kdcache.store.commit import Commit, commit_name
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, Manifest
 from kdcache.store.publish import WRITERS, create_cache, new_shard, open_shard, publish_shard
@@ -34,10 +35,13 @@ from kdcache.store.row_format import RowFormat
 from kdcache.store.shards import FOLDER, Shard, ShardWriter, shard_stem
 from kdcache.store.storage import Storage
 from kdcache.testing.example_rows import (
+    DOCUMENTS,
+    EXTRAS,
     SELECTIONS,
     SHARDS,
     Example,
     everything,
+    example_extras,
     example_manifest,
     example_rows,
     histogram_of,
@@ -52,6 +56,7 @@ Objects = list[dict[str, Any]]
 
 _CASES = [(kind, precision, "all") for kind in SELECTIONS for precision in ("float32", "6")]
 _CASES += [(kind, precision, "entropy>1.2") for kind, precision in (("topk", "6"), ("ipps", "6"), ("topp", "float32"))]
+_CASES += [("topk", "float16", "all"), ("topk", "6", "extras"), ("ipps", "float16", "extras entropy>1.2")]
 
 _DAMAGE = ("empty", "cut", "longer", "delete", "flip", "swap", "copy", "folder")
 
@@ -97,9 +102,13 @@ class StoreConformance:
 
     @pytest.fixture(params=_CASES, ids="-".join)
     def manifest(self, request: pytest.FixtureRequest) -> Manifest:
-        """Each kind of selection, with each kind of codec; and positions that carry no target."""
-        kind, precision, positions = request.param
-        return example_manifest(self.store, selection=SELECTIONS[kind], precision=precision, positions=positions)
+        """Each kind of selection, with each kind of codec; positions that carry no target; and extras."""
+        kind, precision, rest = request.param
+        extras, positions = rest.startswith("extras"), rest.removeprefix("extras").strip() or "all"
+        return example_manifest(
+            self.store, selection=SELECTIONS[kind], precision=precision, positions=positions,
+            extras=EXTRAS if extras else {},
+        )  # fmt: skip
 
     @pytest.fixture
     def plain(self) -> Manifest:
@@ -115,7 +124,8 @@ class StoreConformance:
         standing = write_cache(storage, manifest, rows)
         shard = open_shard(storage, standing, read_commits(storage, standing)[1])
         for i in np.random.default_rng(1).permutation(2 * count) % max(1, count):
-            record = form.pack(*rows[i])
+            row, targets = rows[i]
+            record = form.pack(row, targets, extras=example_extras(manifest, row))
             assert same_records(shard.read_with_record(int(i))[2], record)
             assert same_rows(shard.read(int(i)), form.unpack(record))
 
@@ -125,7 +135,8 @@ class StoreConformance:
         rows = example_rows(manifest, count)
         standing = write_cache(storage, manifest, rows)
         found = self.streams(storage, read_commits(storage, standing)[1].objects, manifest.row_format)
-        expected = [manifest.row_format.pack(*row).streams for row in rows]
+        form = manifest.row_format
+        expected = [form.pack(row, kept, extras=example_extras(manifest, row)).streams for row, kept in rows]
         assert len(found) == count
         for ours, theirs in zip(expected, found, strict=True):
             assert list(ours) == list(theirs)
@@ -199,9 +210,7 @@ class StoreConformance:
                     writer.write(*row)
             entropies = histogram_of(rows)
             done += [
-                publish_shard(
-                    storage, standing, w, documents=plain.docs_per_shard, dropped=0, entropies=entropies, compute={}
-                )
+                publish_shard(storage, standing, w, documents=DOCUMENTS, dropped=0, entropies=entropies, compute={})
                 for w in (two, one)
             ]
         assert done == [True, False]
@@ -374,7 +383,7 @@ class StoreConformance:
         standing = write_cache(storage, plain, example_rows(plain, 3))
         commit = read_commits(storage, standing)[1]
         for field in ("labels", "positions", "entries", "documents", "dropped", "tokens_sha256", "content_sha256"):
-            lie = "f" * 64 if field.endswith("sha256") else getattr(commit, field) + plain.docs_per_shard + 1
+            lie = "f" * 64 if field.endswith("sha256") else getattr(commit, field) + DOCUMENTS + 1
             storage.delete(commit_name(1))
             Commit(**{**vars(commit), field: lie}).write(storage)
             assert self.problems(storage) & {commit_name(1), commit.objects[0]["name"]}, field

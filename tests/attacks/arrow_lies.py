@@ -152,7 +152,8 @@ def _set(at: int, value: int) -> Callable[[Any], None]:
 
 def claim_rows(f: ArrowForgery) -> str:
     """As many rows as its bytes could just hold."""
-    f.change_commit(rows=f.objects[0]["bytes"] // 16)
+    rows = f.objects[0]["bytes"] // 16
+    f.change_commit(rows=rows, pieces=rows, tokens=1 << 30)
     return f.name
 
 

@@ -27,6 +27,7 @@ from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, Manifest
 from kdcache.store.publish import new_shard, open_shard
 from kdcache.store.row_format import Record, row_seal
+from kdcache.store.seal import SEAL
 from kdcache.store.sealed_json import seal
 
 SHARD = 0
@@ -54,6 +55,7 @@ class Forgery:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.storage = folder, LocalStorage(folder)
+        (folder / SEAL).unlink(missing_ok=True)  # commits are what is attacked; the seal has attacks of its own
         self.manifest = Manifest.read(self.storage)
         self.commit = Commit.read(self.storage, SHARD, self.manifest.sha256)
         assert self.commit is not None

@@ -96,7 +96,7 @@ def test_commands_name_it_too(name: str, forged: dict[str, tuple[Path, str]]) ->
     assert code == 1
     assert any(culprit in f"{p['object']}: {p['what']}" for p in json.loads(out)["problems"])
     if "tokenizer" not in culprit:
-        code, out, err = invoke("inspect-shard", folder)
+        code, out, err = invoke("inspect-shard", folder, "--exact")
         assert (code, out) == (2, "")
         assert err.startswith("error: ") and err.count("\n") == 1 and culprit in err
 

@@ -28,7 +28,7 @@ import pytest
 from kdcache.cache import unpack
 from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.store import arrow_store, zarr_store
-from kdcache.store.commit import read_commits
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.publish import WRITERS
 from kdcache.store.row_format import Record, RowFormat

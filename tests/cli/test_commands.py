@@ -30,7 +30,7 @@ def test_every_command_explains_itself(command: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = invoke(command, "--help")
     assert code == 0
-    for flag in ("--config", "--json", "--quiet"):
+    for flag in ("--config", "--json", "--quiet", "--plugin"):
         assert flag in out
 
 

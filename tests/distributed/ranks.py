@@ -1,4 +1,4 @@
-"""One rank of a distributed step, for test_step.py."""
+"""One rank of a distributed step, for test_step.py: WAY OUT [DEVICE]."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def batch() -> tuple[Tensor, Tensor, SparseTargets]:
 
 def step(model: Any, head: Any, rows: slice, world: int) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of some rows, each term divided by its positions in all rows (and by 1 / world: ranks are averaged)."""
-    tokens, labels, targets = batch()
+    device = next(model.parameters()).device
+    tokens, labels, targets = (value.to(device) for value in batch())
     mask = labels != -100
     place = mask.nonzero()[:, 0]
     mine = targets[(place >= rows.start) & (place < rows.stop)]
@@ -58,20 +59,20 @@ def step(model: Any, head: Any, rows: slice, world: int) -> tuple[Tensor, dict[s
         counts = {"num_items": int(mask.sum()) / world, "num_targets": int((targets.count > 0).sum()) / world}
         return distil(source, mine, told[chosen], OBJECTIVE, **counts, figures=figures)
 
-    positions = torch.arange(LENGTH).repeat(len(told), 1)
+    positions = torch.arange(LENGTH, device=device).repeat(len(told), 1)
     loss = packed_forward(model, tokens[rows], positions, on_head=on_head)
     loss.backward()
     return loss.detach(), {name: values.sum() for name, values in figures.values().items()}
 
 
-def main(way: str, out: Path) -> None:
+def main(way: str, out: Path, device: str = "cpu") -> None:
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = make(way)
-    head = fuse_head(model, "cpu")
+    model = make(way).to(device)
+    head = fuse_head(model, device)
     wrapped = model
     if way.startswith("ddp"):
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -79,7 +80,7 @@ def main(way: str, out: Path) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (world,))
+        mesh = init_device_mesh(device, (world,))
         parts = [*model.model.layers, *([model.lm_head] if way == "fsdp-own-head" else [])]
         for part in [*parts, model]:
             fully_shard(part, mesh=mesh)
@@ -89,7 +90,7 @@ def main(way: str, out: Path) -> None:
     gradients = {}
     for name, p in model.named_parameters():
         assert isinstance(p.grad, DTensor) == way.startswith("fsdp")
-        gradients[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        gradients[name] = (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).cpu()
     for value in (loss, *sums.values()):
         dist.all_reduce(value)
     if rank == 0:
@@ -99,4 +100,4 @@ def main(way: str, out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

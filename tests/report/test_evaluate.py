@@ -19,6 +19,7 @@ from kdcache.report.evaluate import compare, evaluate, paired_difference, write_
 from kdcache.rows import IGNORE, position_ids
 from kdcache.student import fused_head
 from kdcache.teacher.dump import dump
+from kdcache.teacher.opened_teacher import OpenedTeacher
 from tests.making import dump_options
 
 
@@ -137,8 +138,12 @@ def test_one_forward_pass_of_each_model_a_batch(
         return inner(model, tokens, *rest, **more)
 
     monkeypatch.setattr(fused_head, "packed_forward", count)
+    asked = []
+    logits = OpenedTeacher.logits
+    monkeypatch.setattr(OpenedTeacher, "logits", lambda self, rows: asked.append(len(rows)) or logits(self, rows))
     compare(students, str(cache), str(teacher), rows=5, device="cpu", batch_rows=2)
-    assert len(calls) == 3 * 4 and len(set(map(id, calls))) == 4  # three batches; three students and a teacher
+    assert len(calls) == 3 * 3 and len(set(map(id, calls))) == 3  # three batches of three students
+    assert asked == [2, 2, 1]
 
 
 def test_students_named_twice_and_records_that_exist_are_refused(

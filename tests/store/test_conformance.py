@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import kdcache
 from kdcache.store.arrow_store import ArrowShardWriter
-from kdcache.store.commit import read_commits
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage

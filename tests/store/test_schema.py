@@ -13,7 +13,8 @@ from jsonschema import Draft202012Validator
 
 from kdcache.errors import CacheError
 from kdcache.selection import KINDS, Selection
-from kdcache.store.commit import Commit, read_commits
+from kdcache.store.commit import Commit
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, STORES, Manifest
 from kdcache.store.sealed_json import seal
@@ -74,7 +75,16 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"tokenizer_files": []}),
     ("manifest", {"documents": 0}),
     ("manifest", {"documents": "many"}),
-    ("manifest", {"docs_per_shard": -1}),
+    ("manifest", {"shards": 0}),
+    ("manifest", {"shards": 10_000_001}),
+    ("manifest", {"plan": None}),
+    ("manifest", {"plan": {"bytes": 100}}),
+    ("manifest", {"plan": {"bytes": 100, "sha256": "0"}}),
+    ("manifest", {"plan": {"bytes": 100, "sha256": "0" * 64, "more": 1}}),
+    ("manifest", {"date": "28 November"}),
+    ("manifest", {"date": "2026-11-28\n"}),
+    ("manifest", {"date": None}),
+    ("manifest", {"on_bad_record": "retry"}),
     ("manifest", {"vocab_size": 1 << 31}),
     ("manifest", {"seq_len": True}),
     ("manifest", {"seq_len": 1 << 63}),
@@ -104,10 +114,19 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"id_order": [1, 2]}),
     ("manifest", {"store": "tape"}),
     ("manifest", {"origin": None}),
+    ("manifest", {"extras": None}),
+    ("manifest", {"extras": {"a": {"width": 4}}}),
+    *(
+        ("manifest", {"extras": {name: {"width": 4, "dtype": "float32", "precision": "int8", "per": "token", **lie}}})
+        for name, lie in (
+            ("A", {}), ("a/b", {}), ("a\n", {}), ("a" * 81, {}), ("a", {"width": 0}), ("a", {"width": True}),
+            ("a", {"dtype": "int8"}), ("a", {"precision": "4"}), ("a", {"per": "row"}), ("a", {"more": 1}),
+        )
+    ),
     ("commit", {"format": 0}),
     ("commit", {"surprise": 1}),
     ("commit", {"shard": -1}),
-    ("commit", {"shard": 100_000}),
+    ("commit", {"shard": 10_000_000}),
     ("commit", {"rows": -1}),
     ("commit", {"rows": 1 << 32}),
     ("commit", {"rows": "3"}),
@@ -116,6 +135,17 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("commit", {"entropy_histogram": [0] * 151}),
     ("commit", {"entropy_histogram": [-1]}),
     ("commit", {"entropy_histogram": {}}),
+    ("commit", {"tokens": 1 << 50}),
+    ("commit", {"pieces": -1}),
+    ("commit", {"most_entries": 1.5}),
+    ("commit", {"sums": None}),
+    ("commit", {"sums": {}}),
+    ("commit", {"sums": {"entropy": 1.0, "label_logprob": -1.0, "tail_mass": None, "more": 1.0}}),
+    ("commit", {"sums": {"entropy": "1", "label_logprob": -1.0, "tail_mass": None}}),
+    ("commit", {"sums": {"entropy": 1.0, "label_logprob": True, "tail_mass": None}}),
+    ("commit", {"sums": {"entropy": 1.0, "label_logprob": -1.0, "tail_mass": 0.5}}),
+    ("commit", {"sums": {"entropy": 1.0, "label_logprob": -1.0, "tail_mass": [-0.5, 0.5]}}),
+    ("commit", {"sums": {"entropy": 1.0, "label_logprob": -1.0, "tail_mass": [0.5] * 65}}),
     ("commit", {"tokens_sha256": "F" * 64}),
     ("commit", {"compute": []}),
     ("commit", {"objects": []}),

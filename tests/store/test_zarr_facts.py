@@ -13,7 +13,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from kdcache.errors import CorruptCacheError
-from kdcache.store.commit import read_commits
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.publish import open_shard
 from kdcache.store.row_format import Record

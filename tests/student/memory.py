@@ -1,6 +1,6 @@
 """Peak memory of a training run of a large vocabulary, for test_memory.py; a process of its own.
 
-Prints bytes: the peak above what was there before, and the weights of the student.
+Writes memory.json, bytes: the peak above what was there before, and the weights of the student.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(small: Path, large: Path, student: Path, out: Path) -> None:
     train(config(small, out / "small.json", out / "small"))  # what libraries keep from their first use is not the run's
     peak = peak_above(lambda: train(config(large, student, out / "large")))
     weights = (out / "large/model.safetensors").stat().st_size
-    print(json.dumps({"peak": peak, "weights": weights}))
+    (out / "memory.json").write_text(json.dumps({"peak": peak, "weights": weights}))
 
 
 if __name__ == "__main__":

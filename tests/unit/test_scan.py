@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -46,6 +46,28 @@ def bound(x: Tensor, factor: Tensor | float = 1.0) -> Tensor:
     return in_blocks(x.exp() * factor * (5e-7 + 3 * 2**-24 * x.clamp(min=-700).abs())) + 64 * 2**-126
 
 
+def require_scanned(x: Tensor, width: int, outside: Tensor, found: Sequence[Tensor], room: float = 1.0) -> None:
+    """Values are the logits of the ids; sums and entropy terms are those of float64, within `room` times `bound`.
+
+    Args:
+        x: `[n, V]` logits in float32.
+        width: of the head.
+        outside: `[n]` an id that is left out of the sums; V for none.
+        found: values, ids, sums and entropy terms of a scan at TEMPERATURES.
+        room: how much less exact than on a CPU an exponential may be.
+    """
+    values, ids, sums, terms = found
+    assert torch.equal(values, x.gather(-1, ids))
+    skip = torch.cat([ids[:, :width], outside[:, None]], -1)
+    below = x.double() - values[:, -1:].double()
+    below = torch.cat([below, below[:, :1]], -1).scatter(-1, skip, -torch.inf)[:, :-1]
+    for column, t in enumerate(TEMPERATURES):
+        assert ((sums[:, column] - in_blocks((below / t).exp())).abs() <= room * bound(below / t)).all()
+    exact = in_blocks(torch.where(below > -700, -below * below.exp(), 0))
+    # Where e is a normal number; below that it may be 0.
+    assert ((terms - exact).abs() <= room * bound(below, -below.clamp(min=-700)) + 1e-34).all()
+
+
 def cases() -> Iterator[Any]:
     """Ways, sizes and characters of rows; fewer for kernels, which are slow in an interpreter."""
     for way, vocab, kind in itertools.product(WAYS, (1, 2, 63, 64, 65, 500, 4096, 32_003), KINDS):
@@ -63,17 +85,8 @@ def test_a_visit_against_float64(way: str, vocab: int, kind: str) -> None:
     widths = {1, 70, vocab - 1} if way == "kernels" else {1, 12, 70, vocab - 1, vocab}
     for width in {max(1, min(width, vocab)) for width in widths}:
         values, ids, sums, surprise = visit(x, width, outside, TEMPERATURES)
-        kept = min(width + 1, vocab)
-        assert torch.equal(ids, order[:, :kept])
-        assert torch.equal(values, x.gather(-1, ids))
-        skip = torch.cat([ids[:, :width], outside[:, None]], -1)
-        below = x.double() - values[:, -1:].double()
-        below = torch.cat([below, below[:, :1]], -1).scatter(-1, skip, -torch.inf)[:, :-1]
-        for column, t in enumerate(TEMPERATURES):
-            assert ((sums[:, column] - in_blocks((below / t).exp())).abs() <= bound(below / t)).all()
-        terms = torch.where(below > -700, -below * below.exp(), 0)
-        # Where e is a normal number; below that it may be 0.
-        assert ((surprise - in_blocks(terms)).abs() <= bound(below, -below.clamp(min=-700)) + 1e-34).all()
+        assert torch.equal(ids, order[:, : min(width + 1, vocab)])
+        require_scanned(x, width, outside, (values, ids, sums, surprise))
 
 
 @VISITS

@@ -204,6 +204,7 @@ def test_shards_that_every_teacher_has(caches: Caches, student_config: Path, tmp
     short = tmp_path / "short"
     shutil.copytree(second, short)
     (short / "commits/00001.json").unlink()
+    (short / "seal.arrow").unlink()
     config = options((first, short), student_config, tmp_path / "s", steps=2)
     with pytest.raises(IncompleteCacheError, match="or give --partial"):
         train(config)

@@ -1,15 +1,17 @@
-"""Random states of a checkpoint: those of the same ranks are taken up, others are drawn anew for each rank."""
+"""The trainer: random states of a checkpoint, on the same ranks and on others; the share of time that a step waited."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from transformers import Trainer
 
-from kdcache.student.trainer import DistillationTrainer
+from kdcache.student.trainer import DistillationTrainer, Waiting
 
 
 def load(checkpoint: Path, rank: int, world: int, step: int = 7) -> list[float]:
@@ -45,3 +47,32 @@ def test_on_other_ranks_each_draws_its_own_and_not_the_beginning_s(tmp_path: Pat
     assert all(one not in (beginning, *written) for one in drawn)
     assert len({tuple(one) for one in drawn}) == 3
     assert drawn[1] == load(tmp_path / "one", 1, 2)  # and always the same
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_only_the_loader_counts_and_not_its_start() -> None:
+    clock = Clock()
+
+    def loader() -> Iterator[int]:
+        for number, seconds in enumerate((100.0, 3.0, 0.0, 1.0)):
+            clock.now += seconds
+            yield number
+
+    waiting, batches, seen = Waiting(clock), loader(), []
+    assert waiting.share() == waiting.share_since_told() == 0
+    shares = []
+    for _ in range(2):  # a step asks for two, through a wrapper of its own
+        step = waiting.watch(batches)
+        for _ in range(2):
+            seen.append(next(step))
+            clock.now += 4.0  # work
+        shares.append(waiting.share_since_told())
+    assert seen == [0, 1, 2, 3] and list(waiting.watch(batches)) == []
+    assert shares == [pytest.approx(3 / 11), pytest.approx(1 / 9)]  # 4 + 3 + 4 s, then 0 + 4 + 1 + 4 s
+    assert waiting.share() == pytest.approx(4 / 20)

@@ -1,0 +1,23 @@
+"""The devices of these tests: the CPU, so that what a test says is tried everywhere, and a GPU under the mark `gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+GPU = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")],
+)
+
+
+@pytest.fixture(params=["cpu", GPU])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test runs; each test that takes it runs once on each device."""
+    return str(request.param)
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), GPU])
+def device_of_commands(request: pytest.FixtureRequest) -> str:
+    """The same for tests that take seconds: the tests of commands try most of it on a CPU already."""
+    return str(request.param)
