@@ -41,6 +41,7 @@ class InMemory:
         return plain
 
 
+@pytest.mark.slow
 class InBucket(InMemory):
     """The same once more behind a real HTTP endpoint, with less damage of each kind: what differs is how it is met."""
 
