@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdcache.cache import Cache, Row, open_cache
     from kdcache.errors import KdcacheError
+    from kdcache.extras import ExtraSpec
     from kdcache.losses import Pool, linear_lse_gather, sparse_kd_loss, sparse_kd_loss_from_logits
     from kdcache.selection import Selection, select
+    from kdcache.store.registry import register_store
     from kdcache.targets import SparseTargets
     from kdcache.verify import verify_cache
 
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Cache",
+    "ExtraSpec",
     "KdcacheError",
     "Pool",
     "Row",
@@ -27,6 +30,7 @@ __all__ = [
     "SparseTargets",
     "linear_lse_gather",
     "open_cache",
+    "register_store",
     "select",
     "sparse_kd_loss",
     "sparse_kd_loss_from_logits",
@@ -35,6 +39,7 @@ __all__ = [
 
 _HOMES = {
     "Cache": "cache",
+    "ExtraSpec": "extras",
     "KdcacheError": "errors",
     "Pool": "losses",
     "Row": "cache",
@@ -42,6 +47,7 @@ _HOMES = {
     "SparseTargets": "targets",
     "linear_lse_gather": "losses",
     "open_cache": "cache",
+    "register_store": "store.registry",
     "select": "selection",
     "sparse_kd_loss": "losses",
     "sparse_kd_loss_from_logits": "losses",
