@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from kdcache.cache import Cache, Row, open_cache
     from kdcache.cache_writer import CacheWriter, create_cache
     from kdcache.errors import KdcacheError
+    from kdcache.extras import ExtraSpec
     from kdcache.losses import Pool, linear_lse_gather, sparse_kd_loss, sparse_kd_loss_from_logits
     from kdcache.selection import Selection, register_kind, select
+    from kdcache.store.registry import register_store
     from kdcache.targets import SparseTargets
     from kdcache.teacher.engines.base import register_engine
     from kdcache.verify import verify_cache
@@ -23,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Cache",
     "CacheWriter",
+    "ExtraSpec",
     "KdcacheError",
     "Pool",
     "Row",
@@ -33,6 +36,7 @@ __all__ = [
     "open_cache",
     "register_engine",
     "register_kind",
+    "register_store",
     "select",
     "sparse_kd_loss",
     "sparse_kd_loss_from_logits",
@@ -42,6 +46,7 @@ __all__ = [
 _HOMES = {
     "Cache": "cache",
     "CacheWriter": "cache_writer",
+    "ExtraSpec": "extras",
     "KdcacheError": "errors",
     "Pool": "losses",
     "Row": "cache",
@@ -52,6 +57,7 @@ _HOMES = {
     "open_cache": "cache",
     "register_engine": "teacher.engines.base",
     "register_kind": "selection",
+    "register_store": "store.registry",
     "select": "selection",
     "sparse_kd_loss": "losses",
     "sparse_kd_loss_from_logits": "losses",

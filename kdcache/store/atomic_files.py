@@ -131,14 +131,19 @@ class NewFolder:
         self._files.append(file)
         return file
 
+    def settle(self, file: BinaryIO) -> None:
+        """Flush a file of it to the device and close it, unless that is done."""
+        if not file.closed:
+            with storage_errors(self.path):
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+
     def publish(self) -> bool:
         """Give the folder its name. False, and nothing changed, if that name is taken."""
         with storage_errors(self.path):
             for file in self._files:
-                if not file.closed:  # a second try, after something made room
-                    file.flush()
-                    os.fsync(file.fileno())
-                    file.close()
+                self.settle(file)
             for inner in [p for p in self._temporary.rglob("*") if p.is_dir()] + [self._temporary]:
                 sync_folder(inner)
             try:

@@ -163,7 +163,8 @@ class _FolderData(NewData):
         self._folder = NewFolder(root / name)
 
     def part(self, name: str) -> Sink:
-        return Sink(f"{self.name}/{name}", self._folder.file(name))
+        file = self._folder.file(name)
+        return Sink(f"{self.name}/{name}", file, lambda: self._folder.settle(file))
 
     def publish(self) -> bool:
         return self._folder.publish()

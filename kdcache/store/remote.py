@@ -45,6 +45,7 @@ class RemoteStorage(Storage):
 
     remote = True
     open_shards = 1024  # they hold no open files, only the offsets of their rows
+    open_files = 1 << 16
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -235,7 +236,7 @@ class _RemoteData(NewData):
         full = f"{self.name}/{name}" if name else self.name
         file = _ScratchFile(self._scratch / str(len(self._parts)))
         self._parts.append((full, file))
-        return Sink(full, cast(BinaryIO, file))
+        return Sink(full, cast(BinaryIO, file), file.close)
 
     def publish(self) -> bool:
         def put(part: tuple[str, _ScratchFile]) -> None:

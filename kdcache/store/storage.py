@@ -132,12 +132,14 @@ class Storage(ABC):
         url: the path or URL that the user gave.
         remote: whether a read crosses a network.
         open_shards: how many shards a reader may hold open.
+        open_files: how many objects `files` may hold open.
         damage_note: what a message about damaged rows adds.
     """
 
     url: str
     remote: bool = False
-    open_shards: int = 32  # a zarr shard holds a dozen files open
+    open_shards: int = 32
+    open_files: int = 256
     damage_note: str = ""
 
     def __str__(self) -> str:
@@ -147,6 +149,11 @@ class Storage(ABC):
     def recent(self) -> Recent[Any]:
         """The blocks that were read last: neighbouring rows lie in one block."""
         return Recent(8)
+
+    @cached_property
+    def files(self) -> Recent[Any]:
+        """Objects that were opened last and may be read again."""
+        return Recent(self.open_files)
 
     def where(self, name: str) -> str:
         """The full path or URL of an object, for messages."""
@@ -240,9 +247,9 @@ class Storage(ABC):
 class Sink:
     """A binary sink that counts and hashes what passes through it."""
 
-    def __init__(self, name: str, file: BinaryIO) -> None:
+    def __init__(self, name: str, file: BinaryIO, settle: Callable[[], None] | None = None) -> None:
         self.name, self.bytes, self.closed = name, 0, False
-        self._file, self._digest = file, hashlib.sha256()
+        self._file, self._digest, self._settle = file, hashlib.sha256(), settle
 
     def write(self, data: Any) -> int:
         """Append bytes."""
@@ -256,6 +263,11 @@ class Sink:
         """Hand buffered bytes on."""
         with storage_errors(Path(self.name)):
             self._file.flush()
+
+    def settle(self) -> None:
+        """Nothing more comes: make the bytes durable and let go of the file. Not needed; it saves open files."""
+        if self._settle is not None:
+            self._settle()
 
     def record(self) -> dict[str, Any]:
         """What a commit says of this object."""
