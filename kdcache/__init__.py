@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from kdcache.cache_writer import CacheWriter, create_cache
     from kdcache.errors import KdcacheError
     from kdcache.extras import ExtraSpec
-    from kdcache.losses import Pool, linear_lse_gather, sparse_kd_loss, sparse_kd_loss_from_logits
+    from kdcache.known import Known
+    from kdcache.losses import Pool, linear_lse_gather, register_divergence, sparse_kd_loss, sparse_kd_loss_from_logits
     from kdcache.selection import Selection, register_kind, select
     from kdcache.store.registry import register_store
     from kdcache.targets import SparseTargets
@@ -27,6 +28,7 @@ __all__ = [
     "CacheWriter",
     "ExtraSpec",
     "KdcacheError",
+    "Known",
     "Pool",
     "Row",
     "Selection",
@@ -34,6 +36,7 @@ __all__ = [
     "create_cache",
     "linear_lse_gather",
     "open_cache",
+    "register_divergence",
     "register_engine",
     "register_kind",
     "register_store",
@@ -48,6 +51,7 @@ _HOMES = {
     "CacheWriter": "cache_writer",
     "ExtraSpec": "extras",
     "KdcacheError": "errors",
+    "Known": "known",
     "Pool": "losses",
     "Row": "cache",
     "Selection": "selection",
@@ -55,6 +59,7 @@ _HOMES = {
     "create_cache": "cache_writer",
     "linear_lse_gather": "losses",
     "open_cache": "cache",
+    "register_divergence": "losses",
     "register_engine": "teacher.engines.base",
     "register_kind": "selection",
     "register_store": "store.registry",

@@ -322,7 +322,7 @@ class ZarrShard(Shard):
         return Record(positions=positions, streams=streams)
 
 
-_SILENT = {"attributes": {}, "storage_transformers": [], "dimension_names": None}
+_SILENT: dict[str, Any] = {"attributes": {}, "storage_transformers": [], "dimension_names": None}
 """What versions of zarr-python write or leave out."""
 
 
