@@ -18,6 +18,7 @@ from kdcache import open_cache, register_store, verify_cache
 from kdcache.convert import convert
 from kdcache.errors import ConfigError
 from kdcache.store.arrow_store import ArrowShard, ArrowShardWriter
+from kdcache.store.registry import registered_stores
 from kdcache.store.row_format import RowFormat
 from kdcache.store.storage import Storage
 from kdcache.teacher.dump import dump
