@@ -171,7 +171,7 @@ class Shard(ABC):
     """Reads one shard.
 
     Args:
-        place: where the cache lies.
+        storage: where the cache lies.
         shard: its number.
         form: of its rows.
         objects: what its commit says of its objects.
