@@ -128,7 +128,7 @@ class RowSet:
     def digest(self) -> bytes:
         """sha256 over the number of rows of the cache (little-endian int64) and the bits."""
         digest = hashlib.sha256(self.total.to_bytes(8, "little"))
-        digest.update(memoryview(self.bits))
+        digest.update(self.bits.data)
         return digest.digest()
 
 
