@@ -33,7 +33,7 @@ from kdcache.store.commits import Commits, read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import FORMAT, Manifest
 from kdcache.store.seal import SEAL, to_bytes
-from kdcache.store.sealed_json import seal
+from kdcache.store.sealed_json import checksum
 from kdcache.testing.example_rows import example_manifest, example_rows, of_shards, write_cache
 
 
@@ -91,8 +91,9 @@ def main() -> None:
         standing = of_shards(example_manifest("arrow"), options.shards).create(storage)
         (Path(folder) / "commits").mkdir()
         for commit in commits(standing, options.positions):
-            data = seal({"format": FORMAT, **dataclasses.asdict(commit)})
-            (Path(folder) / commit_name(commit.shard)).write_bytes(data)
+            fields = {"format": FORMAT, **vars(commit)}
+            data = json.dumps({**fields, "checksum": checksum(fields)})  # a writer's, but for its line breaks
+            (Path(folder) / commit_name(commit.shard)).write_text(data)
         unsealed = seconds(lambda: open_cache(folder, partial=True), 1)
         storage.create(SEAL, to_bytes(Commits.of(commits(standing, options.positions), standing.sha256)))
         found: dict[str, Any] = {

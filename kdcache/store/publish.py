@@ -42,7 +42,7 @@ _MOST_BYTES = 1 << 30
 
 
 def require_free_or_same(storage: Storage, manifest: Manifest) -> Manifest | None:
-    """The manifest that stands in a place, if it is of this configuration; None in a free place.
+    """The manifest of the cache that is there, if it is of this configuration; None where nothing is.
 
     Raises:
         CacheMismatchError: a cache of another configuration.
@@ -76,7 +76,7 @@ def create_cache(
         plan: of the shards; None where the cache is not made from a corpus.
 
     Raises:
-        CacheError: the files of another tokenizer lie there, or the place cannot be written.
+        CacheError: the files of another tokenizer lie there, or the storage cannot be written.
     """
     if storage.size(NAME) is None:
         for name, data in tokenizer.items():

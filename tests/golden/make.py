@@ -24,6 +24,7 @@ from kdcache.store.commit import add_histograms, histogram
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
 from kdcache.store.publish import create_cache, new_shard, publish_shard
+from kdcache.store.seal import seal_cache
 
 FOLDER = Path(__file__).parent
 EXPECTED = FOLDER / "expected.json"
@@ -111,6 +112,7 @@ def write(name: str) -> None:
                 storage, manifest, writer, documents=8 - shard, dropped=0, entropies=add_histograms(entropies),
                 compute={"dtype": "float32"},
             )  # fmt: skip
+    assert seal_cache(storage)
 
 
 def plain(tensor: torch.Tensor) -> Any:

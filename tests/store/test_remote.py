@@ -23,6 +23,7 @@ from kdcache.store.commit import Commit
 from kdcache.store.open_storage import open_storage, parse_size
 from kdcache.store.publish import new_shard, open_shard, publish_shard, require_free_or_same, sweep
 from kdcache.store.remote import RemoteStorage
+from kdcache.store.seal import seal_cache
 from kdcache.store.storage import Storage
 from kdcache.teacher.dump import dump
 from tests.making import dump_options
@@ -132,6 +133,7 @@ def test_of_two_writers_one_commits_and_the_others_data_goes(local: Path, bucket
     }
     assert verify_cache(url).ok
     assert write_shard(RemoteStorage(url), local, 1) is False  # and who comes later uploads nothing
+    assert seal_cache(RemoteStorage(url))
     assert verify_cache(url).objects == verify_cache(local).objects
 
 
@@ -246,8 +248,8 @@ def test_damaged_data_is_named_and_never_read(local: Path, bucket: Bucket, how: 
     assert {p["object"] for p in verify_cache(url).problems} == set(damaged)
     if how != "flip":
         with pytest.raises(CorruptCacheError, match=r"shards/00001.* bytes, not the .* that were committed"):
-            open_cache(url)
-    cache = open_cache(url, partial=True)
+            open_cache(url).require_objects()
+    cache = open_cache(url)
     with pytest.raises(CorruptCacheError, match="tokenizer"):
         _ = cache.tokenizer_path
     refused = set()
@@ -293,9 +295,17 @@ def test_damaged_records_are_named_and_never_believed(cache: Path, bucket: Bucke
     data = bucket.get(name)
     damage(bucket, name, how)
     assert [p["object"] for p in verify_cache(url).problems] == ["commits/00001.json"]
+    sealed = bucket.get("c/seal.arrow")
+    bucket.delete("c/seal.arrow")
     with pytest.raises(CacheError, match="1 of 4 shards are missing" if how == "delete" else "00001.json is damaged"):
         open_cache(url)
     bucket.put(name, data)
+    bucket.put("c/seal.arrow", sealed)
+    damage(bucket, "c/seal.arrow", how)
+    assert [p["object"] for p in verify_cache(url).problems] == ([] if how == "delete" else ["seal.arrow"])
+    if how != "delete":
+        with pytest.raises(CorruptCacheError, match=r"seal\.arrow is damaged"):
+            open_cache(url)
     damage(bucket, "c/kdcache.json", how)
     with pytest.raises(CacheError, match="holds no cache" if how == "delete" else "kdcache.json is damaged"):
         open_cache(url)
