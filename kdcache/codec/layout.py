@@ -172,7 +172,7 @@ class Layout:
                 raise TargetError(f"targets have no {name}, which the cache is to know")
             if values is not None and not known:
                 raise TargetError(f"targets have {name}, which the cache is not to know")
-            if values is not None and values.isnan().any():
+            if values is not None and np.isnan(values.numpy().sum()):  # one pass; a sum with a NaN is one
                 raise TargetError(f"{name} of a position is not a number")
         counts: Ints = targets.count.numpy().astype(np.int64)
         if ((counts < 1) | (counts > self.width)).any() or (not self.ragged and (counts != self.width).any()):
