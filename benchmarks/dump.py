@@ -55,7 +55,8 @@ SELECTIONS = {"topk 64": Selection(k=64), "ipps 12": Selection(kind="ipps", k=12
 
 def with_order(teacher: OpenedTeacher, inputs: Inputs, batches: Batches, rule: Selection) -> Manifest:
     """The manifest of a cache of that selection, its ids ordered by these very batches."""
-    manifest = dataclasses.replace(inputs.manifest, selection=rule.to_fields())
+    known = rule.known(inputs.manifest.temperatures)
+    manifest = dataclasses.replace(inputs.manifest, selection=rule.to_fields(), known=known)
     order = FrequencyOrder(manifest.vocab_size)
     for batch in batches:
         order.add(teacher.targets(batch, TargetRequest.of(manifest)).targets)

@@ -20,6 +20,9 @@ _ROWS = (
     "nll", "teacher_nll", "delta_nll", "kl", "top1_agreement", "dense_kl", "dense_top1_agreement", "acceptance",
     "acceptance_bounds", "ece", "teacher_ece", "nll_difference", "positions", "targets",
 )  # fmt: skip
+_OF_TEACHER = ("teacher_nll", "delta_nll")
+"""Figures that a cache may not know although it has targets."""
+
 _WIDTH = 24
 
 
@@ -58,7 +61,7 @@ def _cell(name: str, figures: dict[str, Any]) -> str:
         return "" if known else f"{low:.4f} - {high:.4f}"
     value = figures.get(name)
     if value is None:
-        return ""
+        return "unknown" if name in _OF_TEACHER and name in figures and figures.get("targets") else ""
     if name == "nll_difference":
         error = figures["nll_difference_standard_error"]
         return f"{value:+.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -167,9 +167,13 @@ class Layout:
         if targets.sampled != self.sampled:
             raise TargetError(f"targets of kind {targets.kind} do not fit kind {self.kind}")
         for name in ("entropy", "label_logprob"):
-            values = getattr(targets, name)
-            if getattr(self.known, name) != (values is not None) or (values is not None and values.isnan().any()):
-                raise TargetError(f"{name} of a position is given and unknown, or known and not given")
+            values, known = getattr(targets, name), getattr(self.known, name)
+            if values is None and known:
+                raise TargetError(f"targets have no {name}, which the cache is to know")
+            if values is not None and not known:
+                raise TargetError(f"targets have {name}, which the cache is not to know")
+            if values is not None and np.isnan(values.numpy().sum()):  # one pass; a sum with a NaN is one
+                raise TargetError(f"{name} of a position is not a number")
         counts: Ints = targets.count.numpy().astype(np.int64)
         if ((counts < 1) | (counts > self.width)).any() or (not self.ragged and (counts != self.width).any()):
             raise TargetError(f"a position has more or fewer entries than kind {self.kind} keeps")

@@ -19,6 +19,10 @@ def _manifest(**fields: Any) -> Callable[[Forgery], str]:
     return lambda f: f.change_manifest(**fields)
 
 
+TWO = '"temperatures": [\n    1.0,\n    2.0'
+"""As it stands in the text of a manifest."""
+
+
 def _known(**changes: Any) -> dict[str, Any]:
     return {**Selection(k=8).known((1.0, 2.0)).to_fields(), **changes}
 
@@ -117,9 +121,9 @@ MANIFESTS = [
     Attack("temperatures of null", _manifest(temperatures=[1.0, None])),
     Attack("temperatures that nest", _manifest(temperatures=[[1.0]])),
     Attack("60,000 temperatures", _manifest(temperatures=[1.0, *(1 + n / 1000 for n in range(1, 60000))])),
-    Attack("a temperature that is no number", _raw("2.0", "NaN")),
-    Attack("a temperature without end", _raw("2.0", "Infinity")),
-    Attack("a temperature of 1e400", _raw("2.0", "1e400")),
+    Attack("a temperature that is no number", _raw(TWO, TWO.replace("2.0", "NaN"))),
+    Attack("a temperature without end", _raw(TWO, TWO.replace("2.0", "Infinity"))),
+    Attack("a temperature of 1e400", _raw(TWO, TWO.replace("2.0", "1e400"))),
     Attack("a selection of unknown fields", _manifest(selection={"kind": "topk", "k": 8, "q": 1})),
     Attack("a selection of unknown kind", _manifest(selection={"kind": "best"})),
     Attack("a selection of a list as kind", _manifest(selection={"kind": ["topk"], "k": 8})),

@@ -153,7 +153,7 @@ def test_adaptive_means_k_over_the_chosen(sure_teacher: Path, corpus: Path, tmp_
     for positions in ("all", "entropy>2"):
         found = dump(dump_options(sure_teacher, corpus, tmp_path / positions, positions=positions, **options))
         assert found["entries"] / found["positions"] == pytest.approx(6, abs=0.3)
-        taus[positions] = open_cache(tmp_path / positions).manifest.tau
+        taus[positions] = open_cache(tmp_path / positions).manifest.selection["tau"]
     assert taus["entropy>2"] > 1.2 * taus["all"]  # unsure positions alone need a higher one for as few entries
     with pytest.raises(ConfigError, match="entropy>9 leaves none of the first 5544 positions to find tau by"):
         dump(dump_options(sure_teacher, corpus, tmp_path / "none", positions="entropy>9", **options))

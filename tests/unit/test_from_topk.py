@@ -150,6 +150,8 @@ def test_a_student_learns_from_them(ready_made: Path, student_config: Path, tmp_
     assert after["teacher_nll"] is after["delta_nll"] is None
     seen = run("evaluate", "--student", tmp_path / "s", "--cache", ready_made, "--device", "cpu", "--json")
     assert json.loads(seen.stdout)["teacher_nll"] is None and json.loads(seen.stdout)["kl"] > 0
+    shown = run("evaluate", "--student", tmp_path / "s", "--cache", ready_made, "--device", "cpu").stdout
+    assert "unknown" in next(line for line in shown.splitlines() if line.startswith("teacher nll"))
     for given, words in (
         (("--where", "entropy<2"), "does not know the teacher's entropy, which --where needs"),
         (("--position-weights", "confidence"), "this cache does not know the teacher's entropy, which the rule of"),
