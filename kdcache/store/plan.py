@@ -19,7 +19,7 @@ import pyarrow as pa
 from kdcache.corpus.plan import CorpusFile, Plan
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.store.arrow_layout import read_batch
-from kdcache.store.manifest import PLAN, Manifest
+from kdcache.store.manifest import NAME, PLAN, Manifest
 from kdcache.store.sealed_json import canonical, is_count, parse, short
 from kdcache.store.storage import Storage
 
@@ -103,11 +103,9 @@ def read_plan(storage: Storage, manifest: Manifest) -> Plan | None:
     try:
         plan = decode_plan(data)
         if len(plan) != manifest.shards:
-            raise CorruptCacheError(f"it plans {len(plan):,} shards, not the {manifest.shards:,} of the manifest")
+            raise CorruptCacheError(f"it plans {len(plan):,} shards, not the {manifest.shards:,} of {NAME}")
         if plan.documents != manifest.documents:
-            raise CorruptCacheError(
-                f"it plans {plan.documents:,} documents, not the {manifest.documents:,} of the manifest"
-            )
+            raise CorruptCacheError(f"it plans {plan.documents:,} documents, not the {manifest.documents:,} of {NAME}")
     except CorruptCacheError as error:
         raise CorruptCacheError(f"{where} is not the plan of this cache: {error}") from None
     return plan
