@@ -18,13 +18,15 @@ from kdcache import open_cache, register_store, verify_cache
 from kdcache.convert import convert
 from kdcache.errors import ConfigError
 from kdcache.store.arrow_store import ArrowShard, ArrowShardWriter
+from kdcache.store.registry import registered_stores
 from kdcache.store.row_format import RowFormat
 from kdcache.store.storage import Storage
 from kdcache.teacher.dump import dump
 from kdcache.testing.store_conformance import Objects, StoreConformance
+from tests.examples.loading import EXAMPLES
 from tests.making import dump_options
 
-SOURCE = Path(__file__).with_name("lines_store.py")
+SOURCE = EXAMPLES / "extending" / "lines_store.py"
 
 
 def load() -> ModuleType:
