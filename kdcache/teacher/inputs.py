@@ -88,9 +88,7 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
     rule.width(vocab_size)
     longest = context_length(read_config(folder))
     if longest is not None and config.seq_len > longest:
-        raise ConfigError(
-            f"--seq-len is {config.seq_len}, above the {longest} positions of the teacher {config.teacher}"
-        )
+        raise ConfigError(f"seq_len is {config.seq_len}, above the {longest} positions of the teacher {config.teacher}")
     corpus = open_corpus(
         config.corpus, split=config.split, split_text=config.split_text, text_column=config.text_column,
         messages_column=config.messages_column, filters=filters,

@@ -19,6 +19,7 @@ import torch
 
 from kdcache import Selection, open_cache, select, verify_cache
 from kdcache.codec.id_ranks import FrequencyOrder
+from kdcache.corpus.plan import CorpusFile, Plan
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.commit import add_histograms, histogram
 from kdcache.store.local import LocalStorage
@@ -80,6 +81,15 @@ def targets(row: PackedRow, number: int, rule: Selection) -> Any:
     return select(logits, rule, labels=labels, temperatures=TEMPERATURES, seed=number)
 
 
+PLAN = Plan(
+    first=np.array([0, 8]), last=np.array([7, 14]), characters=np.array([800, 700]),
+    sha256=np.arange(64, dtype=np.uint8).reshape(2, 32), file=np.array([0, 1], np.int32), offset=np.array([0, 3]),
+    files=(CorpusFile(name="a.txt", size=820), CorpusFile(name="b/c.txt", size=800)),
+    reading={"form": "text", "columns": ["text"], "split": "train", "split_text": "paragraph"},
+    rule={"chars_per_shard": 750},
+)  # fmt: skip
+
+
 def write(name: str) -> None:
     kind, precision, store = name.rsplit("-", 2)
     rule, storage = SELECTIONS[kind], LocalStorage(FOLDER / name)
@@ -97,7 +107,7 @@ def write(name: str) -> None:
         store=store, origin={"made by": "tests/golden/make.py"},
     )  # fmt: skip
     manifest = dataclasses.replace(manifest, error_bound=manifest.codec.error_bound)
-    manifest = create_cache(storage, manifest, {"note.txt": b"a golden cache has no tokenizer\n"})
+    manifest = create_cache(storage, manifest, {"note.txt": b"a golden cache has no tokenizer\n"}, PLAN)
     for shard in range(manifest.shards):
         entropies: list[list[int]] = []
         with new_shard(storage, manifest, shard) as writer:

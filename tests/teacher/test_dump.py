@@ -326,7 +326,7 @@ BAD: dict[str, tuple[type[KdcacheError], str, dict[str, Any]]] = {
     "no teacher": (ModelError, "does not exist", {"teacher": "/nowhere/at/all"}),
     "k 0": (ConfigError, "k is 0", {"k": 0}),
     "k too large": (ConfigError, "k is 321, above the vocabulary of 320", {"k": 321}),
-    "row too long": (ConfigError, "--seq-len is 200, above the 128 positions", {"seq_len": 200}),
+    "row too long": (ConfigError, "seq_len is 200, above the 128 positions", {"seq_len": 200}),
     "no corpus": (CorpusError, "does not exist", {"corpus": "/nowhere.txt"}),
     "no column": (CorpusError, "has no column 'body'; it has text", {"text_column": "body"}),
     "all dropped": (CorpusError, "every one of the 108 documents was dropped", {"min_chars": 10**6}),
