@@ -37,7 +37,7 @@ from kdcache.known import Known
 from kdcache.pretrained import load_tokenizer, tokenizer_fingerprint
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import Selection
-from kdcache.selection.target_faults import find_fault
+from kdcache.selection.target_faults import drop_unknown, find_fault
 from kdcache.store import publish
 from kdcache.store.commit import Commit, add_histograms, histogram
 from kdcache.store.commits import committed
@@ -282,8 +282,9 @@ class NewShard:
             targets = targets[torch.from_numpy(labelled[: len(row.tokens)])]
         elif given != wanted:
             raise TargetError(f"{where} has targets of shape {tuple(targets.count.shape)} for {wanted} labelled slots")
-        targets = targets.to("cpu")
-        fault = find_fault(targets, self._manifest.rule, self._manifest.temperatures, self._manifest.vocab_size)
+        manifest, known = self._manifest, self._manifest.known
+        targets = drop_unknown(targets.to("cpu"), known)
+        fault = find_fault(targets, manifest.rule, manifest.temperatures, manifest.vocab_size, known)
         if fault is not None:
             position, what = fault
             at = "" if position is None else f" at slot {np.flatnonzero(labelled)[position]}"

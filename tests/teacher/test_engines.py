@@ -187,6 +187,7 @@ LIES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a negative weight": (put("weights", 3, -0.1), "a negative weight"),
     "a tail that is no number": (put("log_tail", 7, torch.nan), "a value of log_tail above 0 in document 9"),
     "no entropy": (put("entropy", 7, torch.nan), "a value of entropy that is not finite"),
+    "no entropy at all": (lambda t: dataclasses.replace(t, entropy=None), "gave no entropy"),
     "fewer entries": (put("count", 4, 7), "fewer than 8 or more than 8 entries"),
     "too many entries": (put("count", 4, 9), "fewer than 8 or more than 8 entries"),
     "another kind": (lambda t: dataclasses.replace(t, kind="topp"), "targets of kind topp, but topk is asked"),
