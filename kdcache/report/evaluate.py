@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ import torch
 
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError
-from kdcache.losses import LogitSource
+from kdcache.losses import LogitSource, StoredLogits
 from kdcache.pretrained import find_device
-from kdcache.report.live_teacher import DenseFigures, TeacherFigures, TeacherLogits
+from kdcache.report.live_teacher import DenseFigures, TeacherCalibration
 from kdcache.store.atomic_files import write_new
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
@@ -175,12 +175,14 @@ class _Live:
     """A teacher, and what is known of it so far."""
 
     def __init__(self, teacher: OpenedTeacher) -> None:
-        self.teacher, self.known = teacher, TeacherFigures()
+        self.teacher, self.known = teacher, TeacherCalibration()
 
-    def logits(self, cache: Cache, rows: Rows, device: torch.device) -> LogitSource:
-        """`[M, V]` at the labelled slots of some rows."""
-        given = self.teacher.position_logits([cache.read_packed(int(row))[0] for row in rows])
-        return TeacherLogits(given, cache.manifest.vocab_size, device)
+    def tiles(self, cache: Cache, rows: Rows, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Its logits `[n, V]` at the labelled slots of some rows, a tile of slots at a time."""
+        start = 0
+        for logits in self.teacher.logits([cache.read_packed(int(row))[0] for row in rows]):
+            yield slice(start, start + len(logits)), logits.to(device)
+            start += len(logits)
 
     def means(self) -> dict[str, Any]:
         calibration = self.known.calibration
@@ -194,21 +196,20 @@ class _Measured:
         self.name, self.model = name, load_student(name, cache, device, seed=0).eval()
         self.head = head_or_none(self.model, device)
         self.known = StudentFigures.of(cache)
-        self.dense = DenseFigures() if beside_teacher else None
+        self.dense, self.beside_teacher = DenseFigures(), beside_teacher
         self.nll_by_row: list[float] = []
         self.positions_by_row: list[int] = []
 
-    def add(self, source: LogitSource, batch: dict[str, Any], teacher: LogitSource | None) -> None:
+    def add(self, source: LogitSource, batch: dict[str, Any]) -> LogitSource:
         nll = self.known.add(source, batch)["nll"]
-        if self.dense is not None and teacher is not None:
-            self.dense.add(teacher, source)
         mask = labelled(batch)
         sums = torch.zeros(len(mask), dtype=torch.float64).index_add_(0, mask.nonzero()[:, 0], nll)
         self.nll_by_row += sums.tolist()
         self.positions_by_row += mask.sum(-1).tolist()
+        return source
 
     def figures(self) -> dict[str, Any]:
-        dense = {} if self.dense is None else self.dense.means()
+        dense = self.dense.means() if self.beside_teacher else {}
         return {**self.known.means(), "calibration": {"bins": self.known.calibration.bins()}, **dense}
 
     def less(self, first: _Measured) -> dict[str, float | None]:
@@ -230,13 +231,16 @@ def _walk(
 ) -> None:
     vocab, done = cache.manifest.vocab_size, 0
     for batch in batches(cache, rows, batch_rows):
-        teacher = None
+        sources = [
+            with_logits(one.model, one.head, batch, device, vocab, functools.partial(one.add, batch=batch))
+            for one in measured
+        ]
         if live is not None:
-            teacher = live.logits(cache, rows[done : done + len(batch["labels"])], device)
-            live.known.add(teacher, batch["labels"][labelled(batch)].to(device))
-        for one in measured:
-            add = functools.partial(one.add, batch=batch, teacher=teacher)
-            with_logits(one.model, one.head, batch, device, vocab, add)
+            labels = batch["labels"][labelled(batch)].to(device)
+            for part, logits in live.tiles(cache, rows[done : done + len(batch["labels"])], device):
+                live.known.add(StoredLogits(logits), labels[part])
+                for one, source in zip(measured, sources, strict=True):
+                    one.dense.add(logits, source, part)
         done += len(batch["labels"])
         if on_progress:
             on_progress(done, len(rows))

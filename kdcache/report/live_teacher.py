@@ -18,37 +18,9 @@ from torch import Tensor
 
 from kdcache.losses import LogitSource, measure_labels
 from kdcache.student.metrics import Calibration, confidence
-from kdcache.teacher.opened_teacher import PositionLogits
-
-_TILE_ELEMENTS, _LEAST_POSITIONS = 1 << 22, 32
-"""Size of a tile, of which several tensors are alive at once; see `losses.fused_linear` for the second."""
 
 
-class TeacherLogits(LogitSource):
-    """Logits of a live teacher as a source of tiles, which takes no gradient."""
-
-    def __init__(self, given: PositionLogits, vocab: int, device: torch.device) -> None:
-        self.tensors, self.positions, self.vocab = (), len(given), vocab
-        self.dtype, self.device = torch.float32, device
-        self._given = given
-
-    def logits(self, rows: Tensor | slice, out: Tensor) -> Tensor:
-        """A copy of the rows, which must be a slice."""
-        assert isinstance(rows, slice)
-        return out.copy_(self._given.logits(rows))
-
-    def require(self, needed: tuple[bool, ...]) -> None:
-        """Nothing is needed."""
-
-    def pull(self, rows: Tensor | slice, d_logits: Tensor) -> None:
-        """Nothing is taken."""
-
-    def gradients(self) -> tuple[Tensor | None, ...]:
-        """None."""
-        return ()
-
-
-class TeacherFigures:
+class TeacherCalibration:
     """Calibration of a live teacher over any number of batches."""
 
     def __init__(self) -> None:
@@ -66,23 +38,22 @@ class DenseFigures:
         self._sums = torch.zeros(3, dtype=torch.float64)  # acceptance, KL, agreement
         self._positions = 0
 
-    def add(self, teacher: LogitSource, student: LogitSource) -> None:
-        """Take in the logits of both, over the same M positions."""
-        step = max(_LEAST_POSITIONS, _TILE_ELEMENTS // student.vocab)
-        for start in range(0, student.positions, step):
-            rows = slice(start, min(start + step, student.positions))
-            p, q = (_log_softmax(source, rows) for source in (teacher, student))  # [n, V]
-            same = (q.gather(-1, p.argmax(-1, keepdim=True))[:, 0] >= q.amax(-1)).float()
-            columns = (torch.minimum(p, q).exp().sum(-1), (p.exp() * (p - q)).sum(-1), same)
-            self._sums += torch.stack(columns).cpu().double().sum(-1)
-        self._positions += student.positions
+    def add(self, teacher: Tensor, student: LogitSource, rows: slice) -> None:
+        """Count a tile of positions.
+
+        Args:
+            teacher: `[n, V]` its logits.
+            student: where the logits of all positions come from.
+            rows: which of them these n are.
+        """
+        own = torch.empty(len(teacher), student.vocab, dtype=student.dtype, device=student.device)
+        p, q = teacher.float().log_softmax(-1), student.logits(rows, own).log_softmax(-1)  # [n, V]
+        same = (q.gather(-1, p.argmax(-1, keepdim=True))[:, 0] >= q.amax(-1)).float()
+        columns = (torch.minimum(p, q).exp().sum(-1), (p.exp() * (p - q)).sum(-1), same)
+        self._sums += torch.stack(columns).cpu().double().sum(-1)
+        self._positions += len(teacher)
 
     def means(self) -> dict[str, float]:
         """The figures, by name."""
         names = ("acceptance", "dense_kl", "dense_top1_agreement")
         return dict(zip(names, (self._sums / max(1, self._positions)).tolist(), strict=True))
-
-
-def _log_softmax(source: LogitSource, rows: slice) -> Tensor:
-    out = torch.empty(rows.stop - rows.start, source.vocab, dtype=source.dtype, device=source.device)
-    return source.logits(rows, out).log_softmax(-1)

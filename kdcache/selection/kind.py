@@ -23,6 +23,7 @@ from torch import Tensor
 from kdcache.entry_form import EntryForm
 from kdcache.errors import ConfigError
 from kdcache.known import Known
+from kdcache.registry import Registry
 from kdcache.selection.entries import Entries
 from kdcache.selection.scan import Scan
 from kdcache.targets import SparseTargets
@@ -36,7 +37,7 @@ COMMON_SETTINGS: dict[str, Any] = {
 Uniforms = Callable[[float, int | None], Tensor]
 """Fresh random numbers for narrowing: the size narrowed to, and draws a position or None, to `[n]` or `[n, draws]`."""
 
-_KINDS: dict[str, type[Selection]] = {}
+_KINDS: Registry[type[Selection]] = Registry("kind")
 
 _MISSING = dataclasses.MISSING
 
@@ -312,15 +313,13 @@ def register_kind(kind: K) -> K:
     for method in ("form", "width", "entries"):
         if getattr(kind, method) is getattr(Selection, method):
             raise ConfigError(f"kind {name} does not define {method}")
-    if name in _KINDS:
-        raise ConfigError(f"a kind of selection named {name} is registered already")
-    _KINDS[name] = kind
+    _KINDS.register(name, kind)
     return kind
 
 
 def kind_names() -> tuple[str, ...]:
     """The kinds that are registered now, in the order in which they were."""
-    return tuple(_KINDS)
+    return _KINDS.names()
 
 
 def find_kind(name: object) -> type[Selection]:
@@ -329,9 +328,7 @@ def find_kind(name: object) -> type[Selection]:
     Raises:
         ConfigError: there is none of this name.
     """
-    if not isinstance(name, str) or name not in _KINDS:
-        raise ConfigError(f"kind {str(name)[:40]} is not one of {', '.join(_KINDS)}")
-    return _KINDS[name]
+    return _KINDS.find(name)
 
 
 def check_temperatures(temperatures: Sequence[float]) -> None:

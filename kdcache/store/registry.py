@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from kdcache.errors import ConfigError
+from kdcache.registry import Registry
 from kdcache.store.arrow_store import ArrowShard, ArrowShardWriter
 from kdcache.store.shards import Shard, ShardWriter
 from kdcache.store.zarr_store import ZarrShard, ZarrShardWriter
@@ -23,7 +24,7 @@ class Store:
     reader: type[Shard]
 
 
-_STORES: dict[str, Store] = {}
+registered_stores: Registry[Store] = Registry("store")
 
 
 def register_store(name: str, writer: type[ShardWriter], reader: type[Shard]) -> None:
@@ -43,14 +44,12 @@ def register_store(name: str, writer: type[ShardWriter], reader: type[Shard]) ->
         raise ConfigError(f"store {name} cannot be registered: its writer is not a ShardWriter")
     if not (isinstance(reader, type) and issubclass(reader, Shard)):
         raise ConfigError(f"store {name} cannot be registered: its reader is not a Shard")
-    store = Store(writer, reader)
-    if _STORES.setdefault(name, store) != store:
-        raise ConfigError(f"store {name} is registered already")
+    registered_stores.register(name, Store(writer, reader))
 
 
 def store_names() -> tuple[str, ...]:
     """Names of the stores that are registered."""
-    return tuple(_STORES)
+    return registered_stores.names()
 
 
 def find_store(name: str) -> Store:
@@ -59,9 +58,7 @@ def find_store(name: str) -> Store:
     Raises:
         ConfigError: there is none.
     """
-    if name not in _STORES:
-        raise ConfigError(f"store {name} is not one of {', '.join(_STORES)}; one from outside must be registered first")
-    return _STORES[name]
+    return registered_stores.find(name)
 
 
 register_store("arrow", ArrowShardWriter, ArrowShard)

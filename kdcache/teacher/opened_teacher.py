@@ -124,15 +124,6 @@ class OpenedTeacher:
         yield from self._tiles(self._logits_given(Batch(rows, self.rows, every_slot=every_slot)))
 
     @torch.inference_mode()
-    def position_logits(self, rows: Sequence[PackedRow]) -> PositionLogits:
-        """The same, for whoever chooses tiles: nothing but hidden states is held, where the engine gives those.
-
-        Raises:
-            EngineError: the engine gives ready entries, and no logits.
-        """
-        return PositionLogits(self, self._logits_given(Batch(rows, self.rows)))
-
-    @torch.inference_mode()
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
         """`[vocab_size]` logits of what follows some tokens."""
         row = PackedRow(
@@ -158,7 +149,7 @@ class OpenedTeacher:
         draw, labels = draws(request.selection, request.seed, send(batch.keys, near)), send(batch.labels, near)
         output = self._run(batch, request)
         self._require_extras(output, batch, request)
-        started = _StartedBatch(self, batch, output)
+        started = _StartedBatch(self, batch, output, to_cpu=request.selection.form.every_id)
         if isinstance(output.positions, SparseTargets):
             started.take(self._checked(output.positions, batch, request))
             return started
@@ -263,21 +254,6 @@ class OpenedTeacher:
         return None
 
 
-class PositionLogits:
-    """Logits of the N labelled slots of some rows, made when they are asked for."""
-
-    def __init__(self, teacher: OpenedTeacher, given: HiddenStates | Logits) -> None:
-        self._teacher, self._given = teacher, given
-
-    def __len__(self) -> int:
-        return len(self._given)
-
-    def logits(self, part: slice) -> Tensor:
-        """`[n, vocab_size]` of some of them, in the teacher's dtype and on its device."""
-        wanted = len(range(*part.indices(len(self))))
-        return self._teacher.cut(self._given.logits(part), wanted)
-
-
 class _StartedBatch:
     """A batch that the device works on: its targets, gathered there, and on their way to the CPU.
 
@@ -290,8 +266,8 @@ class _StartedBatch:
     _finite: Tensor | None = None
     _copied: torch.cuda.Event | None = None
 
-    def __init__(self, teacher: OpenedTeacher, batch: Batch, output: EngineOutput) -> None:
-        self._teacher, self._batch = teacher, batch
+    def __init__(self, teacher: OpenedTeacher, batch: Batch, output: EngineOutput, *, to_cpu: bool) -> None:
+        self._teacher, self._batch, self._to_cpu = teacher, batch, to_cpu
         self._extras = {name: values.detach() for name, values in output.extras.items()}
         self.positions = 0
 
@@ -301,7 +277,7 @@ class _StartedBatch:
 
     def add(self, tile: SparseTargets, finite: Tensor) -> None:
         """Put the next positions' targets, and whether their logits are finite, behind the others."""
-        if tile.kind == "full":
+        if self._to_cpu:
             tile = tile.to("cpu")  # larger than the logits: a batch of it has no room on a GPU
         start, self.positions = self.positions, self.positions + len(tile.count)
         if start == 0:

@@ -93,7 +93,7 @@ def test_a_sampled_kind_without_bias_through_a_dump(teacher: Path, corpus: Path,
 
 def test_a_kind_is_registered_once() -> None:
     assert kind_names()[-2:] == ("minp", "poisson") and isinstance(Selection(kind="minp", base=0.5), MinP)
-    with pytest.raises(ConfigError, match="a kind of selection named minp is registered already"):
+    with pytest.raises(ConfigError, match="a kind named minp is registered already"):
         register_kind(MinP)
     with pytest.raises(ConfigError, match="must be a dataclass with a name"):
         register_kind(type("Nothing", (Poisson,), {"kind": 3}))

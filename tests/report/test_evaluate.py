@@ -139,8 +139,8 @@ def test_one_forward_pass_of_each_model_a_batch(
 
     monkeypatch.setattr(fused_head, "packed_forward", count)
     asked = []
-    ask = OpenedTeacher.position_logits
-    monkeypatch.setattr(OpenedTeacher, "position_logits", lambda self, rows: asked.append(len(rows)) or ask(self, rows))
+    logits = OpenedTeacher.logits
+    monkeypatch.setattr(OpenedTeacher, "logits", lambda self, rows: asked.append(len(rows)) or logits(self, rows))
     compare(students, str(cache), str(teacher), rows=5, device="cpu", batch_rows=2)
     assert len(calls) == 3 * 3 and len(set(map(id, calls))) == 3  # three batches of three students
     assert asked == [2, 2, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def test_a_schema_names_every_choice() -> None:
     assert set(settings["kind"]["enum"]) == set(SELECTIONS)
     assert set(properties["known"]["properties"]) == {field.name for field in dataclasses.fields(Known)}
     assert set(properties["known"]["properties"]["tail_sum"]["enum"]) == {*TAIL_SUMS, None}
-    assert set(properties["store"]["enum"]) == set(store_names())
+    assert all(re.search(properties["store"]["pattern"], name) for name in store_names())
     for precision in properties["precision"]["enum"]:
         _ = example_manifest("arrow", precision=precision).codec
 
@@ -127,7 +128,7 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"precision": "float8"}),
     ("manifest", {"precision": 6}),
     ("manifest", {"id_order": [1, 2]}),
-    ("manifest", {"store": "tape"}),
+    ("manifest", {"store": "Tape"}),
     ("manifest", {"origin": None}),
     ("manifest", {"extras": None}),
     ("manifest", {"extras": {"a": {"width": 4}}}),

@@ -162,7 +162,7 @@ from kdcache.student import train as module, trainer
 from kdcache.student.config import TrainConfig
 import json
 config = TrainConfig(**json.loads(sys.argv[1]))
-promote, where = checkpoints.promote, sys.argv[2]
+promote, where = trainer.promote, sys.argv[2]
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 if where == "half-written":
     from kdcache.student.trainer import DistillationTrainer
@@ -175,12 +175,12 @@ elif where == "not-renamed":
     def half(staging, out, keep):
         if (staging / "checkpoint-8").exists(): die()
         promote(staging, out, keep)
-    checkpoints.promote = half
+    trainer.promote = half
 elif where == "just-after":
     def whole(staging, out, keep):
         promote(staging, out, keep)
         if (out / "checkpoint-8").exists(): die()
-    checkpoints.promote = whole
+    trainer.promote = whole
 elif where == "before-any":
     DistillationTrainer = module.DistillationTrainer
     def early(self, *a, **k): die()

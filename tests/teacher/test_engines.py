@@ -271,11 +271,11 @@ def test_pieces_cover_the_labelled_slots(isolate: bool) -> None:
 
 def test_names(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     assert find_engine("transformers").name == "transformers"
-    with pytest.raises(ConfigError, match="engine named 'bigram' is registered already"):
+    with pytest.raises(ConfigError, match="engine named bigram is registered already"):
         register_engine(Bigram)
-    with pytest.raises(ConfigError, match=r"engine 'steam' is not one of transformers, bigram"):
+    with pytest.raises(ConfigError, match=r"engine steam is not one of transformers, bigram"):
         dump_options(teacher, corpus, tmp_path, engine="steam")
     done = kdcache(
         "dump-teacher", "--teacher", teacher, "--corpus", corpus, "--out", tmp_path / "c", "--engine", "steam"
     )
-    assert done.returncode == 2 and done.stderr == "error: --engine 'steam' is not one of transformers\n"
+    assert done.returncode == 2 and done.stderr.endswith("engine steam is not one of transformers\n"), done.stderr

@@ -119,7 +119,7 @@ def ready_made(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 packed, targets = whole.shard(shard).read(row)
                 writer.write(packed, SparseTargets.from_topk(targets.ids, targets.logprobs))
             publish_shard(
-                storage, manifest, writer, documents=commit.documents, dropped=0, entropies=[], compute=commit.compute
+                storage, manifest, writer, documents=commit.documents, dropped=0, entropies=None, compute=commit.compute
             )
     return folder
 
