@@ -57,7 +57,11 @@ def find_fault(
         None if nothing is wrong.
     """
     missing = [name for name in _SCALARS if getattr(knows, name) and getattr(targets, name) is None]
-    found = f"no {missing[0]}" if missing else _form(targets, selection, temperatures, vocab_size)
+    found = (
+        f"no {missing[0]}, which `known` says they have"
+        if missing
+        else _form(targets, selection, temperatures, vocab_size)
+    )
     if found is not None:
         return None, found
     for bad, what in _values(targets, selection, vocab_size):  # [N] or [N, ...]

@@ -141,6 +141,7 @@ BAD = [
 def test_a_setting_that_has_no_option_of_its_own(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     code, _, err = invoke(
         "dump-teacher", "--teacher", teacher, "--corpus", corpus, "--out", tmp_path / "c", "--limit-docs", 9,
+        "--seq-len", 64,
         "--select", "topp", "--set", "top-p=0.8", "--set", "k=5", "--set", "force_label=true", "--json",
     )  # fmt: skip
     assert code == 0, err

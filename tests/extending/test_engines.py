@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from kdcache import open_cache
+from tests.examples.loading import EXAMPLES
 from tests.extending.test_kinds import run
 from tests.processes import kdcache
 
-PLUGIN = Path(__file__).with_name("top_server.py")
+PLUGIN = EXAMPLES / "extending" / "top_server.py"
 LOGPROBS = (3 * torch.randn(320, 320, generator=torch.Generator().manual_seed(3))).log_softmax(-1)
 """Those of the engine."""
 

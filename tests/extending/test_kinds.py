@@ -13,10 +13,10 @@ import torch
 from kdcache_cli.main import app
 from typer.testing import CliRunner
 
+from examples.extending.min_p import MinP
 from kdcache import Selection, open_cache, select
 from kdcache.errors import ConfigError
 from kdcache.selection import kind_names, register_kind
-from tests.extending.min_p import MinP
 from tests.extending.poisson import Poisson
 
 

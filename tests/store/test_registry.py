@@ -23,9 +23,10 @@ from kdcache.store.row_format import RowFormat
 from kdcache.store.storage import Storage
 from kdcache.teacher.dump import dump
 from kdcache.testing.store_conformance import Objects, StoreConformance
+from tests.examples.loading import EXAMPLES
 from tests.making import dump_options
 
-SOURCE = Path(__file__).with_name("lines_store.py")
+SOURCE = EXAMPLES / "extending" / "lines_store.py"
 
 
 def load() -> ModuleType:
