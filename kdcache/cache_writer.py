@@ -18,7 +18,6 @@ Shapes: n tokens of a row, P pieces, N labelled slots of a row, L slots a row.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import re
@@ -38,7 +37,7 @@ from kdcache.known import Known
 from kdcache.pretrained import load_tokenizer, tokenizer_fingerprint
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import Selection
-from kdcache.selection.target_faults import find_fault
+from kdcache.selection.target_faults import drop_unknown, find_fault
 from kdcache.store import publish
 from kdcache.store.commit import Commit, add_histograms, histogram
 from kdcache.store.commits import committed
@@ -283,8 +282,9 @@ class NewShard:
             targets = targets[torch.from_numpy(labelled[: len(row.tokens)])]
         elif given != wanted:
             raise TargetError(f"{where} has targets of shape {tuple(targets.count.shape)} for {wanted} labelled slots")
-        targets = _as_known(targets.to("cpu"), self._manifest.known, where)
-        fault = find_fault(targets, self._manifest.rule, self._manifest.temperatures, self._manifest.vocab_size)
+        manifest, known = self._manifest, self._manifest.known
+        targets = drop_unknown(targets.to("cpu"), known)
+        fault = find_fault(targets, manifest.rule, manifest.temperatures, manifest.vocab_size, known)
         if fault is not None:
             position, what = fault
             at = "" if position is None else f" at slot {np.flatnonzero(labelled)[position]}"
@@ -303,19 +303,6 @@ class NewShard:
             entropy = targets.require("entropy", "a cache that knows it")
             self.entropies = add_histograms([self.entropies, histogram(entropy)])
         self._data.write(row, self._manifest.choice.apply(targets), extras=extras)
-
-
-def _as_known(targets: SparseTargets, known: Known, where: str) -> SparseTargets:
-    """Targets that say what their cache knows and no more."""
-    for name in ("entropy", "label_logprob"):
-        if not getattr(known, name):
-            targets = dataclasses.replace(targets, **{name: None})  # type: ignore[arg-type]
-        elif getattr(targets, name) is None:
-            raise TargetError(
-                f"{where} has targets without {name}, which the cache knows; give it, or create the cache with "
-                f"known=dataclasses.replace(selection.known(temperatures), {name}=False)"
-            )
-    return targets
 
 
 def _share(manifest: Manifest, shard: int) -> int:

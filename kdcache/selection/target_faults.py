@@ -8,7 +8,9 @@ Shapes: N positions, K entries, n_T temperatures.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,20 +18,50 @@ from torch import Tensor
 from kdcache.selection.kind import Selection
 from kdcache.targets import SparseTargets
 
+_SCALARS = ("entropy", "label_logprob")
+
 _ROUNDING = 1e-3
 """By how much a log-probability may exceed 0: those of reduced precision do."""
 
 
+class Knows(Protocol):
+    """What targets are to know: `Known`, or what an engine declares."""
+
+    @property
+    def entropy(self) -> bool: ...  # noqa: D102
+
+    @property
+    def label_logprob(self) -> bool: ...  # noqa: D102
+
+
+def drop_unknown(targets: SparseTargets, knows: Knows) -> SparseTargets:
+    """Targets without the scalars that they are not to know."""
+    unknown: dict[str, Any] = {name: None for name in _SCALARS if not getattr(knows, name)}
+    return dataclasses.replace(targets, **unknown) if unknown else targets
+
+
 def find_fault(
-    targets: SparseTargets, selection: Selection, temperatures: Sequence[float], vocab_size: int
+    targets: SparseTargets, selection: Selection, temperatures: Sequence[float], vocab_size: int, knows: Knows
 ) -> tuple[int | None, str] | None:
     """What is wrong with targets `[N]`, if anything is.
+
+    Args:
+        targets: of N positions, on the CPU.
+        selection: what they are to follow.
+        temperatures: the T of their columns.
+        vocab_size: ids lie below it.
+        knows: what they are to know.
 
     Returns:
         The first position at fault (None if it is all of them) and what it has, as in "a weight that is not finite";
         None if nothing is wrong.
     """
-    found = _form(targets, selection, temperatures, vocab_size)
+    missing = [name for name in _SCALARS if getattr(knows, name) and getattr(targets, name) is None]
+    found = (
+        f"no {missing[0]}, which `known` says they have"
+        if missing
+        else _form(targets, selection, temperatures, vocab_size)
+    )
     if found is not None:
         return None, found
     for bad, what in _values(targets, selection, vocab_size):  # [N] or [N, ...]

@@ -9,7 +9,6 @@ Shapes: N labelled slots of a batch, n of a tile, V the vocabulary of the head (
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from torch import Tensor
 from kdcache.errors import EngineError, LogitsError
 from kdcache.rows import PackedRow, RowSpec
 from kdcache.selection import Selection, draws, require_finite, select_ahead, select_device
-from kdcache.selection.target_faults import find_fault
+from kdcache.selection.target_faults import drop_unknown, find_fault
 from kdcache.targets import SparseTargets
 from kdcache.teacher.engines.base import Engine, EngineOutput, HiddenStates, Logits, TargetRequest
 from kdcache.teacher.engines.batch import Batch, send
@@ -183,13 +182,8 @@ class OpenedTeacher:
 
     def _checked(self, targets: SparseTargets, batch: Batch, request: TargetRequest) -> SparseTargets:
         """Ready entries, refused if they are not what was asked for."""
-        name, targets = self.engine.name, targets.to("cpu")
-        for what in ("entropy", "label_logprob"):
-            if not getattr(self.engine.knows, what):
-                targets = dataclasses.replace(targets, **{what: None})  # type: ignore[arg-type]
-            elif getattr(targets, what) is None:
-                raise EngineError(f"the engine {name} gave no {what}, which it declares to know")
-        fault = find_fault(targets, request.selection, request.temperatures, self.rows.vocab_size)
+        name, knows, targets = self.engine.name, self.engine.knows, drop_unknown(targets.to("cpu"), self.engine.knows)
+        fault = find_fault(targets, request.selection, request.temperatures, self.rows.vocab_size, knows)
         if fault is None:
             return targets
         position, what = fault

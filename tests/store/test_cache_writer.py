@@ -18,6 +18,7 @@ import torch
 from kdcache import CacheWriter, Selection, SparseTargets, create_cache, open_cache, select, verify_cache
 from kdcache.errors import CacheMismatchError, ConfigError, ModelError, TargetError
 from kdcache.extras import ExtraSpec
+from kdcache.known import Known
 from kdcache.testing.example_rows import everything
 from tests.teacher.test_dump import files
 
@@ -109,8 +110,24 @@ def test_two_writers_of_a_shard_leave_one_commit(tmp_path: Path) -> None:
         assert second.committed
     assert not first.committed
     one.finish()
-    assert verify_cache(tmp_path / "c").ok and len(everything(one.storage)) == 3
+    assert verify_cache(tmp_path / "c").ok and len(everything(one.storage)) == 4  # with the seal
     assert open_cache(tmp_path / "c")[0].tokens[:10].tolist() == some(seed=2)[0].tolist()
+
+
+def test_targets_of_a_server_know_less(tmp_path: Path) -> None:
+    """Entries from `from_topk`: no entropy; where the cache is to know it, they are refused."""
+    tokens, whole = some()
+    targets = SparseTargets.from_topk(whole.ids, whole.logprobs)
+    known = Known(entropy=False, label_logprob=False, tails=(1.0,), tail_sum="remainder")
+    made = writer(tmp_path / "c", shards=1, temperatures=(1.0,), known=known)
+    with made.shard(0) as shard:
+        shard.write(tokens, targets)
+    assert made.finish()["entropy_quantiles"] is None and verify_cache(tmp_path / "c").ok
+    row = open_cache(tmp_path / "c")[0]
+    assert row.targets.entropy is None and torch.equal(row.targets.ids[:9], targets.ids[:9].to(row.targets.ids.dtype))
+    other = writer(tmp_path / "d", shards=1, temperatures=(1.0,))
+    with pytest.raises(TargetError, match="row 0 of shard 0 has no entropy"), other.shard(0) as shard:
+        shard.write(tokens, targets)
 
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
