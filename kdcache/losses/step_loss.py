@@ -4,20 +4,19 @@
 
 T^2 (T for `tvd`) keeps the gradient's size as T grows (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
 A position whose label is -100 counts for neither term, one without a target not for the first: `targets` are the
-positions of the step that have one, `items` those that have a label. Both terms, all
-temperatures and all figures come out of one pass over the tiles.
+positions of the step that have one, `items` those that have a label. Both terms, all temperatures and all figures come
+out of one pass over the tiles.
 
-Shapes: N positions, M positions that count, V vocabulary, D hidden, K entries.
-
-Position weights: how much the distillation term of each position counts, from what the cache knows of the teacher.
+`PositionWeights` gives a_t, how much the distillation term of a position counts, from the entropy H of the teacher's
+whole distribution there at T = 1 (of several teachers, the mean of theirs by weight):
 
     none                  1
     confidence            1 - H / log V: 1 where the teacher is certain, 0 where it knows nothing
     entropy-gate:LO:HI    1 where LO <= H <= HI nats, 0 elsewhere; either may be left out
 
-H is the entropy of the teacher's whole distribution at T = 1, stored exactly for every kind of target; of several
-teachers, the mean of theirs by weight. The divisor of
-the loss stays the number of positions, so weights add up across micro-batches and ranks; the label term is not weighed.
+They do not change the divisors, so that sums add up across micro-batches and ranks; the label term is not weighed.
+
+Shapes: N positions, M positions that count, V vocabulary, D hidden, K entries.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ class Objective:
 
     Attributes:
         loss: name of a divergence, with its constant if need be: `jsd:0.9`.
-        tail: what is made of the mass that truncated targets did not keep; see `losses.aims`.
+        tail: what is made of the mass that truncated targets did not keep; see `losses.target_losses`.
         temperature: T of the distillation term.
         soft_weight: weight of the distillation term; the label term gets the rest.
 

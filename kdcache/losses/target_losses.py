@@ -1,4 +1,4 @@
-"""Aims: what sparse targets ask of a student, by kind of target and by what is made of the tail.
+"""The loss of each position: what sparse targets ask of a student, by kind of target and by use of the tail.
 
     tail            target outside the entries K; p is exact inside       gradient on K     gradient elsewhere
     bucket          its mass r, as one outcome                            q - p             q (1 - r / s)
@@ -10,7 +10,7 @@
 
 q is the student, s its mass outside K, W = 1 - r + [label outside K]. `bucket` is a lower bound of the dense loss
 whose kept probabilities and tail mass are exact at the optimum; `label-sample` is unbiased as labels follow p at T = 1;
-`none`, `renormalise`, `label` and `uniform` are biased and say so once. Targets of sampled kinds are their own aim:
+`none`, `renormalise`, `label` and `uniform` are biased and say so once. Targets of sampled kinds need no tail:
 weights w that sum to 1, gradient q - w everywhere, unbiased. docs/mathematics.md derives all of them.
 
 All but `bucket` are linear in log q, so one class serves them. Those of several teachers are summed by weight, each on

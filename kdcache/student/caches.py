@@ -58,7 +58,7 @@ class Source:
         return any(teacher.cache.storage.remote for teacher in self.teachers)
 
     def record(self) -> dict[str, Any]:
-        """What must be the same when the run is gone on with."""
+        """What must be the same for the run to be resumed."""
         shards = sorted(self.cache.commits) if self.partial else None
         pool = [{"sha256": each.cache.manifest.sha256, "weight": each.weight} for each in self.partners]
         found = {"sha256": self.cache.manifest.sha256, "weight": self.weight, "shards": shards}

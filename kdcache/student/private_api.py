@@ -1,7 +1,7 @@
 """What a run uses of transformers and accelerate that these do not promise to keep, all in one list.
 
 A name here is overridden, called or set by `student.trainer`, `student.train`, `student.data_workers`, `student.model`
-or `student.fused_head`. tests/student/test_private_api.py fails when a signature differs from what is written here, or
+or `pretrained`. tests/student/test_private_api.py fails when a signature differs from what is written here, or
 when a name no longer does what it is needed for. The versions between which it was seen to pass are the bounds of
 transformers and accelerate in pyproject.toml. Whoever raises a bound runs that test first.
 """
@@ -71,6 +71,10 @@ PRIVATE_NAMES = (
     PrivateName(
         "transformers.PreTrainedModel", "all_tied_weights_keys", None,
         "read: names of tied weights, each of which is saved once",
+    ),
+    PrivateName(
+        "transformers.PreTrainedConfig", "_attn_implementation", None,
+        "read: which attention a model runs, so that one that caps its attention logits is not run by `sdpa`",
     ),
     PrivateName(
         "accelerate.data_loader.DataLoaderShard", "base_dataloader", None,

@@ -80,7 +80,7 @@ def _train(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     out, leader = Path(config.out), distributed.rank() == 0
-    began = resume.standing(out) if config.resume else None
+    began = resume.saved_description(out) if config.resume else None
     opened = caches.open_sources(config, (began or {}).get("caches", ()))
     if config.soft_weight > 0:
         caches.require_targets(opened)

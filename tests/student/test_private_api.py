@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
+from kdcache.pretrained import keep_attention_cap
 from kdcache.student.private_api import PRIVATE_NAMES, PrivateName
 from tests.making import STUDENT
 
@@ -105,7 +106,8 @@ def make(out: Path, **changes: Any) -> Recorder:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **STUDENT))
     options = {
         "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 1,
-        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 0.0, "remove_unused_columns": False,
+        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 0.0, 
+        "remove_unused_columns": False,
     }  # fmt: skip
     arguments = TrainingArguments(output_dir=str(out), **{**options, **changes})
     return Recorder(model, arguments, train_dataset=Numbers(), staging=out / "staging")
@@ -149,6 +151,16 @@ def test_attributes(tmp_path: Path) -> None:
     assert isinstance(inner, DataLoader)
     inner.worker_init_fn = None
     inner.collate_fn = list
+
+
+def test_a_cap_of_the_attention_is_not_left_out() -> None:
+    """Up to transformers 5.20 `sdpa` ignores it."""
+    sizes = {**STUDENT, "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 8}
+    for cap, expected in ((2.0, "eager"), (None, "sdpa")):
+        config = AutoConfig.for_model("gemma2", **sizes, attn_logit_softcapping=cap)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        keep_attention_cap(model)
+        assert model.config._attn_implementation == expected
 
 
 def test_the_range_of_versions_is_bounded_and_holds_what_is_installed() -> None:
