@@ -15,12 +15,13 @@ import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.known import Known
 from kdcache.pretrained import load_tokenizer
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.commits import Commits
@@ -31,7 +32,11 @@ from kdcache.store.publish import TOKENIZER, open_shard
 from kdcache.store.seal import open_commits
 from kdcache.store.shards import FOLDER, Shard
 from kdcache.store.storage import Recent, Storage
+from kdcache.store.zarr_store import open_group
 from kdcache.targets import SparseTargets
+
+if TYPE_CHECKING:
+    import zarr
 
 _MOST_TOKENIZER = 1 << 30
 
@@ -72,6 +77,11 @@ class Cache:
         self._ends = np.cumsum(commits.column("rows"))
         self._open: Recent[Shard] = Recent(storage.open_shards)
         self._tokenizer: Path | None = None
+
+    @property
+    def known(self) -> Known:
+        """What its targets know of the teacher: entropy, log p of the labels, temperatures of partitions and tails."""
+        return self.manifest.known
 
     @property
     def tokenizer_path(self) -> Path:
@@ -153,8 +163,8 @@ class Cache:
         """Planned shards that are not committed."""
         if len(self.commits) == self.manifest.shards:
             return []
-        gone: list[int] = np.setdiff1d(np.arange(self.manifest.shards), self.commits.shards).tolist()
-        return gone
+        planned = np.arange(self.manifest.shards)
+        return [int(shard) for shard in np.setdiff1d(planned, self.commits.shards)]
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -209,6 +219,18 @@ class Cache:
     def shard(self, shard: int) -> Shard:
         """The reader of a committed shard."""
         return self._open.get(shard, lambda: open_shard(self.storage, self.manifest, self.commits[shard]))
+
+    def zarr_group(self, shard: int) -> zarr.Group:
+        """The zarr group of a committed shard, read-only, as zarr-python opens it: one array a stream.
+
+        Raises:
+            CacheError: the cache is not in the zarr store, or has no such shard.
+        """
+        if self.manifest.store != "zarr":
+            raise CacheError(f"{self.storage} is in the {self.manifest.store} store and holds no zarr groups")
+        if shard not in self.commits:
+            raise CacheError(f"{self.storage} has no committed shard {shard}")
+        return open_group(self.storage, self.shard(shard).name)
 
     def __reduce__(self) -> tuple[type[Cache], tuple[Any, ...]]:
         return Cache, (self.storage, self.manifest, self.commits)

@@ -33,6 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 from kdcache.corpus.plan import Plan
 from kdcache.errors import ConfigError, TargetError
 from kdcache.extras import ExtraSpec
+from kdcache.known import Known
 from kdcache.pretrained import load_tokenizer, tokenizer_fingerprint
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import Selection
@@ -46,7 +47,7 @@ from kdcache.store.row_format import Extras
 from kdcache.store.seal import seal_cache, unseal
 from kdcache.store.shards import ShardWriter
 from kdcache.store.storage import Storage
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.targets import SparseTargets
 
 
 def create_cache(
@@ -61,6 +62,7 @@ def create_cache(
     documents: int | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     temperatures: Sequence[float] = (1.0,),
+    known: Known | None = None,
     isolate: bool = True,
     positions: str = "all",
     seed: int = 0,
@@ -85,11 +87,14 @@ def create_cache(
         tokenizer: folder of a Hugging Face tokenizer, copied into the cache. Without it nothing can be shown as text,
             and a student is saved without a tokenizer; training needs none.
         temperatures: the T whose partition and tail the targets hold, in the targets' order.
+        known: what the targets know; by default all that the selection can. Targets of `SparseTargets.from_topk` know
+            `Known(entropy=False, tails=(1.0,), tail_sum="remainder")`.
         isolate: whether a teacher's prediction in one piece was made without sight of the row's other pieces.
         positions: which labelled positions carry a target: `all`, or `entropy>X` (the others are dropped when written).
         seed: of the draws of a sampling selection.
         store: `arrow` or `zarr`.
-        precision: `float32`, `float16`, or 4 to 16 bits a value; by default 6 bits, 8 for `full`.
+        precision: `float32`, `float16`, or 4 to 16 bits a value; by default the kind's own (6 bits; 8 where
+                every token is kept).
         extras: further arrays of each row, by name; every row must then come with all of them.
         frequent_ids: ids by falling frequency among the entries, which makes precisions of some bits a fifth smaller;
             `kdcache.codec.id_ranks.FrequencyOrder` counts them over sample targets.
@@ -111,6 +116,7 @@ def create_cache(
     if documents < shards:
         raise ConfigError(f"documents is {documents}, fewer than the {shards} shards")
     files, tokenizer_sha256 = _read_tokenizer(tokenizer)
+    stored = tuple(float(t) for t in temperatures)
     fields: dict[str, Any] = {
         "teacher_sha256": _fingerprint(teacher),
         "tokenizer_sha256": tokenizer_sha256,
@@ -126,12 +132,11 @@ def create_cache(
         "seq_len": seq_len,
         "isolate": isolate,
         "selection": selection.to_fields(),
-        "adaptive": selection.tau is not None,
-        "tau": selection.tau,
+        "known": selection.known(stored) if known is None else known,
         "positions": positions,
-        "seed": seed if selection.kind in SAMPLED_KINDS else 0,
-        "temperatures": tuple(float(t) for t in temperatures),
-        "precision": precision or ("8" if selection.kind == "full" else "6"),
+        "seed": 0 if selection.random_shape is None else seed,
+        "temperatures": stored,
+        "precision": precision or selection.precision,
         "id_order": tuple(int(i) for i in frequent_ids),
         "store": store,
         "extras": {name: spec.to_fields() for name, spec in sorted((extras or {}).items())},
@@ -204,7 +209,7 @@ class CacheWriter:
             yield shard
             shard.committed = publish.publish_shard(
                 self.storage, self.manifest, data, documents=shard.documents, dropped=shard.dropped,
-                entropies=add_histograms(shard.entropies), compute=shard.compute,
+                entropies=shard.entropies, compute=shard.compute,
             )  # fmt: skip
 
     def finish(self) -> dict[str, Any]:
@@ -236,7 +241,7 @@ class NewShard:
         self.documents, self.dropped = _share(manifest, number), 0
         self.compute: dict[str, Any] = {}
         self.committed = False
-        self.entropies: list[list[int]] = []
+        self.entropies: list[int] | None = [] if manifest.known.entropy else None
         self._manifest, self._data = manifest, data
 
     def write(
@@ -293,7 +298,9 @@ class NewShard:
         self.rows, self.labels = self.rows + 1, self.labels + len(targets.count)
         if self._data is None:
             return
-        self.entropies = [add_histograms([*self.entropies, histogram(targets.entropy)])]
+        if self.entropies is not None:
+            entropy = targets.require("entropy", "a cache that knows it")
+            self.entropies = add_histograms([self.entropies, histogram(entropy)])
         self._data.write(row, self._manifest.choice.apply(targets), extras=extras)
 
 

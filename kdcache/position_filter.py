@@ -52,7 +52,7 @@ class Positions:
             above = -1.0
         if not 0 <= above <= _MOST:  # NaN included
             raise ConfigError(
-                f"--positions {self.rule!r} is neither all nor entropy>X with X from 0 to {_MOST:g} nats, as in "
+                f"positions {self.rule!r} is neither all nor entropy>X with X from 0 to {_MOST:g} nats, as in "
                 "entropy>0.5"
             )
         return above + 0.0  # of -0.0 too
@@ -63,7 +63,7 @@ class Positions:
 
     def apply(self, targets: SparseTargets) -> SparseTargets:
         """Targets of N labelled positions, emptied (`count` is 0) at those that are to carry none."""
-        chosen = self.chosen(targets.entropy)
-        if chosen is None:
+        if self.above is None:
             return targets
+        chosen = targets.require("entropy", f"the choice of positions {self.rule}") > self.above
         return targets[chosen].spread(chosen.nonzero()[:, 0], len(targets.count))

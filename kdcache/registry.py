@@ -7,6 +7,8 @@ run once and looks again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from kdcache.errors import ConfigError
@@ -35,7 +37,7 @@ class Registry(Generic[T]):
         if not name or not name.isascii() or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise ConfigError(f"a {self._what} cannot be registered as {name!r}: use letters, digits, - _ and .")
         if name in self._values:
-            raise ConfigError(f"a {self._what} named {name!r} is registered already; choose another name")
+            raise ConfigError(f"a {self._what} named {name} is registered already; choose another name")
         self._values[name] = value
 
     def __contains__(self, name: object) -> bool:
@@ -43,14 +45,23 @@ class Registry(Generic[T]):
             load_inherited()
         return name in self._values
 
-    def find(self, name: str) -> T:
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Forget, at the end of the block, what was registered in it; for tests."""
+        before = dict(self._values)
+        try:
+            yield
+        finally:
+            self._values = before
+
+    def find(self, name: object) -> T:
         """The value of a name.
 
         Raises:
             ConfigError: there is none; the message lists the names that there are.
         """
-        if name not in self:
-            raise ConfigError(f"{self._what} {name!r} is not one of {', '.join(self._values)}")
+        if not isinstance(name, str) or name not in self:
+            raise ConfigError(f"{self._what} {str(name)[:40]} is not one of {', '.join(self._values)}")
         return self._values[name]
 
     def names(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ class Endpoint:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", self.url.rpartition(":")[2]]
         with log.open("wb") as file:
             self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not self._answers():
             assert self._process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
@@ -38,7 +38,7 @@ class Endpoint:
         """Whether requests signed with unknown keys are turned away."""
         free = b"0" if wanted else b"inf"  # requests that pass unchecked
         request = urllib.request.Request(self.url + "/moto-api/reset-auth", free, {"Content-Type": "text/plain"})
-        with urllib.request.urlopen(request, timeout=5):
+        with urllib.request.urlopen(request, timeout=60):
             pass
 
     def requests(self) -> list[tuple[str, str]]:
@@ -53,7 +53,7 @@ class Endpoint:
 
     def stop(self) -> None:
         self._process.terminate()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=300)
 
 
 class Bucket:

@@ -14,10 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+PATIENCE = 900.0
+"""Seconds until a test takes a process for hung. Beside other work it takes many times as long as alone."""
 
 
 class _Environment:
@@ -85,17 +88,17 @@ class ReadyMade:
     def terminate(self) -> None:
         self._process.terminate()
 
-    def wait(self, timeout: float | None = 300) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         self._process.join(timeout)
         if self._process.exitcode is None:
             self.kill()
-            raise subprocess.TimeoutExpired("a process of a test", timeout or 0)
+            raise subprocess.TimeoutExpired("a process of a test", timeout)
         if not self._said:
             self._said = [path.read_text() if path.exists() else "" for path in self._told]
             self._streams.cleanup()
         return int(self._process.exitcode)
 
-    def communicate(self, timeout: float | None = 300) -> tuple[str, str]:
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
         self.wait(timeout)
         return self._said[0], self._said[1]
 
@@ -147,7 +150,7 @@ class Ranks:
         for process in self.processes:
             process.kill()
 
-    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
         deadline = time.monotonic() + timeout
         while self.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -155,6 +158,16 @@ class Ranks:
             self.kill()
         said = [process.communicate() for process in self.processes]
         return "".join(out for out, _ in said), "".join(err for _, err in said)
+
+
+def wait_until(true: Callable[[], bool], process: ReadyMade | Ranks, what: str, every: float = 0.02) -> None:
+    """Wait for something that a process does while it runs; fail, with its words, if it ends or hangs before."""
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        if process.poll() is not None and not true():
+            raise AssertionError(f"the process ended, but {what}: {process.communicate()}")
+        assert time.monotonic() < deadline, what
+        time.sleep(every)
 
 
 def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -172,4 +185,4 @@ def kdcache(*arguments: object, **options: Any) -> subprocess.CompletedProcess[s
 def fresh_kdcache(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the real command in an interpreter that is started anew."""
     command = [sys.executable, "-m", "kdcache_cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, **options)

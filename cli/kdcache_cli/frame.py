@@ -12,11 +12,12 @@ import functools
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import tomllib
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,13 +95,15 @@ def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str
         positional: the fields that are arguments rather than options.
     """
 
+    names = [field.name for field in dataclasses.fields(options) if field.name not in positional]
+
     def register(function: Callable[[Any, Output], None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(**given: Any) -> None:
             given.pop("config")
             output = Output(json=given.pop("json"), quiet=given.pop("quiet"))
             plugins = given.pop("plugin")
-            with _manners():
+            with _manners(functools.partial(in_options, names=names)):
                 load_plugins(plugins)  # before the options are checked: they may name what a plug-in registers
                 function(options(**given), output)
 
@@ -210,8 +213,31 @@ def _leave(code: int) -> None:
     sys.exit(code)
 
 
+_VERBS = "is|are|has|needs|names|must|cannot|leaves|makes"
+
+
+def in_options(message: str, names: Sequence[str]) -> str:
+    """A message of a layer that names fields, in the words of the command line.
+
+    Names with an underscore are taken for fields wherever they stand, and any name where the message begins with it, or
+    with it and its value, and a verb: `min_k is 3, above k, which is 2` becomes `--min-k is 3, above k, which is 2`.
+
+    Args:
+        message: of an error.
+        names: fields of the command's options.
+    """
+    snakes = [name for name in names if "_" in name]
+    for found, flagged in (
+        (rf"^({'|'.join(map(re.escape, names))})(?= (\S+ )?({_VERBS})\b)", names),
+        (rf"(?<![\w./'\"-])({'|'.join(map(re.escape, snakes))})(?![\w/'\"]|\.\w)", snakes),
+    ):
+        if flagged:
+            message = re.sub(found, lambda match: f"--{match[1].replace('_', '-')}", message)
+    return re.sub(r"^kind (?=\S+ is not one of)", "--select ", message) if "select" in names else message
+
+
 @contextmanager
-def _manners() -> Iterator[None]:
+def _manners(worded: Callable[[str], str]) -> Iterator[None]:
     """One sentence for bad input, a traceback for defects, and a clean end for signals."""
     _settle()
 
@@ -222,7 +248,7 @@ def _manners() -> Iterator[None]:
     try:
         yield
     except KdcacheError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {worded(str(error))}", file=sys.stderr)
         raise typer.Exit(2) from None
     except (_Stopped, KeyboardInterrupt) as signalled:
         number = signalled.number if isinstance(signalled, _Stopped) else signal.SIGINT

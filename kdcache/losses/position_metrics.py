@@ -5,7 +5,8 @@
     kept_mass       the student's mass on the entries; the teacher's is one minus its tail
     top1_agreement  1 where the teacher's most likely entry is the student's most likely token
     kl              forward KL with the tail as one bucket, a lower bound; for targets sampled at T = 1 an unbiased
-                    estimate, which may be negative; absent if they were sampled at another temperature
+                    estimate, which may be negative; absent if they were sampled at another temperature, or do not
+                    know the entropy
     has_target      1 where there is a target; `TEACHER_FIGURES` are 0 where there is none
     kl/2, kl/3, ... the same of the other teachers of a pool, and has_target/2, ...; all else is told of its first
 
@@ -29,7 +30,7 @@ from kdcache.losses.logit_sources import LogitSource, StoredLogits
 from kdcache.losses.pool import Pool
 from kdcache.losses.target_losses import Aim, BucketAim, sampled_aim
 from kdcache.losses.union import Union
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.targets import SparseTargets
 
 TEACHER_FIGURES = ("kept_mass", "top1_agreement", "kl", "teacher_nll", "acceptance_low", "acceptance_high")
 """Those that compare with a target: their mean is over the positions that have one."""
@@ -76,8 +77,8 @@ class Figures:
                 found[of_teacher("has_target", number)] = has_target.to(student.lse.dtype)
                 if aim is not None:
                     kl = aim.losses(union.view(number, whole, rows), rows)
-                    if targets.kind in SAMPLED_KINDS:
-                        kl = kl - targets.entropy[rows]
+                    if targets.sampled:
+                        kl = kl - targets.require("entropy", "its kl")[rows]
                     found[of_teacher("kl", number)] = torch.where(has_target, kl, 0.0)
             self._parts.append(found)
 
@@ -105,9 +106,9 @@ def divisor_of(figure: str) -> str | None:
 
 def _kl_of(targets: SparseTargets) -> Aim | None:
     """What `kl` is made of, if the targets can tell it."""
-    if targets.kind not in SAMPLED_KINDS:
+    if not targets.sampled:
         return BucketAim.of(targets, find_divergence("forward-kl"), 1.0)
-    return sampled_aim(targets) if targets.sample_temperature == 1 else None
+    return sampled_aim(targets) if targets.sample_temperature == 1 and targets.entropy is not None else None
 
 
 @torch.no_grad()
@@ -123,7 +124,7 @@ def measure(
         more: further figures.
 
     Returns:
-        `[N]` each: the figures above, those of `more`, and `teacher_nll` of the label; of the other teachers
+        `[N]` each: the figures above, those of `more`, and `teacher_nll` of the label, absent if unknown; of the others
         `teacher_nll/2` and so on.
     """
     figures, pool = Figures(more), Pool.of(targets)
@@ -132,6 +133,7 @@ def measure(
     nll = {
         of_teacher("teacher_nll", number): torch.where(each.count > 0, -each.label_logprob, 0.0)
         for number, each in enumerate(pool.targets)
+        if each.label_logprob is not None
     }
     return {**figures.values(), **nll}
 

@@ -174,7 +174,7 @@ def sampled_aim(targets: SparseTargets) -> LinearAim:
 
     It is blind to a shift of the logits and never negative, for every single draw.
     """
-    return LinearAim(torch.where(targets.valid, targets.weights, 0.0), torch.zeros_like(targets.entropy))
+    return LinearAim(torch.where(targets.valid, targets.weights, 0.0), torch.zeros_like(targets.weights[..., 0]))
 
 
 def truncated_aim(

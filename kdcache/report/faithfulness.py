@@ -5,7 +5,7 @@ stored ones, once as the control, which shows how far two runs of the same rows 
 
     total_variation  sum |w - w'| / 2 over all ids, at each position: 0 for the same target, 1 for disjoint ones.
                      A token shifted by one or the targets of another row give values near 1.
-    entropy, label_logprob  absolute difference, nats
+    entropy, label_logprob  absolute difference, nats; absent where the cache does not know them
     choice           1 where one of the two chooses a labelled position to carry a target and the other does not; the
                      other figures are over those that carry one
 
@@ -81,14 +81,14 @@ def _compare(
             on_progress(done, len(chosen))
         stored, fresh, again = _three_targets(cache, teacher, index)
         told, choice = stored.count > 0, cache.manifest.choice
-        for name, one, mine in (("stored", stored, told), ("control", again, choice.chosen(again.entropy))):
+        wanted, mine_again = (choice.chosen(each.require("entropy", "a choice")) for each in (fresh, again))
+        for name, one, mine in (("stored", stored, told), ("control", again, mine_again)):
             part = differences(one[told], fresh[told], cache.manifest.vocab_size)
-            wanted = choice.chosen(fresh.entropy)
             if mine is not None and wanted is not None:
                 part["choice"] = (mine != wanted).float()
             found[name].append(part)
     figures = {name: _summary(parts) for name, parts in found.items()}
-    positions = sum(len(part["entropy"]) for part in found["stored"])
+    positions = sum(len(part["total_variation"]) for part in found["stored"])
     agrees = all(
         figures["stored"][name]["mean"] <= control["mean"] + _ALLOWED
         for name, control in figures["control"].items()
@@ -116,11 +116,12 @@ def differences(one: SparseTargets, two: SparseTargets, vocab_size: int) -> dict
             for part in (one[start : start + step], two[start : start + step])
         ]
         parts.append((dense[0] - dense[1]).abs().sum(-1) / 2)
-    return {
-        "total_variation": torch.cat(parts) if parts else torch.zeros(0),
-        "entropy": (one.entropy - two.entropy).abs(),
-        "label_logprob": (one.label_logprob - two.label_logprob).abs(),
-    }
+    found = {"total_variation": torch.cat(parts) if parts else torch.zeros(0)}
+    for name in ("entropy", "label_logprob"):
+        mine, other = getattr(one, name), getattr(two, name)
+        if mine is not None and other is not None:
+            found[name] = (mine - other).abs()
+    return found
 
 
 def _summary(parts: list[dict[str, Tensor]]) -> dict[str, dict[str, float]]:

@@ -19,7 +19,7 @@ from kdcache.store.commit import quantiles
 from kdcache.store.commits import Commits
 from kdcache.store.manifest import Manifest
 from kdcache.store.target_sums import TargetSums
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.targets import SparseTargets
 
 _CONTEXT_TOKENS = 32
 _WINDOW = 8  # tokens that decide how the next one reads
@@ -89,6 +89,7 @@ def inspect_summary(
         "teacher": manifest.origin.get("teacher"),
         "corpus": manifest.origin.get("corpus"),
         "selection": manifest.selection,
+        "known": manifest.known.to_fields(),
         "position_choice": manifest.positions,
         "temperatures": list(manifest.temperatures),
         "precision": manifest.precision,
@@ -136,7 +137,7 @@ def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]
     tokens = []
     for slot in range(len(ids)):
         told = slot > 0 and int(value.targets.count[slot - 1]) > 0
-        logprob = float(value.targets.label_logprob[slot - 1]) if told else None
+        logprob = _number(value.targets.label_logprob, slot - 1) if told else None
         segment = int(value.segments[slot])
         tokens.append({
             "position": slot, "id": ids[slot], "text": added_text(tokenizer, ids[starts[segment] : slot], ids[slot]),
@@ -152,7 +153,8 @@ def inspect_position(
 
     `probability` and `tail` are at `temperature`; `logprob` and `weight` are as stored, `logprob` at T = 1. Of a
     sampled target only the weight is always known: an entry that was drawn has no `logprob` and no `probability`,
-    and there is no `tail`. Where the position carries no target, `no_target` says why.
+    and there is no `tail`. What else the cache does not know is None. Where the position carries
+    no target, `no_target` says why.
 
     Raises:
         CacheError: no such row or position.
@@ -199,9 +201,9 @@ def inspect_position(
     count = int(targets.count[0])
     order = targets.weights[0, :count].argsort(descending=True, stable=True)[:top].tolist()
     found.update(
-        label={**label, "logprob": float(targets.label_logprob[0])},
-        entropy=float(targets.entropy[0]),
-        tail=_known(log_tail[0].exp()),
+        label={**label, "logprob": _number(targets.label_logprob, 0)},
+        entropy=_number(targets.entropy, 0),
+        tail=None if log_tail is None else float(log_tail[0].exp()),
         kept=count,
         entries=[
             {
@@ -215,14 +217,18 @@ def inspect_position(
     return found
 
 
-def _at(targets: SparseTargets, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p_T of the entries and of the tail; NaN where a sampled target does not know them."""
-    if targets.kind not in SAMPLED_KINDS:
+def _at(targets: SparseTargets, temperature: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log p_T of the entries, NaN where a sampled target has a weight alone; and of the tail, if it has one."""
+    if not targets.sampled:
         return targets.at_temperature(temperature)
     if temperature not in targets.temperatures:
         raise TargetError(f"temperature {temperature:g} is not among those that the cache stores")
     partition = targets.log_partition[..., targets.temperatures.index(temperature), None]
-    return targets.logprobs / temperature - partition, torch.full_like(targets.entropy, torch.nan)
+    return targets.logprobs / temperature - partition, None
+
+
+def _number(values: torch.Tensor | None, place: int) -> float | None:
+    return None if values is None else float(values[place])
 
 
 def _known(value: torch.Tensor) -> float | None:

@@ -22,7 +22,7 @@ from kdcache.pretrained import find_device
 from kdcache.report.inspect import added_text
 from kdcache.rows import IGNORE
 from kdcache.student.model import load_student, require_students
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.targets import SparseTargets
 from kdcache.teacher.engines.base import TeacherSpec
 from kdcache.teacher.open_teacher import open_teacher_of
 
@@ -94,7 +94,7 @@ def next_tokens(
     elif (place := find_prompt(opened, tokens, on_progress)) is not None:
         row, position, target = place
         told.update(
-            source="cache", row=row, position=position, sampled=target.kind in SAMPLED_KINDS,
+            source="cache", row=row, position=position, sampled=target.sampled,
             temperature=target.sample_temperature, entries=shown(_largest(target, top)),
         )  # fmt: skip
     answers = {

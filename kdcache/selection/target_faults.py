@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kdcache.selection.rule import Selection
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.selection.kind import Selection
+from kdcache.targets import SparseTargets
 
 _ROUNDING = 1e-3
 """By how much a log-probability may exceed 0: those of reduced precision do."""
@@ -44,17 +44,23 @@ def _form(targets: SparseTargets, selection: Selection, temperatures: Sequence[f
     if targets.count.ndim != 1:
         return f"targets of shape {tuple(targets.count.shape)}, but [N] is asked"
     given = (targets.kind, tuple(targets.temperatures), targets.sample_temperature, targets.ids.shape[-1])
-    asked = (selection.kind, tuple(temperatures), selection.sample_temperature, selection.width(vocab_size))
+    asked = (selection.kind, tuple(temperatures), selection.target_temperature, selection.width(vocab_size))
     for what, mine, wanted in zip(("kind", "temperatures", "sample_temperature", "width"), given, asked, strict=True):
         if mine != wanted:
             return f"targets of {what} {mine}, but {wanted} is asked"
+    if selection.sampled != targets.sampled:
+        return (
+            f"no tail, as sampled targets, but kind is {selection.kind}"
+            if targets.sampled
+            else "a tail, but is sampled"
+        )
     return None
 
 
 def _values(targets: SparseTargets, selection: Selection, vocab_size: int) -> Iterator[tuple[Tensor, str]]:
     """Where something is wrong, and what."""
-    width, used, sampled = targets.ids.shape[-1], targets.valid, targets.kind in SAMPLED_KINDS
-    fewest = 1 if selection.ragged else width
+    width, used, sampled = targets.ids.shape[-1], targets.valid, selection.sampled
+    fewest = 1 if selection.form.ragged else width
     yield (targets.count < fewest) | (targets.count > width), f"fewer than {fewest} or more than {width} entries"
     yield used & ((targets.ids < 0) | (targets.ids >= vocab_size)), f"an id outside the vocabulary of {vocab_size}"
     each = torch.where(used, targets.ids.long(), -1 - torch.arange(width)).sort(-1).values  # unused ones all differ
@@ -70,5 +76,5 @@ def _values(targets: SparseTargets, selection: Selection, vocab_size: int) -> It
             yield ~torch.isfinite(known), f"a value of {name} that is not finite"
     if targets.entropy is not None:
         yield targets.entropy < -_ROUNDING, "an entropy below 0"
-    if targets.log_tail is not None and not sampled:
+    if targets.log_tail is not None:
         yield ~(targets.log_tail <= _ROUNDING), "a value of log_tail above 0"  # or NaN; -inf where everything is kept

@@ -38,12 +38,14 @@ LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 _BINS_A_ROOT = 32
 
 
-def histogram(entropy: torch.Tensor) -> list[int]:
-    """Positions in each bin, up to the last that has any.
+def histogram(entropy: torch.Tensor | None) -> list[int]:
+    """Positions in each bin, up to the last that has any; none where the entropy is unknown.
 
     Args:
         entropy: `[N]` nats, on the CPU.
     """
+    if entropy is None:
+        return []
     bins = (_BINS_A_ROOT * entropy.double().clamp(min=0).sqrt()).long().clamp(max=MOST_BINS - 1)
     return np.bincount(bins.numpy()).tolist() if len(bins) else []
 

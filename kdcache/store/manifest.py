@@ -15,24 +15,26 @@ from typing import Any, Self
 
 import numpy as np
 
-from kdcache.codec import Codec, make_codec
+from kdcache.codec import Codec, Layout, make_codec
 from kdcache.codec.id_ranks import MOST_ORDERED
+from kdcache.codec.plain import PRECISIONS
 from kdcache.codec.streams import deflate, id_dtype
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
 from kdcache.extras import ExtraSpec, read_specs
+from kdcache.known import Known
 from kdcache.position_filter import Positions
 from kdcache.rows import RowSpec
 from kdcache.selection import Selection, check_temperatures
+from kdcache.store.registry import find_store
 from kdcache.store.row_format import RowFormat, read_stream
 from kdcache.store.sealed_json import checksum, is_count, read_record, require_fields, seal, short
 from kdcache.store.storage import Storage, inside
 
 FORMAT = 1
 NAME = "kdcache.json"
-STORES = ("arrow", "zarr")
 
 PLAN = "plan.arrow"
-_OF_THE_CREATOR = ("origin", "tokenizer_files", "id_order", "tau", "plan", "date")
+_OF_THE_CREATOR = ("origin", "tokenizer_files", "id_order", "error_bound", "plan", "date")
 """Fields that everyone else takes from the manifest that stands."""
 
 ON_BAD_RECORD = ("stop", "skip")
@@ -72,16 +74,15 @@ class Manifest:
         vocab_size: ids lie below it; that of the tokenizer.
         seq_len: slots a row.
         isolate: whether packed pieces are kept from seeing each other.
-        selection: kind and settings of the selection.
-        adaptive: whether one threshold, `tau`, holds for the whole cache.
-        tau: that threshold, from the pilot; None unless `adaptive`.
+        selection: `kind` and each of its settings, those that a pilot found included.
+        known: what the targets know of the teacher; nothing else is stored.
         positions: which labelled positions carry a target: `all`, or `entropy>X`.
         seed: of the draws of sampled kinds; 0 for the others.
         temperatures: T of each stored partition and tail.
         precision: how values are stored: `float32`, `float16`, or a number of bits.
         error_bound: the most by which stored numbers are off, by name.
         id_order: ids by falling frequency in the pilot, for the compact codec.
-        store: `arrow` or `zarr`.
+        store: `arrow`, `zarr`, or the name of a registered one.
         extras: further arrays of a row by name, each as `ExtraSpec.to_fields` gives it.
         origin: names and versions, for people; two caches of one configuration may differ here.
     """
@@ -100,8 +101,7 @@ class Manifest:
     seq_len: int
     isolate: bool
     selection: dict[str, Any]
-    adaptive: bool
-    tau: float | None
+    known: Known
     positions: str
     seed: int
     temperatures: tuple[float, ...]
@@ -119,9 +119,8 @@ class Manifest:
 
     @property
     def rule(self) -> Selection:
-        """The selection, with the threshold that the pilot found."""
-        rule = Selection(**self.selection)
-        return rule if self.tau is None else dataclasses.replace(rule, tau=self.tau)
+        """The selection."""
+        return Selection.from_fields(self.selection)
 
     @property
     def choice(self) -> Positions:
@@ -141,19 +140,8 @@ class Manifest:
     @cached_property
     def codec(self) -> Codec:
         """How targets are laid out."""
-        rule = self.rule
-        return make_codec(
-            kind=rule.kind,
-            width=rule.width(self.vocab_size),
-            vocab_size=self.vocab_size,
-            temperatures=self.temperatures,
-            precision=self.precision,
-            id_order=self.id_order,
-            draws=rule.draws,
-            force_label=rule.force_label,
-            sample_temperature=rule.sample_temperature,
-            weighted=rule.proposal_power != 1,
-        )
+        layout = Layout.of(self.rule, self.vocab_size, self.temperatures, self.known)
+        return make_codec(layout, self.precision, self.id_order)
 
     @cached_property
     def sha256(self) -> str:
@@ -168,6 +156,7 @@ class Manifest:
         """The JSON object, without its checksum."""
         fields = dataclasses.asdict(self)
         fields["temperatures"] = list(self.temperatures)
+        fields["known"] = self.known.to_fields()
         fields["id_order"] = _fold_order(self.id_order, self.vocab_size)
         return {"format": FORMAT, **fields}
 
@@ -193,7 +182,10 @@ class Manifest:
             require_fields(fields, cls)
             _require_vocabulary(fields["vocab_size"])  # bounds what the order may unfold to
             order = _unfold_order(fields["id_order"], fields["vocab_size"])
-            manifest = cls(**{**fields, "temperatures": tuple(fields["temperatures"]), "id_order": order})
+            known = Known.from_fields(fields["known"])
+            manifest = cls(**{
+                **fields, "temperatures": tuple(fields["temperatures"]), "id_order": order, "known": known,
+            })  # fmt: skip
             manifest.require_sound()
         except (TypeError, ValueError, ConfigError, CorruptCacheError, OverflowError) as error:
             raise CorruptCacheError(f"{path} does not describe a cache: {short(error, 200)}") from None
@@ -210,6 +202,10 @@ class Manifest:
         _require_vocabulary(self.vocab_size)
         if self.choice.rule != self.positions:
             raise ConfigError(f"positions {self.positions!r} must be spelled {self.choice.rule!r}")
+        if self.choice.above is not None:
+            self.known.require("entropy", f"the choice of positions {self.positions}")
+        if self.rule.needs_pilot:
+            raise ConfigError(f"{', '.join(self.rule.pilot_settings)} of kind {self.rule.kind} is missing")
         check_temperatures(self.temperatures)
         if len(self.temperatures) > _MOST_TEMPERATURES:
             raise ConfigError(f"{len(self.temperatures)} temperatures are above the limit of {_MOST_TEMPERATURES}")
@@ -239,8 +235,7 @@ class Manifest:
                 f"a row of --seq-len {self.seq_len} slots may hold {self.row_format.most_bytes:,} bytes, above the "
                 f"limit of {_MOST_ROW:,}; make rows shorter, or keep fewer entries or extras"
             )
-        if self.store not in STORES:
-            raise ConfigError(f"--store {self.store} is not one of {', '.join(STORES)}")
+        find_store(self.store)
         for name in self.tokenizer_files:
             if "/" in inside(name):
                 raise CorruptCacheError(f"tokenizer file {name} is not a plain name")
@@ -250,7 +245,7 @@ class Manifest:
         """How rows become streams."""
         return RowFormat(
             codec=self.codec, seq_len=self.seq_len, vocab_size=self.vocab_size, documents=self.documents,
-            chooses=self.choice.above is not None, extras=self.extra_specs,
+            chooses=self.choice.above is not None, extras=self.extra_specs, typed=self.precision in PRECISIONS,
         )  # fmt: skip
 
     def create(self, storage: Storage) -> Manifest:
@@ -278,8 +273,8 @@ class Manifest:
             f"{name} (cache: {short(mine[name], most)}, asked: {short(theirs[name], most)})"
             for name in mine
             for most in (15 if name.endswith("sha256") else 60,)
-            if name not in ("origin", "tokenizer_files", "id_order", "tau", "plan", "date")
-            and mine[name] != theirs[name]
+            if name not in _OF_THE_CREATOR and mine[name] != theirs[name]
+            if name != "selection" or not self.rule.same_but_for_pilot(other.rule)
         ]
         if differences:
             raise CacheMismatchError(

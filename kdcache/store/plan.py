@@ -142,7 +142,7 @@ def _columns(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     if (schema.names, schema.types) != (list(_COLUMNS), _TYPES) or set(schema.metadata or ()) != {_FIELD}:
         raise CorruptCacheError("its columns are not those of a plan")
     about = parse_about(schema.metadata[_FIELD])
-    batch = read_batch(data[start:], _message(data, start), len(_COLUMNS), 2 * len(_COLUMNS))
+    batch = read_batch(data[start:], _message(data, start), len(_COLUMNS), 2 * len(_COLUMNS), compressed=False)
     columns: dict[str, Any] = {}
     for number, (name, dtype) in enumerate(_COLUMNS.items()):
         buffer = batch.buffer(2 * number + 1)

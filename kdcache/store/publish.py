@@ -12,22 +12,19 @@ from typing import Any
 
 from kdcache.corpus.plan import Plan
 from kdcache.errors import CacheError
-from kdcache.store.arrow_store import ArrowShardWriter
 from kdcache.store.commit import FOLDER, Commit, commit_name, quantiles
 from kdcache.store.commits import read_commits
 from kdcache.store.manifest import NAME, PLAN, Manifest
 from kdcache.store.plan import create_plan
+from kdcache.store.registry import find_store
 from kdcache.store.seal import open_commits
 from kdcache.store.shards import Shard, ShardWriter, shard_stem
 from kdcache.store.storage import Storage
-from kdcache.store.zarr_store import ZarrShardWriter
-
-WRITERS: dict[str, type[ShardWriter]] = {"arrow": ArrowShardWriter, "zarr": ZarrShardWriter}
 
 
 def new_shard(storage: Storage, manifest: Manifest, shard: int) -> ShardWriter:
     """A writer of one shard of a cache."""
-    return WRITERS[manifest.store](storage, shard, manifest.row_format)
+    return find_store(manifest.store).writer(storage, shard, manifest.row_format)
 
 
 def open_shard(storage: Storage, manifest: Manifest, commit: Commit) -> Shard:
@@ -36,7 +33,7 @@ def open_shard(storage: Storage, manifest: Manifest, commit: Commit) -> Shard:
     Raises:
         CorruptCacheError: its objects are not what the commit promises.
     """
-    reader = WRITERS[manifest.store].reader()
+    reader = find_store(manifest.store).reader
     return reader(storage, commit.shard, manifest.row_format, commit.objects, commit.rows)
 
 
@@ -122,7 +119,7 @@ def publish_shard(
     """
     if Commit.read(storage, writer.shard, manifest.sha256) is not None:
         return False
-    objects, ours = writer.publish()
+    objects, ours = writer.publish(find_store(manifest.store).reader)
     commit = Commit(
         shard=writer.shard,
         manifest_sha256=manifest.sha256,

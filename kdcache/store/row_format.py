@@ -72,6 +72,7 @@ class RowFormat:
         documents: in the corpus; pieces come from these.
         chooses: whether a labelled slot may be without a target.
         extras: further arrays of a row, by name, in order of name.
+        typed: whether the targets' streams are plain numbers, so that a store can hold them as such for other tools.
     """
 
     codec: Codec
@@ -80,6 +81,7 @@ class RowFormat:
     documents: int
     chooses: bool
     extras: dict[str, ExtraSpec] = field(default_factory=dict)
+    typed: bool = False
 
     @property
     def layout(self) -> Shapes:

@@ -1,10 +1,10 @@
-"""Records: small JSON files that end with a checksum of themselves.
+"""Sealed JSON: records, small JSON files that end with a checksum of themselves.
 
 The checksum is the sha256 of the record in canonical form (keys sorted, no spaces, UTF-8)
 without its `checksum` field, so it does not depend on how the file is indented.
 
-A checksum proves that nothing changed, not that anything is true: whoever writes a lie can seal it. So a record
-is read strictly (one value a key, few values and levels), and each field is checked to be of its kind.
+A checksum proves that nothing changed, not that anything is true: whoever writes a lie can seal it too. So a record is
+read strictly (one value for each key, a limit on values and levels), and the type of each field is checked.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def seal(fields: dict[str, Any]) -> bytes:
 
 
 def parse(data: bytes, most_values: int = _MOST_VALUES) -> Any:
-    """A JSON value that every reader understands alike: UTF-8, each key once, no NaN, not too many values or levels.
+    """Parse JSON strictly: UTF-8, each key once, no NaN, a limit on values and levels.
 
     Raises:
         ValueError: it is not.
@@ -90,10 +90,10 @@ def read_record(storage: Storage, name: str) -> dict[str, Any]:
 
 
 def require_fields(fields: dict[str, Any], record: type) -> None:
-    """Check that a record has the fields of its dataclass, each of its kind.
+    """Check that a record has the fields of its dataclass, each of its type; those named `...sha256` are hashes.
 
     Raises:
-        ValueError: a field is missing, unknown, or of another kind.
+        ValueError: a field is missing, unknown, or of another type.
     """
     kinds = {field.name: str(field.type) for field in dataclasses.fields(record)}
     if set(fields) != set(kinds):
@@ -136,6 +136,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
         value is None or (isinstance(value, list) and all(map(_is_float, value)))
     ),
     "dict[str, Any]": lambda value: isinstance(value, dict),
+    "Known": lambda value: isinstance(value, dict),
     "dict[str, str]": lambda value: isinstance(value, dict) and all(map(_is_sha256, value.values())),
     "list[int]": lambda value: _is_list(value, is_count),
     "list[dict[str, Any]]": lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value),

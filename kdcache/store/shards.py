@@ -1,7 +1,10 @@
 """Shards: what every store does alike when it writes and reads the rows of one shard.
 
-A store adds how a record becomes bytes and how a row is found again; counting, hashing, publishing and the
-checks of a row's content are here, once.
+A store is a `ShardWriter` and a `Shard`. The writer says how a record becomes bytes (`append`, `finish`), the reader
+how it is found again (`open`, `record`). Counting, hashing, publishing and the checks of what a row says are here.
+A store from outside adds itself by `register_store` (registry.py).
+
+Guarantee: nothing of a shard is visible before `publish`, and then all of it.
 """
 
 from __future__ import annotations
@@ -86,8 +89,13 @@ class Tally:
 class ShardWriter(ABC):
     """Writes one shard; nothing is visible before `publish`. Use it as a context manager.
 
+    A store implements `append` and `finish`, writes through `data.part`, and seals each row with `row_seal`.
+
     Attributes:
-        tally: of what is written so far.
+        suffix: with which the name of its object, or of the folder of its objects, ends.
+        folder: whether a shard is a folder of objects and not one.
+        storage, shard, form: where the cache lies, the shard's number, and the format of its rows.
+        tally: of what is written so far; `tally.rows` is the number of the row that is appended next.
         data: where it goes.
     """
 
@@ -115,31 +123,28 @@ class ShardWriter(ABC):
             CacheError: the shard cannot be written.
         """
         record = record or self.form.pack(row, targets, extras)
-        self._append(record)
+        self.append(record)
         self.tally.add(row, targets, record)
 
     @abstractmethod
-    def _append(self, record: Record) -> None:
-        """Write one more record."""
+    def append(self, record: Record) -> None:
+        """Write one more record. Memory MUST NOT grow with the rows by more than an index needs."""
 
     @abstractmethod
-    def _finish(self) -> list[dict[str, Any]]:
-        """Write what comes last; the records of all objects."""
+    def finish(self) -> list[dict[str, Any]]:
+        """Write what comes last. Returns the records of all objects (`Sink.record`), in order of name."""
 
-    @classmethod
-    @abstractmethod
-    def reader(cls) -> type[Shard]:
-        """What reads these shards."""
-
-    def publish(self) -> tuple[list[dict[str, Any]], bool]:
+    def publish(self, reader: type[Shard]) -> tuple[list[dict[str, Any]], bool]:
         """Make the data appear; returns its objects, and whether they are these.
+
+        `reader` is the store's own.
 
         If data of that name exists without a commit, some writer stopped between the two, or is about to
         commit. It appeared whole, so if it holds these tokens it is as good as this and stays; if it is
         damaged it makes room. Of several writers that find it damaged one replaces it, and the others find
         what that one made.
         """
-        objects = self._finish()
+        objects = self.finish()
         if self.data.publish():
             return objects, True
         with self.storage.alone(FOLDER):
@@ -147,7 +152,7 @@ class ShardWriter(ABC):
                 standing = self._standing()
                 if standing == objects:
                     break
-                if standing and self._adopt(standing):
+                if standing and self._adopt(standing, reader):
                     return standing, False
                 self.storage.delete(self.data.name)
         return objects, True
@@ -162,10 +167,10 @@ class ShardWriter(ABC):
         except CacheError:
             return []
 
-    def _adopt(self, standing: list[dict[str, Any]]) -> bool:
+    def _adopt(self, standing: list[dict[str, Any]], reader: type[Shard]) -> bool:
         """Whether standing data is sound and holds these tokens; its content is then what this shard has."""
         try:
-            found = self.reader()(self.storage, self.shard, self.form, standing, self.tally.rows).count()
+            found = reader(self.storage, self.shard, self.form, standing, self.tally.rows).count()
         except CorruptCacheError:
             return False
         if found.fields()["tokens_sha256"] != self.tally.fields()["tokens_sha256"]:
@@ -181,10 +186,10 @@ class ShardWriter(ABC):
 
 
 class Shard(ABC):
-    """Reads one shard.
+    """Reads one shard. A store implements `open` and `record`, and trusts neither its objects nor their sizes.
 
     Args:
-        place: where the cache lies.
+        storage: where the cache lies.
         shard: its number.
         form: of its rows.
         objects: what its commit says of its objects.
@@ -196,15 +201,20 @@ class Shard(ABC):
 
     def __init__(self, storage: Storage, shard: int, form: RowFormat, objects: list[dict[str, Any]], rows: int) -> None:
         self.storage, self.shard, self.form, self.rows = storage, shard, form, rows
-        self.name = self._open(objects)
+        self.name = self.open(objects)
 
     @abstractmethod
-    def _open(self, objects: list[dict[str, Any]]) -> str:
+    def open(self, objects: list[dict[str, Any]]) -> str:
         """Open the objects and check their outer form; the shard's name, for messages."""
 
     @abstractmethod
-    def _record(self, row: int) -> Record:
-        """The streams of a row, their seal checked, each no longer than a row's can be."""
+    def record(self, row: int) -> Record:
+        """The streams of a row, in order of `form.shapes`: their seal checked, none longer than its shape.
+
+        Raises:
+            CorruptCacheError: the row is damaged. IndexError, OverflowError, ValueError, TypeError and struct.error
+                are taken for the same.
+        """
 
     def read(self, row: int) -> tuple[PackedRow, SparseTargets]:
         """A row and the targets of its labelled slots.
@@ -217,7 +227,7 @@ class Shard(ABC):
     def read_with_record(self, row: int) -> tuple[PackedRow, SparseTargets, Record]:
         """The same, and the streams that it was made of."""
         try:
-            record = self._record(row)
+            record = self.record(row)
             return (*self.form.unpack(record), record)
         except _DAMAGE as error:
             what = f"{self.storage.where(self.name)}, row {row}: {error}{self.storage.damage_note}"
@@ -230,7 +240,7 @@ class Shard(ABC):
             tally.add(*found)
         return tally
 
-    def _require(self, objects: list[dict[str, Any]], name: str) -> Any:
+    def require(self, objects: list[dict[str, Any]], name: str) -> Any:
         """An object of the commit, opened; its size is the one committed."""
         promised = [x for x in objects if x["name"] == name]
         if len(promised) != 1:

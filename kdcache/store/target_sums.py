@@ -31,12 +31,13 @@ class TargetSums:
             targets: `[N]`, on the CPU.
         """
         has = (targets.count > 0).numpy()
-        tail = np.exp(targets.log_tail.double().numpy()[has])  # [M, n_T]
-        columns = {
-            "entropy": targets.entropy.double().numpy()[has][:, None],
-            "label_logprob": targets.label_logprob.double().numpy()[has][:, None],
-            "tail_mass": tail,
-        }
+        columns: dict[str, NDArray[np.float64]] = {}  # [M, n_T]
+        for name in ("entropy", "label_logprob"):
+            known = getattr(targets, name)
+            if known is not None:
+                columns[name] = known.double().numpy()[has][:, None]
+        if targets.log_tail is not None:
+            columns["tail_mass"] = np.exp(targets.log_tail.double().numpy()[has])
         for name, values in columns.items():
             totals = self._totals.setdefault(name, [_CompensatedSum() for _ in range(values.shape[1])])
             for total, column in zip(totals, values.T, strict=True):

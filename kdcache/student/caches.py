@@ -195,7 +195,9 @@ def _nature(manifest: Manifest) -> dict[str, Any]:
         "vocab_size": manifest.vocab_size,
         "seq_len": manifest.seq_len,
         "isolate": manifest.isolate,
-        "selection": manifest.selection["kind"],
+        "selection": manifest.rule.kind,
         "temperatures": ",".join(f"{t:g}" for t in manifest.temperatures),
-        "sample_temperature": manifest.selection.get("sample_temperature", 1.0),
+        "sample_temperature": manifest.rule.target_temperature,
+        "known entropy": manifest.known.entropy,
+        "known log-probability of labels": manifest.known.label_logprob,
     }

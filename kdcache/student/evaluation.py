@@ -45,7 +45,6 @@ from kdcache.student.data import Rows, batches, labelled
 from kdcache.student.fused_head import FusedHead, fuse_head, with_logits
 from kdcache.student.metrics import Calibration, acceptance_bounds, confidence
 from kdcache.student.multi_teacher import PooledCache, RowReader, Teacher
-from kdcache.targets import SAMPLED_KINDS
 
 
 def measure(
@@ -270,6 +269,6 @@ class StudentFigures:
 
 
 def _kl_kind(manifest: Manifest) -> str:
-    if manifest.selection["kind"] in SAMPLED_KINDS:
+    if manifest.rule.sampled:
         return "estimate"
     return "dense" if manifest.width == manifest.vocab_size else "lower-bound"

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from kdcache.losses import StudentTile
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.targets import SparseTargets
 
 BINS = 15
 
@@ -52,7 +52,7 @@ def acceptance_bounds(student: StudentTile, targets: SparseTargets) -> dict[str,
 
     Without meaning where there is no target; empty for targets of a sampled kind.
     """
-    if targets.kind in SAMPLED_KINDS:
+    if targets.sampled:
         return {}
     log_p, log_tail = targets.at_temperature(1.0)
     kept = targets.valid

@@ -108,7 +108,7 @@ def require_lined_up(first: Teacher, other: Teacher) -> None:
     if differing:
         raise ConfigError(f"{both} cannot be pooled: they differ in {', '.join(differing)}")
     try:
-        require_alike(mine.selection["kind"], theirs.selection["kind"])
+        require_alike(*((each.rule.kind, each.rule.sampled) for each in (mine, theirs)))
     except TargetError as error:
         raise ConfigError(f"{both} cannot be pooled: {error}") from None
     commits, partners = first.cache.commits, other.cache.commits

@@ -33,9 +33,11 @@ class RowSet:
     """
 
     def __init__(self, total: int, bits: Bits) -> None:
-        self.total, self.bits = total, bits
-        padded = np.zeros(-(-len(bits) // _BLOCK) * _BLOCK, np.uint8) if len(bits) % _BLOCK else bits
-        padded[: len(bits)] = bits
+        padded = bits
+        if len(bits) % _BLOCK:
+            padded = np.zeros(-(-len(bits) // _BLOCK) * _BLOCK, np.uint8)
+            padded[: len(bits)] = bits
+        self.total, self.bits = total, padded[: len(bits)]  # a view: the bits are held once
         self._blocks = padded.reshape(-1, _BLOCK)
         self._ends = np.cumsum(np.bitwise_count(self._blocks.view(np.uint64)).sum(axis=1, dtype=np.int64))
 
@@ -125,7 +127,9 @@ class RowSet:
 
     def digest(self) -> bytes:
         """sha256 over the number of rows of the cache (little-endian int64) and the bits."""
-        return hashlib.sha256(np.array([self.total], "<i8").tobytes() + self.bits.tobytes()).digest()
+        digest = hashlib.sha256(self.total.to_bytes(8, "little"))
+        digest.update(self.bits.data)
+        return digest.digest()
 
 
 def set_bits(bits: Bits, rows: Ints) -> None:

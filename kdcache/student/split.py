@@ -118,6 +118,8 @@ def _where(
     config: TrainConfig,
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[RowSet, ...]:
+    for source in sources:
+        source.cache.known.require("entropy", "--where", source.name)
     first, step = distributed.rank(), distributed.world()
     mine = [range(first, len(rows), step) for rows in train]
     done, total = 0, sum(map(len, mine))
@@ -167,4 +169,8 @@ def mean_entropies(cache: Cache, rows: Rows, count: int, places: Sequence[int] |
 
 
 def _means(items: list[Item]) -> list[float]:
-    return [float(item.targets.entropy[item.targets.count > 0].double().mean()) for item in items]
+    means = []
+    for item in items:
+        entropy = item.targets.require("entropy", "--where")
+        means.append(float(entropy[item.targets.count > 0].double().mean()))
+    return means

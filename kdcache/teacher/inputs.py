@@ -27,11 +27,9 @@ from kdcache.pretrained import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
-from kdcache.selection import Selection
 from kdcache.store.manifest import NAME, Manifest, today
 from kdcache.store.plan import read_plan
 from kdcache.store.storage import Storage
-from kdcache.targets import SAMPLED_KINDS
 from kdcache.teacher.config import DumpConfig
 from kdcache.teacher.engines.base import find_engine, require_extras
 
@@ -82,11 +80,7 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
     Raises:
         KdcacheError: see the exception tree.
     """
-    rule = Selection(
-        kind=config.select, k=config.k, min_k=config.min_k, top_p=config.top_p, draws=config.draws,
-        force_label=config.force_label, sample_temperature=config.sample_temperature,
-        proposal_power=config.proposal_power,
-    )  # fmt: skip
+    rule = config.rule
     filters = Filters(min_chars=config.min_chars, drop=config.drop, limit_docs=config.limit_docs)
     folder = model_folder(config.teacher, "teacher")
     tokenizer = load_tokenizer(folder)
@@ -120,12 +114,11 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
         seq_len=config.seq_len,
         isolate=config.isolate,
         selection=rule.to_fields(),
-        adaptive=config.adaptive,
-        tau=None,
+        known=find_engine(config.engine).knows.known(rule, config.stored_temperatures),
         positions=config.positions,
-        seed=config.seed if rule.kind in SAMPLED_KINDS else 0,
+        seed=0 if rule.random_shape is None else config.seed,
         temperatures=config.stored_temperatures,
-        precision=config.precision or ("8" if rule.kind == "full" else "6"),
+        precision=config.precision or rule.precision,
         error_bound={},
         id_order=(),
         store=config.store,

@@ -9,6 +9,7 @@ Shapes: N labelled slots of a batch, n of a tile, V the vocabulary of the head (
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -121,11 +122,7 @@ class OpenedTeacher:
         Raises:
             EngineError: the engine gives ready entries, and no logits.
         """
-        batch = Batch(rows, self.rows, every_slot=every_slot)
-        given = self._run(batch, TargetRequest(selection=Selection())).positions
-        if isinstance(given, SparseTargets):
-            raise EngineError(f"the engine {self.engine.name} gives entries, and no logits of the whole vocabulary")
-        yield from self._tiles(given)
+        yield from self._tiles(self._logits_given(Batch(rows, self.rows, every_slot=every_slot)))
 
     @torch.inference_mode()
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
@@ -153,7 +150,7 @@ class OpenedTeacher:
         draw, labels = draws(request.selection, request.seed, send(batch.keys, near)), send(batch.labels, near)
         output = self._run(batch, request)
         self._require_extras(output, batch, request)
-        started = _StartedBatch(self, batch, output)
+        started = _StartedBatch(self, batch, output, to_cpu=request.selection.form.every_id)
         if isinstance(output.positions, SparseTargets):
             started.take(self._checked(output.positions, batch, request))
             return started
@@ -178,11 +175,19 @@ class OpenedTeacher:
             )
         return output
 
+    def _logits_given(self, batch: Batch) -> HiddenStates | Logits:
+        given = self._run(batch, TargetRequest(selection=Selection())).positions
+        if isinstance(given, SparseTargets):
+            raise EngineError(f"the engine {self.engine.name} gives entries, and no logits of the whole vocabulary")
+        return given
+
     def _checked(self, targets: SparseTargets, batch: Batch, request: TargetRequest) -> SparseTargets:
         """Ready entries, refused if they are not what was asked for."""
         name, targets = self.engine.name, targets.to("cpu")
         for what in ("entropy", "label_logprob"):
-            if getattr(self.engine.knows, what) and getattr(targets, what) is None:
+            if not getattr(self.engine.knows, what):
+                targets = dataclasses.replace(targets, **{what: None})  # type: ignore[arg-type]
+            elif getattr(targets, what) is None:
                 raise EngineError(f"the engine {name} gave no {what}, which it declares to know")
         fault = find_fault(targets, request.selection, request.temperatures, self.rows.vocab_size)
         if fault is None:
@@ -208,11 +213,10 @@ class OpenedTeacher:
         """Logits `[n, vocab_size]` tile by tile; one empty tile if there is no position."""
         vocab_size = self.rows.vocab_size
         for part in tile_slices(len(given), self.engine.padded_vocab_size or vocab_size, self.device):
-            yield self._cut(given.logits(part), part)  # no variable here: it would keep each tile for too long
+            yield self.cut(given.logits(part), part.stop - part.start)  # a variable would keep each tile for too long
 
-    def _cut(self, logits: Tensor, part: slice) -> Tensor:
-        """A tile without the padding of the vocabulary, its shape checked."""
-        wanted = part.stop - part.start
+    def cut(self, logits: Tensor, wanted: int) -> Tensor:
+        """A tile of so many positions without the padding of the vocabulary, its shape checked."""
         if logits.ndim != 2 or len(logits) != wanted or logits.shape[1] < self.rows.vocab_size:
             raise EngineError(
                 f"the engine {self.engine.name} gave logits of shape {tuple(logits.shape)} for {wanted} positions and "
@@ -268,8 +272,8 @@ class _StartedBatch:
     _finite: Tensor | None = None
     _copied: torch.cuda.Event | None = None
 
-    def __init__(self, teacher: OpenedTeacher, batch: Batch, output: EngineOutput) -> None:
-        self._teacher, self._batch = teacher, batch
+    def __init__(self, teacher: OpenedTeacher, batch: Batch, output: EngineOutput, *, to_cpu: bool) -> None:
+        self._teacher, self._batch, self._to_cpu = teacher, batch, to_cpu
         self._extras = {name: values.detach() for name, values in output.extras.items()}
         self.positions = 0
 
@@ -279,7 +283,7 @@ class _StartedBatch:
 
     def add(self, tile: SparseTargets, finite: Tensor) -> None:
         """Put the next positions' targets, and whether their logits are finite, behind the others."""
-        if tile.kind == "full":
+        if self._to_cpu:
             tile = tile.to("cpu")  # larger than the logits: a batch of it has no room on a GPU
         start, self.positions = self.positions, self.positions + len(tile.count)
         if start == 0:

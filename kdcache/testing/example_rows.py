@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.corpus.plan import CorpusFile, Plan
+from kdcache.errors import ConfigError
 from kdcache.extras import ExtraSpec
+from kdcache.known import Known
 from kdcache.rows import IGNORE, PackedRow
-from kdcache.selection import KINDS, Selection, select
+from kdcache.selection import Selection, select
 from kdcache.store.commit import histogram
 from kdcache.store.manifest import Manifest
 from kdcache.store.publish import create_cache, new_shard, publish_shard
@@ -30,7 +32,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
 }
 
-SELECTIONS: dict[str, dict[str, Any]] = {kind: {"kind": kind, **_SETTINGS[kind]} for kind in KINDS}
+SELECTIONS: dict[str, dict[str, Any]] = {kind: {"kind": kind, **_SETTINGS[kind]} for kind in _SETTINGS}
 """One small selection of each kind."""
 
 EXTRAS: dict[str, dict[str, Any]] = {
@@ -54,13 +56,21 @@ def example_manifest(store: str, **changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "teacher_sha256": zero, "tokenizer_sha256": zero, "tokenizer_files": {}, "corpus_sha256": zero, "filters": {},
         "documents": DOCUMENTS * SHARDS, "shards": SHARDS, "plan": {}, "date": "2026-01-31", "on_bad_record": "stop",
-        "vocab_size": 50, "seq_len": 12, "isolate": True,
-        "adaptive": False, "tau": None, "positions": "all", "seed": 0,
+        "vocab_size": 50, "seq_len": 12, "isolate": True, "positions": "all", "seed": 0,
         "selection": SELECTIONS["topk"], "temperatures": (1.0, 2.0), "precision": "float32",
         "error_bound": {}, "id_order": (),
         "store": store, "origin": {},
     }  # fmt: skip
-    return Manifest(**{**fields, **changes})
+    fields |= changes
+    fields.setdefault("known", _known(fields["selection"], fields["temperatures"]))
+    return Manifest(**fields)
+
+
+def _known(selection: dict[str, Any], temperatures: tuple[float, ...]) -> Known:
+    try:
+        return Selection.from_fields(selection).known(temperatures)
+    except ConfigError:  # a manifest that is to be refused
+        return Known(partitions=temperatures)
 
 
 def example_plan(manifest: Manifest) -> Plan:
@@ -86,7 +96,7 @@ def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | No
         values: of the targets; like `seed` if not given.
     """
     random, logits = np.random.default_rng(seed), torch.Generator().manual_seed(seed if values is None else values)
-    rule, found = Selection(**manifest.selection), []
+    rule, found = manifest.rule, []
     for i in range(count):
         n = (manifest.seq_len, 1, manifest.seq_len - 3)[i % 3]
         cuts = np.sort(random.choice(np.arange(1, n), min(n - 1, (0, 1, n - 1)[i // 3 % 3]), replace=False))
@@ -101,7 +111,7 @@ def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | No
         labels = labels[labels != IGNORE]
         scores = 4 * torch.randn(len(labels), manifest.vocab_size, generator=logits)
         targets = select(scores, rule, labels=torch.from_numpy(labels), temperatures=manifest.temperatures)
-        chosen = manifest.choice.chosen(targets.entropy)
+        chosen = manifest.choice.chosen(targets.require("entropy", "a choice"))
         if chosen is not None:
             targets = targets[chosen].spread(chosen.nonzero()[:, 0], len(labels))
         found.append((row, targets))
@@ -158,7 +168,7 @@ def write_shard(storage: Storage, manifest: Manifest, rows: list[Example], shard
 
 def histogram_of(rows: list[Example]) -> list[int]:
     """What a commit says of the entropies of these rows; a position without a target counts as one of none."""
-    return histogram(torch.cat([torch.zeros(0), *(targets.entropy for _, targets in rows)]))
+    return histogram(torch.cat([torch.zeros(0), *(targets.require("entropy", "a commit") for _, targets in rows)]))
 
 
 def overwrite(storage: Storage, name: str, data: bytes) -> None:

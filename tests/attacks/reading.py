@@ -17,6 +17,9 @@ from typing import Any
 from kdcache import KdcacheError, open_cache, verify_cache
 from kdcache.report.inspect import inspect_summary
 
+MOST_SECONDS = 10.0
+"""Processor time that a reader may spend on anything hostile: milliseconds, and room for a machine that is busy."""
+
 ROOM = 192 << 20
 """Bytes of address space above what honest caches take."""
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from kdcache import Selection
 from kdcache.store.commit import commit_name
 from kdcache.store.manifest import NAME
 from tests.attacks.forge import SHARD, Attack, Forgery, frame, order
@@ -16,6 +17,10 @@ _OTHER = "f" * 64
 
 def _manifest(**fields: Any) -> Callable[[Forgery], str]:
     return lambda f: f.change_manifest(**fields)
+
+
+def _known(**changes: Any) -> dict[str, Any]:
+    return {**Selection(k=8).known((1.0, 2.0)).to_fields(), **changes}
 
 
 def _raw(old: str, new: str) -> Callable[[Forgery], str]:
@@ -126,7 +131,14 @@ MANIFESTS = [
     Attack("entries of true", _manifest(selection={"kind": "topk", "k": True})),
     Attack("a threshold of text", _manifest(tau="0.5")),
     Attack("a threshold for a kind that has none", _manifest(tau=0.5)),
-    Attack("adaptive of 1", _manifest(adaptive=1)),
+    Attack("adaptive of 1", _manifest(selection={"kind": "ipps", "k": 8, "adaptive": 1, "tau": 0.1})),
+    Attack("adaptive without a threshold", _manifest(selection={"kind": "ipps", "k": 8, "adaptive": True})),
+    Attack("knowing a number", _manifest(known=1)),
+    Attack("knowing nothing", _manifest(known={})),
+    Attack("knowing the tail of another temperature", _manifest(known=_known(tails=[3.0]))),
+    Attack("knowing a tail of a list", _manifest(known=_known(tail_sum=["complement"]))),
+    Attack("knowing an entropy of text", _manifest(known=_known(entropy="yes"))),
+    Attack("a choice by an unknown entropy", _manifest(known=_known(entropy=False), positions="entropy>1")),
     Attack("positions of a number", _manifest(positions=1)),
     Attack("positions of null", _manifest(positions=None)),
     Attack("positions in a list", _manifest(positions=["all"])),

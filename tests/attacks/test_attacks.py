@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from kdcache import open_cache, verify_cache
 from tests.attacks import arrow_lies, record_lies, row_lies, zarr_lies
 from tests.attacks.forge import ArrowForgery, Attack, ZarrForgery
+from tests.attacks.reading import MOST_SECONDS
+from tests.processes import PATIENCE
 
 RECORDS = [*record_lies.MANIFESTS, *record_lies.COMMITS, *record_lies.DEVICES]
 ROOM = 64 << 20
@@ -27,7 +29,8 @@ ROOM = 64 << 20
 CASES: dict[str, tuple[str, Attack]] = {
     f"{store}: {attack}": (store, attack)
     for store, attacks in {
-        "arrow": [*arrow_lies.ATTACKS, *row_lies.ATTACKS, *RECORDS],
+        "arrow": [*arrow_lies.NUMBERS, *row_lies.ATTACKS, *RECORDS],
+        "arrow frames": arrow_lies.FRAMES,
         "zarr": [*zarr_lies.ATTACKS, *row_lies.ATTACKS, *record_lies.DEVICES],
         "arrow chosen": row_lies.CHOSEN,
         "zarr chosen": row_lies.CHOSEN,
@@ -53,7 +56,7 @@ def outcomes(honest: dict[str, Path], forged: dict[str, tuple[Path, str]]) -> di
     given = json.dumps([[str(p) for p in honest.values()], {name: str(copy) for name, (copy, _) in forged.items()}])
     done = subprocess.run(
         [sys.executable, "-m", "tests.attacks.reading"], input=given, capture_output=True, text=True, check=False,
-        timeout=300,
+        timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -77,11 +80,11 @@ def test_an_attack_is_refused_by_name_at_once(
         assert outcome["kind"] == "refused", outcome
         assert culprit in outcome["text"], outcome
         assert "\n" not in outcome["text"] and len(outcome["text"]) < 600
-        assert outcome["seconds"] < 1
+        assert outcome["seconds"] < MOST_SECONDS
     outcome = outcomes[name]["verify"]
     assert outcome["kind"] == "done", outcome
     assert culprit in outcome["text"], outcome
-    assert outcome["seconds"] < 1
+    assert outcome["seconds"] < MOST_SECONDS
 
 
 def test_all_attacks_together_take_no_memory(outcomes: dict[str, Any]) -> None:
@@ -107,7 +110,9 @@ def invoke(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-SHARDS = ["a body that unfolds to 1 GB", "a frame of 2^40 bytes", "a wrong seal", "a token outside the vocabulary"]
+SHARDS = [
+    "a body that unfolds to 1 GB", "numbers that claim 2^40 bytes", "a wrong seal", "a token outside the vocabulary",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [f"arrow: {a}" for a in SHARDS + [str(a) for a in RECORDS]])

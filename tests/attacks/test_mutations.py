@@ -30,7 +30,7 @@ from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.store import arrow_store, zarr_store
 from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
-from kdcache.store.publish import WRITERS
+from kdcache.store.registry import find_store
 from kdcache.store.row_format import Record, RowFormat
 from kdcache.store.shards import Shard
 from kdcache.store.storage import Storage
@@ -44,6 +44,7 @@ from kdcache.testing.example_rows import (
     write_cache,
 )
 from tests.attacks.mutator import Mutator
+from tests.attacks.reading import MOST_SECONDS
 
 COUNT = int(os.environ.get("KDCACHE_MUTATIONS", "3000"))
 CASES: list[tuple[str, ...]] = [
@@ -53,7 +54,6 @@ CASES: list[tuple[str, ...]] = [
     for precision in ("float32", "float16", "6", "12")
 ] + [(store, kind, "6", "entropy>1") for store in ("arrow", "zarr") for kind in ("topk", "ipps")]
 ROWS = 5
-MOST_SECONDS = 1.0
 MOST_MEMORY = 4  # times what the honest shard takes
 
 
@@ -96,10 +96,10 @@ class Given(Shard):
         self.storage, self.shard, self.form, self.rows, self.name = Held({}), 0, form, 1, "given"
         self.record = record
 
-    def _open(self, objects: list[dict[str, Any]]) -> str:
+    def open(self, objects: list[dict[str, Any]]) -> str:
         return "given"
 
-    def _record(self, row: int) -> Record:
+    def record(self, row: int) -> Record:
         return self.record
 
 
@@ -134,7 +134,7 @@ class Target:
         )
         storage, rows = LocalStorage(folder), example_rows(manifest, ROWS)
         commit = read_commits(storage, write_cache(storage, manifest, rows))[1]
-        self.form, self.reader = manifest.row_format, WRITERS[store].reader()
+        self.form, self.reader = manifest.row_format, find_store(store).reader
         self.objects = {x["name"]: everything(storage)[x["name"]] for x in commit.objects}
         self.records = [self.form.pack(*row) for row in rows]
         self.honest = [self.form.unpack(record) for record in self.records]

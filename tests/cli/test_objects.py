@@ -30,7 +30,7 @@ def test_a_cache_in_a_bucket_from_the_dump_to_the_student(
     workers = [
         ReadyMade("-m", "kdcache_cli", *dumping(teacher, corpus, "--out", url, "--worker", f"{i}/2")) for i in range(2)
     ]
-    told = [(*worker.communicate(timeout=300), worker.returncode) for worker in workers]
+    told = [(*worker.communicate(), worker.returncode) for worker in workers]
     assert [(err, code) for _, err, code in told] == [("", 0)] * 2
     summaries = [json.loads(out) for out, _, _ in told]
     assert sum(s["shards"]["by_this_worker"] for s in summaries) == 6 and any(s["complete"] for s in summaries)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdcache import open_cache
 from kdcache.student.evaluation import measure
 from tests.examples.loading import EXAMPLES
-from tests.processes import Ranks
+from tests.processes import PATIENCE, Ranks
 
 STEPS = 6
 
@@ -26,7 +26,7 @@ def run(*command: str) -> list[float]:
     """The losses that a command prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=False, env=environment, timeout=300
+        [sys.executable, *command], capture_output=True, text=True, check=False, env=environment, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     return losses_in(done.stdout)

@@ -88,7 +88,7 @@ def write(name: str) -> None:
         teacher_sha256="1" * 64, tokenizer_sha256="2" * 64, tokenizer_files={}, corpus_sha256="3" * 64,
         filters={"min_chars": 0, "drop": None, "limit_docs": None}, documents=15, shards=2, plan={}, date="2026-11-28",
         on_bad_record="stop", vocab_size=VOCAB,
-        seq_len=SLOTS, isolate=True, selection=rule.to_fields(), adaptive=rule.tau is not None, tau=rule.tau,
+        seq_len=SLOTS, isolate=True, selection=rule.to_fields(), known=rule.known(TEMPERATURES),
         positions=POSITIONS.get(kind, "all"),
         seed=0,
         temperatures=TEMPERATURES, precision=precision, error_bound={},
@@ -131,7 +131,7 @@ def read(name: str) -> dict[str, Any]:
             "tokens": row.tokens.tolist(), "lengths": row.piece_lengths.tolist(),
             "documents": row.piece_documents.tolist(),
             "supervised": None if row.supervised is None else row.supervised.tolist(),
-            **{field: plain(getattr(target, field)) for field in fields},
+            **{field: None if (value := getattr(target, field)) is None else plain(value) for field in fields},
         })  # fmt: skip
     return {"content_sha256": verify_cache(FOLDER / name).content_sha256, "rows": found}
 

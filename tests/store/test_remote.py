@@ -27,7 +27,7 @@ from kdcache.store.storage import Storage
 from kdcache.teacher.dump import dump
 from tests.making import dump_options
 from tests.objects import Bucket, Endpoint, free_port
-from tests.processes import READY
+from tests.processes import PATIENCE, READY
 
 SHORT = {"limit_docs": 16, "docs_per_shard": 8}  # two shards of a few rows
 
@@ -354,7 +354,7 @@ def test_requests_are_under_way_together(local: Path, bucket: Bucket, monkeypatc
         nonlocal under_way, peak
         under_way += 1
         peak = max(peak, under_way)
-        await asyncio.sleep(0.05)  # as long as it takes for all that do not wait for each other to begin
+        await asyncio.sleep(0.3)  # as long as it takes for all that do not wait for each other to begin
         under_way -= 1
         found: bytes = await fetch(*arguments, **options)
         return found
@@ -385,7 +385,7 @@ def test_an_open_cache_works_in_a_child(cache: Path, bucket: Bucket, context: An
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forks beside threads; DataLoader forks
         child.start()
-    assert answers.get(timeout=60) == open_cache(cache)[index].tokens.tolist()
+    assert answers.get(timeout=PATIENCE) == open_cache(cache)[index].tokens.tolist()
     child.join()
     answers.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from kdcache.errors import CacheError
-from kdcache.selection import KINDS, Selection
+from kdcache.known import TAIL_SUMS, Known
+from kdcache.selection import Selection
+from kdcache.selection.kind import find_kind
 from kdcache.store.commit import Commit
 from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
-from kdcache.store.manifest import NAME, STORES, Manifest
+from kdcache.store.manifest import NAME, Manifest
+from kdcache.store.registry import store_names
 from kdcache.store.sealed_json import seal
 from kdcache.testing.example_rows import SELECTIONS, example_manifest, example_rows, write_cache
 
@@ -43,14 +47,18 @@ def test_a_schema_names_the_fields_of_its_record(name: str) -> None:
 
 def test_a_schema_names_every_choice() -> None:
     properties = schema("manifest")["properties"]
-    assert set(properties["selection"]["properties"]) == {field.name for field in dataclasses.fields(Selection)}
-    assert set(properties["selection"]["properties"]["kind"]["enum"]) == set(KINDS)
-    assert set(properties["store"]["enum"]) == set(STORES)
+    settings = properties["selection"]["properties"]
+    own = {field.name for kind in SELECTIONS for field in dataclasses.fields(find_kind(kind))}
+    assert set(settings) == {"kind", *own}
+    assert set(settings["kind"]["enum"]) == set(SELECTIONS)
+    assert set(properties["known"]["properties"]) == {field.name for field in dataclasses.fields(Known)}
+    assert set(properties["known"]["properties"]["tail_sum"]["enum"]) == {*TAIL_SUMS, None}
+    assert all(re.search(properties["store"]["pattern"], name) for name in store_names())
     for precision in properties["precision"]["enum"]:
         _ = example_manifest("arrow", precision=precision).codec
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", store_names())
 @pytest.mark.parametrize("kind", SELECTIONS)
 def test_records_of_examples_are_valid(tmp_path: Path, store: str, kind: str) -> None:
     manifest = example_manifest(
@@ -61,6 +69,8 @@ def test_records_of_examples_are_valid(tmp_path: Path, store: str, kind: str) ->
     for path in (tmp_path / "commits").iterdir():
         Draft202012Validator(schema("commit")).validate(json.loads(path.read_text()))
 
+
+KNOWN = Selection(k=8).known((1.0, 2.0)).to_fields()
 
 LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"format": 2}),
@@ -93,8 +103,15 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"selection": {"kind": "topk", "k": "8"}}),
     ("manifest", {"selection": {"kind": "topk", "k": 8, "q": 1}}),
     ("manifest", {"selection": []}),
-    ("manifest", {"tau": 2.0}),
-    ("manifest", {"tau": "0.5"}),
+    ("manifest", {"selection": {"kind": "ipps", "k": 8, "tau": 2.0}}),
+    ("manifest", {"selection": {"kind": "ipps", "k": 8, "tau": "0.5"}}),
+    ("manifest", {"selection": {"kind": "ipps", "k": 8, "adaptive": None}}),
+    ("manifest", {"known": {}}),
+    ("manifest", {"known": KNOWN | {"entropy": 1}}),
+    ("manifest", {"known": KNOWN | {"tails": 1.0}}),
+    ("manifest", {"known": KNOWN | {"partitions": ["1"]}}),
+    ("manifest", {"known": KNOWN | {"tail_sum": "guess"}}),
+    ("manifest", {"known": KNOWN | {"surprise": True}}),
     ("manifest", {"positions": "some"}),
     ("manifest", {"positions": "entropy>"}),
     ("manifest", {"positions": "entropy>-1"}),
@@ -102,7 +119,6 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"positions": "all\n"}),
     ("manifest", {"positions": None}),
     ("manifest", {"seed": -1}),
-    ("manifest", {"adaptive": None}),
     ("manifest", {"temperatures": []}),
     ("manifest", {"temperatures": [2.0]}),
     ("manifest", {"temperatures": [1.0, 1.0]}),
@@ -112,7 +128,7 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"precision": "float8"}),
     ("manifest", {"precision": 6}),
     ("manifest", {"id_order": [1, 2]}),
-    ("manifest", {"store": "tape"}),
+    ("manifest", {"store": "Tape"}),
     ("manifest", {"origin": None}),
     ("manifest", {"extras": None}),
     ("manifest", {"extras": {"a": {"width": 4}}}),

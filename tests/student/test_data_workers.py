@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from kdcache.student.config import TrainConfig
 from kdcache.student.train import train
 from kdcache.student.trainer import DistillationTrainer, arguments
 from tests.objects import Bucket, Endpoint
-from tests.processes import READY, ReadyMade
+from tests.processes import READY, ReadyMade, wait_until
 
 
 def options(cache: object, student: Path, out: Path, **changes: Any) -> TrainConfig:
@@ -125,12 +124,9 @@ def test_a_run_with_readers_stops_in_one_sentence(cache: Path, student_config: P
         "-c", SPAWNING, "train-student", "--cache", cache, "--student", student_config, "--out",
         tmp_path / "s", "--readers", 2, "--batch-rows", 2, "--steps", 100_000, "--device", "cpu",
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "s/metrics.jsonl").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until((tmp_path / "s/metrics.jsonl").exists, process, "no step was taken")
     process.terminate()
-    _, words = process.communicate(timeout=60)
+    _, words = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM and words == "stopped; what is finished is kept\n"
 
 

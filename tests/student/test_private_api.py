@@ -106,7 +106,7 @@ def make(out: Path, **changes: Any) -> Recorder:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **STUDENT))
     options = {
         "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 1,
-        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 0.0, 
+        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 0.0,
         "remove_unused_columns": False,
     }  # fmt: skip
     arguments = TrainingArguments(output_dir=str(out), **{**options, **changes})

@@ -23,7 +23,7 @@ from kdcache.student import trainer
 from kdcache.student.config import TrainConfig
 from kdcache.student.train import train
 from tests.making import STUDENT, make_model, make_tokenizer
-from tests.processes import ReadyMade, python
+from tests.processes import ReadyMade, python, wait_until
 
 
 def options(cache: Path, student: Path, out: Path, **changes: Any) -> TrainConfig:
@@ -217,9 +217,7 @@ def test_killed_at_any_moment(cache: Path, student_config: Path, tmp_path: Path)
     for delay in (0.2, 0.5, 0.9):
         again = dataclasses.replace(config, out=str(out), resume=out.exists())
         process = ReadyMade("-c", KILL, json.dumps(dataclasses.asdict(again)), "never")
-        deadline = time.monotonic() + 60
-        while not (out / "heldout-before.json").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until((out / "heldout-before.json").exists, process, "no step was taken", every=0.01)
         time.sleep(delay)
         process.kill()
         process.wait()

@@ -13,6 +13,7 @@ from kdcache.student.config import TrainConfig
 from kdcache.student.train import train
 from kdcache.teacher.dump import dump
 from tests.making import dump_options, make_model, make_tokenizer
+from tests.processes import PATIENCE
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_no_file_of_the_teacher_is_opened(made: tuple[Path, Path, Path], student
         "train-student", "--cache", str(cache), "--student", str(student_config), "--out", str(tmp_path / "s"),
         "--steps", "2", "--batch-rows", "4", "--heldout", "0.1", "--device", "cpu", "--quiet",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     opened = log.read_text()
     assert f'"{cache}/shards/' in opened  # so the trace shows what is opened

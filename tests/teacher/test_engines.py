@@ -139,7 +139,7 @@ def test_other_commands_take_the_engine(teacher: Path, corpus: Path, student_con
         ({"select": "ipps", "temperatures": "1"}, "selection ipps needs the whole vocabulary"),
         ({"select": "topp", "top_p": 0.9, "temperatures": "1"}, "selection topp needs the whole vocabulary"),
         ({"select": "full", "temperatures": "1"}, "selection full needs the whole vocabulary"),
-        ({"force_label": True, "temperatures": "1"}, "force_label needs the whole vocabulary"),
+        ({"force_label": True, "temperatures": "1"}, "selection topk, with force_label, needs the whole vocabulary"),
         ({"temperatures": "1,2"}, "temperature 2 needs the partition at that temperature"),
         ({"temperatures": "1", "positions": "entropy>1"}, r"positions entropy>1 needs the teacher's entropy"),
         ({"temperatures": "1", "extra": ("hidden:-1",)}, "extra is hidden:-1, but the engine top-only offers no extra"),
@@ -270,11 +270,11 @@ def test_pieces_cover_the_labelled_slots(isolate: bool) -> None:
 
 def test_names(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     assert find_engine("transformers").name == "transformers"
-    with pytest.raises(ConfigError, match="engine named 'bigram' is registered already"):
+    with pytest.raises(ConfigError, match="engine named bigram is registered already"):
         register_engine(Bigram)
-    with pytest.raises(ConfigError, match=r"engine 'steam' is not one of transformers, bigram"):
+    with pytest.raises(ConfigError, match=r"engine steam is not one of transformers, bigram"):
         dump_options(teacher, corpus, tmp_path, engine="steam")
     done = kdcache(
         "dump-teacher", "--teacher", teacher, "--corpus", corpus, "--out", tmp_path / "c", "--engine", "steam"
     )
-    assert done.returncode == 2 and done.stderr == "error: engine 'steam' is not one of transformers\n"
+    assert done.returncode == 2 and done.stderr == "error: engine steam is not one of transformers\n"

@@ -11,6 +11,7 @@ from torch import Tensor
 from kdcache import Selection, linear_lse_gather, select, sparse_kd_loss, sparse_kd_loss_from_logits
 from kdcache.losses import LinearHead, logit_sources
 from kdcache.losses.fused_linear import TILE_ELEMENTS
+from tests.bounds import ROOM, ROUNDINGS, require_close
 from tests.oracle import step_loss
 
 N, D, V = 40, 16, 300
@@ -63,9 +64,7 @@ def test_the_primitive_and_its_gradients(dtype: torch.dtype, with_bias: bool) ->
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     names = ("lse", "hidden", "weight", "bias")[: len(exact)]
     for name, ours, plain, true in zip(names, [lse.detach(), *mine], naive, exact, strict=True):
-        # No worse than the plain computation in the same dtype, and a last place.
-        allowed = (plain - true).abs().max() + 4 * torch.finfo(dtype).eps * true.abs().max() * (name != "lse") + 1e-6
-        assert (ours.double() - true).abs().max() <= allowed, name
+        require_close(ours, true, dtype, plain, what=name)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -140,9 +139,10 @@ def test_padded_rows_of_the_head_do_not_exist() -> None:
     weight, bias = (torch.cat([x.detach(), 100 + x.detach()[:5]]).requires_grad_() for x in leaves[1:])
     value, *padded = loss_and_gradients((hidden, weight, bias), vocab_size=V)
     exact, *plain = loss_and_gradients(leaves)
-    assert torch.equal(value, exact)
+    require_close(value, exact, torch.float64, what="value")
     for mine, true in zip(padded, plain, strict=True):
-        assert torch.equal(mine[: len(true)], true) and (mine[len(true) :] == 0).all()
+        require_close(mine[: len(true)], true, torch.float64, what="gradient")
+        assert (mine[len(true) :] == 0).all()
 
 
 def test_tied_embeddings_and_accumulation() -> None:
@@ -212,7 +212,7 @@ def test_half_precision(way: str, small_tiles: None, monkeypatch: pytest.MonkeyP
         naive = textbook(leaves, torch.nn.functional.linear(*leaves))
     assert ours[0].dtype == lse.dtype == torch.float32 and all(g.dtype == dtype for g in ours[1:])
     for mine, plain in zip(errors(ours, exact), errors(naive, exact), strict=True):
-        assert mine <= plain + 1e-6
+        assert mine <= ROOM * plain + ROUNDINGS[torch.float32] * 2**-24
     if way == "parameters":  # one rounding to bfloat16 at the end, and nothing else
         assert max(errors(ours, exact)) < 2**-8
 

@@ -17,8 +17,8 @@ import kdcache.student
 
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
-    {"errors", "options", "rows", "compiled"},
-    {"plugins"},
+    {"errors", "options", "rows", "compiled", "entry_form"},
+    {"plugins", "known"},
     {"registry"},
     {"extras", "targets", "worker"},
     {"position_filter", "selection", "losses", "codec", "isolation"},

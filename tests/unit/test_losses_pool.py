@@ -14,6 +14,7 @@ from kdcache import Pool, Selection, select, sparse_kd_loss, sparse_kd_loss_from
 from kdcache.errors import TargetError
 from kdcache.losses import PositionWeights, measure_positions, target_losses
 from kdcache.losses.union import Union
+from tests.bounds import require_close
 from tests.oracle import COMBINATIONS, DIVERGENCES, STEPS, position_losses, targets_of
 from tests.unit.made_teachers import WEIGHTS, N, V, log_pool, pool_of, sampling, student, teachers
 
@@ -43,7 +44,7 @@ def step(logits: Tensor, told: Tensor, each: Tensor, loss: str, temperature: flo
 def require_as_exact_as_naive(
     pool: Pool, textbook: Callable[[Tensor], Tensor], dtype: torch.dtype, **options: Any
 ) -> None:
-    """Value and gradients no further from float64 than the textbook in the same dtype, and some places relative."""
+    """Value and gradients are as near to float64 as the textbook's formula in the same dtype, within `bound`."""
 
     def naive(kind: torch.dtype) -> list[Tensor]:
         leaves = tuple(x.detach().to(kind).requires_grad_() for x in student(dtype))
@@ -56,8 +57,7 @@ def require_as_exact_as_naive(
     value = sparse_kd_loss(leaves[0], leaves[1], pool, labels=labels(), bias=leaves[2], **options)
     ours = [value.detach().double(), *(x.double() for x in torch.autograd.grad(value, leaves))]
     for name, mine, plain, true in zip("vhwb", ours, naive(dtype), naive(torch.float64), strict=True):
-        allowed = (plain - true).abs().max() + (4e-6 if dtype == torch.float32 else 1e-12) * true.abs().max()
-        assert (mine - true).abs().max() <= allowed, f"{name}: {(mine - true).abs().max():.3g} above {allowed:.3g}"
+        require_close(mine, true, dtype, plain, roundings=128 if dtype == torch.float32 else None, what=name)
 
 
 @pytest.mark.parametrize("count", [2, 3])

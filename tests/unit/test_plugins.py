@@ -31,9 +31,9 @@ def test_a_registry_finds_what_was_registered_and_names_what_there_is() -> None:
     found: Registry[int] = Registry("number")
     found.register("one", 1)
     assert found.find("one") == 1 and found.names() == ("one",) and "two" not in found
-    with pytest.raises(ConfigError, match="number 'two' is not one of one"):
+    with pytest.raises(ConfigError, match="number two is not one of one"):
         found.find("two")
-    with pytest.raises(ConfigError, match="a number named 'one' is registered already"):
+    with pytest.raises(ConfigError, match="a number named one is registered already"):
         found.register("one", 2)
     for name in ("", "a:b", "a b", "é"):
         with pytest.raises(ConfigError, match="cannot be registered as"):
@@ -48,7 +48,7 @@ def test_a_registry_finds_what_was_registered_and_names_what_there_is() -> None:
         ("x = 1 / 0", "ZeroDivisionError: division by zero (line 1 of"),
         (
             "from kdcache.losses import register_divergence\nregister_divergence('tvd', None)",
-            "was refused: a loss named 'tvd' is registered already",
+            "was refused: a loss named tvd is registered already",
         ),
     ],
 )

@@ -28,6 +28,7 @@ included).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import platform
 from abc import ABC, abstractmethod
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from kdcache.known import Known
     from kdcache.position_filter import Positions
     from kdcache.rows import RowSpec
     from kdcache.selection import Selection
@@ -115,6 +117,14 @@ class EngineKnowledge:
     temperatures: tuple[float, ...] | None = None
     entropy: bool = True
     label_logprob: bool = True
+
+    def known(self, selection: Selection, temperatures: tuple[float, ...]) -> Known:
+        """What the targets of a selection know that this engine makes."""
+        found = selection.known(temperatures)
+        found = dataclasses.replace(
+            found, entropy=found.entropy and self.entropy, label_logprob=found.label_logprob and self.label_logprob
+        )
+        return found if self.whole_vocabulary or not found.tails else dataclasses.replace(found, tail_sum="remainder")
 
 
 @dataclass(frozen=True)
@@ -280,10 +290,9 @@ def require_answerable(
     def refuse(what: str, why: str) -> None:
         raise ConfigError(f"{what} needs {why}, which the engine {engine.name} does not know")
 
-    if not knows.whole_vocabulary and selection.kind != "topk":
-        refuse(f"the selection {selection.kind}", "the whole vocabulary")
-    if not knows.whole_vocabulary and selection.force_label:
-        refuse("force_label", "the whole vocabulary")
+    if not knows.whole_vocabulary and selection.needs_vocabulary:
+        forced = ", with force_label," if selection.labelled else ""
+        refuse(f"the selection {selection.kind}{forced}", "the whole vocabulary")
     unknown = [t for t in request.temperatures if knows.temperatures is not None and t not in knows.temperatures]
     if unknown:
         refuse(f"the temperature {unknown[0]:g}", "the partition at that temperature")

@@ -21,6 +21,7 @@ from kdcache.errors import CacheError, CacheMismatchError, CorpusError, CorruptC
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, PLAN, Manifest
 from kdcache.store.plan import create_plan, decode_plan, encode_plan, read_plan
+from kdcache.store.seal import SEAL
 from kdcache.store.sealed_json import canonical, seal
 from kdcache.teacher.dump import dump
 from kdcache.testing.example_rows import example_manifest, example_plan
@@ -162,7 +163,8 @@ LIES: dict[str, Callable[[Plan], bytes]] = {
 
 
 def forge(folder: Path, data: bytes, **fields: Any) -> None:
-    """Another plan in a cache, and records that belong to it."""
+    """Another plan in a cache that is not sealed, and records that belong to it."""
+    (folder / SEAL).unlink()
     (folder / PLAN).write_bytes(data)
     record = json.loads((folder / NAME).read_text())
     (folder / NAME).write_bytes(
