@@ -38,13 +38,13 @@ from kdcache.losses.pool import Pool
 from kdcache.losses.position_metrics import Figures
 from kdcache.losses.target_losses import (
     TAILS,
-    Aim,
-    BucketAim,
-    PooledAim,
-    dense_aim,
-    pooled_aim,
-    sampled_aim,
-    truncated_aim,
+    BucketLoss,
+    PooledLoss,
+    TargetLoss,
+    dense_loss,
+    pooled_loss,
+    sampled_loss,
+    truncated_loss,
     warn_once,
 )
 from kdcache.losses.union import Union
@@ -171,22 +171,22 @@ class Objective:
                 f"{self.temperature:g}: their weights cannot be softened without bias"
             )
 
-    def aim(self, pool: Pool, labels: Tensor | None, vocab: int) -> PooledAim:
+    def target_loss(self, pool: Pool, labels: Tensor | None, vocab: int) -> PooledLoss:
         """What the teachers ask of the student."""
         several = len(pool.targets) > 1
         if several and pool.keeps_everything(vocab):  # then every tail is the same: nothing
-            return dense_aim(pool, find_divergence(self.loss), self.temperature, labels, vocab)
+            return dense_loss(pool, find_divergence(self.loss), self.temperature, labels, vocab)
         if several and not pool.targets[0].sampled:
             warn_once("pool", _TRUNCATED_POOL)
-        return pooled_aim(pool, lambda targets: self._aim_of_one(targets, labels, vocab), labels, vocab)
+        return pooled_loss(pool, lambda targets: self._target_loss_of_one(targets, labels, vocab), labels, vocab)
 
-    def _aim_of_one(self, targets: SparseTargets, labels: Tensor | None, vocab: int) -> Aim:
+    def _target_loss_of_one(self, targets: SparseTargets, labels: Tensor | None, vocab: int) -> TargetLoss:
         self.require_fit(targets.kind, targets.sampled, targets.sample_temperature)
         if targets.sampled:
-            return sampled_aim(targets)
+            return sampled_loss(targets)
         if self.tail == "bucket":
-            return BucketAim.of(targets, find_divergence(self.loss), self.temperature)
-        return truncated_aim(targets, self.tail, self.temperature, labels, vocab)
+            return BucketLoss.of(targets, find_divergence(self.loss), self.temperature)
+        return truncated_loss(targets, self.tail, self.temperature, labels, vocab)
 
 
 _TRUNCATED_POOL = (
@@ -247,13 +247,13 @@ def distil(
         return counts.to(source.dtype) * scale / (counts.sum().clamp(min=1) if given is None else given)
 
     at: dict[float, list[_Term]] = {}
-    aim = objective.aim(chosen, told, source.vocab) if soft else None
-    union = Union.of(chosen.targets, told, source.vocab) if aim is None else aim.union
-    if aim is not None:
+    target_loss = objective.target_loss(chosen, told, source.vocab) if soft else None
+    union = Union.of(chosen.targets, told, source.vocab) if target_loss is None else target_loss.union
+    if target_loss is not None:
         factor = share(has_target, objective.scale, num_items if num_targets is None else num_targets)
         if position_weights is not None:
             factor = factor * (position_weights if index is None else position_weights[index])
-        at.setdefault(objective.temperature, []).append(_Term(factor, aim.losses))
+        at.setdefault(objective.temperature, []).append(_Term(factor, target_loss.losses))
     if hard:
         factor = share(torch.ones_like(has_target), 1 - objective.soft_weight, num_items)
         at.setdefault(1.0, []).append(_Term(factor, _label_losses))
@@ -268,7 +268,7 @@ def distil(
             union.kept,
             _sum_of(terms),
             look if temperature == 1 else None,
-            aim is not None and aim.tail_mean and temperature == objective.temperature,
+            target_loss is not None and target_loss.tail_mean and temperature == objective.temperature,
         )
         for temperature, terms in at.items()
     ]

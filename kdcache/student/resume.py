@@ -18,7 +18,7 @@ from typing import Any
 from kdcache.errors import ConfigError
 from kdcache.store.atomic_files import storage_errors, taken
 from kdcache.student import distributed
-from kdcache.student.caches import Source
+from kdcache.student.caches import CacheSource
 from kdcache.student.config import TrainConfig
 from kdcache.student.model_card import versions
 from kdcache.student.split import Split
@@ -61,7 +61,7 @@ def rows_per_step(config: TrainConfig) -> int:
     return config.batch_rows * config.accumulate * distributed.world()
 
 
-def describe(config: TrainConfig, sources: Sequence[Source]) -> Fields:
+def describe(config: TrainConfig, sources: Sequence[CacheSource]) -> Fields:
     """What a run is: its configuration, with the student's place made absolute, its caches and its surroundings."""
     student = Path(config.student).expanduser()
     fields = {

@@ -179,7 +179,7 @@ def _train(
     return summary
 
 
-def _schedule(config: TrainConfig, source: caches.Source, steps: int) -> Schedule:
+def _schedule(config: TrainConfig, source: caches.CacheSource, steps: int) -> Schedule:
     partners = {each.name: each.cache.manifest for each in source.partners}
     return Schedule.of(config, source.cache.manifest, steps, partners)
 
