@@ -240,15 +240,17 @@ def distil(
     labelled = torch.ones_like(has_target) if labels is None else labels != IGNORE
     keep = labelled if hard else labelled & has_target
     index = None if bool(keep.all()) else keep.nonzero()[:, 0]
-    chosen, told = (pool, labels) if index is None else (pool[index], None if labels is None else labels[index])
-    has_target = chosen.count > 0
+    counted, counted_labels = (
+        (pool, labels) if index is None else (pool[index], None if labels is None else labels[index])
+    )
+    has_target = counted.count > 0
 
     def share(counts: Tensor, scale: float, given: Tensor | float | None) -> Tensor:
         return counts.to(source.dtype) * scale / (counts.sum().clamp(min=1) if given is None else given)
 
     at: dict[float, list[_Term]] = {}
-    target_loss = objective.target_loss(chosen, told, source.vocab) if soft else None
-    union = Union.of(chosen.targets, told, source.vocab) if target_loss is None else target_loss.union
+    target_loss = objective.target_loss(counted, counted_labels, source.vocab) if soft else None
+    union = Union.of(counted.targets, counted_labels, source.vocab) if target_loss is None else target_loss.union
     if target_loss is not None:
         factor = share(has_target, objective.scale, num_items if num_targets is None else num_targets)
         if position_weights is not None:
@@ -258,9 +260,9 @@ def distil(
         factor = share(torch.ones_like(has_target), 1 - objective.soft_weight, num_items)
         at.setdefault(1.0, []).append(_Term(factor, _label_losses))
     look: Any = None
-    if figures is not None and told is not None:
+    if figures is not None and counted_labels is not None:
         at.setdefault(1.0, [])
-        look = figures.over(chosen, union)
+        look = figures.over(counted, union)
     views = [
         View(
             temperature,

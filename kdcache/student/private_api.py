@@ -62,7 +62,8 @@ PRIVATE_NAMES = (
     ),
     PrivateName(
         _TRAINER, "loss_is_scaled_for_ga", None,
-        "set to True: the loss is divided by that count already, and not once more by the accumulation",
+        "set to True: the loss is divided by that count already, and not once more by the accumulation "
+        "(5.17 does not know it, and goes by `model_accepts_loss_kwargs`)",
     ),
     PrivateName(
         "transformers.TrainingArguments", "_n_gpu", None,

@@ -62,7 +62,7 @@ def rows_per_step(config: TrainConfig) -> int:
 
 
 def describe(config: TrainConfig, sources: Sequence[CacheSource]) -> Fields:
-    """What a run is: its configuration, with the student's place made absolute, its caches and its surroundings."""
+    """What a run is: its configuration, with the path of the student made absolute, its caches, and its versions."""
     student = Path(config.student).expanduser()
     fields = {
         **dataclasses.asdict(config),
@@ -134,7 +134,7 @@ def write(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
+def hold_folder(out: Path) -> Iterator[None]:
     """Hold the folder of a run: a launcher that is killed may leave ranks behind that still write there.
 
     It is made if need be, and taken away again if nothing came to lie in it.
