@@ -132,7 +132,18 @@ def load_model(
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise ModelError(f"the {role} {folder} lacks {len(names)} of its weights, {names[0]} among them")
+    keep_attention_cap(model)
     return model if device is None or device_map is not None else model.to(device)
+
+
+def keep_attention_cap(model: Any) -> None:
+    """Run a model that caps its attention logits (Gemma 2) by an attention that does so.
+
+    Up to 5.20, transformers gives such a model `sdpa` unless told otherwise, which silently leaves the cap out.
+    """
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if capped and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

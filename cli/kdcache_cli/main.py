@@ -268,7 +268,7 @@ class ConvertOptions:
     """What `convert` is asked to do."""
 
     cache: str = option("folder or URL of the cache")
-    out: str = option("folder or URL of the new cache; made, or gone on with")
+    out: str = option("folder or URL of the new cache; created, or resumed if it is the same conversion")
     store: str | None = option("arrow or zarr  [default: as it is]", None)
     k: int | None = option("keep so many entries a position, or make so many draws of those stored", None)
     precision: str | None = option("store the values anew: float32, float16, or 4 to 16 bits", None)

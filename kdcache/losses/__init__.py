@@ -1,15 +1,13 @@
 """Losses on sparse targets, from one primitive that never keeps `[positions, vocabulary]`.
 
-    divergences.py   the registry: forward and reverse KL, their skewed forms, JSD, TVD
-    aims.py          what targets ask of a student: buckets, other tails, sampled weights
-    pool.py          targets of several teachers, and the weight of each
-    union.py         the entries of several targets, gathered once
-    tile.py          one tile of logits, reduced and turned into its gradient in place
-    heads.py         where logits come from: an output head, or logits that exist
-    primitive.py     the functions of autograd that walk the tiles
-    figures.py       how a student does at each position, from the same tiles
-    weights.py       how much each position counts
-    distillation.py  the loss of a step
+    divergences.py       the registry: forward and reverse KL, their skewed forms, JSD, TVD
+    target_losses.py     the loss of each position, by kind of target and by what is made of the tail
+    pool.py              targets of several teachers, and the weight of each
+    union.py             the entries of several targets, gathered once
+    logit_sources.py     where logits come from: an output head, or logits that exist
+    fused_linear.py      the primitive: tiles of logits, reduced and turned into their gradient in place
+    position_metrics.py  a student's figures at each position, from the same tiles
+    step_loss.py         the loss of an optimiser step, and how much each position counts
 
 docs/mathematics.md derives each loss and its gradient.
 """

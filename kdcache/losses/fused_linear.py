@@ -4,23 +4,18 @@ Two functions of autograd walk a source of logits tile by tile. `linear_lse_gath
 loss's gradient only in the backward pass and makes each tile again. `fused_loss` knows the loss, so each tile gives its
 gradient at once and is made a single time; the backward pass hands out what is ready.
 
-Guarantee: first-order gradients in every tensor of the source, the sums taken in float32 (float64 for float64).
-Cost: in memory, one tile of logits a view; in time, three matrix products of N D V for `fused_loss` with its
-backward pass, as many as for a loss over stored logits, and four for `linear_lse_gather`.
+In a `Tile` the entries are taken out first. What is left, the ids that are not entries, is summed on its own, so the
+tail is never one minus the kept mass; and the log-partition of everything is the sum of the two parts. Afterwards the
+tile's memory holds e^(z - peak) of what is left, which is all that the gradient needs.
 
-Shapes: N positions, n positions of a tile, V vocabulary, D hidden, K ids asked for.
+Guarantee: first-order gradients in every tensor of the source, the sums taken in float32 (float64 for float64). No
+overflow, and no underflow of a tail however small; an entry that holds all the mass, or a tail without a single id, is
+exact.
+Cost: in memory, one buffer `[n, V]` for each view, used for all tiles in turn; in time, five passes over each tile in
+place, among them one exponential, and three matrix products of N D V for `fused_loss` with its backward pass, as many
+as for a loss over stored logits, or four for `linear_lse_gather`. docs/decisions/0011 has the figures.
 
-One tile of logits: what the losses need of it, and then, in the same memory, its gradient.
-
-The entries are taken out first. What is left, the ids that are not entries, is summed on its own, so the tail is never
-one minus the kept mass; and the log-partition of everything is the sum of the two parts. The tile holds e^(z - peak)
-of what is left afterwards, which is all that the gradient needs: there is no second pass over the logits.
-
-Guarantee: no overflow, and no underflow of a tail however small; an entry that holds all the mass, or a tail without
-a single id, is exact.
-Cost: five passes over `[n, V]` in place, among them one exponential; no second tensor of that size.
-
-Shapes: n positions of the tile, V vocabulary, G ids asked for.
+Shapes: N positions, n positions of a tile, V vocabulary, D hidden, K ids of `linear_lse_gather`, G ids of a view.
 """
 
 from __future__ import annotations

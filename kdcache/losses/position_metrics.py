@@ -28,7 +28,7 @@ from kdcache.losses.divergences import find_divergence
 from kdcache.losses.fused_linear import StudentTile, View, fused_loss
 from kdcache.losses.logit_sources import LogitSource, StoredLogits
 from kdcache.losses.pool import Pool
-from kdcache.losses.target_losses import Aim, BucketAim, sampled_aim
+from kdcache.losses.target_losses import BucketLoss, TargetLoss, sampled_loss
 from kdcache.losses.union import Union
 from kdcache.targets import SparseTargets
 
@@ -54,7 +54,7 @@ class Figures:
 
     def over(self, pool: Pool, union: Union) -> Callable[[StudentTile, slice], None]:
         """What a view over a union of a pool's entries calls on each tile; the last id it gathers is the label."""
-        aims = [_kl_of(targets) for targets in pool.targets]
+        target_losses = [_kl_of(targets) for targets in pool.targets]
         first = pool.targets[0]
 
         def look(whole: StudentTile, rows: slice) -> None:
@@ -72,11 +72,11 @@ class Figures:
                 found |= metric(student, held)
             for name in found.keys() & TEACHER_FIGURES:
                 found[name] = torch.where(held.count > 0, found[name], 0.0)
-            for number, (targets, aim) in enumerate(zip(pool.targets, aims, strict=True)):
+            for number, (targets, target_loss) in enumerate(zip(pool.targets, target_losses, strict=True)):
                 has_target = targets.count[rows] > 0
                 found[of_teacher("has_target", number)] = has_target.to(student.lse.dtype)
-                if aim is not None:
-                    kl = aim.losses(union.view(number, whole, rows), rows)
+                if target_loss is not None:
+                    kl = target_loss.losses(union.view(number, whole, rows), rows)
                     if targets.sampled:
                         kl = kl - targets.require("entropy", "its kl")[rows]
                     found[of_teacher("kl", number)] = torch.where(has_target, kl, 0.0)
@@ -104,11 +104,11 @@ def divisor_of(figure: str) -> str | None:
     return f"has_target{slash}{number}" if name in TEACHER_FIGURES else "positions"
 
 
-def _kl_of(targets: SparseTargets) -> Aim | None:
+def _kl_of(targets: SparseTargets) -> TargetLoss | None:
     """What `kl` is made of, if the targets can tell it."""
     if not targets.sampled:
-        return BucketAim.of(targets, find_divergence("forward-kl"), 1.0)
-    return sampled_aim(targets) if targets.sample_temperature == 1 and targets.entropy is not None else None
+        return BucketLoss.of(targets, find_divergence("forward-kl"), 1.0)
+    return sampled_loss(targets) if targets.sample_temperature == 1 and targets.entropy is not None else None
 
 
 @torch.no_grad()

@@ -4,20 +4,19 @@
 
 T^2 (T for `tvd`) keeps the gradient's size as T grows (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
 A position whose label is -100 counts for neither term, one without a target not for the first: `targets` are the
-positions of the step that have one, `items` those that have a label. Both terms, all
-temperatures and all figures come out of one pass over the tiles.
+positions of the step that have one, `items` those that have a label. Both terms, all temperatures and all figures come
+out of one pass over the tiles.
 
-Shapes: N positions, M positions that count, V vocabulary, D hidden, K entries.
-
-Position weights: how much the distillation term of each position counts, from what the cache knows of the teacher.
+`PositionWeights` gives a_t, how much the distillation term of a position counts, from the entropy H of the teacher's
+whole distribution there at T = 1, which the targets must know (of several teachers, the mean of theirs by weight):
 
     none                  1
     confidence            1 - H / log V: 1 where the teacher is certain, 0 where it knows nothing
     entropy-gate:LO:HI    1 where LO <= H <= HI nats, 0 elsewhere; either may be left out
 
-H is the entropy of the teacher's whole distribution at T = 1, which targets must know; of several
-teachers, the mean of theirs by weight. The divisor of
-the loss stays the number of positions, so weights add up across micro-batches and ranks; the label term is not weighed.
+They do not change the divisors, so that sums add up across micro-batches and ranks; the label term is not weighed.
+
+Shapes: N positions, M positions that count, V vocabulary, D hidden, K entries.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ from kdcache.losses.pool import Pool
 from kdcache.losses.position_metrics import Figures
 from kdcache.losses.target_losses import (
     TAILS,
-    Aim,
-    BucketAim,
-    PooledAim,
-    dense_aim,
-    pooled_aim,
-    sampled_aim,
-    truncated_aim,
+    BucketLoss,
+    PooledLoss,
+    TargetLoss,
+    dense_loss,
+    pooled_loss,
+    sampled_loss,
+    truncated_loss,
     warn_once,
 )
 from kdcache.losses.union import Union
@@ -113,7 +112,7 @@ class Objective:
 
     Attributes:
         loss: name of a divergence, with its constant if need be: `jsd:0.9`.
-        tail: what is made of the mass that truncated targets did not keep; see `losses.aims`.
+        tail: what is made of the mass that truncated targets did not keep; see `losses.target_losses`.
         temperature: T of the distillation term.
         soft_weight: weight of the distillation term; the label term gets the rest.
 
@@ -172,22 +171,22 @@ class Objective:
                 f"{self.temperature:g}: their weights cannot be softened without bias"
             )
 
-    def aim(self, pool: Pool, labels: Tensor | None, vocab: int) -> PooledAim:
+    def target_loss(self, pool: Pool, labels: Tensor | None, vocab: int) -> PooledLoss:
         """What the teachers ask of the student."""
         several = len(pool.targets) > 1
         if several and pool.keeps_everything(vocab):  # then every tail is the same: nothing
-            return dense_aim(pool, find_divergence(self.loss), self.temperature, labels, vocab)
+            return dense_loss(pool, find_divergence(self.loss), self.temperature, labels, vocab)
         if several and not pool.targets[0].sampled:
             warn_once("pool", _TRUNCATED_POOL)
-        return pooled_aim(pool, lambda targets: self._aim_of_one(targets, labels, vocab), labels, vocab)
+        return pooled_loss(pool, lambda targets: self._target_loss_of_one(targets, labels, vocab), labels, vocab)
 
-    def _aim_of_one(self, targets: SparseTargets, labels: Tensor | None, vocab: int) -> Aim:
+    def _target_loss_of_one(self, targets: SparseTargets, labels: Tensor | None, vocab: int) -> TargetLoss:
         self.require_fit(targets.kind, targets.sampled, targets.sample_temperature)
         if targets.sampled:
-            return sampled_aim(targets)
+            return sampled_loss(targets)
         if self.tail == "bucket":
-            return BucketAim.of(targets, find_divergence(self.loss), self.temperature)
-        return truncated_aim(targets, self.tail, self.temperature, labels, vocab)
+            return BucketLoss.of(targets, find_divergence(self.loss), self.temperature)
+        return truncated_loss(targets, self.tail, self.temperature, labels, vocab)
 
 
 _TRUNCATED_POOL = (
@@ -241,27 +240,29 @@ def distil(
     labelled = torch.ones_like(has_target) if labels is None else labels != IGNORE
     keep = labelled if hard else labelled & has_target
     index = None if bool(keep.all()) else keep.nonzero()[:, 0]
-    chosen, told = (pool, labels) if index is None else (pool[index], None if labels is None else labels[index])
-    has_target = chosen.count > 0
+    counted, counted_labels = (
+        (pool, labels) if index is None else (pool[index], None if labels is None else labels[index])
+    )
+    has_target = counted.count > 0
 
     def share(counts: Tensor, scale: float, given: Tensor | float | None) -> Tensor:
         return counts.to(source.dtype) * scale / (counts.sum().clamp(min=1) if given is None else given)
 
     at: dict[float, list[_Term]] = {}
-    aim = objective.aim(chosen, told, source.vocab) if soft else None
-    union = Union.of(chosen.targets, told, source.vocab) if aim is None else aim.union
-    if aim is not None:
+    target_loss = objective.target_loss(counted, counted_labels, source.vocab) if soft else None
+    union = Union.of(counted.targets, counted_labels, source.vocab) if target_loss is None else target_loss.union
+    if target_loss is not None:
         factor = share(has_target, objective.scale, num_items if num_targets is None else num_targets)
         if position_weights is not None:
             factor = factor * (position_weights if index is None else position_weights[index])
-        at.setdefault(objective.temperature, []).append(_Term(factor, aim.losses))
+        at.setdefault(objective.temperature, []).append(_Term(factor, target_loss.losses))
     if hard:
         factor = share(torch.ones_like(has_target), 1 - objective.soft_weight, num_items)
         at.setdefault(1.0, []).append(_Term(factor, _label_losses))
     look: Any = None
-    if figures is not None and told is not None:
+    if figures is not None and counted_labels is not None:
         at.setdefault(1.0, [])
-        look = figures.over(chosen, union)
+        look = figures.over(counted, union)
     views = [
         View(
             temperature,
@@ -269,7 +270,7 @@ def distil(
             union.kept,
             _sum_of(terms),
             look if temperature == 1 else None,
-            aim is not None and aim.tail_mean and temperature == objective.temperature,
+            target_loss is not None and target_loss.tail_mean and temperature == objective.temperature,
         )
         for temperature, terms in at.items()
     ]

@@ -1,4 +1,4 @@
-"""Aims: what sparse targets ask of a student, by kind of target and by what is made of the tail.
+"""The loss of each position: what sparse targets ask of a student, by kind of target and by use of the tail.
 
     tail            target outside the entries K; p is exact inside       gradient on K     gradient elsewhere
     bucket          its mass r, as one outcome                            q - p             q (1 - r / s)
@@ -10,7 +10,7 @@
 
 q is the student, s its mass outside K, W = 1 - r + [label outside K]. `bucket` is a lower bound of the dense loss
 whose kept probabilities and tail mass are exact at the optimum; `label-sample` is unbiased as labels follow p at T = 1;
-`none`, `renormalise`, `label` and `uniform` are biased and say so once. Targets of sampled kinds are their own aim:
+`none`, `renormalise`, `label` and `uniform` are biased and say so once. Targets of sampled kinds need no tail:
 weights w that sum to 1, gradient q - w everywhere, unbiased. docs/mathematics.md derives all of them.
 
 All but `bucket` are linear in log q, so one class serves them. Those of several teachers are summed by weight, each on
@@ -47,7 +47,7 @@ _BIASED = {
 _warned: set[str] = set()
 
 
-class Aim(ABC):
+class TargetLoss(ABC):
     """A loss of each position, as a function of what a tile knows of the student.
 
     Attributes:
@@ -62,7 +62,7 @@ class Aim(ABC):
 
 
 @dataclass(frozen=True)
-class BucketAim(Aim):
+class BucketLoss(TargetLoss):
     """A divergence over the entries and the tail as one outcome.
 
     Attributes:
@@ -78,11 +78,11 @@ class BucketAim(Aim):
     targets: SparseTargets
 
     @staticmethod
-    def of(targets: SparseTargets, divergence: Divergence, temperature: float) -> BucketAim:
-        """The aim of truncated targets at a temperature that they hold exactly."""
+    def of(targets: SparseTargets, divergence: Divergence, temperature: float) -> BucketLoss:
+        """The loss of truncated targets at a temperature that they hold exactly."""
         log_p, log_tail = targets.at_temperature(temperature)
         log_p = torch.where(targets.valid, log_p.clamp(min=ABSENT), ABSENT)
-        return BucketAim(divergence, log_p, log_tail.clamp(min=ABSENT), targets)
+        return BucketLoss(divergence, log_p, log_tail.clamp(min=ABSENT), targets)
 
     def losses(self, student: StudentTile, rows: slice) -> Tensor:
         """`[n]` the divergence."""
@@ -96,7 +96,7 @@ class BucketAim(Aim):
 
 
 @dataclass(frozen=True)
-class LinearAim(Aim):
+class LinearLoss(TargetLoss):
     """A cross-entropy with fixed weights, less a constant.
 
     Attributes:
@@ -128,58 +128,60 @@ class LinearAim(Aim):
 
 
 @dataclass(frozen=True)
-class PooledAim(Aim):
-    """The aims of several targets, each on its own view of a union, summed by weight.
+class PooledLoss(TargetLoss):
+    """The losses of several targets, each on its own view of a union, summed by weight.
 
     Attributes:
         union: of the targets.
-        parts: of each: its number in the union, `[N]` weights, and its aim.
+        parts: of each: its number in the union, `[N]` weights, and its loss.
     """
 
     union: Union
-    parts: tuple[tuple[int, Tensor, Aim], ...]
+    parts: tuple[tuple[int, Tensor, TargetLoss], ...]
 
     @property
     def tail_mean(self) -> bool:  # type: ignore[override]
         """Where any of them needs it."""
-        return any(aim.tail_mean for _, _, aim in self.parts)
+        return any(target_loss.tail_mean for _, _, target_loss in self.parts)
 
     def losses(self, student: StudentTile, rows: slice) -> Tensor:
         """`[n]` the weighted sum; `student` is what the whole union sees of the tile."""
         return torch.stack(
             [
-                weight[rows] * aim.losses(self.union.view(member, student, rows), rows)
-                for member, weight, aim in self.parts
+                weight[rows] * target_loss.losses(self.union.view(member, student, rows), rows)
+                for member, weight, target_loss in self.parts
             ]
         ).sum(0)
 
 
-def pooled_aim(pool: Pool, aim_of: Callable[[SparseTargets], Aim], labels: Tensor | None, vocab: int) -> PooledAim:
-    """The aims of all teachers of a pool, by their weights."""
-    parts = zip(range(len(pool.targets)), pool.present, map(aim_of, pool.targets), strict=True)
-    return PooledAim(Union.of(pool.targets, labels, vocab), tuple(parts))
+def pooled_loss(
+    pool: Pool, loss_of: Callable[[SparseTargets], TargetLoss], labels: Tensor | None, vocab: int
+) -> PooledLoss:
+    """The losses of all teachers of a pool, by their weights."""
+    parts = zip(range(len(pool.targets)), pool.present, map(loss_of, pool.targets), strict=True)
+    return PooledLoss(Union.of(pool.targets, labels, vocab), tuple(parts))
 
 
-def dense_aim(pool: Pool, divergence: Divergence, temperature: float, labels: Tensor | None, vocab: int) -> PooledAim:
+def dense_loss(pool: Pool, divergence: Divergence, temperature: float, labels: Tensor | None, vocab: int) -> PooledLoss:
     """A divergence from the pool of teachers that keep everything; the last of the union is the pool itself."""
     targets, log_p = pool.dense(temperature, vocab)
     no_tail = torch.full_like(log_p[:, 0], ABSENT)
-    aim = BucketAim(divergence, log_p.clamp(min=ABSENT), no_tail, targets)
+    target_loss = BucketLoss(divergence, log_p.clamp(min=ABSENT), no_tail, targets)
     union = Union.of((*pool.targets, targets), labels, vocab)
-    return PooledAim(union, ((len(pool.targets), pool.present.sum(0), aim),))
+    return PooledLoss(union, ((len(pool.targets), pool.present.sum(0), target_loss),))
 
 
-def sampled_aim(targets: SparseTargets) -> LinearAim:
+def sampled_loss(targets: SparseTargets) -> LinearLoss:
     """sum_i w_i (-log q_i): its mean over draws is the dense cross-entropy with p_T, and that of its gradient is q - p.
 
     It is blind to a shift of the logits and never negative, for every single draw.
     """
-    return LinearAim(torch.where(targets.valid, targets.weights, 0.0), torch.zeros_like(targets.weights[..., 0]))
+    return LinearLoss(torch.where(targets.valid, targets.weights, 0.0), torch.zeros_like(targets.weights[..., 0]))
 
 
-def truncated_aim(
+def truncated_loss(
     targets: SparseTargets, tail: str, temperature: float, labels: Tensor | None, vocab: int
-) -> LinearAim:
+) -> LinearLoss:
     """Forward KL against the entries and what a tail other than `bucket` makes of the rest.
 
     Raises:
@@ -191,21 +193,21 @@ def truncated_aim(
     p, r = torch.where(targets.valid, log_p.exp(), 0.0), log_tail.exp()
     constant = torch.xlogy(p, p).sum(-1)
     if tail == "none":
-        return LinearAim(p, constant)
+        return LinearLoss(p, constant)
     if tail == "renormalise":
         a = p.sum(-1).clamp(min=torch.finfo(p.dtype).tiny)
-        return LinearAim(p / a[:, None], constant / a - torch.where(targets.count > 0, a.log(), 0.0))
+        return LinearLoss(p / a[:, None], constant / a - torch.where(targets.count > 0, a.log(), 0.0))
     if tail == "uniform":
         others = (vocab - targets.count).clamp(min=1)
-        return LinearAim(p, constant + torch.xlogy(r, r / others), spread=r)
+        return LinearLoss(p, constant + torch.xlogy(r, r / others), spread=r)
     if labels is None:
         raise ConfigError(f"tail {tail!r} needs labels")
     at_label = (targets.ids == labels[:, None]) & targets.valid
     if tail == "label":
         known = torch.where(at_label, p, 0.0).sum(-1)
         changed = torch.xlogy(known + r, known + r) - torch.xlogy(known, known)
-        return LinearAim(p, constant + changed, label_weight=r)
-    return LinearAim(p, constant, label_weight=(~at_label.any(-1)).to(p.dtype))
+        return LinearLoss(p, constant + changed, label_weight=r)
+    return LinearLoss(p, constant, label_weight=(~at_label.any(-1)).to(p.dtype))
 
 
 def warn_once(name: str, text: str) -> None:

@@ -1,32 +1,28 @@
 """Student: everything that learns from a cache. Nothing here imports the teacher's side.
 
-config.py       what a training run is asked to do
-choice.py       what --rows and --where say
-sources.py      the caches of a run, their weights, and whether they can be mixed
-teachers.py     caches of several teachers over the same rows, read as one
-split.py        which rows are trained on and which are measured on
-mixture.py      one sequence of rows out of several caches
-data.py         rows of caches as batches, the order of a run, the rows held out
-model.py        a student from a checkpoint, a hub name or a config.json
-measure.py      figures over rows: nll, kl, agreement, and those of the next two
-calibration.py  expected calibration error
-acceptance.py   what stored targets say of speculative decoding
-checkpoints.py  checkpoints that exist whole or not at all
-readers.py      processes that read batches ahead
-waiting.py      the share of the time that the step waited for rows
-lines.py        JSON lines that a run appends to and cuts back
-record.py       what a run is, so that it is gone on with as itself
-ranks.py        what the processes of a run tell each other
-head.py         body, output head and loss in one forward pass
-adapters.py     low-rank updates, instead of all weights
-loss.py         the loss of one batch
-schedule.py     the objective of each step
-trainer.py      transformers.Trainer with our loss and our order of rows
-surroundings.py what a run needs of the machine and its packages
-saving.py       a trained student on disk
-train.py        one run, from a cache to a checkpoint
-run_record.py   its model card, and the versions of what it ran with
-curves.py       its curves
+    what is asked for   config.py          the options of a training run
+                        row_filter.py      what `rows` and `where` say
+                        preflight.py       what a run needs of the machine and its packages
+    rows                caches.py          the caches of a run, their weights, and whether they can be mixed
+                        multi_teacher.py   caches of several teachers over the same rows, read as one
+                        split.py           which rows are trained on and which are measured
+                        row_set.py         sets of rows, a bit each
+                        mixture.py         one sequence of rows out of several caches
+                        permutation.py     an order of rows, each of which can be asked for alone
+                        data.py            rows of caches as batches, in the order of a run
+                        data_workers.py    processes that read batches ahead
+    the student         model.py           a student from a checkpoint, a hub name or a config.json; adapters; saving
+                        fused_head.py      body, output head and loss in one forward pass
+    training            train.py           one run, from a cache to a checkpoint
+                        schedule.py        the objective of each step
+                        trainer.py         transformers.Trainer with our loss and our order of rows
+                        private_api.py     what of transformers and accelerate is used beside their public names
+                        distributed.py     what the ranks of a run tell each other
+                        resume.py          what a run is, so that the same run is resumed or refused
+    measuring           evaluation.py      figures over rows: nll, kl, agreement, and those of the next file
+                        metrics.py         calibration, and the acceptance of drafts
+                        curves.py          the curves of a run
+                        model_card.py      its model card, and the versions of what it ran with
 
 The names below are the pieces for a loop of one's own (docs/own-loop.md); they are imported when they are first used.
 """

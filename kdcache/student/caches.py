@@ -21,11 +21,11 @@ from kdcache.store.manifest import NAME, Manifest
 from kdcache.store.open_storage import open_storage
 from kdcache.student import distributed
 from kdcache.student.config import TrainConfig
-from kdcache.student.multi_teacher import PooledCache, RowReader, Teacher, require_lined_up
+from kdcache.student.multi_teacher import PooledCache, RowReader, TeacherCache, require_lined_up
 
 
 @dataclass(frozen=True)
-class Source:
+class CacheSource:
     """A cache of a run.
 
     Attributes:
@@ -40,12 +40,12 @@ class Source:
     cache: Cache
     weight: float | None
     partial: bool
-    partners: tuple[Teacher, ...] = ()
+    partners: tuple[TeacherCache, ...] = ()
 
     @property
-    def teachers(self) -> tuple[Teacher, ...]:
+    def teachers(self) -> tuple[TeacherCache, ...]:
         """All whose targets are pooled, the first of them that of `cache`; one, if there is nothing to pool."""
-        return Teacher(self.name, self.cache, 1.0 if self.weight is None else self.weight), *self.partners
+        return TeacherCache(self.name, self.cache, 1.0 if self.weight is None else self.weight), *self.partners
 
     @property
     def rows(self) -> RowReader:
@@ -58,19 +58,19 @@ class Source:
         return any(teacher.cache.storage.remote for teacher in self.teachers)
 
     def record(self) -> dict[str, Any]:
-        """What must be the same when the run is gone on with."""
+        """What must be the same for the run to be resumed."""
         shards = sorted(self.cache.commits) if self.partial else None
         pool = [{"sha256": each.cache.manifest.sha256, "weight": each.weight} for each in self.partners]
         found = {"sha256": self.cache.manifest.sha256, "weight": self.weight, "shards": shards}
         return {**found, "pool": pool} if pool else found
 
 
-def open_sources(config: TrainConfig, standing: Sequence[dict[str, Any]] = ()) -> tuple[Source, ...]:
+def open_sources(config: TrainConfig, resumed: Sequence[dict[str, Any]] = ()) -> tuple[CacheSource, ...]:
     """Open the caches of a run.
 
     Args:
         config: names them.
-        standing: what the run said of them (`Source.record`) when it began; its shards are then read and no others.
+        resumed: what a run that is resumed wrote down of them (`CacheSource.record`); only its shards are then read.
 
     Raises:
         ConfigError: weights for some of them only, or caches that cannot be mixed.
@@ -80,12 +80,12 @@ def open_sources(config: TrainConfig, standing: Sequence[dict[str, Any]] = ()) -
     for number, spelled in enumerate(config.cache):
         name, weight = split_weight(spelled)
         cache = _open(name, config)
-        began = standing[number] if number < len(standing) else {}
-        if began.get("shards") is not None and began.get("sha256") == cache.manifest.sha256:
-            cache = cache.only(began["shards"])
+        recorded = resumed[number] if number < len(resumed) else {}
+        if recorded.get("shards") is not None and recorded.get("sha256") == cache.manifest.sha256:
+            cache = cache.only(recorded["shards"])
         if config.partial or cache.commits.sealed:  # before hours of training, not in the middle of them
             cache.require_objects()
-        sources.append(Source(name, cache, weight, config.partial))
+        sources.append(CacheSource(name, cache, weight, config.partial))
     if len({source.weight is None for source in sources}) > 1:
         raise ConfigError("--cache PATH:WEIGHT needs a weight for every cache, or for none")
     for one, other in itertools.combinations(sources, 2):
@@ -93,12 +93,12 @@ def open_sources(config: TrainConfig, standing: Sequence[dict[str, Any]] = ()) -
     return (_with_partners(sources[0], config),) if config.pool else tuple(sources)
 
 
-def _with_partners(source: Source, config: TrainConfig) -> Source:
+def _with_partners(source: CacheSource, config: TrainConfig) -> CacheSource:
     """The source with the teachers that `--pool` names, all over the same rows."""
     partners = []
     for spelled in config.pool:
         name, weight = split_weight(spelled, "--pool")
-        partners.append(Teacher(name, _open(name, config), 1.0 if weight is None else weight))
+        partners.append(TeacherCache(name, _open(name, config), 1.0 if weight is None else weight))
     for each in partners:
         if each.cache.commits.sealed and not config.partial:
             each.cache.require_objects()
@@ -114,7 +114,7 @@ def _with_partners(source: Source, config: TrainConfig) -> Source:
     return dataclasses.replace(source, partners=tuple(partners))
 
 
-def agree(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+def agree(sources: tuple[CacheSource, ...]) -> tuple[CacheSource, ...]:
     """The sources with the shards that the first process of the run saw; others may have looked a moment later."""
     commits = distributed.agree([[teacher.cache.commits for teacher in source.teachers] for source in sources])
     found = []
@@ -127,7 +127,7 @@ def agree(sources: tuple[Source, ...]) -> tuple[Source, ...]:
     return tuple(found)
 
 
-def require_targets(sources: Sequence[Source]) -> None:
+def require_targets(sources: Sequence[CacheSource]) -> None:
     """Refuse caches of which no position carries a target.
 
     Raises:
@@ -142,7 +142,7 @@ def require_targets(sources: Sequence[Source]) -> None:
         )
 
 
-def weights(sources: Sequence[Source]) -> list[float] | None:
+def weights(sources: Sequence[CacheSource]) -> list[float] | None:
     """Their weights, if they have any."""
     given = [source.weight for source in sources if source.weight is not None]
     return given or None
@@ -175,7 +175,7 @@ def _open(name: str, config: TrainConfig) -> Cache:
         raise IncompleteCacheError(f"{error}, or give --partial to train on the shards that are there") from None
 
 
-def require_alike(one: Source, other: Source) -> None:
+def require_alike(one: CacheSource, other: CacheSource) -> None:
     """Refuse two caches whose rows cannot stand in one batch. How many entries they keep may differ.
 
     Raises:

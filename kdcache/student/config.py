@@ -28,7 +28,7 @@ class TrainConfig:
     cache: tuple[str, ...] = option("folder or URL of a cache to learn from; PATH:WEIGHT, given again, mixes several")
     pool: tuple[str, ...] = option("cache of another teacher over the same rows; PATH:WEIGHT, and again for more", ())
     student: str = option("checkpoint folder, hub name, or config.json (fresh weights)")
-    out: str = option("folder of the trained student; made, or gone on with by --resume")
+    out: str = option("folder of the trained student; created, or resumed with --resume")
     # objective
     loss: str = option(
         "forward-kl, reverse-kl, skew-kl, skew-reverse-kl, jsd or tvd; jsd:0.9 sets a constant", "forward-kl"

@@ -1,4 +1,4 @@
-"""Readers: processes that read batches ahead of the training, in the order that it will ask for them.
+"""Processes that read batches ahead of the training, in the order that it will ask for them.
 
 They are the workers of PyTorch's DataLoader, so order, resume and ranks are as without them; each has two batches
 under way. Batches come through a pipe and not, as DataLoader would have it, through shared memory, of

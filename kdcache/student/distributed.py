@@ -1,4 +1,4 @@
-"""Ranks: what the processes of one run tell each other before the training begins. One process talks to nobody."""
+"""What the ranks of one run tell each other beside the training itself. A single process talks to nobody."""
 
 from __future__ import annotations
 

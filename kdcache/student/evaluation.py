@@ -44,7 +44,7 @@ from kdcache.student import distributed
 from kdcache.student.data import Rows, batches, labelled
 from kdcache.student.fused_head import FusedHead, fuse_head, with_logits
 from kdcache.student.metrics import Calibration, acceptance_bounds, confidence
-from kdcache.student.multi_teacher import PooledCache, RowReader, Teacher
+from kdcache.student.multi_teacher import PooledCache, RowReader, TeacherCache
 
 
 def measure(
@@ -150,7 +150,7 @@ class StudentFigures:
 
     def __init__(self) -> None:
         self.calibration, self.rows = Calibration(), 0
-        self.teachers: tuple[Teacher, ...] = ()
+        self.teachers: tuple[TeacherCache, ...] = ()
         self._kinds: set[str] = set()
         self._sums: dict[str, float] = {}
         self._labels = 0

@@ -1,8 +1,4 @@
-"""The loss of one batch: what Trainer's subclass computes, and a loop of one's own.
-
-It is made inside the model's forward (`student.head`), tile by tile, so `[positions, V]` never exists.
-
-Head: a student's body, output head and loss in one forward pass, so that `[positions, V]` never exists in training.
+"""A student's body, output head and loss in one forward pass: `[positions, V]` exists neither in training nor after.
 
 Two forwards are replaced on their instances: the output head's hands its input to the loss instead of multiplying it,
 and the model's returns that loss. All that a model does up to its head is its own code, run as ever. There is no
@@ -14,7 +10,9 @@ What a model does to its logits after the head is lost that way. Known are a fac
 that transformers gives them, and `fuse_head` compares with the model's own logits, those of ordinary size and those
 where a cap bends. A model that does anything else is refused.
 
-Shapes: R rows, L slots, D hidden, V rows of the head.
+`compute_loss` is the loss of one batch for any loop, and `with_logits` what measuring uses.
+
+Shapes: R rows, L slots, M labelled slots, D hidden, V rows of the head.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Mixture: one flat sequence of rows out of several caches, each with its share.
 
-Any slot of the sequence is answered for without a look at those before it: whose row it is, and which in number of that
-cache's. A tree of two-way forks says so. A fork with a of n parts on its light side sends slot t there when
+Any slot of the sequence is found without those before it: which cache it takes its row from, and the index of that row
+within the cache. A tree of two-way forks says so. A fork with a of n parts on its light side sends slot t there when
 floor((t a + phase) / n) steps up between t and t + 1 (a Sturmian word: any two windows of one length hold numbers of
 light slots that differ by 1 at most), so behind d forks any window holds a cache's share to within d rows. The lightest
 are joined first, so that a heavy cache stands behind few. The same formula counts the steps before t. All is exact in

@@ -1,12 +1,10 @@
-"""A student: from a checkpoint, a hub name, or a config.json with fresh weights.
+"""A student: made from a checkpoint, a hub name, or a config.json with fresh weights; given adapters; and saved.
 
-Refused with a sentence: a vocabulary that does not cover the cache's, a tokenizer that gives
-the cache's ids other meanings, a context shorter than a row, and any model that leaks
-between packed pieces.
+Refused with a sentence: a vocabulary that does not cover the cache's, a tokenizer that gives the cache's ids other
+meanings, a context shorter than a row, and any model that lets packed pieces see each other.
 
-A trained student on disk: a plain Hugging Face model with the cache's tokenizer, however it was trained.
-
-Adapters: low-rank updates beside frozen weights (LoRA, Hu et al. 2021, arXiv 2106.09685), by peft.
+Adapters are low-rank updates beside frozen weights (LoRA, Hu et al. 2021, arXiv 2106.09685), by peft. Saved is a plain
+Hugging Face model with the cache's tokenizer, however it was trained.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from kdcache.cache import Cache
 from kdcache.errors import ConfigError, ModelError
 from kdcache.isolation import probe
-from kdcache.pretrained import context_length, load_model, load_tokenizer, model_folder, one_line
+from kdcache.pretrained import context_length, keep_attention_cap, load_model, load_tokenizer, model_folder, one_line
 
 
 def with_adapters(model: Any, rank: int, seed: int) -> Any:
@@ -138,9 +136,11 @@ def _fresh(path: Path, seed: int) -> Any:
     try:
         set_seed(seed)
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise ModelError(f"no student can be made of {path}: {one_line(error)}") from error
+    keep_attention_cap(model)
+    return model
 
 
 def _require_same_tokens(folder: Path, cache: Cache) -> None:

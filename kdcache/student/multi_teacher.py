@@ -27,7 +27,7 @@ from kdcache.targets import SparseTargets
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherCache:
     """One teacher of a pool.
 
     Attributes:
@@ -61,7 +61,7 @@ class PooledCache:
         manifest: of the first.
     """
 
-    def __init__(self, teachers: Sequence[Teacher]) -> None:
+    def __init__(self, teachers: Sequence[TeacherCache]) -> None:
         self.teachers = tuple(teachers)
         self.manifest = teachers[0].cache.manifest
 
@@ -93,7 +93,7 @@ def _same_labels(one: PackedRow, other: PackedRow) -> bool:
     return np.array_equal(one.supervised, other.supervised)
 
 
-def require_lined_up(first: Teacher, other: Teacher) -> None:
+def require_lined_up(first: TeacherCache, other: TeacherCache) -> None:
     """Refuse to pool caches whose rows are not the same, or whose targets cannot be pooled.
 
     Raises:

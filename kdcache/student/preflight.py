@@ -1,4 +1,4 @@
-"""Surroundings: what a run needs of the machine and its packages, asked before anything is written."""
+"""What a run needs of the machine and its packages, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PLACES = {"TENSORBOARD_LOGGING_DIR": "tensorboard", "WANDB_DIR": "."}
 """Where the trackers of `--log-to` write, inside --out: the variables that Trainer and wandb read."""
 
 
-def require_surroundings(config: TrainConfig, device: torch.device) -> None:
+def require_environment(config: TrainConfig, device: torch.device) -> None:
     """Refuse a run that this process, on this device, cannot make as it was asked for.
 
     Raises:

@@ -1,6 +1,7 @@
-"""Record: what a run is, kept beside it, so that it is gone on with as itself or not at all.
+"""What a run is, kept in its folder: a folder resumes the same run, or is refused.
 
-Lines: a file of JSON lines, each of a step, that a run appends to and cuts back where a checkpoint stands.
+`train-student.json` describes the run: configuration, caches, rows. Files of JSON lines, a line a step, are appended to
+and cut back to the step of the checkpoint from which a run is resumed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from kdcache.errors import ConfigError
 from kdcache.store.atomic_files import storage_errors, taken
 from kdcache.student import distributed
-from kdcache.student.caches import Source
+from kdcache.student.caches import CacheSource
 from kdcache.student.config import TrainConfig
 from kdcache.student.model_card import versions
 from kdcache.student.split import Split
@@ -60,8 +61,8 @@ def rows_per_step(config: TrainConfig) -> int:
     return config.batch_rows * config.accumulate * distributed.world()
 
 
-def describe(config: TrainConfig, sources: Sequence[Source]) -> Fields:
-    """What a run is: its configuration, with the student's place made absolute, its caches and its surroundings."""
+def describe(config: TrainConfig, sources: Sequence[CacheSource]) -> Fields:
+    """What a run is: its configuration, with the path of the student made absolute, its caches, and its versions."""
     student = Path(config.student).expanduser()
     fields = {
         **dataclasses.asdict(config),
@@ -75,8 +76,8 @@ def describe(config: TrainConfig, sources: Sequence[Source]) -> Fields:
     return plain
 
 
-def standing(out: Path) -> Fields | None:
-    """What the run in a folder says of itself, if there is one."""
+def saved_description(out: Path) -> Fields | None:
+    """The description of the run in a folder, if there is one."""
     try:
         fields: Fields = json.loads((out / CONFIG).read_text())
     except FileNotFoundError:
@@ -90,7 +91,7 @@ def require_free_or_same(out: Path, resume: bool, fields: Fields) -> None:
     Raises:
         ConfigError: naming what differs.
     """
-    old = standing(out)
+    old = saved_description(out)
     if old is None:
         if out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
             raise ConfigError(f"--out {out} holds other files and no training run; choose another folder")
@@ -115,12 +116,12 @@ def require_free_or_same(out: Path, resume: bool, fields: Fields) -> None:
 
 
 def require_same_rows(out: Path, split: Split) -> None:
-    """Refuse to go on with other rows than the run began with.
+    """Refuse to resume a run with other rows than it began with.
 
     Raises:
         ConfigError: they are others; what a run keeps of `--where` was changed.
     """
-    old = standing(out)
+    old = saved_description(out)
     if old is not None and old["training_rows"] != split.record():
         raise ConfigError(f"--out {out} holds a run over other rows: rows.npz there is not its own any more; delete it")
 
@@ -133,7 +134,7 @@ def write(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
+def hold_folder(out: Path) -> Iterator[None]:
     """Hold the folder of a run: a launcher that is killed may leave ranks behind that still write there.
 
     It is made if need be, and taken away again if nothing came to lie in it.

@@ -1,4 +1,4 @@
-"""Choice: what `--rows` and `--where` say, as values. Importing this costs nothing.
+"""What `--rows` and `--where` say, as values. Importing this costs nothing.
 
 The two are not alike. `--rows` names the rows that a run may touch: nothing else is read, to train or to measure.
 `--where` picks, among these, what teaches: the rows held out stay, so runs with different `--where` are measured on the

@@ -9,7 +9,7 @@ w steps of warmup and d = S // 5 of descent:
     cosine     (1 + cos(pi s / S)) / 2
     linear     1 - s / S
 
-All of it is a function of the step alone: a run that is resumed at a step goes on as if it had not stopped.
+All of it is a function of the step alone: a run that is resumed at a step continues as if it had not stopped.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from kdcache.cache import Cache
 from kdcache.errors import ConfigError
 from kdcache.student import data_workers, distributed
-from kdcache.student.caches import Source
+from kdcache.student.caches import CacheSource
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import Item, RowDataset, Rows, split_heldout
 from kdcache.student.row_filter import Bound, parse_rows, parse_where
@@ -50,7 +50,7 @@ class Split:
 
 
 def split(
-    sources: Sequence[Source], config: TrainConfig, on_progress: Callable[[int, int], None] | None = None
+    sources: Sequence[CacheSource], config: TrainConfig, on_progress: Callable[[int, int], None] | None = None
 ) -> Split:
     """The rows of a run. With `--where` every training row is read, unless the run's folder says what came of that.
 
@@ -97,7 +97,7 @@ def _kept(path: Path, totals: Sequence[int]) -> tuple[RowSet, ...] | None:
     return tuple(RowSet(total, bits) for total, bits in zip(totals, each, strict=True))
 
 
-def _within(source: Source, config: TrainConfig, ranges: tuple[slice, ...]) -> tuple[RowSet, RowSet]:
+def _within(source: CacheSource, config: TrainConfig, ranges: tuple[slice, ...]) -> tuple[RowSet, RowSet]:
     """The two sides of a cache, both inside `--rows`."""
     train, heldout = sides = split_heldout(len(source.cache), config.heldout)
     if config.rows is not None:
@@ -112,7 +112,7 @@ def _within(source: Source, config: TrainConfig, ranges: tuple[slice, ...]) -> t
 
 
 def _where(
-    sources: Sequence[Source],
+    sources: Sequence[CacheSource],
     train: Sequence[RowSet],
     bounds: Sequence[Bound],
     config: TrainConfig,

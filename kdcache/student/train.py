@@ -21,13 +21,14 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from kdcache.cache import Cache
 from kdcache.errors import ModelError
 from kdcache.pretrained import find_device
 from kdcache.store.atomic_files import storage_errors
@@ -36,9 +37,9 @@ from kdcache.student.config import TrainConfig
 from kdcache.student.evaluation import measure_each
 from kdcache.student.mixture import Mixture
 from kdcache.student.model import load_student, save_student, with_adapters
-from kdcache.student.preflight import logging_under, require_surroundings
+from kdcache.student.preflight import logging_under, require_environment
 from kdcache.student.schedule import Schedule
-from kdcache.student.split import keep, split
+from kdcache.student.split import Split, keep, split
 from kdcache.student.trainer import DistillationTrainer, arguments, complete
 
 BEFORE, METRICS, SUMMARY = "heldout-before.json", "metrics.jsonl", "summary.json"
@@ -70,89 +71,38 @@ def train(
     Raises:
         KdcacheError: see the exception tree.
     """
-    require_surroundings(config, find_device(config.device))
-    with resume.alone(Path(config.out)) if distributed.rank() == 0 else contextlib.nullcontext():
+    require_environment(config, find_device(config.device))
+    with resume.hold_folder(Path(config.out)) if _leads() else contextlib.nullcontext():
         return _train(config, on_progress, on_reading)
 
 
 def _train(
     config: TrainConfig, on_progress: Progress | None, on_reading: Callable[[int, int], None] | None
 ) -> dict[str, Any]:
-    started = time.perf_counter()
-    out, leader = Path(config.out), distributed.rank() == 0
-    began = resume.standing(out) if config.resume else None
-    opened = caches.open_sources(config, (began or {}).get("caches", ()))
-    if config.soft_weight > 0:
-        caches.require_targets(opened)
-    for source in opened:  # refused now, not after hours
-        _ = source.cache.tokenizer_path
-        _schedule(config, source, config.steps or 1)
-    if leader:  # the other ranks start no step without it
-        resume.require_free_or_same(out, config.resume, resume.describe(config, opened))
+    started, out = time.perf_counter(), Path(config.out)
+    opened = _open_caches(config)
     if config.resume and (out / SUMMARY).exists():
-        summary: dict[str, Any] = json.loads((out / SUMMARY).read_text())
-        return summary
-
+        finished: dict[str, Any] = json.loads((out / SUMMARY).read_text())
+        return finished
     device = find_device(config.device)
-    model = load_student(config.student, opened[0].cache, device, config.seed)
-    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        raise ModelError(f"the student {type(model).__name__} cannot be trained with --gradient-checkpointing")
-    if config.lora:
-        model = with_adapters(model, config.lora, config.seed)
+    model = _make_student(config, opened[0].cache, device)
     distributed.join(device)
     opened = caches.agree(opened)
     rows = split(opened, config, on_reading)
-    steps = _steps(config, sum(map(len, rows.train)))
-    schedule = _schedule(config, opened[0], steps)
-    if leader:
-        resume.require_same_rows(out, rows)
-        with storage_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
-            resume.write(out / resume.CONFIG, {**resume.describe(config, opened), "training_rows": rows.record()})
-            if config.where is not None:
-                keep(rows, out)
-    args = arguments(config, steps, device, any(source.remote for source in opened))
-    _ = args.device
-    args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process would mean DataParallel; torchrun is the way
-
-    def measured(student: Any) -> dict[str, Any]:
-        named = {source.name: source.rows for source in opened}
-        return measure_each(student, named, rows.heldout, args.device, config.batch_rows)
-
-    before = _before(out, lambda: measured(model))
-    resumable = complete(out) if config.resume else []
-    first_step = int(resumable[-1].name.rpartition("-")[2]) if resumable else 0
-    watcher = _Watcher(out if leader else None, first_step, config.eval_every, on_progress)
-    mixture = Mixture([len(r) for r in rows.train], config.seed, caches.weights(opened))
-    row_sources = [source.rows for source in opened]
-
-    def heldout() -> dict[str, Any]:
-        figures = measured(trainer.model)
-        asked = trainer.control.should_log  # a log between takes the place of the step's own
-        trainer.log({f"eval_{name}": value for name, value in figures.items() if isinstance(value, float)})
-        trainer.control.should_log = asked
-        return figures
-
-    with data_workers.translate_worker_errors(), logging_under(out):
-        trainer = DistillationTrainer(
-            model, row_sources, rows.train, mixture, config, schedule, args, [watcher], first_step
-        )
-        watcher.measure = heldout
-        training = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(resumable[-1]) if resumable else None)
-        training_seconds = time.perf_counter() - training
-    waited = trainer.longest(trainer.waiting.share())
-
-    after = measured(trainer.model)
+    _write_description(config, opened, rows)
+    run = _Run(config, opened, rows, model, device)
+    before = _before(out, lambda: run.measure(model))
+    trainer, training_seconds, waited = run.train(on_progress)
+    after = run.measure(trainer.model)
     if not math.isfinite(after["nll"]):
         raise ModelError(
             f"the training diverged: the held-out nll is {after['nll']}; lower --lr, then start in another --out"
         )
-    positions = int(trainer.accelerator.reduce(torch.tensor(trainer.positions, device=args.device)).item())
+    positions = int(trainer.accelerator.reduce(torch.tensor(trainer.positions, device=run.args.device)).item())
     seconds = time.perf_counter() - started
     summary = {
         "out": str(out),
-        "steps": steps,
+        "steps": run.steps,
         "positions": positions,
         "rows": {
             "train": rows.record()["count"],
@@ -162,24 +112,124 @@ def _train(
         "heldout": {"before": before, "after": after},
         "seconds": seconds,
         "training_seconds": training_seconds,
-        "data_wait_share": waited,
+        "data_wait_share": trainer.longest(waited),
         "positions_per_second": positions / seconds,
         "curves": None,
     }
     save_student(trainer.accelerator.unwrap_model(trainer.model), opened[0].cache, out)
-    if leader:
-        manifests = {teacher.name: teacher.cache.manifest for source in opened for teacher in source.teachers}
-        summary["curves"] = model_card.write_record(
-            out, out / METRICS, config, manifests, resume.rows_per_step(config), summary
-        )
-        resume.write(out / SUMMARY, summary)
+    if _leads():
+        _write_summary(config, opened, summary)
     if torch.distributed.is_initialized():  # a rank that exits with its group open aborts now and then
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.state.destroy_process_group()
     return summary
 
 
-def _schedule(config: TrainConfig, source: caches.Source, steps: int) -> Schedule:
+def _leads() -> bool:
+    """Whether this rank writes what is written once."""
+    return distributed.rank() == 0
+
+
+def _open_caches(config: TrainConfig) -> tuple[caches.CacheSource, ...]:
+    """The caches of a run; whatever cannot be done with them or with its folder is refused here, before any work."""
+    out = Path(config.out)
+    resumed = resume.saved_description(out) if config.resume else None
+    opened = caches.open_sources(config, (resumed or {}).get("caches", ()))
+    if config.soft_weight > 0:
+        caches.require_targets(opened)
+    for source in opened:
+        _ = source.cache.tokenizer_path
+        _schedule(config, source, config.steps or 1)
+    if _leads():  # the other ranks start no step without it
+        resume.require_free_or_same(out, config.resume, resume.describe(config, opened))
+    return opened
+
+
+def _make_student(config: TrainConfig, cache: Cache, device: torch.device) -> Any:
+    model = load_student(config.student, cache, device, config.seed)
+    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ModelError(f"the student {type(model).__name__} cannot be trained with --gradient-checkpointing")
+    return with_adapters(model, config.lora, config.seed) if config.lora else model
+
+
+def _write_description(config: TrainConfig, opened: Sequence[caches.CacheSource], rows: Split) -> None:
+    """Make the folder of a run and write what the run is; a folder that says something else is refused."""
+    if not _leads():
+        return
+    out = Path(config.out)
+    resume.require_same_rows(out, rows)
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        resume.write(out / resume.CONFIG, {**resume.describe(config, opened), "training_rows": rows.record()})
+        if config.where is not None:
+            keep(rows, out)
+
+
+def _write_summary(config: TrainConfig, opened: Sequence[caches.CacheSource], summary: dict[str, Any]) -> None:
+    """Write the model card, the curves and, last of all, the summary."""
+    out = Path(config.out)
+    manifests = {teacher.name: teacher.cache.manifest for source in opened for teacher in source.teachers}
+    summary["curves"] = model_card.write_record(
+        out, out / METRICS, config, manifests, resume.rows_per_step(config), summary
+    )
+    resume.write(out / SUMMARY, summary)
+
+
+class _Run:
+    """A run whose folder, rows and student are ready."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        opened: Sequence[caches.CacheSource],
+        rows: Split,
+        model: Any,
+        device: torch.device,
+    ) -> None:
+        self.config, self.opened, self.rows, self.model = config, opened, rows, model
+        self.steps = _steps(config, sum(map(len, rows.train)))
+        self.args = arguments(config, self.steps, device, any(source.remote for source in opened))
+        _ = self.args.device  # which counts the GPUs
+        self.args._n_gpu = min(self.args.n_gpu, 1)  # several in one process would mean DataParallel
+
+    def measure(self, student: Any) -> dict[str, Any]:
+        """Figures of the held-out rows; every rank must call it."""
+        named = {source.name: source.rows for source in self.opened}
+        return measure_each(student, named, self.rows.heldout, self.args.device, self.config.batch_rows)
+
+    def train(self, on_progress: Progress | None) -> tuple[DistillationTrainer, float, float]:
+        """Take all steps, from the newest complete checkpoint if the run is resumed.
+
+        Returns:
+            The trainer, the seconds that the steps took, and the share of them in which this rank waited for rows.
+        """
+        config, out = self.config, Path(self.config.out)
+        resumable = complete(out) if config.resume else []
+        first_step = int(resumable[-1].name.rpartition("-")[2]) if resumable else 0
+        watcher = _Watcher(out if _leads() else None, first_step, config.eval_every, on_progress)
+        mixture = Mixture([len(rows) for rows in self.rows.train], config.seed, caches.weights(self.opened))
+        readers = [source.rows for source in self.opened]
+        schedule = _schedule(config, self.opened[0], self.steps)
+        with data_workers.translate_worker_errors(), logging_under(out):
+            trainer = DistillationTrainer(
+                self.model, readers, self.rows.train, mixture, config, schedule, self.args, [watcher], first_step
+            )
+            watcher.measure = lambda: self._measure_and_log(trainer)
+            training = time.perf_counter()
+            trainer.train(resume_from_checkpoint=str(resumable[-1]) if resumable else None)
+            seconds = time.perf_counter() - training
+            waited = trainer.waiting.share()
+        return trainer, seconds, waited
+
+    def _measure_and_log(self, trainer: DistillationTrainer) -> dict[str, Any]:
+        figures = self.measure(trainer.model)
+        asked = trainer.control.should_log  # a log between takes the place of the step's own
+        trainer.log({f"eval_{name}": value for name, value in figures.items() if isinstance(value, float)})
+        trainer.control.should_log = asked
+        return figures
+
+
+def _schedule(config: TrainConfig, source: caches.CacheSource, steps: int) -> Schedule:
     partners = {each.name: each.cache.manifest for each in source.partners}
     return Schedule.of(config, source.cache.manifest, steps, partners)
 
@@ -192,13 +242,13 @@ def _steps(config: TrainConfig, rows: int) -> int:
 
 def _before(out: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Held-out figures before the first step, measured once a run, by all ranks together."""
-    path, leader = out / BEFORE, distributed.rank() == 0
-    known: dict[str, Any] | None = json.loads(path.read_text()) if leader and path.exists() else None
+    path = out / BEFORE
+    known: dict[str, Any] | None = json.loads(path.read_text()) if _leads() and path.exists() else None
     known = distributed.agree(known)  # a rank on another machine may not see the folder
     if known is not None:
         return known
     figures = run()
-    if leader:
+    if _leads():
         resume.write(path, figures)
     return figures
 

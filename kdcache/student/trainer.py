@@ -1,21 +1,16 @@
-"""Trainer: transformers.Trainer with our order of rows, our loss and whole checkpoints.
+"""transformers.Trainer with our order of rows, our loss and whole checkpoints.
 
-Everything else (accumulation, precision, optimiser, resume, logging, distribution) is Trainer's own.
-Each term of the loss is a sum over positions divided by those that it has in the whole optimiser step, across
-accumulation and ranks: labelled ones, which Trainer counts from `shift_labels`, and ones with a target. Figures of the
-student come with it.
+Everything else (accumulation, precision, optimiser, resuming, logging, distribution) is Trainer's own; what is used of
+it beside its public names stands in `student.private_api`. Each term of the loss is a sum over positions divided by
+those that it has in the whole optimiser step, across accumulation and ranks: labelled ones, which Trainer counts from
+`shift_labels`, and ones with a target. Figures of the student come with it.
 
-Checkpoints that exist whole or not at all.
+A checkpoint is complete or absent: it is written into a staging folder, flushed to the device, and renamed last. A run
+that is killed while it writes one leaves a staging folder, which nothing reads and the next checkpoint clears.
 
-A checkpoint is written into a staging folder, flushed to the device, and renamed last; a run
-that is killed while writing one leaves a staging folder, which nothing reads and the next
-checkpoint clears.
-
-Waiting: the share of the training's time that its step spent waiting for rows.
-
-Time is taken around the loader's `next`, on this process's clock. It begins when the first batch is there: what comes
-before is the start of the readers. A GPU may still be at work while the process waits, so there the share is an upper
-bound of the time that the GPU was idle for want of rows.
+`Waiting` measures the share of the training's time that a step waited for rows: the time of the loader's `next`, on
+this process's clock, from the moment the first batch is there (what comes before is the start of the readers). A GPU
+may still be at work while the process waits, so there the share is an upper bound of the time that it was idle.
 """
 
 from __future__ import annotations

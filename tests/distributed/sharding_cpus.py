@@ -35,5 +35,5 @@ if __name__ == "__main__":
 
     AcceleratorState.__init__ = init
     model._gathered = gathered
-    train.require_surroundings = lambda *_: None
+    train.require_environment = lambda *_: None
     run()

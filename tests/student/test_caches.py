@@ -318,11 +318,14 @@ def test_a_cache_of_some_shards(cache: Path) -> None:
 def test_a_folder_that_another_run_writes_is_refused(cache: Path, student_config: Path, tmp_path: Path) -> None:
     config = options(cache, student_config, tmp_path / "s", steps=1)
     refused = pytest.raises(ConfigError, match="is being written by another run; wait until it ends, or end it")
-    with resume.alone(tmp_path / "s"), refused:  # a lock belongs to an opening, so this stands for another process
+    with (
+        resume.hold_folder(tmp_path / "s"),
+        refused,
+    ):  # a lock belongs to an opening, so this stands for another process
         train(config)
     assert not (tmp_path / "s").exists()
     (tmp_path / "s").mkdir()
-    with pytest.raises(ConfigError, match="--cache is missing"), resume.alone(tmp_path / "s"):
+    with pytest.raises(ConfigError, match="--cache is missing"), resume.hold_folder(tmp_path / "s"):
         options([], student_config, tmp_path / "s")
     assert (tmp_path / "s").exists()  # it was there before
     assert train(config)["steps"] == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import head
 from kdcache.teacher.dump import dump
 from tests.making import STUDENT, TEACHER, dump_options
 
@@ -48,3 +49,14 @@ def test_training_with_a_large_vocabulary(cache: Path, tmp_path: Path) -> None:
     assert found["weights"] > 4 * VOCAB * TINY["hidden_size"]
     # two moments, weights and gradients; the run's own weights are not there before it
     assert found["peak"] - 4 * found["weights"] < 4 * ROWS * SLOTS * VOCAB / 8, found
+
+
+@pytest.mark.slow
+def test_the_head_takes_a_sixteenth_of_what_cross_entropy_does() -> None:
+    """On the same positions, above the gradients that both leave behind; each in a fresh process."""
+    above = {}
+    for way in head.WAYS:
+        peak, gradients = head.in_fresh_process(way, "cpu", 32_000, "forward-kl")
+        above[way] = peak - gradients
+    assert above["cross-entropy"] > 4 * 2048 * 32_000  # its logits, at the least
+    assert 16 * above["ours"] <= above["cross-entropy"], above

@@ -26,7 +26,7 @@ from kdcache.student.data import Collator, RowDataset, RunOrder, labelled, split
 from kdcache.student.data_workers import _ByValue
 from kdcache.student.evaluation import measure
 from kdcache.student.mixture import Mixture
-from kdcache.student.multi_teacher import PooledCache, Teacher, require_lined_up
+from kdcache.student.multi_teacher import PooledCache, TeacherCache, require_lined_up
 from kdcache.student.train import train
 from kdcache.teacher.dump import dump
 from tests.making import dump_options, make_model
@@ -90,7 +90,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def pooled(caches: tuple[Path, Path], weights: tuple[float, float] = (1.0, 1.0)) -> PooledCache:
-    return PooledCache([Teacher(str(c), open_cache(c), w) for c, w in zip(caches, weights, strict=True)])
+    return PooledCache([TeacherCache(str(c), open_cache(c), w) for c, w in zip(caches, weights, strict=True)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -283,12 +283,12 @@ def test_what_does_not_line_up_is_refused(
 
 
 def test_the_first_shard_that_differs_is_named(caches: Caches) -> None:
-    one, two = (Teacher(str(path), open_cache(path), 1.0) for path in caches("topk"))
+    one, two = (TeacherCache(str(path), open_cache(path), 1.0) for path in caches("topk"))
     require_lined_up(one, two)
     commits = two.cache.commits
     assert len(commits) > 1
 
-    def changed(**fields: Any) -> Teacher:
+    def changed(**fields: Any) -> TeacherCache:
         partner = open_cache(two.name)
         partner.commits = {**commits, 1: dataclasses.replace(commits[1], **fields)}
         return dataclasses.replace(two, cache=partner)

@@ -98,10 +98,10 @@ def test_sharding_is_refused_where_trainer_would_train_copies(
         train(config)
     assert not (tmp_path / "s").exists()
     gpu = torch.device("cuda")
-    preflight.require_surroundings(config, gpu)
+    preflight.require_environment(config, gpu)
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(ConfigError, match="--fsdp shards over ranks, but there is one: start this command with"):
-        preflight.require_surroundings(config, gpu)
+        preflight.require_environment(config, gpu)
 
 
 @pytest.mark.filterwarnings("ignore:.*bf16.*:UserWarning")
