@@ -25,7 +25,7 @@ import pyarrow as pa
 import torch
 
 from kdcache import Selection, SparseTargets, select
-from kdcache.codec import Codec, deflate, inflate, make_codec
+from kdcache.codec import Codec, Layout, deflate, inflate, make_codec
 
 TEMPERATURES = (1.0, 2.0)
 ZSTD_3 = pa.Codec("zstd", compression_level=3)
@@ -66,7 +66,7 @@ def narrowed(targets: SparseTargets, k: int) -> SparseTargets:
 def rival_encode(targets: SparseTargets) -> tuple[int, bytes]:
     ids = targets.ids.numpy()
     file = io.BytesIO()
-    values = targets.weights if targets.kind == "ipps" else targets.logprobs
+    values = targets.weights if targets.sampled else targets.logprobs
     torch.save(
         {
             "values": values.half(),
@@ -99,7 +99,7 @@ def decode(codec: Codec, sized: tuple[int, dict[str, bytes]]) -> SparseTargets:
 
 def added_kl(whole: SparseTargets, again: SparseTargets, t: float) -> torch.Tensor:
     """`[n]` KL of the stored targets from the exact ones at a temperature, entries and tail."""
-    if whole.kind == "ipps":
+    if whole.sampled:
         p, q = whole.weights.log(), again.weights.log()
         tail = stored = torch.full_like(whole.entropy, -torch.inf)
     else:
@@ -127,9 +127,7 @@ def measure(rows: list[SparseTargets], vocab: int, bits: int, repeats: int = 7) 
     pilot, rows = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     counts = np.bincount(torch.cat([row.ids for row in pilot]).flatten().numpy(), minlength=vocab)
     order = tuple(np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist())
-    codec = make_codec(
-        kind=kind, width=k, vocab_size=vocab, temperatures=temperatures, precision=str(bits), id_order=order
-    )
+    codec = make_codec(Layout.of(Selection(kind=kind, k=k), vocab, temperatures), str(bits), order)
     positions = sum(len(row.count) for row in rows)
     ours, theirs = [encode(codec, row) for row in rows], [rival_encode(row) for row in rows]
     size = {name: sum(len(frames[name]) for _, frames in ours) / positions for name in ours[0][1]}

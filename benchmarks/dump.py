@@ -5,10 +5,10 @@
     python -m benchmarks.dump --shape 1b --device cuda --rows 32 --seq-len 1024 --batch-rows 8
 
 Bare is `model(...).logits` with isolation, and nothing done with them. Beside it, each as a ratio to the bare pass
-of the same round: the logits alone, as the dump makes them; `Teacher.run_all` with each selection; and the same with
-the shard encoded and written beside it, as `dump-teacher` does. A round runs all of them once, the order turned by one
-each time. Three ratios: of the least times, the least of the rounds, and the median of the rounds. Reading and packing
-the corpus are not in it.
+of the same round: the logits alone, as the dump makes them; `OpenedTeacher.targets_of` with each selection; and the
+same with the shard encoded and written beside it, as `dump-teacher` does. A round runs all of them once, the order
+turned by one each time. Three ratios: of the least times, the least of the rounds, and the median of the rounds.
+Reading and packing the corpus are not in it.
 Teacher and text default to those of KDCACHE_ASSETS; `--shape` makes a random teacher of a known shape instead.
 """
 
@@ -26,24 +26,26 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks.record import write
 from benchmarks.teachers import SHAPES, make_teacher
 from kdcache import Selection
+from kdcache.cache_writer import CacheWriter
 from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.isolation import packed_forward
-from kdcache.rows import IGNORE, PackedRow, position_ids
-from kdcache.store.commit import added, histogram
+from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
-from kdcache.store.publish import new_shard, publish_shard
-from kdcache.teacher.background_writer import Beside
+from kdcache.teacher import opened_teacher
+from kdcache.teacher.background_writer import BackgroundWriter
 from kdcache.teacher.config import DumpConfig
-from kdcache.teacher.engines import transformers
-from kdcache.teacher.engines.transformers import Targets, Teacher
+from kdcache.teacher.engines.base import TargetRequest
+from kdcache.teacher.engines.batch import Batch
+from kdcache.teacher.engines.transformers import TransformersEngine
 from kdcache.teacher.inputs import Inputs, open_inputs
+from kdcache.teacher.open_teacher import open_teacher
+from kdcache.teacher.opened_teacher import BatchTargets, OpenedTeacher
 
 Batches = list[list[PackedRow]]
 
@@ -51,30 +53,26 @@ Batches = list[list[PackedRow]]
 SELECTIONS = {"topk 64": Selection(k=64), "ipps 12": Selection(kind="ipps", k=12)}
 
 
-def with_order(teacher: Teacher, inputs: Inputs, batches: Batches, rule: Selection) -> Manifest:
+def with_order(teacher: OpenedTeacher, inputs: Inputs, batches: Batches, rule: Selection) -> Manifest:
     """The manifest of a cache of that selection, its ids ordered by these very batches."""
     manifest = dataclasses.replace(inputs.manifest, selection=rule.to_fields())
     order = FrequencyOrder(manifest.vocab_size)
     for batch in batches:
-        order.add(teacher.run(batch, manifest, rule).targets)
+        order.add(teacher.targets(batch, TargetRequest.of(manifest)).targets)
     return dataclasses.replace(manifest, id_order=order.ids())
 
 
-def dump(teacher: Teacher, manifest: Manifest, batches: Batches) -> None:
-    entropies: list[list[int]] = []
-
-    def encode(batch: list[PackedRow], found: Targets) -> None:
-        for row, part in zip(batch, found.targets.split(found.labels), strict=True):
-            writer.write(row, part)
-        entropies.append(histogram(found.entropy))
+def dump(teacher: OpenedTeacher, manifest: Manifest, batches: Batches) -> None:
+    def encode(batch: list[PackedRow], found: BatchTargets) -> None:
+        for row, part in zip(batch, found.targets.split(found.counts), strict=True):
+            shard.write_row(row, part)
 
     with tempfile.TemporaryDirectory() as folder:
-        storage = open_storage(folder)
-        with new_shard(storage, manifest, 0) as writer, Beside() as beside:
-            for batch, found in zip(batches, teacher.run_all(batches, manifest, manifest.rule), strict=True):
-                beside.run(partial(encode, batch, found))
-            beside.finish()
-            publish_shard(storage, manifest, writer, documents=1, dropped=0, entropies=added(entropies), compute={})
+        writer = CacheWriter(open_storage(folder), manifest)
+        with writer.shard(0) as shard, BackgroundWriter() as background:
+            for batch, found in zip(batches, teacher.targets_of(batches, TargetRequest.of(manifest)), strict=True):
+                background.submit(partial(encode, batch, found))
+            background.finish()
 
 
 def some_batches(inputs: Inputs, rows: int, batch_rows: int) -> Batches:
@@ -86,37 +84,34 @@ def some_batches(inputs: Inputs, rows: int, batch_rows: int) -> Batches:
     return [found[i : min(i + batch_rows, rows)] for i in range(0, min(rows, len(found)), batch_rows)]
 
 
-def tensors(batch: list[PackedRow], teacher: Teacher, seq_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tokens = torch.from_numpy(np.stack([row.padded_tokens(seq_len) for row in batch])).to(teacher.device)
-    places = torch.from_numpy(position_ids(np.stack([row.segments(seq_len) for row in batch]))).to(teacher.device)
-    slots = torch.from_numpy(np.stack([row.labels(seq_len) for row in batch]) != IGNORE).nonzero()
-    return tokens, places, slots
-
-
-def works(teacher: Teacher, inputs: Inputs, batches: Batches, sizes: list[int]) -> dict[str, Callable[[], None]]:
+def works(teacher: OpenedTeacher, inputs: Inputs, batches: Batches, sizes: list[int]) -> dict[str, Callable[[], None]]:
     """What is timed: the bare pass, and for each size of a tile the logits alone and a run of each selection."""
-    made = [tensors(batch, teacher, inputs.manifest.seq_len) for batch in batches]
+    engine = teacher.engine
+    assert isinstance(engine, TransformersEngine)
+    device, spec = teacher.device, teacher.rows
+    made = [(Batch(rows, spec).tokens.to(device), Batch(rows, spec).position_ids.to(device)) for rows in batches]
 
     @torch.inference_mode()
     def bare() -> None:
-        for tokens, places, _ in made:
-            packed_forward(teacher.model, tokens, places)
+        for tokens, places in made:
+            packed_forward(engine.model, tokens, places)
 
     @torch.inference_mode()
     def logits_alone() -> None:
-        for tokens, places, slots in made:
-            for _ in transformers.logit_tiles(teacher.model, teacher.head, tokens, places, slots):
+        for batch in batches:
+            for _ in teacher.logits(batch):
                 pass
 
     def run(rule: Selection) -> None:
-        for _ in teacher.run_all(batches, inputs.manifest, rule):
+        request = TargetRequest(selection=rule, temperatures=inputs.manifest.temperatures)
+        for _ in teacher.targets_of(batches, request):
             pass
 
     manifests = {name: with_order(teacher, inputs, batches, rule) for name, rule in SELECTIONS.items()}
 
     def tiled(size: int, work: Callable[[], None]) -> Callable[[], None]:
         def sized() -> None:
-            transformers.TILE_LOGITS[teacher.device.type] = size
+            opened_teacher.TILE_LOGITS[teacher.device.type] = size
             work()
 
         return sized
@@ -178,7 +173,7 @@ def report(options: argparse.Namespace) -> None:
         dtype=options.dtype, batch_rows=options.batch_rows, tile_head=options.tile_head,
     )  # fmt: skip
     inputs = open_inputs(config)
-    teacher = Teacher(config, inputs.folder, inputs.manifest)
+    teacher = open_teacher(config.teacher_spec, inputs.manifest.row_spec)
     batches = some_batches(inputs, options.rows, options.batch_rows)
     slots = sum((row.labels(options.seq_len) != IGNORE).sum() for batch in batches for row in batch)
     print(
@@ -190,8 +185,8 @@ def report(options: argparse.Namespace) -> None:
         f"{slots} positions, batches of {options.batch_rows}, head {'in tiles' if options.tile_head else 'whole'}"
     )
     if options.tile_logits:
-        transformers.GPU_TILES = sys.maxsize
-    sizes = options.tile_logits or [transformers.TILE_LOGITS[teacher.device.type]]
+        opened_teacher.GPU_TILES = sys.maxsize
+    sizes = options.tile_logits or [opened_teacher.TILE_LOGITS[teacher.device.type]]
     seconds = measure(works(teacher, inputs, batches, sizes), options.repeats, teacher.device)
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "teacher", "corpus")}
     write(options.json, str(teacher.device), {**settings, "positions": int(slots)}, {"seconds": seconds})

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from kdcache import Selection, SparseTargets, select
-from kdcache.codec import Codec, deflate, make_codec
+from kdcache.codec import Codec, Layout, deflate, make_codec
 from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.pretrained import load_model, load_tokenizer
 from kdcache.selection import solve_adaptive_tau
@@ -62,10 +62,8 @@ def rules_of(taus: dict[int, float]) -> dict[tuple[str, int], Selection]:
 
 
 def codec_of(rule: Selection, vocab: int, order: tuple[int, ...]) -> Codec:
-    return make_codec(
-        kind=rule.kind, width=rule.width(vocab), vocab_size=vocab, temperatures=(1.0,), precision="6",
-        id_order=order, draws=rule.draws,
-    )  # fmt: skip
+    known = dataclasses.replace(rule.known((1.0,)), label_logprob=False)
+    return make_codec(Layout.of(rule, vocab, (1.0,), known), "6", order)
 
 
 def entry_bytes(codec: Codec, targets: SparseTargets) -> int:

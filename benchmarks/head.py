@@ -84,6 +84,15 @@ def status(field: str) -> int:
     return 1024 * int(found[1])
 
 
+def peak_above(run: Callable[[], object]) -> int:
+    """Bytes by which the resident memory of this process rises at most while a function runs."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what lies free in the heap would serve the function unseen
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    run()
+    return status("VmHWM") - before
+
+
 def extra_peak(way: str, device: str, vocab: int, loss: str) -> tuple[int, int]:
     """Bytes of one step above what is there before it: at its peak, and of its gradients. For a fresh process."""
     torch.set_num_threads(2)
@@ -96,11 +105,7 @@ def extra_peak(way: str, device: str, vocab: int, loss: str) -> tuple[int, int]:
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() - before, gradients
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what making the problem left in the heap would serve the step unseen
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    run()
-    return status("VmHWM") - before, gradients
+    return peak_above(run), gradients
 
 
 def in_fresh_process(way: str, device: str, vocab: int, loss: str) -> tuple[int, int]:

@@ -35,12 +35,14 @@ NOBODY = "0" * 64
 def make(folder: Path, store: str, targets: list[SparseTargets], rows: int, vocab: int, precision: str) -> Cache:
     ids = torch.cat([t.ids.flatten() for t in targets])
     order = torch.bincount(ids, minlength=vocab).argsort(descending=True).tolist()
+    rule = Selection(k=targets[0].ids.shape[-1])
     manifest = Manifest(
         teacher_sha256=NOBODY, tokenizer_sha256=NOBODY, tokenizer_files={}, corpus_sha256=NOBODY,
         filters={}, documents=SHARDS,
-        docs_per_shard=1, vocab_size=vocab, seq_len=SLOTS, isolate=True, adaptive=False, tau=None,
+        shards=SHARDS, plan={}, date="2026-11-28", on_bad_record="stop",
+        vocab_size=vocab, seq_len=SLOTS, isolate=True, known=rule.known(targets[0].temperatures),
         positions="all", seed=0,
-        selection={"kind": "topk", "k": targets[0].ids.shape[-1]}, temperatures=targets[0].temperatures,
+        selection=rule.to_fields(), temperatures=targets[0].temperatures,
         precision=precision, error_bound={},
         id_order=tuple(order) if precision.isdecimal() else (), store=store, origin={},
     )  # fmt: skip

@@ -1,36 +1,42 @@
 """Cache: rows by index, in O(1), from a folder or an object store, with no teacher in sight.
 
-Opening reads the manifest and one small commit a shard and lists the objects; a row costs one or a few range reads. An
-open cache may be sent to worker processes: it reopens its shards there.
+Opening a sealed cache reads two objects, the manifest and the seal, whatever the number of shards. Opening any other
+reads the manifest and one small commit a shard, and lists the objects. A row costs one or a few range reads. Memory:
+some 600 bytes a shard. An open cache may be sent to worker processes: it reopens its shards there.
 """
 
 from __future__ import annotations
 
-import bisect
 import hashlib
-import itertools
 import os
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.known import Known
+from kdcache.pretrained import load_tokenizer
 from kdcache.rows import IGNORE, PackedRow
-from kdcache.store.commit import Commit, read_commits
+from kdcache.store.commits import Commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import mirror, open_storage, parse_size
 from kdcache.store.publish import TOKENIZER, open_shard
+from kdcache.store.seal import open_commits
 from kdcache.store.shards import FOLDER, Shard
 from kdcache.store.storage import Recent, Storage
+from kdcache.store.zarr_store import open_group
 from kdcache.targets import SparseTargets
+
+if TYPE_CHECKING:
+    import zarr
 
 _MOST_TOKENIZER = 1 << 30
 
@@ -45,6 +51,8 @@ class Row:
         segments: `[L]` int64, piece of each token, -1 where padded.
         documents: `[P]` int64, the document that each piece comes from.
         targets: SparseTargets over L slots; `count` is 0 where the label is -100 and where the cache chose none.
+        extras: `[L, width]` float32 of each extra of the cache, by name; NaN where a slot has none: padded slots, and
+            slots without a label in an extra of positions.
     """
 
     tokens: torch.Tensor
@@ -52,27 +60,34 @@ class Row:
     segments: torch.Tensor
     documents: torch.Tensor
     targets: SparseTargets
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Cache:
     """A cache of teacher targets, read by row.
 
     Attributes:
-        place: where it lies.
+        storage: where it lies.
         manifest: what it is.
         commits: the commit of each shard that exists.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest, commits: dict[int, Commit]) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest, commits: Commits) -> None:
         self.storage, self.manifest, self.commits = storage, manifest, commits
-        self._shards = list(commits)
-        self._ends = list(itertools.accumulate(commit.rows for commit in commits.values()))
+        self._ends = np.cumsum(commits.column("rows"))
         self._open: Recent[Shard] = Recent(storage.open_shards)
         self._tokenizer: Path | None = None
 
     @property
+    def known(self) -> Known:
+        """What its targets know of the teacher: entropy, log p of the labels, temperatures of partitions and tails."""
+        return self.manifest.known
+
+    @property
     def tokenizer_path(self) -> Path:
         """A local folder with the cache's tokenizer: the files that the manifest names, checked; fetched if remote.
+
+        Empty if the cache was written without a tokenizer.
 
         Raises:
             CorruptCacheError: a file is missing, is not the one that the manifest names, or is named by nobody.
@@ -84,13 +99,26 @@ class Cache:
             strays = set(self.storage.names(TOKENIZER)) - {f"{TOKENIZER}/{name}" for name in files}
             if strays:  # the library that loads a tokenizer takes whatever lies beside it
                 raise CorruptCacheError(f"{self.storage.where(min(strays))} is not named by the manifest")
-            return self.storage.folder / TOKENIZER
+            if files:
+                return self.storage.folder / TOKENIZER
         folder = Path(tempfile.mkdtemp(prefix="kdcache-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         for name, data in files.items():
             (folder / name).write_bytes(data)
         self._tokenizer = folder
         return folder
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer itself.
+
+        Raises:
+            CacheError: the cache was written without one.
+            CorruptCacheError: see `tokenizer_path`.
+            ModelError: its files do not load.
+        """
+        if not self.manifest.tokenizer_files:
+            raise CacheError(f"{self.storage} was written without a tokenizer, so its tokens cannot be shown as text")
+        return load_tokenizer(self.tokenizer_path)
 
     def _tokenizer_file(self, name: str) -> bytes:
         where = self.storage.where(f"{TOKENIZER}/{name}")
@@ -105,17 +133,19 @@ class Cache:
     def require_objects(self) -> None:
         """Check that every object of every shard is there with the size that was committed; nothing is read.
 
+        Cost: a listing of the objects. `open_cache` does it where there is no seal; of a sealed cache an object that is
+        missing is an error when it is read, unless somebody asks here first.
+
         Raises:
             CorruptCacheError: naming the first that is not.
         """
         sizes = self.storage.sizes(FOLDER)
-        for commit in self.commits.values():
-            for data in commit.objects:
-                if sizes.get(data["name"]) != data["bytes"]:
-                    raise CorruptCacheError(
-                        f"{self.storage.where(data['name'])} has {sizes.get(data['name'], 0)} bytes, not the "
-                        f"{data['bytes']} that were committed; `kdcache verify` reports all that is wrong"
-                    )
+        for name, size in self.commits.object_sizes():
+            if sizes.get(name) != size:
+                raise CorruptCacheError(
+                    f"{self.storage.where(name)} has {sizes.get(name, 0)} bytes, not the {size} that were committed; "
+                    "`kdcache verify` reports all that is wrong"
+                )
 
     def only(self, shards: Iterable[int]) -> Cache:
         """The same cache as if these shards alone were committed: its rows are theirs, numbered from 0.
@@ -127,14 +157,17 @@ class Cache:
         gone = [shard for shard in chosen if shard not in self.commits]
         if gone:
             raise IncompleteCacheError(f"{self.storage} has no committed shard {gone[0]}")
-        return Cache(self.storage, self.manifest, {shard: self.commits[shard] for shard in chosen})
+        return Cache(self.storage, self.manifest, self.commits.only(chosen))
 
     def missing(self) -> list[int]:
         """Planned shards that are not committed."""
-        return sorted(set(range(self.manifest.shards)) - set(self.commits))
+        if len(self.commits) == self.manifest.shards:
+            return []
+        planned = np.arange(self.manifest.shards)
+        return [int(shard) for shard in np.setdiff1d(planned, self.commits.shards)]
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def __iter__(self) -> Iterator[Row]:
         return (unpack(*row, self.manifest.seq_len) for row in self.read_rows(range(len(self))))
@@ -149,8 +182,8 @@ class Cache:
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a cache of {len(self)} rows")
-        at = bisect.bisect_right(self._ends, index)
-        return self._shards[at], index - (self._ends[at - 1] if at else 0)
+        at = int(np.searchsorted(self._ends, index, side="right"))
+        return int(self.commits.shards[at]), index - (int(self._ends[at - 1]) if at else 0)
 
     def index(self, shard: int, row: int) -> int:
         """The cache-wide number of a shard's row.
@@ -160,17 +193,22 @@ class Cache:
         """
         if shard not in self.commits:
             raise CacheError(f"{self.storage} has no committed shard {shard}")
-        if not 0 <= row < self.commits[shard].rows:
-            raise CacheError(f"shard {shard} has rows 0 to {self.commits[shard].rows - 1}, not {row}")
-        at = self._shards.index(shard)
-        return row + (self._ends[at - 1] if at else 0)
+        at = int(np.searchsorted(self.commits.shards, shard))
+        start = int(self._ends[at - 1]) if at else 0
+        rows = int(self._ends[at]) - start
+        if not 0 <= row < rows:
+            raise CacheError(f"shard {shard} has rows 0 to {rows - 1}, not {row}")
+        return start + row
 
     def __getitem__(self, index: int) -> Row:
         packed, targets = self.read_packed(index)
         return unpack(packed, targets, self.manifest.seq_len)
 
     def read_packed(self, index: int) -> tuple[PackedRow, SparseTargets]:
-        """A row without padding, and the targets of its labelled slots; `count` is 0 where the cache chose none."""
+        """A row without padding, with its extras, and the targets of its labelled slots.
+
+        `count` is 0 where the cache chose no target.
+        """
         shard, row = self.locate(index)
         return self.shard(shard).read(row)
 
@@ -181,6 +219,18 @@ class Cache:
     def shard(self, shard: int) -> Shard:
         """The reader of a committed shard."""
         return self._open.get(shard, lambda: open_shard(self.storage, self.manifest, self.commits[shard]))
+
+    def zarr_group(self, shard: int) -> zarr.Group:
+        """The zarr group of a committed shard, read-only, as zarr-python opens it: one array a stream.
+
+        Raises:
+            CacheError: the cache is not in the zarr store, or has no such shard.
+        """
+        if self.manifest.store != "zarr":
+            raise CacheError(f"{self.storage} is in the {self.manifest.store} store and holds no zarr groups")
+        if shard not in self.commits:
+            raise CacheError(f"{self.storage} has no committed shard {shard}")
+        return open_group(self.storage, self.shard(shard).name)
 
     def __reduce__(self) -> tuple[type[Cache], tuple[Any, ...]]:
         return Cache, (self.storage, self.manifest, self.commits)
@@ -195,6 +245,7 @@ def unpack(packed: PackedRow, targets: SparseTargets, seq_len: int) -> Row:
         segments=torch.from_numpy(packed.segments(seq_len)),
         documents=torch.from_numpy(packed.piece_documents.astype(np.int64)),
         targets=targets.spread(torch.from_numpy(np.flatnonzero(labels != IGNORE)), seq_len),
+        extras={name: torch.from_numpy(values) for name, values in packed.padded_extras(seq_len).items()},
     )
 
 
@@ -218,19 +269,20 @@ def open_cache(
         ConfigError: a URL that cannot be used, a limit that is no size, or a local copy of a folder.
         CacheError: no cache there.
         IncompleteCacheError: shards are missing and `partial` is false.
-        CorruptCacheError: the manifest or a commit is damaged, or (unless `partial`) an object is not there
-            with its size.
+        CorruptCacheError: the manifest, the seal or a commit is damaged, or (unless `partial`, and where there is no
+            seal) an object is not there with its size.
     """
     storage, limit = open_storage(path), parse_size(local_limit)
     manifest = Manifest.read(storage)
     if local_copy is not None:
         storage = mirror(storage, manifest.sha256, local_copy, limit)
-    cache = Cache(storage, manifest, read_commits(storage, manifest))
-    if cache.missing() and not partial:
+    cache = Cache(storage, manifest, open_commits(storage, manifest))
+    missing = manifest.shards - len(cache.commits)
+    if missing and not partial:
         raise IncompleteCacheError(
-            f"{storage} is incomplete: {len(cache.missing())} of {manifest.shards} shards are missing; "
+            f"{storage} is incomplete: {missing} of {manifest.shards} shards are missing; "
             "run the same dump-teacher command again to finish it"
         )
-    if not partial:
+    if not partial and not cache.commits.sealed:
         cache.require_objects()
     return cache

@@ -3,12 +3,20 @@
 numba, not C: it has wheels for every platform that torch has, and asks for no compiler where kdcache is installed. A
 loop is compiled for the types of its first call, about a second each, and kept beside the source, or in the user's
 cache folder where that cannot be written. Loops release the interpreter's lock, so threads run them side by side.
+
+Guarantee: a loop is compiled anew when any file of its folder changes, so loops may call loops of other files there.
+numba alone looks at a loop's own file, and would go on with an old callee.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -34,6 +42,28 @@ def compiled_reordered(function: F) -> F:
 def _compiled(function: F, fastmath: bool | set[str]) -> F:
     compile_ = partial(numba.njit, nogil=True, error_model="numpy", fastmath=fastmath)
     try:
-        return cast(F, compile_(function, cache=True))
+        with _kept_for(Path(function.__code__.co_filename).parent):
+            return cast(F, compile_(function, cache=True))
     except RuntimeError:  # no folder can be written: compile in every process
         return cast(F, compile_(function))
+
+
+@contextmanager
+def _kept_for(folder: Path) -> Iterator[None]:
+    """Loops that are decorated inside are kept apart for these very sources, where the folder can be written."""
+    before = numba.config.CACHE_DIR
+    beside = folder / "__pycache__"
+    if before or os.access(beside if beside.exists() else folder, os.W_OK):
+        numba.config.CACHE_DIR = str(Path(before or beside) / f"loops-{_digest(folder)}")
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+@functools.cache
+def _digest(folder: Path) -> str:
+    running = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        running.update(path.read_bytes())
+    return running.hexdigest()[:16]

@@ -1,8 +1,8 @@
 """Convert: a cache into another store, another place, another precision or fewer entries, without its teacher.
 
 Between stores the streams of every row are carried over as they are, so the content is the same bit for bit and so
-is its hash. Fewer entries follow the rule of the selection (`kdcache.selection.narrow`): the largest stay and the
-rest moves into every tail, or sampled weights are drawn again without bias. Shard by shard, create-only, any number
+is its hash. Fewer entries are the business of the kind of selection (`kdcache.selection.narrow`): the largest stay and
+the rest moves into every tail, or sampled weights are drawn again without bias. Shard by shard, create-only, any number
 of workers: a run that stops goes on where it was.
 """
 
@@ -21,13 +21,26 @@ import torch
 
 from kdcache.cache import Cache, open_cache
 from kdcache.codec.id_ranks import FrequencyOrder
-from kdcache.errors import ConfigError, CorruptCacheError
-from kdcache.rows import IGNORE
-from kdcache.selection import Selection, narrow, require_narrower
-from kdcache.store.commit import read_commits, totals
-from kdcache.store.manifest import STORES, Manifest
+from kdcache.errors import CorruptCacheError
+from kdcache.rows import IGNORE, PackedRow
+from kdcache.selection import narrow, require_narrower
+from kdcache.store.commits import committed, read_commits
+from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
-from kdcache.store.publish import TOKENIZER, create_cache, new_shard, publish_shard, require_free_or_same, sweep
+from kdcache.store.plan import read_plan
+from kdcache.store.publish import (
+    TOKENIZER,
+    create_cache,
+    new_shard,
+    publish_shard,
+    require_free_or_same,
+    sweep,
+    totals,
+)
+from kdcache.store.registry import find_store
+from kdcache.store.row_format import Record
+from kdcache.store.seal import seal_cache, unseal
+from kdcache.targets import SparseTargets
 from kdcache.worker import find_worker
 
 _MOST_TOKENIZER = 1 << 30
@@ -48,7 +61,7 @@ def convert(
     Args:
         cache: folder or URL of the cache.
         out: folder or URL of the new cache; made, or gone on with.
-        store: `arrow` or `zarr`; None leaves it as it is.
+        store: `arrow`, `zarr` or a registered one; None leaves it as it is.
         k: entries a position, or draws; None leaves them as they are.
         precision: of the values; None leaves the stored streams alone where k does.
         worker: `I/N`; None takes it from SLURM or torchrun.
@@ -68,23 +81,31 @@ def convert(
     standing = require_free_or_same(storage, wanted)
     if standing is None:
         wanted = dataclasses.replace(wanted, id_order=_id_order(source, wanted))
-    manifest = create_cache(storage, standing or wanted, _tokenizer_files(source))
+    manifest = create_cache(
+        storage, standing or wanted, _tokenizer_files(source), read_plan(source.storage, source.manifest)
+    )
     sweep(storage, manifest)
-    done = read_commits(storage, manifest)
+    done = set(committed(storage, manifest))
+    read_commits(storage, manifest, [shard for shard in done if me.owns(shard)])  # refuses one that is damaged
     mine = [shard for shard in range(manifest.shards) if me.owns(shard) and shard not in done]
+    if mine:
+        unseal(storage)
+    same_targets = manifest.selection == source.manifest.selection
     for number, shard in enumerate(mine):
         if on_progress:
             on_progress(number, len(mine))
         commit = source.commits[shard]
         with new_shard(storage, manifest, shard) as writer:
             made = functools.partial(_row, source, manifest, shard)
-            for row in source.storage.map(made, range(commit.rows)):
-                writer.write(*row)
+            for packed, targets, record in source.storage.map(made, range(commit.rows)):
+                writer.write(packed, targets, record)
             publish_shard(
                 storage, manifest, writer, documents=commit.documents, dropped=commit.dropped,
                 entropies=commit.entropy_histogram, compute=commit.compute,
+                sums=commit.sums if same_targets else None,
             )  # fmt: skip
     sweep(storage, manifest)
+    seal_cache(storage)
     summary = totals(storage)
     summary["shards"]["by_this_worker"] = len(mine)
     return {**summary, "seconds": time.perf_counter() - started}
@@ -92,31 +113,20 @@ def convert(
 
 def _plan(source: Cache, store: str | None, k: int | None, precision: str | None) -> Manifest:
     """The manifest of the new cache, but for its order of ids."""
-    if store not in (None, *STORES):
-        raise ConfigError(f"--store {store} is not one of {', '.join(STORES)}")
+    if store is not None:
+        find_store(store)
     old = source.manifest
-    rule = old.rule if k is None else _fewer(old.rule, k)
+    rule = old.rule if k is None else old.rule.fewer(k)
     require_narrower(rule, old.rule, old.width)
     new = dataclasses.replace(
         old,
         selection=old.selection if k is None else rule.to_fields(),
-        adaptive=old.adaptive and k is None,
-        tau=old.tau if k is None else None,
         store=store or old.store,
         precision=precision or old.precision,
         id_order=old.id_order if precision in (None, old.precision) else (),
         origin={**old.origin, "converted_from": old.sha256},
     )
     return dataclasses.replace(new, error_bound=new.codec.error_bound)
-
-
-def _fewer(rule: Selection, k: int) -> Selection:
-    """The rule that keeps k entries, or makes k draws; whether that is fewer is checked by `narrow`."""
-    if rule.kind == "full":
-        return Selection(kind="topk", k=k)
-    if rule.kind == "sample":
-        return dataclasses.replace(rule, draws=k)
-    return dataclasses.replace(rule, k=k, min_k=min(rule.min_k, k), tau=None)
 
 
 def _id_order(source: Cache, manifest: Manifest) -> tuple[int, ...]:
@@ -130,8 +140,8 @@ def _id_order(source: Cache, manifest: Manifest) -> tuple[int, ...]:
     return order.ids()
 
 
-def _row(source: Cache, manifest: Manifest, shard: int, row: int) -> tuple[Any, ...]:
-    """Row, targets and, if nothing about them changes, the streams as they are."""
+def _row(source: Cache, manifest: Manifest, shard: int, row: int) -> tuple[PackedRow, SparseTargets, Record]:
+    """Row, targets and streams; the streams of what does not change, extras among it, are taken over as they are."""
     packed, targets, record = source.shard(shard).read_with_record(row)
     old = source.manifest
     if (manifest.selection, manifest.precision) == (old.selection, old.precision):
@@ -143,7 +153,7 @@ def _row(source: Cache, manifest: Manifest, shard: int, row: int) -> tuple[Any, 
         labels = torch.from_numpy(packed.labels(manifest.seq_len)[slots])
         fewer = narrow(targets[chosen], manifest.rule, source=old.rule, labels=labels, seed=manifest.seed, keys=keys)
         targets = fewer.spread(chosen, len(targets.count))
-    return packed, targets
+    return packed, targets, manifest.row_format.repack(record, packed, targets)
 
 
 def _tokenizer_files(source: Cache) -> dict[str, bytes]:

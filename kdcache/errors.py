@@ -5,7 +5,8 @@
     ├── CorpusError              documents that cannot be read, tokenised or found
     ├── ModelError               a teacher or student folder that cannot serve
     │   ├── IsolationError       a model that lets one packed piece see its neighbour
-    │   └── LogitsError          NaN or infinite logits out of the teacher
+    │   ├── LogitsError          NaN or infinite logits out of the teacher
+    │   └── EngineError          an engine that gives something else than was asked
     ├── TargetError              a sparse target asked for something that it does not hold
     └── CacheError               a cache that is missing or cannot be written
         ├── CacheMismatchError   the folder holds a cache of another configuration
@@ -47,6 +48,10 @@ class LogitsError(ModelError):
     def __init__(self, message: str, position: int) -> None:
         super().__init__(message)
         self.position = position
+
+
+class EngineError(ModelError):
+    """An engine that gives something else than was asked."""
 
 
 class TargetError(KdcacheError):

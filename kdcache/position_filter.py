@@ -17,6 +17,8 @@ from kdcache.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kdcache.targets import SparseTargets
+
 _MOST = 100.0
 """Nats; no vocabulary of a cache has an entropy above 22."""
 
@@ -50,7 +52,7 @@ class Positions:
             above = -1.0
         if not 0 <= above <= _MOST:  # NaN included
             raise ConfigError(
-                f"--positions {self.rule!r} is neither all nor entropy>X with X from 0 to {_MOST:g} nats, as in "
+                f"positions {self.rule!r} is neither all nor entropy>X with X from 0 to {_MOST:g} nats, as in "
                 "entropy>0.5"
             )
         return above + 0.0  # of -0.0 too
@@ -58,3 +60,10 @@ class Positions:
     def chosen(self, entropy: Tensor) -> Tensor | None:
         """`[N]` bool: which of N positions with these entropies carry a target; None for all of them."""
         return None if self.above is None else entropy > self.above
+
+    def apply(self, targets: SparseTargets) -> SparseTargets:
+        """Targets of N labelled positions, emptied (`count` is 0) at those that are to carry none."""
+        if self.above is None:
+            return targets
+        chosen = targets.require("entropy", f"the choice of positions {self.rule}") > self.above
+        return targets[chosen].spread(chosen.nonzero()[:, 0], len(targets.count))

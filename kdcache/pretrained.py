@@ -1,7 +1,7 @@
-"""Pretrained: where a model's files are, what they are, and how they are loaded.
+"""Pretrained: where the files of a model are, what they hold, and how they are loaded.
 
-Weights are safetensors only; remote code never runs. The fingerprint is of content: the same
-weights under another path or name are the same teacher.
+Weights are safetensors only; remote code never runs. The fingerprint is of content: the same weights under another path
+or name are the same teacher. Cost: weights are hashed once a machine (`kdcache.file_hashes`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kdcache.errors import ConfigError, ModelError
-from kdcache.store.atomic_files import sha256_file
+from kdcache.file_hashes import file_sha256
 from kdcache.store.sealed_json import canonical
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -55,7 +55,7 @@ def fingerprint(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_bytes())
     digest.update(canonical({k: v for k, v in config.items() if k not in _VOLATILE}))
     for path in sorted(folder.glob("*.safetensors")):
-        digest.update(sha256_file(path).encode())
+        digest.update(file_sha256(path).encode())
     return digest.hexdigest()
 
 
@@ -92,7 +92,7 @@ def vocabulary_size(tokenizer: Any) -> int:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of `--device`; `auto` takes this rank's GPU if there is one.
+    """The device of a name like `cpu` or `cuda:1`; `auto` takes this rank's GPU if there is one.
 
     Raises:
         ConfigError: no such device.
@@ -105,10 +105,10 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
-            raise ConfigError(f"--device {name} is not a cpu, cuda or mps device")
+            raise ConfigError(f"device {name} is not a cpu, cuda or mps device")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from None
     return device
 
 
@@ -164,3 +164,21 @@ def one_line(error: BaseException) -> str:
     """The first line of what a library said, and the next when the first only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def hidden_width(folder: Path) -> int | None:
+    """Width of the hidden states that a model's output head is given, or None if its configuration does not say.
+
+    Raises:
+        ModelError: transformers does not know the model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).get_text_config()
+    except Exception as error:
+        raise ModelError(
+            f"{folder / 'config.json'} is not a configuration that can be used: {one_line(error)}"
+        ) from error
+    width = getattr(config, "word_embed_proj_dim", None) or getattr(config, "hidden_size", None)
+    return width if isinstance(width, int) else None

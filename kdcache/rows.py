@@ -9,7 +9,8 @@ Shapes: L slots a row (`seq_len`), n <= L tokens in it, P pieces.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,21 @@ Ints = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowSpec:
+    """The shape of the rows that a cache holds and a model is given.
+
+    Attributes:
+        vocab_size: token ids lie below it.
+        seq_len: slots a row.
+        isolate: whether the packed pieces of a row are kept from seeing each other.
+    """
+
+    vocab_size: int
+    seq_len: int
+    isolate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedRow:
     """Tokens of one row and the pieces they belong to.
 
@@ -30,12 +46,15 @@ class PackedRow:
         piece_lengths: `[P]` int32, summing to n.
         piece_documents: `[P]` int64, index of each piece's document in the corpus.
         supervised: `[n]` bool, whether each token may be a label; None when all may.
+        extras: `[n, width]` float32 of each extra of the cache that the row is read from, by name; NaN where a token
+            has none. Empty in a row that is not read from a cache.
     """
 
     tokens: Ints
     piece_lengths: Ints
     piece_documents: Ints
     supervised: NDArray[np.bool_] | None = None
+    extras: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def segments(self, seq_len: int) -> NDArray[np.int64]:
         """`[L]` the piece of each token, -1 where padded."""
@@ -47,6 +66,14 @@ class PackedRow:
         """`[L]` token ids, 0 where padded."""
         out = np.zeros(seq_len, np.int64)
         out[: len(self.tokens)] = self.tokens
+        return out
+
+    def padded_extras(self, seq_len: int) -> dict[str, NDArray[np.float32]]:
+        """`[L, width]` of each extra, NaN where padded."""
+        out = {}
+        for name, values in self.extras.items():
+            out[name] = np.full((seq_len, values.shape[1]), np.nan, np.float32)
+            out[name][: len(values)] = values
         return out
 
     def labels(self, seq_len: int) -> NDArray[np.int64]:

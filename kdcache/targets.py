@@ -4,6 +4,9 @@ Selection makes it, the codec packs and unpacks it, the losses consume it. It is
 dataclass of torch tensors that share their leading axes; indexing, moving and flattening
 act on all of them at once and copy nothing that torch would not copy.
 
+Targets are truncated or sampled. Truncated ones keep some of the teacher's own probabilities, and the rest is a tail of
+known mass. The weights of sampled ones are an unbiased estimate of p_T at one temperature, and they have no tail.
+
 Shapes: `...` leading axes (positions, or rows and positions), K entries, n_T temperatures.
 """
 
@@ -19,12 +22,10 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import TargetError
+from kdcache.known import describe_unknown
 
-TRUNCATED_KINDS = ("topk", "topp", "full")
-"""Kinds whose entries keep the teacher's own probabilities; the rest of the mass is the tail."""
-
-SAMPLED_KINDS = ("sample", "ipps")
-"""Kinds whose weights are an unbiased estimate of p_T at one temperature; they have no tail."""
+_ROUNDING = 1e-5
+"""By how much a log-probability that somebody else computed may exceed 0, and each adds to a mass above 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +36,13 @@ class SparseTargets:
         ids: `[..., K]` token ids; 0 past `count`.
         logprobs: `[..., K]` log p at T = 1 over the whole vocabulary, nats; NaN for sampled entries that
             store no value; -inf past `count`.
-        weights: `[..., K]` target weights: p itself for `topk`, `topp` and `full`, unbiased estimates of p_T
-            for `sample` and `ipps`, summing to 1 (in the mean only, where draws have importance weights); 0 past
-            `count`.
+        weights: `[..., K]` target weights: p itself if truncated; if sampled, unbiased estimates of p_T, summing to 1
+            (in the mean only, where draws have importance weights); 0 past `count`.
         count: `[...]` entries in use; 0 where a position has no target (all its scalars are 0).
         log_partition: `[..., n_T]` log sum_j p_j^(1/T), one column for each of `temperatures`.
-        log_tail: `[..., n_T]` log of the mass at T of everything not kept; -inf if all is kept; NaN for
-            sampled kinds.
-        entropy: `[...]` entropy of p, nats.
-        label_logprob: `[...]` log p of the true next token; NaN if it was not given.
+        log_tail: `[..., n_T]` log of the mass at T of everything not kept, -inf if all is kept; None if sampled.
+        entropy: `[...]` entropy of p, nats; None if unknown.
+        label_logprob: `[...]` log p of the true next token; None if unknown, NaN at a position that has none.
         temperatures: the T of each column, in the order named when the target was made.
         kind: the selection that made it.
         sample_temperature: the T of the p_T that sampled weights estimate.
@@ -54,9 +53,9 @@ class SparseTargets:
     weights: Tensor
     count: Tensor
     log_partition: Tensor
-    log_tail: Tensor
-    entropy: Tensor
-    label_logprob: Tensor
+    log_tail: Tensor | None = None
+    entropy: Tensor | None = None
+    label_logprob: Tensor | None = None
     temperatures: tuple[float, ...] = (1.0,)
     kind: str = "topk"
     sample_temperature: float = 1.0
@@ -69,23 +68,86 @@ class SparseTargets:
             "label_logprob": tuple(lead), "log_partition": per_temperature, "log_tail": per_temperature,
         }  # fmt: skip
         for name, shape in expected.items():
-            if tuple(getattr(self, name).shape) != shape:
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != shape:
                 raise TargetError(
-                    f"SparseTargets.{name} has shape {tuple(getattr(self, name).shape)}, expected {shape} "
+                    f"SparseTargets.{name} has shape {tuple(value.shape)}, expected {shape} "
                     f"for count {tuple(lead)} and {len(self.temperatures)} temperature(s)"
                 )
+
+    @staticmethod
+    def from_topk(ids: Tensor, logprobs: Tensor, *, label_logprob: Tensor | None = None) -> SparseTargets:
+        """Targets of kind `topk` from entries that somebody else computed, such as the top-k of a server.
+
+        Entries are sorted by falling probability. The tail is one minus the kept mass in float64: where `logprobs` were
+        rounded to float32 it is noise below 1e-7, and it is nothing where the kept mass reaches 1. The entropy is
+        unknown, and so is the label's log-probability unless it is given.
+
+        Args:
+            ids: `[..., K]` token ids, in any order.
+            logprobs: `[..., K]` log p over the whole vocabulary at T = 1, nats.
+            label_logprob: `[...]` log p of the true next token.
+
+        Raises:
+            TargetError: shapes or types that do not fit, a negative id, an id twice at a position, a log-probability
+                that is not finite or above 0, or a kept mass above 1.
+        """
+        if ids.shape != logprobs.shape or not ids.ndim or not ids.shape[-1] or ids.is_floating_point():
+            raise TargetError(f"ids {tuple(ids.shape)} and logprobs {tuple(logprobs.shape)} are not entries [..., K]")
+        given = logprobs.double()
+        if not ((given > -torch.inf) & (given <= _ROUNDING)).all():  # false for NaN
+            raise TargetError("a log-probability of an entry is not finite, or is above 0")
+        mass = given.exp().sum(-1)  # [...]
+        if (mass > 1 + _ROUNDING * ids.shape[-1]).any():
+            raise TargetError(f"the entries of a position have a mass of {float(mass.max()):.6f}, above 1")
+        ordered = ids.sort(-1).values
+        if (ordered[..., :1] < 0).any() or (ordered[..., 1:] == ordered[..., :-1]).any():
+            raise TargetError("a position names an id twice, or a negative one")
+        if label_logprob is not None and (label_logprob.shape != mass.shape or not (label_logprob <= _ROUNDING).all()):
+            raise TargetError(f"label_logprob is not one log-probability, at most 0, for each of {tuple(mass.shape)}")
+        falling = given.argsort(dim=-1, descending=True, stable=True)
+        kept = given.gather(-1, falling).clamp(max=0).float()
+        return SparseTargets(
+            ids=ids.gather(-1, falling),
+            logprobs=kept,
+            weights=kept.exp(),
+            count=torch.full_like(mass, ids.shape[-1], dtype=torch.int64),
+            log_partition=torch.zeros_like(mass, dtype=torch.float32)[..., None],
+            log_tail=torch.log1p(-mass.clamp(max=1))[..., None].float(),
+            label_logprob=None if label_logprob is None else label_logprob.float().clamp(max=0),
+        )
+
+    @property
+    def sampled(self) -> bool:
+        """Whether weights are unbiased estimates; else the targets are truncated, and have a tail."""
+        return self.log_tail is None
+
+    def require(self, field: str, what: str) -> Tensor:
+        """`entropy` or `label_logprob`, for something that needs it.
+
+        Args:
+            field: its name.
+            what: what needs it, as the subject of a sentence.
+
+        Raises:
+            TargetError: it is unknown.
+        """
+        value: Tensor | None = getattr(self, field)
+        if value is None:
+            raise TargetError(describe_unknown(field, what, "this cache"))
+        return value
 
     @property
     def valid(self) -> Tensor:
         """`[..., K]` bool: which entries are in use."""
         return torch.arange(self.ids.shape[-1], device=self.count.device) < self.count[..., None]
 
+    def _tensors(self) -> list[str]:
+        """Names of the fields that are known tensors."""
+        return [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), Tensor)]
+
     def _map(self, f: Callable[[Tensor], Tensor]) -> SparseTargets:
-        tensors: dict[str, Any] = {
-            field.name: f(value)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
+        tensors: dict[str, Any] = {name: f(getattr(self, name)) for name in self._tensors()}
         return dataclasses.replace(self, **tensors)
 
     def __getitem__(self, index: object) -> SparseTargets:
@@ -107,15 +169,15 @@ class SparseTargets:
 
     @staticmethod
     def cat(parts: list[SparseTargets]) -> SparseTargets:
-        """Join along the first axis; all parts must agree on K, kind and temperatures."""
+        """Join along the first axis; all parts must agree on K, kind, temperatures and on what is unknown."""
         first = parts[0]
 
         def sort(part: SparseTargets) -> tuple[object, ...]:
-            return part.kind, part.temperatures, part.sample_temperature, part.ids.shape[-1]
+            return part.kind, part.temperatures, part.sample_temperature, part.ids.shape[-1], part._tensors()
 
         if any(sort(part) != sort(first) for part in parts):
             raise TargetError("targets of different kinds, temperatures or widths cannot be joined")
-        names = [f.name for f in dataclasses.fields(first) if isinstance(getattr(first, f.name), Tensor)]
+        names = first._tensors()
         joined: dict[str, Any] = {n: torch.cat([getattr(p, n) for p in parts]) for n in names}
         return dataclasses.replace(first, **joined)
 
@@ -160,7 +222,7 @@ class SparseTargets:
             TargetError: T was not stored, and some position has a tail that only a stored
                 partition could soften; or the targets are sampled, whose weights say nothing of one entry.
         """
-        if self.kind in SAMPLED_KINDS:
+        if self.log_tail is None:
             raise TargetError(f"{self.kind} targets have weights, but no log-probability of each entry")
         if not temperature > 0:
             raise TargetError(f"temperature {temperature:g} is not positive")

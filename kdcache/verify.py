@@ -1,21 +1,38 @@
-"""Verify: re-hash every object, decode every row, and report all that is wrong, not only the first."""
+"""Verify: re-hash every object, decode every row, and report all that is wrong, not only the first.
+
+What the seal of a cache says is compared with its commits, and what commits say with the rows: counts and hashes
+exactly, sums of entropy and the like to what a codec may round.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from kdcache.corpus.plan import Plan
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.store.commit import FOLDER as COMMITS
 from kdcache.store.commit import Commit, commit_name
-from kdcache.store.manifest import NAME, Manifest
+from kdcache.store.commits import Commits
+from kdcache.store.manifest import NAME, PLAN, Manifest
 from kdcache.store.open_storage import open_storage
+from kdcache.store.plan import read_plan
 from kdcache.store.publish import TOKENIZER, open_shard
+from kdcache.store.seal import SEAL, read_seal
 from kdcache.store.shards import FOLDER, shard_stem
 from kdcache.store.storage import Storage
+
+_MOST_MISSING = 1000
+"""Shards without a commit that are named one by one."""
+
+_ROUNDING, _RELATIVE = 1e-2, 1e-3
+"""Nats or mass a position, and share, by which a sum may differ from that of the rounded targets. No codec rounds a
+scalar by half of it; a log p below -512 is cut by 4 to 16 bits, which only these sums show."""
+_NUMBER = re.compile("[0-9]{5,8}")
 
 
 @dataclass(kw_only=True)
@@ -64,30 +81,71 @@ def verify_cache(path: str | os.PathLike[str], on_progress: Callable[[int, int],
     report.objects, report.bytes = 1, storage.size(NAME) or 0
     files = [{"name": f"{TOKENIZER}/{name}", "sha256": sha256} for name, sha256 in manifest.tokenizer_files.items()]
     _check_objects(report, storage, None, files)
+    plan, sealed = _read_plan(report, storage, manifest), _read_seal(report, storage, manifest)
     content, listed = hashlib.sha256(), set(storage.names(COMMITS))
     known: dict[str, int | None] = {f"{TOKENIZER}/{name}": None for name in manifest.tokenizer_files}
+    missing = 0
     for shard in range(manifest.shards):
         if on_progress:
             on_progress(shard, manifest.shards)
         if commit_name(shard) not in listed:
-            report.add(shard, commit_name(shard), "the shard is not committed")
+            missing += 1
+            if missing <= _MOST_MISSING:
+                report.add(shard, commit_name(shard), "the shard is not committed")
             continue
         known[commit_name(shard)] = None
-        commit = _read_commit(report, storage, manifest, shard)
+        commit = _read_commit(report, storage, manifest, plan, shard)
         if commit is None:
             continue
         known |= {data["name"]: shard for data in commit.objects}
+        _check_seal(report, sealed, commit)
         report.shards += 1
         if _check_objects(report, storage, shard, commit.objects):
             _check_rows(report, storage, manifest, commit)
         content.update(commit.content_sha256.encode())
+    if missing > _MOST_MISSING:
+        report.add(None, COMMITS, f"{missing - _MOST_MISSING:,} more shards are not committed")
     _check_strays(report, storage, manifest, known)
     if report.ok:
         report.content_sha256 = content.hexdigest()
     return report
 
 
-def _read_commit(report: VerifyReport, storage: Storage, manifest: Manifest, shard: int) -> Commit | None:
+def _read_plan(report: VerifyReport, storage: Storage, manifest: Manifest) -> Plan | None:
+    """The plan, if there is one and it is sound."""
+    try:
+        plan = read_plan(storage, manifest)
+    except CorruptCacheError as error:
+        report.add(None, PLAN, error)
+        return None
+    if plan is not None:
+        report.objects, report.bytes = report.objects + 1, report.bytes + manifest.plan["bytes"]
+    return plan
+
+
+def _read_seal(report: VerifyReport, storage: Storage, manifest: Manifest) -> Commits | None:
+    """What the seal says, if there is one that can be read."""
+    try:
+        sealed = read_seal(storage, manifest)
+    except CorruptCacheError as error:
+        report.add(None, SEAL, error)
+        return None
+    if sealed is not None:
+        report.objects, report.bytes = report.objects + 1, report.bytes + (storage.size(SEAL) or 0)
+    return sealed
+
+
+def _check_seal(report: VerifyReport, sealed: Commits | None, commit: Commit) -> None:
+    try:
+        if sealed is not None and sealed[commit.shard] != commit:
+            report.add(commit.shard, SEAL, f"it does not say what the commit of shard {commit.shard} says")
+    except CorruptCacheError as error:
+        report.add(commit.shard, SEAL, error)
+
+
+def _read_commit(
+    report: VerifyReport, storage: Storage, manifest: Manifest, plan: Plan | None, shard: int
+) -> Commit | None:
     name = commit_name(shard)
     try:
         commit = Commit.read(storage, shard, manifest.sha256)
@@ -99,9 +157,8 @@ def _read_commit(report: VerifyReport, storage: Storage, manifest: Manifest, sha
     if commit is None:
         report.add(shard, name, "it cannot be read")
         return None
-    first = shard * manifest.docs_per_shard
-    documents = min(manifest.docs_per_shard, manifest.documents - first)
-    if commit.documents != documents or commit.dropped > documents:
+    documents = plan.documents_of(shard) if plan else manifest.documents
+    if (plan and commit.documents != documents) or not commit.dropped <= commit.documents <= documents:
         report.add(shard, name, f"it claims {commit.documents} documents, {commit.dropped} dropped, of {documents}")
     report.objects, report.bytes = report.objects + 1, report.bytes + (storage.size(name) or 0)
     return commit
@@ -131,12 +188,24 @@ def _examine(storage: Storage, data: dict[str, Any]) -> tuple[int, object]:
 
 def _check_rows(report: VerifyReport, storage: Storage, manifest: Manifest, commit: Commit) -> None:
     try:
-        found = open_shard(storage, manifest, commit).count().fields()
+        counted = open_shard(storage, manifest, commit).count()
     except CorruptCacheError as error:
         report.add(commit.shard, commit.objects[0]["name"], error)
         return
-    if any(getattr(commit, name) != value for name, value in found.items()):
+    if any(getattr(commit, name) != value for name, value in counted.fields().items()):
         report.add(commit.shard, commit.objects[0]["name"], "its rows are not the ones that were committed")
+    for name, read in counted.sums.fields().items():
+        if not _agree(commit.sums[name], read, commit.positions):
+            report.add(commit.shard, commit_name(commit.shard), f"its sum of {name} is not that of its rows")
+
+
+def _agree(said: Any, read: Any, positions: int) -> bool:
+    """Whether sums over targets before rounding can be those of the rounded ones, or of one T each."""
+    if isinstance(said, list) and isinstance(read, list):
+        return len(said) == len(read) and all(_agree(a, b, positions) for a, b in zip(said, read, strict=True))
+    if said is None or read is None:  # an infinite log p is stored as a finite one
+        return True
+    return bool(abs(said - read) <= _ROUNDING * positions + _RELATIVE * abs(said))
 
 
 def _check_strays(report: VerifyReport, storage: Storage, manifest: Manifest, known: dict[str, int | None]) -> None:
@@ -146,10 +215,11 @@ def _check_strays(report: VerifyReport, storage: Storage, manifest: Manifest, kn
     """
     committed = set(known.values())
     for name in (name for folder in (FOLDER, COMMITS, TOKENIZER) for name in storage.names(folder)):
-        number = name.removeprefix(f"{FOLDER}/")[:5]
-        leftover = number.isdecimal() and int(number) < manifest.shards
-        if leftover and int(number) in committed:
-            leftover = name.startswith(f"{shard_stem(int(number))}-")
+        number = _NUMBER.match(name.removeprefix(f"{FOLDER}/"))
+        shard = int(number[0]) if number else -1
+        leftover = 0 <= shard < manifest.shards and name.startswith(shard_stem(shard))
+        if leftover and shard in committed:
+            leftover = name.startswith(f"{shard_stem(shard)}-")
         if name not in known and not leftover:
             printable = name.encode("ascii", "backslashreplace").decode()
             report.add(None, printable, "no record names it")

@@ -6,9 +6,11 @@ from what SLURM's arrays and torchrun put into the environment.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from kdcache.errors import ConfigError
 
@@ -61,3 +63,13 @@ def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)
     return Worker(task * ranks + rank, tasks * ranks)
+
+
+def available_cores() -> int:
+    """The cores that this process may really use: those of its affinity, within the quota of its control group."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(affinity, int(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return affinity

@@ -1,7 +1,7 @@
 """Frame: what every command has in common.
 
 A command is a dataclass of options and a function that takes it. The frame makes the command
-line from the fields, adds `--config`, `--json` and `--quiet`, turns a KdcacheError into one
+line from the fields, adds `--config`, `--json`, `--quiet` and `--plugin`, turns a KdcacheError into one
 sentence on stderr and exit code 2, and lets any other exception keep its traceback.
 """
 
@@ -12,11 +12,12 @@ import functools
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import tomllib
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ import typer
 from typer.core import TyperCommand
 
 from kdcache.errors import KdcacheError
+from kdcache.plugins import load_plugins
 
 if typing.TYPE_CHECKING:
     from rich.console import Console
@@ -93,12 +95,16 @@ def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str
         positional: the fields that are arguments rather than options.
     """
 
+    names = [field.name for field in dataclasses.fields(options) if field.name not in positional]
+
     def register(function: Callable[[Any, Output], None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(**given: Any) -> None:
             given.pop("config")
             output = Output(json=given.pop("json"), quiet=given.pop("quiet"))
-            with _manners():
+            plugins = given.pop("plugin")
+            with _manners(functools.partial(in_options, names=names)):
+                load_plugins(plugins)  # before the options are checked: they may name what a plug-in registers
                 function(options(**given), output)
 
         parameters = list(_parameters(options, positional))
@@ -149,6 +155,7 @@ def _parameters(options: type, positional: tuple[str, ...]) -> Iterator[inspect.
         ("config", Path | None, None, "TOML file of options; flags win", {"is_eager": True, "callback": _read_config}),
         ("json", bool, False, "print one JSON object on stdout", {}),
         ("quiet", bool, False, "print nothing but errors and --json", {}),
+        ("plugin", list[str], [], "import this module or .py file of yours first; may be given again", {}),
     )
     for name, hint, default, help_text, more in shared:
         flags = () if hint is not bool else (f"--{name}",)
@@ -206,8 +213,31 @@ def _leave(code: int) -> None:
     sys.exit(code)
 
 
+_VERBS = "is|are|has|needs|names|must|cannot|leaves|makes"
+
+
+def in_options(message: str, names: Sequence[str]) -> str:
+    """A message of a layer that names fields, in the words of the command line.
+
+    Names with an underscore are taken for fields wherever they stand, and any name where the message begins with it, or
+    with it and its value, and a verb: `min_k is 3, above k, which is 2` becomes `--min-k is 3, above k, which is 2`.
+
+    Args:
+        message: of an error.
+        names: fields of the command's options.
+    """
+    snakes = [name for name in names if "_" in name]
+    for found, flagged in (
+        (rf"^({'|'.join(map(re.escape, names))})(?= (\S+ )?({_VERBS})\b)", names),
+        (rf"(?<![\w./'\"-])({'|'.join(map(re.escape, snakes))})(?![\w/'\"]|\.\w)", snakes),
+    ):
+        if flagged:
+            message = re.sub(found, lambda match: f"--{match[1].replace('_', '-')}", message)
+    return re.sub(r"^kind (?=\S+ is not one of)", "--select ", message) if "select" in names else message
+
+
 @contextmanager
-def _manners() -> Iterator[None]:
+def _manners(worded: Callable[[str], str]) -> Iterator[None]:
     """One sentence for bad input, a traceback for defects, and a clean end for signals."""
     _settle()
 
@@ -218,7 +248,7 @@ def _manners() -> Iterator[None]:
     try:
         yield
     except KdcacheError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {worded(str(error))}", file=sys.stderr)
         raise typer.Exit(2) from None
     except (_Stopped, KeyboardInterrupt) as signalled:
         number = signalled.number if isinstance(signalled, _Stopped) else signal.SIGINT

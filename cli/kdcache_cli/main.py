@@ -111,6 +111,7 @@ class InspectOptions:
     position: int | None = option("show the entries of one position of the row", None)
     top: int = option("entries to show", 10)
     temperature: float = option("T of the probabilities shown", 1.0)
+    exact: bool = option("read every row for the summary, not the sums that the commits carry", False)
 
 
 @command(app, "inspect-shard", InspectOptions, positional=("cache",))
@@ -122,10 +123,13 @@ def inspect_shard(options: InspectOptions, output: Output) -> None:
 
     if options.position is not None and options.row is None:
         raise ConfigError("--position needs --row")
+    if options.exact and options.row is not None:
+        raise ConfigError("--exact is for a summary, so it does not go with --row")
     if options.top < 1:
         raise ConfigError(f"--top is {options.top}, but must be at least 1")
     if options.row is None:
-        summary = inspect_summary(options.cache, options.shard)
+        with output.progress("inspect", "rows") as bar:
+            summary = inspect_summary(options.cache, options.shard, exact=options.exact, on_progress=bar)
         output.result(summary, lambda console: console.print(tables.summary_table(summary)))
     elif options.position is None:
         row = inspect_row(options.cache, options.row, options.shard)
@@ -145,6 +149,7 @@ class EvaluateOptions:
     student: str | None = option("checkpoint folder or hub name", None)
     compare: list[str] | None = option("several students instead, side by side: --compare A B C", None)
     teacher: str | None = option("run this teacher too, for the dense KL, the acceptance rate and its own ECE", None)
+    engine: str = option("what runs the teacher: transformers, or one that a plug-in registers", "transformers")
     prompt: str | None = option("show the most likely next tokens after this text instead", None)
     top: int = option("tokens that --prompt shows", 10)
     heldout: float | None = option("measure only the rows that train-student holds out at this share", None)
@@ -196,7 +201,7 @@ def _ask_students(options: EvaluateOptions, output: Output) -> tuple[dict[str, A
     with output.progress("search", "rows") as bar:
         answer = next_tokens(
             students, options.cache, options.prompt or "", options.teacher, options.top, options.device,
-            options.local_copy, options.local_limit, bar,
+            options.local_copy, options.local_limit, options.engine, bar,
         )  # fmt: skip
     return answer, lambda console: print_next_tokens(console, answer)
 
@@ -207,6 +212,7 @@ class VerifyOptions:
 
     cache: str = option("folder or URL of the cache")
     teacher: str | None = option("run this teacher again over some rows and compare", None)
+    engine: str = option("what runs the teacher: transformers, or one that a plug-in registers", "transformers")
     rows: int = option("rows that the teacher reads again", 32)
     seed: int = option("of the choice of rows", 0)
     device: str = option("auto, cpu, cuda, cuda:1, mps", "auto")
@@ -226,7 +232,14 @@ def verify(options: VerifyOptions, output: Output) -> None:
 
         with output.progress("teacher", "rows") as bar:
             found = check_faithfulness(
-                options.cache, options.teacher, options.rows, options.seed, options.device, options.dtype, bar
+                options.cache,
+                options.teacher,
+                options.rows,
+                options.seed,
+                options.device,
+                options.dtype,
+                options.engine,
+                bar,
             )
         value["faithfulness"] = found
         if not found["agrees"]:

@@ -28,12 +28,12 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("documents", f"{summary['documents']:,} ({summary['dropped']:,} dropped)"),
         ("rows", f"{summary['rows']:,} of {summary['seq_len']} slots, {summary['tokens']:,} tokens"),
         ("positions", f"{count_of_labels(summary)} ({summary['position_choice']})"),
-        ("entries", f"{summary['entries']:,}"),
+        ("entries", _entries(summary)),
         ("bytes", f"{summary['bytes']:,}, {summary['bytes_per_position']:.1f} a position"),
         ("kept mass", _kept_mass(summary)),
-        ("entropy", f"{summary['mean_entropy']:.4f} nats in the mean"),
-        ("of all labels", quantiles(summary["entropy_quantiles"] or {})),
-        ("teacher nll", f"{summary['teacher_nll']:.4f} nats in the mean"),
+        ("entropy", _mean_nats(summary["mean_entropy"])),
+        ("of all labels", quantiles(summary["entropy_quantiles"]) if summary["entropy_quantiles"] else "unknown"),
+        ("teacher nll", _mean_nats(summary["teacher_nll"])),
     ):
         table.add_row(Text(name, style="bold"), Text(value))
     return table
@@ -50,6 +50,16 @@ def count_of_labels(summary: dict[str, Any]) -> str:
 def quantiles(found: dict[str, float]) -> str:
     """Quantiles in one line."""
     return ", ".join(f"{float(level):.0%} below {value:.3g}" for level, value in found.items())
+
+
+def _entries(summary: dict[str, Any]) -> str:
+    least, most = summary["entries_per_position"]["least"], summary["entries_per_position"]["most"]
+    each = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    return f"{summary['entries']:,}, {each} a position"
+
+
+def _mean_nats(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f} nats in the mean"
 
 
 def _kept_mass(summary: dict[str, Any]) -> str:
@@ -91,10 +101,10 @@ def print_position(console: Console, at: dict[str, Any]) -> None:
         console.print(f"no target here: {at['no_target']}", highlight=False)
         return
     label = at["label"]
-    console.print(
-        Text.assemble(("next     ", "bold"), f"{label['text']!r} (id {label['id']}, log p {label['logprob']:.4f})")
-    )
-    console.print(Text.assemble(("entropy  ", "bold"), f"{at['entropy']:.4f} nats"))
+    logprob = _figure(label["logprob"], 4) or "unknown"
+    console.print(Text.assemble(("next     ", "bold"), f"{label['text']!r} (id {label['id']}, log p {logprob})"))
+    entropy = "unknown" if at["entropy"] is None else f"{at['entropy']:.4f} nats"
+    console.print(Text.assemble(("entropy  ", "bold"), entropy))
     table = Table("id", "text", "log p", f"p (T = {at['temperature']:g})", "weight", "", box=None, pad_edge=False)
     for entry in at["entries"]:
         style = "bold green" if entry["id"] == label["id"] else ""

@@ -2,20 +2,21 @@
 
 Streams of a row of n positions, E entries in all, K at most in each; all are bytes:
 
-    ids          E distances of ranks and their far ends (runs.py); absent for `full`, which is in order of id
-    values       truncated kinds: E levels (levels.py), each less the least of its position; `ipps`: the heavies'
-                 levels; `sample`: how often each light was drawn; two planes, high bytes first, where one is too little
-    scalars      counts, and the high bytes of measures (numbers.py)
+    ids          E distances of ranks and their far ends (id_deltas.py); absent where each position has every id
+    values       truncated: E levels (quantizer.py), each less the least of its position; sampled: the heavies' levels,
+                 or how often each light was drawn, where that decides; two planes, high bytes first, where one is too
+                 little
+    scalars      counts, and the high bytes of measures (scalars.py)
     scalars_low  the low bytes of measures
 
-A position's numbers, in this order:
+The scalars of a position, in this order:
 
     count        entries, where they differ
-    heavies      `ipps`, and `sample` with a forced label
-    floor        truncated kinds: the least level
-    odds         truncated kinds but `full`: log-odds of the tail at each T; sampled kinds with heavies: of the lights
-    renyi        sampled kinds: the Rényi entropy of order 1/T for each T but 1, from which the partition follows
-    entropy, label
+    heavies      sampled: where any entry may be heavy
+    floor        truncated: the least level
+    odds         log-odds of the tail at each T that is stored; sampled with heavies: of the lights
+    renyi        sampled: the Rényi entropy of order 1/T for each T but 1, from which the partition follows
+    entropy, label_logprob (negated), each where it is known
 
 What is kept is scaled to what the tail or the lights leave, so a peaked position keeps its tail and a flat one its few
 entries; a truncated kind's partitions follow from both. `streams` and `scalars_low` depend on the layout alone.
@@ -25,6 +26,7 @@ Cost: docs/decisions/0009.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,14 +35,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codec.id_deltas import Runs
+from kdcache.codec.id_deltas import Runs, unpack_ids
 from kdcache.codec.id_ranks import IdOrder
-from kdcache.codec.layout import Layout, light_odds, multiplicities, renyi
-from kdcache.codec.packing import pack_values
-from kdcache.codec.quantizer import BITS, Levels, merge, split
-from kdcache.codec.scalars import ERROR_BOUND, LOG_MASS, LOG_REST, NATS, Numbers, nats_to_words, odds_to_words
-from kdcache.codec.streams import Ints, Keys, Shapes, Streams, id_dtype, whole
-from kdcache.codec.unpacking import PROBLEMS, unpack_sampled, unpack_truncated
+from kdcache.codec.layout import Layout
+from kdcache.codec.lights import light_odds, multiplicities, unpack_lights
+from kdcache.codec.quantizer import BITS, Levels, merge, pack_levels, split, unpack_levels
+from kdcache.codec.scalars import (
+    ERROR_BOUND,
+    MEASURES,
+    Numbers,
+    nats_to_words,
+    odds_to_words,
+    read_count,
+    read_measures,
+    read_word,
+    renyi_entropy,
+)
+from kdcache.codec.streams import (
+    COUNT,
+    FAR_ENDS,
+    MEASURE,
+    PROBLEMS,
+    VALUES,
+    Bytes,
+    Doubles,
+    Floats,
+    Ids,
+    Ints,
+    Keys,
+    Shapes,
+    Streams,
+    Values,
+    id_dtype,
+    whole,
+)
+from kdcache.compiled import compiled
 from kdcache.errors import ConfigError, CorruptCacheError, TargetError
 from kdcache.targets import SparseTargets
 
@@ -73,7 +102,7 @@ class CompactCodec:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise ConfigError(f"--precision {self.bits} is outside {BITS.start} to {BITS.stop - 1} bits")
+            raise ConfigError(f"precision is {self.bits}, outside {BITS.start} to {BITS.stop - 1} bits")
         _ = self._runs  # refuses a bad order
 
     @property
@@ -88,25 +117,25 @@ class CompactCodec:
 
     @property
     def error_bound(self) -> dict[str, float]:
-        """The most by which each stored number is off, in the units that levels.py and numbers.py define."""
+        """The most by which each stored number is off, in the units that quantizer.py and scalars.py define."""
         nats = ERROR_BOUND["nats"]
-        bound = {"entropy": nats, "label_logprob": nats}
+        bound = {name: nats for name in ("entropy", "label_logprob") if getattr(self.layout.known, name)}
         if self._odds or (self.layout.sampled and self.layout.heavies):
             bound["log_odds"] = ERROR_BOUND["log_odds"]
         if self.layout.sampled and self.layout.others:
             bound["renyi_entropy"] = nats
-        return bound | ({"multiplicity": 0.0} if self.layout.kind == "sample" else self._levels.error_bound)
+        return bound | ({"multiplicity": 0.0} if self.layout.draws is not None else self._levels.error_bound)
 
     @cached_property
     def _runs(self) -> Runs:
         # `full` sorts by id: no order is needed to find its entries.
         order = IdOrder(self.id_order, self.layout.vocab_size)
-        sample = self.layout.kind == "sample"
+        drawn = self.layout.draws is not None
         return Runs(
             order=order if self.layout.named_ids else IdOrder((), self.layout.vocab_size),
             vocab_size=self.layout.vocab_size,
             width=self.layout.width,
-            payload_bits=8 * self._value_planes if sample else self.bits,
+            payload_bits=8 * self._value_planes if drawn else self.bits,
         )
 
     @cached_property
@@ -120,17 +149,12 @@ class CompactCodec:
 
     @property
     def _value_planes(self) -> int:
-        return self.layout.multiplicity_dtype.itemsize if self.layout.kind == "sample" else 1 + (self.bits > 8)
-
-    @property
-    def _most_heavies(self) -> int:
-        return self.layout.width if self.layout.kind == "ipps" else int(self.layout.force_label)
+        return self.layout.multiplicity_dtype.itemsize if self.layout.draws is not None else 1 + (self.bits > 8)
 
     @cached_property
     def _odds(self) -> tuple[str, ...]:
         """Names of the tail's log-odds at each T."""
-        tails = not self.layout.sampled and self.layout.named_ids
-        return tuple(f"odds{column}" for column in range(len(self.layout.temperatures))) if tails else ()
+        return tuple(f"odds{column}" for column in self.layout.tails)
 
     @cached_property
     def _numbers(self) -> Numbers:
@@ -139,12 +163,13 @@ class CompactCodec:
         words = self._odds
         if layout.sampled:
             if layout.heavies:
-                counts["heavies"] = self._most_heavies
+                counts["heavies"] = self.layout.most_heavies
                 words = ("odds",)
             words += tuple(f"renyi{column}" for column in layout.others)
         else:
             counts["floor"] = self._levels.top
-        return Numbers(counts, (*words, "entropy", "label"))
+        measured = [name for name in ("entropy", "label_logprob") if getattr(layout.known, name)]
+        return Numbers(counts, (*words, *measured))
 
     def streams(self, positions: int) -> Shapes:
         """Type and largest shape of each stream of a row."""
@@ -161,8 +186,11 @@ class CompactCodec:
         """
         pack = self._pack_sampled if self.layout.sampled else self._pack_truncated
         numbers, streams, odds, nats = pack(targets, self.layout.counts(targets))
-        nats += [targets.entropy.numpy().astype(np.float64), -targets.label_logprob.numpy().astype(np.float64)]
-        words = [odds_to_words(odds), nats_to_words(np.stack(nats))]
+        if targets.entropy is not None:
+            nats.append(targets.entropy.numpy().astype(np.float64))
+        if targets.label_logprob is not None:
+            nats.append(-targets.label_logprob.numpy().astype(np.float64))
+        words = [odds_to_words(odds), *([nats_to_words(np.stack(nats))] if nats else [])]
         return {**streams, **self._numbers.pack(numbers, np.concatenate(words))}
 
     def decode(self, streams: Mapping[str, NDArray[Any]], positions: int) -> SparseTargets:
@@ -180,10 +208,11 @@ class CompactCodec:
         log_partition, log_tail = np.empty((2, n, len(layout.temperatures)), np.float32)
         entropy, label = np.empty((2, n), np.float32)
         counts = np.empty(n, np.int32)
+        tails = [] if layout.sampled else [log_tail]
         unpack: Any = unpack_sampled if layout.sampled else unpack_truncated
         problem = unpack(
             near, values, high, low, *self._constants,
-            ids, weights, logprobs, counts, log_partition, log_tail, entropy, label,
+            ids, weights, logprobs, counts, log_partition, *tails, entropy, label,
         )  # fmt: skip
         if problem:
             raise CorruptCacheError(PROBLEMS[problem])
@@ -193,37 +222,34 @@ class CompactCodec:
             weights=weights.reshape(n, width),
             counts=counts,
             log_partition=log_partition,
-            log_tail=log_tail,
-            entropy=entropy,
-            label_logprob=label,
+            log_tail=None if layout.sampled else log_tail,
+            entropy=entropy if layout.known.entropy else None,
+            label_logprob=label if layout.known.label_logprob else None,
         )
 
     @cached_property
     def _constants(self) -> tuple[Any, ...]:
-        """What unpacking needs beside a row's streams, in the order of its kernel's parameters."""
+        """What unpacking needs besides a row's streams, in the order of its kernel's parameters."""
         return self._sampled_constants if self.layout.sampled else self._truncated_constants
 
     @property
     def _truncated_constants(self) -> tuple[Any, ...]:
-        layout, tables, sizes = self.layout, self._levels.tables, self._numbers.sizes
+        layout, sizes = self.layout, self._numbers.sizes
+        columns = np.array([layout.temperatures.index(1.0), *layout.others])
         return (
-            layout.width, self._runs.planes, self._runs.lookup, layout.vocab_size, layout.named_ids,
-            sizes[0] if layout.ragged else 0, sizes[-1],
-            self._levels.top, tables.weights, tables.logs, tables.fixed, tables.fields, tables.unit,
-            1 / np.array(self._levels.temperatures), np.array([layout.temperatures.index(1.0), *layout.others]),
-            LOG_MASS, LOG_REST, NATS,
+            *self._runs.table, *self._levels.table, *MEASURES, layout.known.entropy, layout.known.label_logprob,
+            layout.named_ids, sizes[0] if layout.ragged else 0, sizes[-1],
+            1 / np.array(self._levels.temperatures), columns,
         )  # fmt: skip
 
     @property
     def _sampled_constants(self) -> tuple[Any, ...]:
-        layout, tables, sizes = self.layout, self._levels.tables, self._numbers.sizes
+        layout, sizes = self.layout, self._numbers.sizes
         return (
-            layout.width, self._runs.planes, self._runs.lookup, layout.vocab_size, layout.draws or 0,
-            self._most_heavies, sizes[0], sizes[1] if layout.heavies else 0,
-            self._levels.top, tables.weights, tables.logs, tables.fixed, tables.unit,
+            *self._runs.table, *self._levels.table, *MEASURES, layout.known.entropy, layout.known.label_logprob,
+            layout.draws or 0, layout.most_heavies, sizes[0], sizes[1] if layout.heavies else 0,
             np.array(layout.temperatures), np.array(layout.others, np.int64),
             layout.temperatures.index(layout.own_temperature),
-            LOG_MASS, LOG_REST, NATS,
         )  # fmt: skip
 
     def _pack_truncated(self, targets: SparseTargets, counts: Ints) -> Packed:
@@ -231,7 +257,7 @@ class CompactCodec:
         if (heavies != counts).any():
             raise TargetError("an entry has no log-probability")
         if not self.layout.named_ids and (keys >> self.bits != np.arange(self.layout.width)).any():
-            raise TargetError("a target of kind full does not name every id once")
+            raise TargetError("a target of every id does not name each once")
         values, floors = self._values(keys, np.zeros_like(counts), counts, lift=True)
         odds = _tail_odds(targets) if self._odds else np.empty((0, len(counts)))
         return {"count": counts, "floor": floors}, self._entries(keys, counts, counts, values), odds, []
@@ -241,16 +267,19 @@ class CompactCodec:
         valid = np.arange(layout.width) < counts[:, None]
         light = np.isnan(targets.logprobs.numpy()) & valid
         weights = np.where(valid, targets.weights.double().numpy(), 0.0)
-        if layout.kind == "ipps":
+        if layout.draws is None:
             keys, heavies = self._sort(targets, counts)
             values, _ = self._values(keys, np.zeros_like(counts), heavies, lift=False)
         else:
-            keys, heavies = self._runs.keys(targets.ids.numpy(), counts, light, multiplicities(layout, weights, light))
+            keys, heavies = self._runs.keys(
+                targets.ids.numpy(), counts, light, multiplicities(layout.draws, weights, light)
+            )
             values, _ = self._values(keys, heavies, counts, lift=False)
-        if heavies.max(initial=0) > self._most_heavies:
+        if heavies.max(initial=0) > self.layout.most_heavies:
             raise TargetError("a sampled target has more entries with a probability than its forced label")
         odds = light_odds(weights, light)[None] if layout.heavies else np.empty((0, len(counts)))
-        nats = [renyi(layout, targets, column) for column in layout.others]
+        partitions = targets.log_partition.numpy()
+        nats = [renyi_entropy(partitions[:, column], layout.temperatures[column]) for column in layout.others]
         return {"count": counts, "heavies": heavies}, self._entries(keys, counts, heavies, values), odds, nats
 
     def _sort(self, targets: SparseTargets, counts: Ints) -> tuple[Keys, Ints]:
@@ -261,7 +290,7 @@ class CompactCodec:
     def _values(self, keys: Keys, starts: Ints, stops: Ints, *, lift: bool) -> tuple[NDArray[Any], Ints]:
         values: Any = np.empty(int((stops - starts).sum()), np.uint8 if self._value_planes == 1 else np.uint16)
         floors = np.empty_like(starts)
-        pack_values(keys, starts, stops, (1 << self._runs.payload_bits) - 1, lift, floors, values)
+        pack_levels(keys, starts, stops, (1 << self._runs.payload_bits) - 1, lift, floors, values)
         return values, floors
 
     def _entries(self, keys: Keys, counts: Ints, heavies: Ints, values: NDArray[Any]) -> Streams:
@@ -274,6 +303,7 @@ def _tail_odds(targets: SparseTargets) -> NDArray[np.float64]:
 
     One minus the tail is the kept mass, and exact enough but where little is kept: there the entries are summed.
     """
+    assert targets.log_tail is not None  # of truncated targets
     log_tail = targets.log_tail.numpy().T.astype(np.float64)
     with np.errstate(divide="ignore"):
         log_kept = np.log(-np.expm1(np.minimum(log_tail, 0.0)))
@@ -284,3 +314,133 @@ def _tail_odds(targets: SparseTargets) -> NDArray[np.float64]:
             summed = (some.logprobs.double() / t).logsumexp(-1) - some.log_partition[:, column].double()
             log_kept[column, flat] = summed.numpy()
     return np.asarray(log_tail - log_kept, np.float64)
+
+
+# fmt: off
+@compiled
+def unpack_truncated(
+    near: Bytes, values: Values, high: Bytes, low: Bytes,
+    width: int, planes: int, lookup: Ids, vocab_size: int,
+    top: int, table: Floats, log_table: Floats, fixed: Ints, fields: int, unit: float,
+    log_mass: Doubles, log_rest: Doubles, nats: Floats, has_entropy: bool, has_label: bool,
+    named_ids: bool, count_size: int, floor_size: int, exponents: Doubles, columns: Ints,
+    ids: Ids, weights: Floats, logprobs: Floats, count: NDArray[np.int32],
+    log_partition: Floats, log_tail: Floats, entropy: Floats, label: Floats,
+) -> int:
+    # fmt: on
+    """Fill the targets of a row of a truncated kind; streams and numbers as the module has them.
+
+    The first line of arguments is the row; `IdTable`, `LevelTable` and `MeasureTables` follow; the last two lines are
+    filled. They are flat because a call takes 1 us for each field of a named tuple, and a row of 12 entries takes 80.
+
+    Returns:
+        0, or a problem.
+    """
+    n, first, odds = high.shape[1], count_size + floor_size, len(low) - has_entropy - has_label
+    counts = np.full(n, width)
+    if count_size:
+        read_count(high, 0, count_size, counts)
+    entries = 0
+    for i in range(n):
+        if counts[i] < 1 or counts[i] > width:
+            return COUNT
+        entries += counts[i]
+    if len(values) != entries:
+        return VALUES
+    if named_ids:
+        if len(near) < entries or (len(near) - entries) % planes:
+            return FAR_ENDS
+        problem = unpack_ids(near, entries, planes, counts, counts, lookup, vocab_size, ids)
+        if problem:
+            return problem
+    floors, sums, kept = np.empty(n, np.int64), np.empty((n, len(exponents))), np.zeros((len(columns), n))
+    read_count(high, count_size, floor_size, floors)
+    log_tail[:] = -np.inf
+    for k in range(len(columns) if odds else 0):
+        read_word(high, low, first, columns[k], log_rest, kept[k])
+        read_word(high, low, first, columns[k], log_mass, log_tail[:, columns[k]])
+    problem = unpack_levels(
+        values, counts, floors, kept[0], top, table, log_table, fixed, fields, unit,
+        1.0, exponents, weights, logprobs, sums,
+    )  # fmt: skip
+    if problem:
+        return problem
+    for k in range(len(columns)):
+        for i in range(n):
+            log_partition[i, columns[k]] = sums[i, k] - kept[k, i] if k else 0.0
+    for i in range(n):
+        count[i] = counts[i]
+    return read_measures(high, low, first, odds, nats, has_entropy, has_label, entropy, label)
+
+
+# fmt: off
+@compiled
+def unpack_sampled(
+    near: Bytes, values: Values, high: Bytes, low: Bytes,
+    width: int, planes: int, lookup: Ids, vocab_size: int,
+    top: int, table: Floats, log_table: Floats, fixed: Ints, fields: int, unit: float,
+    log_mass: Doubles, log_rest: Doubles, nats: Floats, has_entropy: bool, has_label: bool,
+    draws: int, most_heavies: int, count_size: int, heavy_size: int,
+    temperatures: Doubles, columns: Ints, own_column: int,
+    ids: Ids, weights: Floats, logprobs: Floats, count: NDArray[np.int32],
+    log_partition: Floats, entropy: Floats, label: Floats,
+) -> int:
+    # fmt: on
+    """Fill the targets of a row of a sampled kind; `draws` is 0 where lights weigh alike. See `unpack_truncated`.
+
+    Returns:
+        0, or a problem.
+    """
+    n, first, odds = high.shape[1], count_size + heavy_size, 1 if heavy_size else 0
+    counts, heavies, log_lights, log_heavies = np.empty(n, np.int64), np.empty(n, np.int64), np.zeros(n), np.zeros(n)
+    log_partition[:] = 0
+    read_count(high, 0, count_size, counts)
+    read_count(high, count_size, heavy_size, heavies)
+    entries, valued = 0, 0
+    for i in range(n):
+        if counts[i] < 1 or counts[i] > width or heavies[i] > min(counts[i], most_heavies):
+            return COUNT
+        entries += counts[i]
+        valued += counts[i] - heavies[i] if draws else heavies[i]
+    if len(values) != valued:
+        return VALUES
+    if len(near) < entries or (len(near) - entries) % planes:
+        return FAR_ENDS
+    problem = unpack_ids(near, entries, planes, counts, heavies, lookup, vocab_size, ids)
+    if problem:
+        return problem
+    if odds:
+        read_word(high, low, first, 0, log_mass, log_lights)
+        read_word(high, low, first, 0, log_rest, log_heavies)
+    for k in range(len(columns)):
+        if not read_word(high, low, first, odds + k, nats, entropy):
+            return MEASURE
+        for i in range(n):
+            log_partition[i, columns[k]] = entropy[i] * (1 - 1 / temperatures[columns[k]])
+    temperature = temperatures[own_column]
+    for i in range(n):
+        if heavies[i] == counts[i]:
+            log_heavies[i] = 0.0
+    if draws:
+        weights[:] = 0
+        logprobs[:] = -np.inf
+        for i in range(n):
+            if heavies[i]:
+                weights[i * width], logprobs[i * width] = math.exp(log_heavies[i]), temperature * log_heavies[i]
+    else:
+        problem = unpack_levels(
+            values, heavies, np.zeros(n, np.int64), log_heavies, top, table, log_table, fixed, fields, unit,
+            temperature, np.ones(1), weights, logprobs, np.empty((n, 1)),
+        )  # fmt: skip
+        if problem:
+            return problem
+    if own_column in columns:
+        for i in range(n):
+            for j in range(i * width, i * width + heavies[i]):
+                logprobs[j] += temperature * log_partition[i, own_column]
+    problem = unpack_lights(values, counts, heavies, log_lights, draws, weights, logprobs)
+    if problem:
+        return problem
+    for i in range(n):
+        count[i] = counts[i]
+    return read_measures(high, low, first, odds + len(columns), nats, has_entropy, has_label, entropy, label)

@@ -1,4 +1,4 @@
-"""Runs: the ids of a position as one or two runs of rising ranks, in about a byte an entry.
+"""Id deltas: the ids of a position as one or two runs of rising ranks, in about a byte an entry.
 
 A rank is stored as its distance to the one before it in its run, less one (the first of a run: as it is), in one byte;
 255 stands for 255 or more, and by how much it is exceeded follows after the bytes of all entries, in planes of two,
@@ -16,17 +16,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codec.id_ranks import IdOrder
-from kdcache.codec.packing import pack_runs
-from kdcache.codec.streams import FAR, Ints, Keys
+from kdcache.codec.streams import FAR, FAR_ENDS, VOCABULARY, Bytes, Ids, Ints, Keys
+from kdcache.compiled import compiled
 from kdcache.errors import TargetError
 
 _LARGE = 1 << 22  # ranks in a table
+
+
+class IdTable(NamedTuple):
+    """What unpacking needs besides a row's streams.
+
+    Attributes:
+        width: K.
+        planes: bytes of a far distance.
+        lookup: `[H]` the id of each rank below H; beyond, they are equal.
+        vocab_size: ids lie below it.
+    """
+
+    width: int
+    planes: int
+    lookup: Ids
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,11 @@ class Runs:
             return self.order.ids
         beyond = np.arange(len(self.order.ids), size, dtype=np.int32)
         return np.concatenate([self.order.ids, beyond])
+
+    @property
+    def table(self) -> IdTable:
+        """What unpacking needs."""
+        return IdTable(self.width, self.planes, self.lookup, self.vocab_size)
 
     @property
     def light(self) -> int:
@@ -107,8 +128,77 @@ class Runs:
         entries = int(counts.sum())
         near = np.empty(entries, np.uint8)
         far = np.empty(entries, np.uint32)
-        beyond = pack_runs(keys, counts, heavies, self.payload_bits, self.light - 1, near, far)
+        beyond = pack_ids(keys, counts, heavies, self.payload_bits, self.light - 1, near, far)
         if beyond < 0:
             raise TargetError("a target names an id twice")
         octets = far[:beyond].astype(">u4").view(np.uint8).reshape(-1, 4)[:, 4 - self.planes :]
         return np.concatenate([near, octets.T.reshape(-1)])
+
+
+# Unsigned numbers as indices: numba takes a signed one to count from the end where it is negative.
+_0, _1, _8, _FAR, _NONE = (np.uint64(x) for x in (0, 1, 8, FAR, 2**64 - 1))
+
+
+@compiled
+def pack_ids(
+    keys: Keys, counts: Ints, heavies: Ints, payload_bits: int, mask: int, near: Bytes, far: NDArray[np.uint32]
+) -> int:
+    """Fill `[E]` near distances and the far ends; returns how many of these there are, -1 if an id comes twice."""
+    at, beyond = 0, 0
+    for i in range(len(counts)):
+        previous: Any = -1
+        for j in range(counts[i]):
+            if j == heavies[i]:
+                previous = -1
+            rank: Any = (np.int64(keys[i, j]) & mask) >> payload_bits
+            distance = rank - previous - 1
+            if distance < 0:
+                return -1
+            previous = rank
+            if distance >= FAR:
+                far[beyond] = distance - FAR
+                beyond += 1
+                distance = FAR
+            near[at] = distance
+            at += 1
+    return beyond
+
+
+@compiled
+def unpack_ids(
+    stream: Bytes, entries: int, planes: int, counts: Ints, heavies: Ints, order: Ids, vocab_size: int, ids: Ids
+) -> int:
+    """`[n K]` ids of a stream of distances and far ends; see the module."""
+    last, start, known = np.uint64(vocab_size - 1), np.uint64(entries), np.uint64(len(order))
+    at, base, beyond, ends = _0, _0, _0, np.uint64((len(stream) - entries) // planes)
+    width = np.uint64(len(ids) // max(1, len(counts)))
+    padded = known > last + _FAR * width  # then near distances alone cannot leave the table
+    for i in range(len(counts)):
+        j = _0
+        for stop in (np.uint64(heavies[i]), np.uint64(counts[i])):
+            if j == stop:
+                continue
+            rank = _NONE
+            for k in range(j, stop):
+                distance = np.uint64(stream[at + k])
+                rank += distance + _1
+                if distance == _FAR:
+                    if beyond >= ends:
+                        return FAR_ENDS
+                    more = _0
+                    for plane in range(np.uint64(planes)):
+                        more = more << _8 | np.uint64(stream[start + beyond + plane * ends])
+                    rank += more
+                    beyond += _1
+                    if rank > last:
+                        return VOCABULARY
+                place = rank if padded else min(rank, last)
+                ids[base + k] = order[place] if padded or place < known else np.int32(place)
+            if rank > last:  # ranks rise, so the last of a run is its largest
+                return VOCABULARY
+            j = stop
+        for k in range(j, width):
+            ids[base + k] = 0
+        at += j
+        base += width
+    return 0 if beyond == ends else FAR_ENDS

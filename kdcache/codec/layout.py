@@ -1,21 +1,16 @@
-"""Codec: what a store may ask of one.
-
-Sampled: what `sample` and `ipps` store, and the weights that follow.
+"""Layout: what is said of targets before any is read, what follows from it, and what a store may ask of a codec.
 
 An entry of a sampled target is heavy or light. Heavies have a probability of their own: those above tau of `ipps`, and
 the forced label of `sample`. Lights share what the heavies leave: equally in `ipps`, by how often they were drawn in
-`sample`. So a position needs the log-odds of the lights' mass, and neither tau nor the lights' values.
-
-Where one of the two classes is empty the other has all the mass, and the log-odds say nothing.
+`sample`. So a position needs the log-odds of the lights' mass, and neither tau nor the lights' values. Where one of the
+two classes is empty the other has all the mass, and the log-odds say nothing.
 
 Shapes: n positions, K entries.
-
-Layout: what a manifest says of targets before any of them is read, and what follows from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -25,8 +20,32 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.codec.streams import Floats, Ids, Ints, Shapes, Streams
+from kdcache.entry_form import EntryForm
 from kdcache.errors import ConfigError, TargetError
-from kdcache.targets import SAMPLED_KINDS, TRUNCATED_KINDS, SparseTargets
+from kdcache.known import Known
+from kdcache.targets import SparseTargets
+
+
+class Selected(Protocol):
+    """What a codec asks of a selection."""
+
+    @property
+    def kind(self) -> str:
+        """Its name."""
+
+    @property
+    def form(self) -> EntryForm:
+        """Of its entries."""
+
+    @property
+    def target_temperature(self) -> float:
+        """T of the p_T that sampled weights estimate."""
+
+    def width(self, vocab_size: int) -> int:
+        """K, the most entries of a position."""
+
+    def known(self, temperatures: Sequence[float]) -> Known:
+        """What its targets know that were selected from whole logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +53,12 @@ class Layout:
     """The targets of one cache.
 
     Attributes:
-        kind: the selection.
+        kind: the selection's name.
+        form: of its entries.
         width: K, the most entries of a position.
         vocab_size: ids lie below it.
         temperatures: T of each stored partition and tail; 1 among them.
-        draws: N of `sample`.
-        force_label: whether `sample` keeps the label apart from its draws.
+        known: what the targets know; nothing else is stored.
         sample_temperature: T of the p_T that sampled weights estimate, one of `temperatures`.
 
     Raises:
@@ -47,49 +66,72 @@ class Layout:
     """
 
     kind: str
+    form: EntryForm
     width: int
     vocab_size: int
     temperatures: tuple[float, ...]
-    draws: int | None = None
-    force_label: bool = False
+    known: Known
     sample_temperature: float = 1.0
 
+    @staticmethod
+    def of(
+        rule: Selected, vocab_size: int, temperatures: tuple[float, ...] = (1.0,), known: Known | None = None
+    ) -> Layout:
+        """The layout of a selection's targets over a vocabulary; by default of those selected from whole logits."""
+        return Layout(
+            kind=rule.kind, form=rule.form, width=rule.width(vocab_size), vocab_size=vocab_size,
+            temperatures=temperatures, known=known or rule.known(temperatures),
+            sample_temperature=rule.target_temperature,
+        )  # fmt: skip
+
     def __post_init__(self) -> None:
-        if self.kind not in (*TRUNCATED_KINDS, *SAMPLED_KINDS):
-            raise ConfigError(f"--select {self.kind} is not a kind that can be stored")
         if not 1 <= self.vocab_size < 1 << 31:
             raise ConfigError(f"a vocabulary of {self.vocab_size} tokens is outside 1 to 2^31 - 1")
-        if not 1 <= self.width <= self.vocab_size or (self.kind == "full" and self.width != self.vocab_size):
-            raise ConfigError(f"targets of {self.width} entries do not fit --select {self.kind} of {self.vocab_size}")
+        if not 1 <= self.width <= self.vocab_size or (self.form.every_id and self.width != self.vocab_size):
+            raise ConfigError(f"targets of {self.width} entries do not fit kind {self.kind} of {self.vocab_size}")
         if 1.0 not in self.temperatures:
             raise ConfigError("a cache must store temperature 1")
         if self.sampled and self.sample_temperature not in self.temperatures:
-            raise ConfigError(f"--sample-temperature {self.sample_temperature:g} is not among the temperatures")
-        if self.kind != "sample":
-            if self.draws is not None:
-                raise ConfigError(f"--draws is {self.draws}, but only --select sample has it, not {self.kind}")
-        elif self.draws is None or not 1 <= self.draws < 1 << 16:
-            raise ConfigError(f"--draws is {self.draws}, outside 1 to 65535")
+            raise ConfigError(f"sample_temperature {self.sample_temperature:g} is not among the temperatures")
+        if self.draws is not None and not 1 <= self.draws < 1 << 16:
+            raise ConfigError(f"draws is {self.draws}, outside 1 to 65535")
+        tails = () if self.sampled else self.temperatures
+        if self.known.partitions != self.temperatures or self.known.tails != tails:
+            raise ConfigError(
+                f"targets of kind {self.kind} at {len(self.temperatures)} temperature(s) know the partition at each of "
+                f"them, and the tail at {'none' if self.sampled else 'each'}"
+            )
 
     @property
     def sampled(self) -> bool:
         """Whether weights are estimates; then there is no tail."""
-        return self.kind in SAMPLED_KINDS
+        return self.form.sampled
 
     @property
     def ragged(self) -> bool:
         """Whether positions may differ in their number of entries."""
-        return self.kind not in ("topk", "full")
+        return self.form.ragged
 
     @property
     def named_ids(self) -> bool:
-        """Whether ids are stored; `full` has every id, in order."""
-        return self.kind != "full"
+        """Whether ids are stored; else each position has every id, in order."""
+        return not self.form.every_id
+
+    @property
+    def draws(self) -> int | None:
+        """N where a light weighs how often it was drawn in N draws; None where all lights of a position weigh alike."""
+        return None if self.form.free_weights else self.form.draws
+
+    @property
+    def most_heavies(self) -> int:
+        """Of a sampled kind, the most entries of a position that have a probability of their own."""
+        most = None if self.form.free_weights else self.form.most_heavies
+        return self.width if most is None else most
 
     @property
     def heavies(self) -> bool:
         """Whether some entries of a sampled kind have a probability of their own; the others are the lights."""
-        return self.kind == "ipps" or (self.kind == "sample" and self.force_label)
+        return self.sampled and self.most_heavies > 0
 
     @property
     def own_temperature(self) -> float:
@@ -102,6 +144,11 @@ class Layout:
         return [column for column, t in enumerate(self.temperatures) if t != 1]
 
     @property
+    def tails(self) -> list[int]:
+        """Columns of the temperatures whose tail is stored: all, or none where there is no tail or nothing in it."""
+        return list(range(len(self.temperatures))) if self.known.tails and self.named_ids else []
+
+    @property
     def multiplicity_dtype(self) -> np.dtype[Any]:
         """Of a number of draws."""
         return np.dtype("<u1" if self.draws is not None and self.draws < 256 else "<u2")
@@ -110,16 +157,22 @@ class Layout:
         """`[n]` entries of each position.
 
         Raises:
-            TargetError: targets of another layout, or a position without entries.
+            TargetError: targets of another layout, that know less or more, or a position without entries.
         """
         if targets.ids.shape[1:] != (self.width,) or targets.temperatures != self.temperatures:
             raise TargetError(
                 f"targets of {tuple(targets.ids.shape)} entries at temperatures {targets.temperatures} are not "
                 f"[n, {self.width}] at {self.temperatures}"
             )
+        if targets.sampled != self.sampled:
+            raise TargetError(f"targets of kind {targets.kind} do not fit kind {self.kind}")
+        for name in ("entropy", "label_logprob"):
+            values = getattr(targets, name)
+            if getattr(self.known, name) != (values is not None) or (values is not None and values.isnan().any()):
+                raise TargetError(f"{name} of a position is given and unknown, or known and not given")
         counts: Ints = targets.count.numpy().astype(np.int64)
         if ((counts < 1) | (counts > self.width)).any() or (not self.ragged and (counts != self.width).any()):
-            raise TargetError(f"a position has more or fewer entries than --select {self.kind} keeps")
+            raise TargetError(f"a position has more or fewer entries than kind {self.kind} keeps")
         return counts
 
     def targets(
@@ -130,9 +183,9 @@ class Layout:
         weights: Floats,
         counts: NDArray[np.int32],
         log_partition: Floats,
-        log_tail: Floats,
-        entropy: Floats,
-        label_logprob: Floats,
+        log_tail: Floats | None,
+        entropy: Floats | None,
+        label_logprob: Floats | None,
     ) -> SparseTargets:
         """Targets of decoded arrays, which they share; per-temperature ones come as `[n, n_T]`."""
         return SparseTargets(
@@ -141,42 +194,13 @@ class Layout:
             weights=torch.from_numpy(weights),
             count=torch.from_numpy(counts),
             log_partition=torch.from_numpy(log_partition),
-            log_tail=torch.from_numpy(log_tail),
-            entropy=torch.from_numpy(entropy),
-            label_logprob=torch.from_numpy(label_logprob),
+            log_tail=None if log_tail is None else torch.from_numpy(log_tail),
+            entropy=None if entropy is None else torch.from_numpy(entropy),
+            label_logprob=None if label_logprob is None else torch.from_numpy(label_logprob),
             temperatures=self.temperatures,
             kind=self.kind,
             sample_temperature=self.own_temperature,
         )
-
-
-def light_odds(weights: NDArray[np.float64], light: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """`[n]` log-odds of the lights' mass; both masses summed directly, for one minus the other would cancel."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        odds = np.log((weights * light).sum(-1)) - np.log((weights * ~light).sum(-1))
-    return np.where(np.isnan(odds), -np.inf, odds)
-
-
-def multiplicities(layout: Layout, weights: NDArray[np.float64], light: NDArray[np.bool_]) -> Ints:
-    """`[n, K]` how often each light of `sample` was drawn, 0 for others.
-
-    Raises:
-        TargetError: weights that are no counts of N draws.
-    """
-    draws = layout.draws or 0
-    mass = (weights * light).sum(-1, keepdims=True)
-    share = np.divide(weights * draws, mass, out=np.zeros_like(weights), where=light)
-    counts: Ints = np.rint(share).astype(np.int64)
-    drawn = counts.sum(-1)
-    if (np.abs(share - counts) > 1e-3 * np.maximum(counts, 1)).any() or ((drawn != draws) & light.any(-1)).any():
-        raise TargetError(f"a target's weights are not the counts of {draws} draws")
-    return counts
-
-
-def renyi(layout: Layout, targets: SparseTargets, column: int) -> NDArray[np.float64]:
-    """`[n]` Rényi entropy of order 1/T: log sum p^(1/T) over 1 - 1/T; from 0 to log V at every T."""
-    t = layout.temperatures[column]
-    return np.asarray(targets.log_partition[:, column].double().numpy() / (1 - 1 / t), np.float64)
 
 
 class Codec(Protocol):

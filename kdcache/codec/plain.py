@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.codec.layout import Layout, light_odds, multiplicities
-from kdcache.codec.streams import Floats, Ints, Shapes, Streams, id_dtype, take, whole
-from kdcache.codec.unpacking import PROBLEMS, add_lights
+from kdcache.codec.layout import Layout
+from kdcache.codec.lights import light_odds, multiplicities, unpack_lights
+from kdcache.codec.streams import PROBLEMS, Floats, Ints, Shapes, Streams, id_dtype, take, whole
 from kdcache.errors import ConfigError, CorruptCacheError, TargetError
 from kdcache.targets import SparseTargets
 
@@ -64,7 +64,7 @@ class PlainCodec:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise ConfigError(f"--precision {self.precision} is not one of {', '.join(PRECISIONS)}")
+            raise ConfigError(f"precision is {self.precision}, but must be {' or '.join(PRECISIONS)}")
 
     @property
     def id_dtype(self) -> np.dtype[Any]:
@@ -81,7 +81,7 @@ class PlainCodec:
         """The most by which each stored number is off; nothing that is not named is off at all."""
         if self._exact:
             return {"logprob": 0.0, "weight": 0.0}
-        if self.layout.kind == "sample":
+        if self.layout.draws is not None:
             return {"multiplicity": 0.0}
         return {"logprob": 2e-3, "logprob_down_to": -38.8}
 
@@ -92,7 +92,7 @@ class PlainCodec:
     @property
     def _draws(self) -> bool:
         """Whether values are numbers of draws."""
-        return self.layout.kind == "sample" and not self._exact
+        return self.layout.draws is not None and not self._exact
 
     @property
     def _value_dtype(self) -> np.dtype[Any]:
@@ -105,8 +105,9 @@ class PlainCodec:
     @property
     def _scalar_names(self) -> list[str]:
         layout = self.layout
-        tails = [] if layout.sampled or not layout.named_ids else [f"tail{c}" for c in range(len(layout.temperatures))]
-        return [*tails, *["odds"] * self._odds, *(f"partition{c}" for c in layout.others), "entropy", "label"]
+        measured = ["entropy"] * layout.known.entropy + ["label"] * layout.known.label_logprob
+        odds = ["odds"] * self._odds
+        return [*(f"tail{c}" for c in layout.tails), *odds, *(f"partition{c}" for c in layout.others), *measured]
 
     @property
     def _count_dtype(self) -> np.dtype[Any]:
@@ -152,7 +153,7 @@ class PlainCodec:
         if self.layout.named_ids:
             streams["ids"] = ids[valid].astype(self.id_dtype)
         elif (ids != np.arange(self.layout.width)).any():
-            raise TargetError("a target of kind full does not name every id once")
+            raise TargetError("a target of every id does not name each once")
         doubles = np.where(valid, weights, 0).astype(np.float64)
         streams["values"] = self._values(logprobs, doubles, light, valid & ~light)
         if self._exact:
@@ -165,20 +166,23 @@ class PlainCodec:
 
     def _values(self, logprobs: Floats, weights: NDArray[np.float64], light: Mask, heavy: Mask) -> NDArray[Any]:
         if self._draws:
-            return multiplicities(self.layout, weights, light)[light].astype(self._value_dtype)
+            return multiplicities(self.layout.draws or 0, weights, light)[light].astype(self._value_dtype)
         if self._exact:
             return logprobs[heavy].astype(_SINGLE)
         root = np.sqrt(weights[heavy]) if self.layout.sampled else np.exp(logprobs[heavy].astype(np.float64) / 2)
         return np.maximum(root * _HALF_SCALE, _HALF_SMALLEST).astype(_HALF)
 
     def _scalars(self, targets: SparseTargets, odds: NDArray[np.float64] | None) -> NDArray[Any]:
-        rows = {"entropy": targets.entropy, "label": targets.label_logprob}
+        rows: dict[str, torch.Tensor | None] = {"entropy": targets.entropy, "label": targets.label_logprob}
         for column in range(len(self.layout.temperatures)):
-            rows[f"tail{column}"] = targets.log_tail[:, column]
+            rows[f"tail{column}"] = None if targets.log_tail is None else targets.log_tail[:, column]
             rows[f"partition{column}"] = targets.log_partition[:, column]
         if odds is not None:
             rows["odds"] = torch.from_numpy(odds)
-        return np.stack([rows[name].numpy().astype(_SINGLE) for name in self._scalar_names]).reshape(-1)
+        found = [rows[name] for name in self._scalar_names]
+        if not found:
+            return np.zeros(0, _SINGLE)
+        return np.stack([row.numpy().astype(_SINGLE) for row in found if row is not None]).reshape(-1)
 
     def decode(self, streams: Mapping[str, NDArray[Any]], positions: int) -> SparseTargets:
         """Unpack the targets of a row that has `positions` of them.
@@ -195,7 +199,7 @@ class PlainCodec:
             scalars=self._read_scalars(streams, positions),
         )
         log_partition = np.zeros((positions, len(self.layout.temperatures)), np.float32)
-        log_tail = np.full_like(log_partition, np.nan if self.layout.sampled else -np.inf)
+        log_tail = np.full_like(log_partition, -np.inf)
         for place in range(len(self.layout.temperatures)):
             log_tail[:, place] = row.scalars.get(f"tail{place}", log_tail[:, place])
             log_partition[:, place] = row.scalars.get(f"partition{place}", log_partition[:, place])
@@ -211,9 +215,9 @@ class PlainCodec:
             weights=weights,
             counts=counts.astype(np.int32),
             log_partition=log_partition,
-            log_tail=log_tail,
-            entropy=row.scalars["entropy"],
-            label_logprob=row.scalars["label"],
+            log_tail=None if self.layout.sampled else log_tail,
+            entropy=row.scalars.get("entropy"),
+            label_logprob=row.scalars.get("label"),
         )
 
     def _counts(self, streams: Mapping[str, NDArray[Any]], positions: int) -> tuple[Ints, Ints]:
@@ -225,7 +229,7 @@ class PlainCodec:
         rows = take(streams, "counts", self._count_dtype, (1 + layout.heavies) * positions).astype(np.int64)
         counts = rows[:positions]
         heavies = rows[positions:] if layout.heavies else np.zeros_like(counts) if layout.sampled else counts
-        most = np.minimum(counts, 1) if layout.kind == "sample" else counts
+        most = np.minimum(counts, layout.most_heavies) if layout.heavies else counts
         if ((counts < 1) | (counts > layout.width) | (heavies > most)).any():
             raise CorruptCacheError(f"a position has more than {layout.width} entries, more heavies than fit, or none")
         return counts, heavies
@@ -246,7 +250,7 @@ class PlainCodec:
         found = {name: row.copy() for name, row in zip(names, rows, strict=True)}
         for name, row in found.items():
             log = name.startswith("tail") or name == "label"
-            missing = np.isnan(row) & (name != "label")
+            missing = np.isnan(row)
             endless = np.isinf(row) & (name.startswith("partition") or name == "entropy")
             if (missing | endless | (log & (row > _SLACK))).any():
                 raise CorruptCacheError(f"a stored {name.rstrip('0123456789')} is not a number that it can be")
@@ -302,7 +306,7 @@ class PlainCodec:
         lead = log_partition[:, self.layout.temperatures.index(own), None]
         logprobs = (own * (logs + lead)).astype(np.float32)
         draws = self.layout.draws or 0
-        problem = add_lights(drawn, counts, heavies, log_mass, draws, weights.reshape(-1), logprobs.reshape(-1))
+        problem = unpack_lights(drawn, counts, heavies, log_mass, draws, weights.reshape(-1), logprobs.reshape(-1))
         if problem:
             raise CorruptCacheError(PROBLEMS[problem])
         return logprobs, weights

@@ -1,4 +1,4 @@
-"""Levels: log-probabilities in 4 to 16 bits, scaled so that the error at every stored temperature stays small.
+"""Quantizer: log-probabilities in 4 to 16 bits, scaled so that the error at every stored temperature stays small.
 
 Of a position's entries the largest has the top level c = 2^bits - 1. With x = log p less the largest (so x <= 0), an
 entry has the level round(c (g(x) - g(cut)) / (g(0) - g(cut))), at least 0, where
@@ -23,14 +23,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codec.id_deltas import Runs
-from kdcache.codec.packing import OUTSIDE, level_keys
-from kdcache.codec.streams import Floats, Ints, Keys
+from kdcache.codec.streams import LEVELS, Doubles, Floats, Ids, Ints, Keys, Values
+from kdcache.compiled import compiled
 from kdcache.errors import CorruptCacheError, TargetError
 
 BITS = range(4, 17)
@@ -41,11 +41,15 @@ _NARROW = 256
 """K up to which sums of two temperatures share a 64-bit number: 23 binary places are enough for each."""
 
 
-@dataclass(frozen=True)
-class Tables:
+_OUTSIDE, _NOTHING = 1, 2
+"""Why keys cannot be made: an id outside the vocabulary; a position whose probabilities are all zero."""
+
+
+class LevelTable(NamedTuple):
     """What decoding looks up, by level.
 
     Attributes:
+        top: c, the level of a position's largest entry.
         weights: `[c + 1]` exp(x / T) at the first temperature.
         logs: `[c + 1]` x.
         fixed: `[R, c + 1]` exp(x / T) in fixed point, `fields` temperatures side by side in a number, low bits first.
@@ -53,6 +57,7 @@ class Tables:
         unit: what the last binary place is worth.
     """
 
+    top: int
     weights: Floats
     logs: Floats
     fixed: Ints
@@ -127,7 +132,7 @@ class Levels:
         return edges, guesses
 
     @cached_property
-    def tables(self) -> Tables:
+    def table(self) -> LevelTable:
         """What decoding looks up."""
         softened = np.exp(self.logs / np.array(self.temperatures)[:, None])  # [n_T, c + 1]
         fields = 2 if self.width <= _NARROW and len(self.temperatures) > 1 else 1
@@ -137,7 +142,8 @@ class Levels:
             fixed[k] | fixed[k + 1] << 32 if fields == 2 and k + 1 < len(fixed) else fixed[k]
             for k in range(0, len(fixed), fields)
         ]
-        return Tables(
+        return LevelTable(
+            top=self.top,
             weights=softened[0].astype(np.float32),
             logs=self.logs.astype(np.float32),
             fixed=np.stack(rows),
@@ -160,7 +166,7 @@ class Levels:
             ids, logprobs, counts, runs.order.ranks, runs.vocab_size, *self._search, _CELLS,
             runs.payload_bits, runs.light, keys, heavies,
         )  # fmt: skip
-        if problem == OUTSIDE:
+        if problem == _OUTSIDE:
             raise TargetError("a target names an id outside the vocabulary")
         if problem:
             raise TargetError("a target has no probability above zero")
@@ -189,3 +195,156 @@ def split(numbers: NDArray[Any], planes: int) -> NDArray[np.uint8]:
     if planes == 1:
         return numbers.astype(np.uint8)
     return np.concatenate([(numbers >> 8).astype(np.uint8), numbers.astype(np.uint8)])
+
+
+_0 = np.uint64(0)  # an unsigned index: numba takes a signed one to count from the end where it is negative
+_HALF, _LOW = 32, (1 << 32) - 1  # of a number that holds two sums
+
+
+# fmt: off
+@compiled
+def level_keys(
+    ids: Ints, logprobs: Floats, counts: Ints, ranks: Ids, vocab_size: int,
+    edges: Doubles, guesses: Ints, cells: float, payload_bits: int, light: int,
+    keys: Keys, heavies: Ints,
+) -> int:
+    # fmt: on
+    """Fill `[n, K]` keys of rank and level, and `[n]` how many entries have a value; see id_deltas.py."""
+    last = len(guesses) - 2
+    for i in range(len(counts)):
+        largest, heavy = -np.inf, 0
+        for j in range(counts[i]):
+            if logprobs[i, j] > largest:
+                largest = np.float64(logprobs[i, j])
+        for j in range(counts[i]):
+            token = ids[i, j]
+            if token < 0 or token >= vocab_size:
+                return _OUTSIDE
+            rank = np.int64(ranks[token]) if token < len(ranks) else token
+            x = np.float64(logprobs[i, j]) - largest
+            if math.isnan(x):
+                keys[i, j] = light | rank << payload_bits
+                continue
+            cell = np.int64(min(-x * cells, np.float64(last)))
+            low, high = guesses[cell + 1], guesses[cell]
+            while high - low > 1:  # in no cell of a scale of few bits
+                middle = (low + high) >> 1
+                if x >= edges[middle]:
+                    low = middle + 1
+                else:
+                    high = middle
+            keys[i, j] = rank << payload_bits | (low + (x >= edges[low]))
+            heavy += 1
+        if heavy and not largest > -np.inf:
+            return _NOTHING
+        for j in range(counts[i], ids.shape[1]):
+            keys[i, j] = light << 1
+        heavies[i] = heavy
+    return 0
+
+
+@compiled
+def pack_levels(keys: Keys, starts: Ints, stops: Ints, mask: int, lift: bool, floors: Ints, values: Values) -> None:
+    """Fill the payloads of some entries of each position, less the least of them if `lift`, and `[n]` those least."""
+    at = 0
+    for i in range(len(starts)):
+        floor: Any = 0
+        if lift:
+            floor = mask
+            for j in range(starts[i], stops[i]):
+                floor = min(floor, np.int64(keys[i, j]) & mask)
+        floors[i] = floor
+        for j in range(starts[i], stops[i]):
+            values[at] = (np.int64(keys[i, j]) & mask) - floor
+            at += 1
+
+
+@compiled
+def _sum_levels(
+    values: Values, counts: Ints, floors: Ints, top: int, fixed: Ints, fields: int, unit: float, sums: Doubles
+) -> int:
+    """`[n, n_T]` sums of what levels stand for; see the module."""
+    at, highest = _0, np.uint64(top)
+    for i in range(len(counts)):
+        count, floor = np.uint64(counts[i]), np.uint64(floors[i])
+        if not count:
+            sums[i] = 1
+            continue
+        largest = values[at]
+        for j in range(count):
+            largest = max(largest, values[at + j])
+        if floor + np.uint64(largest) != highest:  # so every level lies in the tables, and every sum is at least 1
+            return LEVELS
+        for row in range(len(fixed)):
+            total = np.int64(0)
+            for j in range(count):
+                total += fixed[row, floor + np.uint64(values[at + j])]
+            if fields == 1:
+                sums[i, row] = total * unit
+            else:
+                sums[i, 2 * row] = (total & _LOW) * unit
+                if 2 * row + 1 < sums.shape[1]:
+                    sums[i, 2 * row + 1] = (total >> _HALF) * unit
+        at += count
+    return 0
+
+
+@compiled
+def _scale(sums: Doubles, log_mass: Doubles, exponents: Doubles, scales: Floats, log_scales: Doubles) -> None:
+    """Factors that make entries sum to a given mass; turns sums into log sums of scaled entries at each temperature."""
+    for i in range(len(log_mass)):
+        log_scale = log_mass[i]
+        for k in range(len(exponents)):
+            log_sum = math.log(np.float32(sums[i, k]))
+            if k == 0:
+                log_scale -= log_sum
+            sums[i, k] = log_sum + log_scale * exponents[k]
+        scales[i], log_scales[i] = math.exp(log_scale), log_scale
+
+
+# fmt: off
+@compiled
+def _write_weights(
+    values: Values, counts: Ints, floors: Ints, table: Floats, log_table: Floats,
+    scales: Floats, log_scales: Doubles, temperature: float, weights: Floats, logs: Floats,
+) -> None:
+    # fmt: on
+    """`[n K]` weights of levels, 0 past the count, and T log of them, -inf past it."""
+    at, base, width = _0, _0, np.uint64(len(weights) // max(1, len(counts)))
+    for i in range(len(counts)):
+        count, floor = np.uint64(counts[i]), np.uint64(floors[i])
+        scale, shift = scales[i], np.float32(temperature * log_scales[i])
+        for j in range(count):
+            weights[base + j] = table[floor + np.uint64(values[at + j])]
+        for j in range(count):
+            logs[base + j] = log_table[floor + np.uint64(values[at + j])]
+        for j in range(count):  # apart from the look-ups, this is done eight at a time
+            weights[base + j] *= scale
+        for j in range(count):
+            logs[base + j] += shift
+        for j in range(count, width):
+            weights[base + j] = 0
+            logs[base + j] = -np.inf
+        at += count
+        base += width
+
+
+# fmt: off
+@compiled
+def unpack_levels(
+    values: Values, counts: Ints, floors: Ints, log_mass: Doubles,
+    top: int, table: Floats, log_table: Floats, fixed: Ints, fields: int, unit: float,
+    temperature: float, exponents: Doubles, weights: Floats, logs: Floats, sums: Doubles,
+) -> int:
+    # fmt: on
+    """Turn levels into weights that sum to a given mass, and log sum w^(T / T') at each temperature T'.
+
+    In passes over the row: in one, each position would wait for its own logarithms.
+    """
+    problem = _sum_levels(values, counts, floors, top, fixed, fields, unit, sums)
+    if problem:
+        return problem
+    scales, log_scales = np.empty(len(counts), np.float32), np.empty(len(counts))
+    _scale(sums, log_mass, exponents, scales, log_scales)
+    _write_weights(values, counts, floors, table, log_table, scales, log_scales, temperature, weights, logs)
+    return 0

@@ -1,9 +1,9 @@
-"""Numbers: what a position has one of, in one or two bytes each.
+"""Scalars: what a position has one of, in one or two bytes each.
 
 Counts are stored as they are. Measures are stored as 16-bit words:
 
     log-odds     32768 + round(64 x) within 1 to 65535; 0 for -inf
-    nats         round(128 x) within 0 to 65534; 65535 for not a number
+    nats         round(128 x) within 0 to 65534; 65535 is none
 
 Two streams, planes of one byte a position: `scalars` has the counts and the high bytes of the words, which compress,
 and `scalars_low` the low bytes, which do not; apart, each finds its own code (5.4 bytes a position instead of 5.8).
@@ -18,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codec.streams import Shapes, Streams, take
+from kdcache.codec.streams import MEASURE, Bytes, Doubles, Floats, Ints, Shapes, Streams, take
+from kdcache.compiled import compiled
 
 ERROR_BOUND = {"log_odds": 1 / 128, "nats": 1 / 256}
 
@@ -83,9 +84,14 @@ def odds_to_words(odds: NDArray[np.float64]) -> NDArray[np.uint16]:
     return np.where(np.isneginf(odds), 0, clipped).astype(np.uint16)
 
 
+def renyi_entropy(log_partition: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+    """`[n]` Rényi entropy of order 1/T: log sum p^(1/T) over 1 - 1/T; from 0 to log V at every T but 1."""
+    return np.asarray(log_partition.astype(np.float64) / (1 - 1 / temperature), np.float64)
+
+
 def nats_to_words(nats: NDArray[np.float64]) -> NDArray[np.uint16]:
-    """Words of measures that are never negative; NaN stays NaN."""
-    return np.where(np.isnan(nats), _LAST, np.clip(np.rint(nats * _NATS), 0, _LAST - 1)).astype(np.uint16)
+    """Words of measures that are never negative."""
+    return np.clip(np.rint(nats * _NATS), 0, _LAST - 1).astype(np.uint16)
 
 
 def _log_sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -104,3 +110,57 @@ LOG_REST: NDArray[np.float64] = _log_sigmoid(-_VALUES)
 NATS: NDArray[np.float32] = (np.arange(_LAST + 1) / _NATS).astype(np.float32)
 """By word: the measure."""
 NATS[_LAST] = np.nan
+
+
+class MeasureTables(NamedTuple):
+    """What words of measures stand for.
+
+    Attributes:
+        log_mass, log_rest, nats: `[65536]`.
+    """
+
+    log_mass: Doubles
+    log_rest: Doubles
+    nats: Floats
+
+
+MEASURES = MeasureTables(LOG_MASS, LOG_REST, NATS)
+
+_8 = np.uint64(8)  # an unsigned index: numba takes a signed one to count from the end where it is negative
+
+
+@compiled
+def read_count(high: Bytes, plane: int, size: int, out: Ints) -> None:
+    """`[n]` whole numbers of `size` planes, high bytes first; 0 where there is none."""
+    out[:] = 0
+    for byte in range(size):
+        for i in range(len(out)):
+            out[i] = out[i] << 8 | np.int64(high[plane + byte, i])
+
+
+@compiled
+def read_word(high: Bytes, low: Bytes, plane: int, word: int, table: Floats | Doubles, out: Floats | Doubles) -> bool:
+    """`[n]` what measures stand for, and whether all are numbers; high bytes lie behind the counts, low bytes apart."""
+    known = True
+    for i in range(high.shape[1]):
+        out[i] = table[np.uint64(high[plane + word, i]) << _8 | np.uint64(low[word, i])]
+        known &= out[i] == out[i]
+    return known
+
+
+# fmt: off
+@compiled
+def read_measures(
+    high: Bytes, low: Bytes, plane: int, word: int, nats: Floats, has_entropy: bool, has_label: bool,
+    entropy: Floats, label: Floats,
+) -> int:
+    # fmt: on
+    """`[n]` entropies and log-probabilities of labels, where they are stored: 0, or a problem."""
+    if has_entropy and not read_word(high, low, plane, word, nats, entropy):
+        return MEASURE
+    if has_label:
+        if not read_word(high, low, plane, word + has_entropy, nats, label):
+            return MEASURE
+        for i in range(len(label)):
+            label[i] = -label[i]
+    return 0

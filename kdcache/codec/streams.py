@@ -1,6 +1,7 @@
 """Streams: the named arrays that a codec makes of a row, their compression, and how they are read back safely.
 
-Arrays: the types that compiled loops speak of.
+The types that compiled loops speak of stand here too, and the problems that they return. Such a loop reads nothing
+before its place is known to lie inside its array. Each stands in the file of its stream, encoding beside decoding.
 """
 
 from __future__ import annotations
@@ -25,6 +26,18 @@ Values = NDArray[np.uint8] | NDArray[np.uint16]
 FAR = 255
 """A distance in one byte that stands for itself or more."""
 
+PROBLEMS = {
+    1: "an id lies outside the vocabulary",
+    2: "ids and their far distances do not agree",
+    3: "a position has no value at the top level, or one above it",
+    4: "the draws of a position do not add up",
+    5: "a position has no entries, or more than it can have",
+    6: "there are more or fewer values than entries that have one",
+    7: "an entropy or a label's log-probability is not a number",
+}
+"""Why a row cannot be decoded, by the number that a compiled loop returns; 0 is for a sound row."""
+
+VOCABULARY, FAR_ENDS, LEVELS, DRAWS, COUNT, VALUES, MEASURE = PROBLEMS
 
 LEVEL = 1
 """The zstd level of every stream. Level 3 makes them no smaller and takes half as long again; docs/decisions/0005."""

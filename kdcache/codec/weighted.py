@@ -1,4 +1,4 @@
-"""The weighted codec: draws with importance weights, as targets of `ipps` that are all heavy.
+"""The weighted codec: entries with free weights, such as importance weights, as heavies of another codec.
 
 Another codec keeps the weights as parts of a unit; one more stream keeps the unit:
 
@@ -36,8 +36,8 @@ class WeightedCodec:
     """How the targets of one cache are laid out; everything comes from its manifest.
 
     Attributes:
-        layout: of the targets, of kind `sample`.
-        inner: the codec of the weights, for kind `ipps` with as many entries.
+        layout: of the targets.
+        inner: the codec of the weights, as many heavies and no lights.
         exact: whether that one keeps every bit.
     """
 
@@ -77,7 +77,6 @@ class WeightedCodec:
             unit = torch.exp2(unit.log2().ceil())
         heavy = dataclasses.replace(
             targets,
-            kind="ipps",
             weights=(weights / unit).float(),
             logprobs=(self.layout.own_temperature * (weights / unit).log()).float(),
         )
@@ -98,7 +97,6 @@ class WeightedCodec:
             raise CorruptCacheError("a weighted draw has no weight of its own")
         return dataclasses.replace(
             heavy,
-            kind=self.layout.kind,
             weights=heavy.weights * torch.from_numpy(unit.copy())[:, None],
             logprobs=torch.where(heavy.valid, torch.nan, -torch.inf),
         )

@@ -1,22 +1,24 @@
-"""Shards: the plan, and the rows of one shard from its own documents alone.
+"""Shards: the rows of one shard from its own documents alone.
 
-No tokenise pass over the whole corpus, no shared counter, no order between shards: any worker
-can make any shard, and makes the same one.
+No tokenise pass over the whole corpus, no shared counter, no order between shards: any worker can make any shard, and
+makes the same one.
+Cost: memory for the tokens of one shard (4 bytes each) and the documents of a megabyte.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from kdcache.corpus.packing import Tokens, pack
+from kdcache.corpus.packing import PackedRows, Tokens, pack
+from kdcache.corpus.plan import Plan
 from kdcache.corpus.sources import Corpus
 from kdcache.corpus.tokenise import take_tokenised, tokenise_chat, tokenise_texts
-from kdcache.rows import PackedRow
+from kdcache.rows import IGNORE
 
-_SHARDS_WANTED = 64
-_LEAST_CHARS, _MOST_CHARS = 1 << 18, 1 << 24
+_BATCH = 256
+"""Documents tokenised at once: what a tokenizer returns for a text takes many times the memory of its ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,30 +31,58 @@ class ShardRows:
         dropped: how many of them the filters dropped.
     """
 
-    rows: list[PackedRow]
+    rows: PackedRows
     documents: int
     dropped: int
 
 
-def docs_per_shard(documents: int, size: int) -> int:
-    """Documents a shard, when nobody asks for a number: a pure function of the corpus.
+def shard_rows(corpus: Corpus, plan: Plan, shard: int, tokenizer: Any, vocab_size: int, seq_len: int) -> ShardRows:
+    """Tokenise and pack the documents of a shard.
 
-    About 64 shards, none below 256 thousand or above 16 million characters (or tokens): small
-    enough to lose little when one is interrupted, large enough to be worth a file.
+    Raises:
+        CorpusError: they are not those that were planned, or one cannot be tokenised.
     """
-    wanted = min(max(size / _SHARDS_WANTED, _LEAST_CHARS), _MOST_CHARS)
-    return max(1, math.ceil(documents * wanted / max(size, 1)) if size > wanted else documents)
+    tokeniser = _Tokeniser(corpus, tokenizer, vocab_size)
+    rows = pack((tokens for batch in tokeniser.shard(plan, shard) for tokens in batch), seq_len)
+    return ShardRows(rows=rows, documents=plan.documents_of(shard), dropped=tokeniser.dropped)
 
 
-def shard_rows(corpus: Corpus, start: int, stop: int, tokenizer: Any, vocab_size: int, seq_len: int) -> ShardRows:
-    """Tokenise and pack documents `start` to `stop`."""
-    stop = min(stop, len(corpus))
-    kept = [(n, d) for n, d in enumerate(corpus.read(start, stop), start) if corpus.keeps(n, d)]
-    tokens: list[Tokens]
-    if corpus.form == "text":
-        tokens = tokenise_texts(tokenizer, [n for n, _ in kept], [d for _, d in kept])
-    elif corpus.form == "chat":
-        tokens = [tokenise_chat(tokenizer, n, d) for n, d in kept]
-    else:
-        tokens = [take_tokenised(n, ids, labels, vocab_size) for n, (ids, labels) in kept]
-    return ShardRows(rows=pack(tokens, seq_len), documents=stop - start, dropped=stop - start - len(kept))
+def has_label(corpus: Corpus, plan: Plan, tokenizer: Any, vocab_size: int, seq_len: int) -> bool:
+    """Whether any document has a token that carries a target. Documents are read until one has."""
+    tokeniser = _Tokeniser(corpus, tokenizer, vocab_size)
+    return any(
+        (row.labels(seq_len) != IGNORE).any()
+        for shard in range(len(plan))
+        for batch in tokeniser.shard(plan, shard)
+        for row in pack(batch, seq_len)
+    )
+
+
+@dataclass
+class _Tokeniser:
+    """Documents of a corpus to tokens, some at a time.
+
+    Attributes:
+        dropped: documents that the filters dropped so far.
+    """
+
+    corpus: Corpus
+    tokenizer: Any
+    vocab_size: int
+    dropped: int = field(default=0, init=False)
+
+    def shard(self, plan: Plan, shard: int) -> Iterator[list[Tokens]]:
+        """The tokens of the documents of a shard that the filters keep, in order."""
+        for first, documents in self.corpus.read_shard(plan, shard):
+            for start in range(0, len(documents), _BATCH):
+                batch = list(enumerate(documents[start : start + _BATCH], first + start))
+                kept = [(n, document) for n, document in batch if self.corpus.keeps(n, document)]
+                self.dropped += len(batch) - len(kept)
+                yield self._tokenise(kept)
+
+    def _tokenise(self, documents: list[tuple[int, Any]]) -> list[Tokens]:
+        if self.corpus.form == "text":
+            return tokenise_texts(self.tokenizer, [n for n, _ in documents], [text for _, text in documents])
+        if self.corpus.form == "chat":
+            return [tokenise_chat(self.tokenizer, n, messages) for n, messages in documents]
+        return [take_tokenised(n, ids, labels, self.vocab_size) for n, (ids, labels) in documents]

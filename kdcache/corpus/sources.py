@@ -1,12 +1,11 @@
 """Sources: what a corpus may be, and the same documents from any of them.
 
-A corpus is a `.txt`, `.jsonl`, `.json`, `.parquet` or `.arrow` file, a glob of such files, a folder from
-`save_to_disk`, or `hf:NAME[:CONFIG]`. All of them become one memory-mapped `datasets` table,
-so a corpus may exceed memory and any document is reached in O(1).
+A corpus is a `.txt`, `.jsonl`, `.ndjson`, `.json`, `.parquet` or `.arrow` file, a glob of such files, a folder from
+`save_to_disk`, or `hf:NAME[:CONFIG]`. Each is read by address (a byte of a text file, a row of a table), so a corpus
+may exceed memory, and a shard is read without the documents before it. What has no addresses (a JSON file that is one
+array) is opened by `datasets`, which makes a table of it first.
 
-The fingerprint is of content: of the documents themselves, not of file names, paths or
-formats. The same documents in another file, or in another format, are the same corpus.
-Cost: one pass over the corpus at every start, at 100 to 200 MB/s on one core here.
+Cost: opening looks at names, sizes and the first records. Nothing reads all documents but the survey.
 """
 
 from __future__ import annotations
@@ -14,20 +13,29 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from kdcache.corpus.plan import Address, CorpusFile, Plan
+from kdcache.corpus.tables import ArrowFiles, DatasetTable, ParquetFiles, Table
+from kdcache.corpus.text_files import Addresses, TextFiles, holds_records
 from kdcache.errors import ConfigError, CorpusError
 
 SPLITS = ("paragraph", "line", "file")
-_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
+
+Part = tuple[int, int, int]
+"""Documents of one file between two addresses: file, start, stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +57,13 @@ class Filters:
 
     def __post_init__(self) -> None:
         if self.min_chars < 0:
-            raise ConfigError(f"--min-chars is {self.min_chars}, but must not be negative")
+            raise ConfigError(f"min_chars is {self.min_chars}, but must not be negative")
         if self.limit_docs is not None and self.limit_docs < 1:
-            raise ConfigError(f"--limit-docs is {self.limit_docs}, but must be at least 1")
+            raise ConfigError(f"limit_docs is {self.limit_docs}, but must be at least 1")
         try:
             re.compile(self.drop or "")
         except re.error as error:
-            raise ConfigError(f"--drop {self.drop!r} is not a regular expression: {error}") from None
+            raise ConfigError(f"drop {self.drop!r} is not a regular expression: {error}") from None
 
     def keeps(self, text: str) -> bool:
         """Whether a document of this text stays."""
@@ -67,109 +75,225 @@ class Filters:
         return bool(self.min_chars or self.drop)
 
 
-class Corpus:
-    """Documents by index.
+class Source(Protocol):
+    """Files of documents that are read by address; see `TextFiles` and `Table`."""
+
+    files: tuple[CorpusFile, ...]
+    total: int
+
+    @property
+    def step(self) -> int:
+        """Addresses that are worth one read."""
+
+    def choose(self, columns: tuple[str, ...]) -> None:
+        """Read these columns."""
+
+    def begin(self, file: int) -> int:
+        """The address of the first document of a file."""
+
+    def end(self, file: int) -> int:
+        """The address behind the last document of a file."""
+
+    def cut(self, file: int, at: int) -> int:
+        """The first address from `at` on at which reading may stop."""
+
+    def read(self, file: int, start: int, stop: int) -> tuple[list[Any], Addresses]:
+        """The documents between two addresses, and the address of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digests:
+    """What a survey keeps of some documents.
 
     Attributes:
-        form: `text`, `chat` or `tokenised`.
-        columns: the columns that documents are made of.
+        sha256: the sha256 of each, one behind the other.
+        characters: `[n]` int64, the length of each; tokens where the corpus is tokenised.
+        addresses: `[n]` int64, where each begins.
+        kept: how many of them pass the filters.
     """
 
-    def __init__(self, table: Any, form: str, columns: tuple[str, ...], filters: Filters,
-                 paragraphs: NDArray[np.int64] | None = None) -> None:  # fmt: skip
-        self._table = table
-        self._filters = filters
-        self._paragraphs = paragraphs  # [P, 2] first and past-last line of each, when lines are the rows
-        self.form = form
-        self.columns = columns
-        available = len(table) if paragraphs is None else len(paragraphs)
-        self._length = min(available, filters.limit_docs or available)
+    sha256: bytes
+    characters: NDArray[np.int64]
+    addresses: NDArray[np.int64]
+    kept: int
 
-    def __len__(self) -> int:
-        return self._length
 
-    def read(self, start: int, stop: int) -> list[Any]:
-        """Documents `start` to `stop`: texts, conversations, or `(input_ids, labels or None)`.
+class Corpus:
+    """Documents in order.
+
+    Attributes:
+        name: as its user names it.
+        form: `text`, `chat` or `tokenised`.
+        columns: the columns that documents are made of.
+        filters: documents that are left out.
+        split, split_text: see `open_corpus`.
+    """
+
+    def __init__(
+        self, name: str, source: Source, form: str, columns: tuple[str, ...], filters: Filters, split: str,
+        split_text: str,
+    ) -> None:  # fmt: skip
+        self.name, self.form, self.columns, self.filters = name, form, columns, filters
+        self.split, self.split_text = split, split_text
+        self._source = source
+
+    @property
+    def files(self) -> tuple[CorpusFile, ...]:
+        """Names and sizes of its files, in the order in which they are read."""
+        return self._source.files
+
+    @property
+    def total(self) -> int:
+        """Bytes of all its files, about; known before anything is read."""
+        return self._source.total
+
+    @cached_property
+    def reading(self) -> dict[str, Any]:
+        """How files become documents, as a plan records it."""
+        return {
+            "form": self.form,
+            "columns": list(self.columns),
+            "split": self.split,
+            "split_text": self.split_text,
+        }
+
+    def parts(self, start: Address = (0, 0), stop: Address | None = None, steps: int = 1) -> Iterator[Part]:
+        """The documents from one address to another, in parts that are worth reading at once.
+
+        Args:
+            start: where the first document begins; of the whole corpus, the start of its first file.
+            stop: where the one after the last begins; None for the end of the corpus.
+            steps: how large a part is, in megabytes, about.
+        """
+        last_file, last = stop or (len(self.files), 0)
+        for file in range(start[0], min(last_file + 1, len(self.files))):
+            at = max(start[1] if file == start[0] else 0, self._source.begin(file))
+            end = last if file == last_file else self._source.end(file)
+            while at < end:
+                cut = min(end, self._source.cut(file, at + steps * self._source.step))
+                yield file, at, cut
+                at = cut
+
+    def read(self, part: Part) -> list[Any]:
+        """The documents of a part: texts, conversations, or `(input_ids, labels or None)`.
 
         Raises:
-            CorpusError: text that is not UTF-8.
+            CorpusError: bytes that cannot be read as documents.
         """
-        if start >= stop:
-            return []
-        try:
-            return self._read(start, stop)
-        except UnicodeDecodeError as error:
-            raise CorpusError(f"documents {start} to {stop - 1}: a text is not UTF-8 ({error.reason})") from None
+        return self._read(part)[0]
 
-    def _read(self, start: int, stop: int) -> list[Any]:
-        if self._paragraphs is not None:
-            spans = self._paragraphs[start:stop]
-            base = int(spans[0, 0])
-            lines = self._table[base : int(spans[-1, 1])][self.columns[0]]
-            return ["\n".join(lines[a - base : b - base]) for a, b in spans.tolist()]
-        batch = self._table[start:stop]
-        if self.form == "tokenised":
-            labels = batch["labels"] if "labels" in self.columns else [None] * (stop - start)
-            return list(zip(batch["input_ids"], labels, strict=True))
-        return list(batch[self.columns[0]])
+    def _read(self, part: Part) -> tuple[list[Any], Addresses]:
+        try:
+            documents, addresses = self._source.read(*part)
+        except CorpusError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise CorpusError(f"the corpus {self.name} cannot be read: {_reason(error)}") from error
+        if self.form == "tokenised" and len(self.columns) == 1:
+            documents = [(ids, None) for ids in documents]
+        return documents, addresses
 
     def keeps(self, number: int, document: Any) -> bool:
-        """Whether a document is there and passes the filters."""
+        """Whether a document is there and passes the filters.
+
+        Raises:
+            CorpusError: it is of another form.
+        """
         if self.form == "tokenised":
             return document[0] is not None
         if document is None:
             return False
         if self.form == "text" and isinstance(document, str):
-            return self._filters.keeps(document)
+            return self.filters.keeps(document)
         if self.form == "chat" and isinstance(document, list) and all(isinstance(m, dict) for m in document):
-            return self._filters.keeps("\n".join(str(m.get("content")) for m in document))
+            return self.filters.keeps("\n".join(str(m.get("content")) for m in document))
         wanted = "text" if self.form == "text" else "a list of messages"
         raise CorpusError(
             f"document {number}: column {self.columns[0]!r} holds {type(document).__name__}, not {wanted}"
         )
 
-    def batches(self, size: int = 1000) -> Iterator[tuple[int, list[Any]]]:
-        """All documents in order, `(index of the first, documents)`, unfiltered."""
-        for start in range(0, len(self), size):
-            yield start, self.read(start, min(start + size, len(self)))
+    def examine(self, part: Part, number: int = 0) -> Digests:
+        """What a survey keeps of a part.
 
-    def survey(self) -> tuple[str, int]:
-        """`(fingerprint, characters or tokens)` of the documents, unfiltered.
-
-        The fingerprint is the sha256 of the form and of the sha256 of every document in order.
+        Args:
+            part: of the corpus.
+            number: of its first document, for messages.
 
         Raises:
-            CorpusError: no document passes the filters.
+            CorpusError: a document that cannot be read or is of another form.
         """
-        digest = hashlib.sha256(self.form.encode())
-        size = survivors = 0
-        for start, documents in self.batches():
-            for offset, document in enumerate(documents):
-                kept = self.keeps(start + offset, document)
-                survivors += kept
-                try:
-                    content, length = _content(document, self.form)
-                except (TypeError, ValueError) as error:
-                    raise CorpusError(f"document {start + offset} cannot be read: {error}") from None
-                size += length
-                digest.update(hashlib.sha256(content).digest())
-        if not survivors:
-            raise CorpusError(f"every one of the {len(self)} documents was dropped by the filters")
-        return digest.hexdigest(), size
+        documents, addresses = self._read(part)
+        if self.form == "text" and not self.filters.looks_at_text and all(type(text) is str for text in documents):
+            kept = len(documents)
+        else:
+            kept = sum(self.keeps(n, document) for n, document in enumerate(documents, number))
+        sha256, characters = self.digest(documents, number)
+        return Digests(sha256=sha256, characters=characters, addresses=np.asarray(addresses, np.int64), kept=kept)
+
+    def digest(self, documents: Sequence[Any], number: int) -> tuple[bytes, NDArray[np.int64]]:
+        """The sha256 of each document, one behind the other, and their lengths."""
+        sha256 = hashlib.sha256
+        if self.form == "text" and all(type(text) is str for text in documents):  # the common case, at twice the speed
+            with suppress(UnicodeEncodeError):
+                found = b"".join([sha256(text.encode()).digest() for text in documents])
+                return found, np.fromiter(map(len, documents), np.int64, len(documents))
+        digests, lengths = [], []
+        for offset, document in enumerate(documents):
+            try:
+                content, length = _content(document, self.form)
+            except (TypeError, ValueError, AttributeError) as error:
+                raise CorpusError(f"document {number + offset} cannot be read: {error}") from None
+            digests.append(sha256(content).digest())
+            lengths.append(length)
+        return b"".join(digests), np.array(lengths, np.int64)
+
+    def read_shard(self, plan: Plan, shard: int) -> Iterator[tuple[int, list[Any]]]:
+        """The documents of a shard, a part at a time.
+
+        Yields:
+            The number of the first document, and the documents; filtered ones included.
+
+        Raises:
+            CorpusError: they are not the documents that were planned. What was yielded before must not be used.
+        """
+        number, left = int(plan.first[shard]), plan.documents_of(shard)
+        content = hashlib.sha256()
+        told = f"the documents of shard {shard} in {self.name} are not those that the cache was planned from"
+        for part in self.parts(plan.start(shard), plan.start(shard + 1)):
+            try:
+                documents = self.read(part)[:left]
+                content.update(self.digest(documents, number)[0])
+            except CorpusError as error:
+                raise CorpusError(f"{told}: {error}") from error
+            yield number, documents
+            number, left = number + len(documents), left - len(documents)
+            if not left:
+                break
+        if content.digest() != plan.sha256[shard].tobytes():
+            raise CorpusError(f"{told}: their sha256 differs")
 
 
 def _content(document: Any, form: str) -> tuple[bytes, int]:
+    """The bytes of a document, the same in whatever file it stands, and its length."""
     if document is None:
         return b"\xff", 0  # no text encodes to this
     if form == "text":
-        return document.encode("utf-8", "surrogatepass"), len(document)
+        return document.encode(), len(document)
     if form == "chat":
-        text = json.dumps(document, sort_keys=True, ensure_ascii=False)
-        return text.encode("utf-8", "surrogatepass"), len(text)
+        # A table gives every message every key that any message has.
+        messages = [{key: value for key, value in message.items() if value is not None} for message in document]
+        text = json.dumps(messages, sort_keys=True, ensure_ascii=False)
+        return text.encode(), len(text)
     ids, labels = document
-    ids = ids or []
-    parts = [np.asarray(ids, "<i8").tobytes()] + ([] if labels is None else [b"|", np.asarray(labels, "<i8").tobytes()])
-    return b"".join(parts), len(ids)
+    parts = [_integers([] if ids is None else ids)] + ([] if labels is None else [b"|", _integers(labels)])
+    return b"".join(parts), len(ids or ())
+
+
+def _integers(values: Any) -> bytes:
+    found = np.asarray(values)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise ValueError(f"it holds {type(values).__name__} of {found.dtype}, not a list of integers")
+    return found.astype("<i8").tobytes()
 
 
 def open_corpus(
@@ -193,62 +317,94 @@ def open_corpus(
         filters: documents to leave out.
 
     Raises:
-        CorpusError: nothing there, nothing in it, a missing column, bytes that are not UTF-8.
-        ConfigError: an option out of range.
+        CorpusError: nothing there, a missing column, a column of another type.
+        ConfigError: a setting out of range.
     """
     if split_text not in SPLITS:
-        raise ConfigError(f"--split-text {split_text} is not one of {', '.join(SPLITS)}")
+        raise ConfigError(f"split_text {split_text!r} is not one of {', '.join(SPLITS)}")
     filters = filters or Filters()
-    tables, plain_text = _load(spec, split, split_text)
-    if plain_text and text_column in (None, "text") and messages_column is None:
-        spans = None if split_text == "file" else _spans(tables, split_text)
-        corpus = Corpus(_joined(tables), "text", ("text",), filters, spans)
-    else:
-        table = _joined(tables)
-        form, columns = _columns(spec, table, text_column, messages_column)
-        if form == "tokenised" and filters.looks_at_text:
-            raise ConfigError("--min-chars and --drop read text, but this corpus is already tokenised")
-        corpus = Corpus(table.select_columns(list(columns)), form, columns, filters)
-    if not len(corpus):
+    try:
+        source, names = _open(spec, split, split_text)
+        form, columns = _named_columns(spec, names, text_column, messages_column)
+        if isinstance(source, Table):
+            _require_types(spec, source.schema, form, columns)
+    except (CorpusError, ConfigError):
+        raise
+    except Exception as error:  # libraries raise what their backends raise; a person needs the reason, not the stack
+        raise CorpusError(f"the corpus {spec} cannot be read: {_reason(error)}") from error
+    if form == "tokenised" and filters.looks_at_text:
+        raise ConfigError("min_chars and drop read text, but this corpus is already tokenised")
+    if not (isinstance(source, TextFiles) and source.plain):
+        source.choose(columns)
+    return Corpus(spec, source, form, columns, filters, split, split_text)
+
+
+def _open(spec: str, split: str, split_text: str) -> tuple[Source, list[str]]:
+    """The files of a corpus, and the columns that they have."""
+    if spec.startswith("hf:") or Path(spec).is_dir():
+        return _with_names(DatasetTable(_load(spec, split), spec if spec.startswith("hf:") else Path(spec).name))
+    paths = _find(spec)
+    base = os.path.commonpath([str(Path(path).parent) for path in paths])
+    files = tuple(
+        CorpusFile(name=Path(path).relative_to(base).as_posix(), size=Path(path).stat().st_size) for path in paths
+    )
+    suffix = Path(paths[0]).suffix
+    if suffix == ".txt":
+        return TextFiles(paths, files, split_text), ["text"]
+    if suffix in (".parquet", ".arrow"):
+        return _with_names((ParquetFiles if suffix == ".parquet" else ArrowFiles)(paths, files))
+    if suffix == ".json" and not all(map(holds_records, paths)):
+        import datasets
+
+        return _with_names(DatasetTable(datasets.load_dataset("json", data_files=paths, split="train"), files[0].name))
+    records = TextFiles(paths, files, "record")
+    names = records.names()
+    if not names:
         raise CorpusError(f"the corpus {spec} holds no documents")
-    return corpus
+    return records, names
 
 
-def _joined(tables: Sequence[Any]) -> Any:
-    """One table of several, its rows plain Python values whatever format it was saved with."""
+def _with_names(table: Table) -> tuple[Source, list[str]]:
+    return table, table.schema.names
+
+
+def _find(spec: str) -> list[str]:
+    """The files that a path or glob names, in order; empty ones left out."""
+    matches = [spec] if Path(spec).is_file() else glob.glob(spec, recursive=True)  # noqa: PTH207 - absolute too
+    files = sorted(f for f in matches if Path(f).is_file())
+    if not files:
+        raise CorpusError(f"the corpus {spec} does not exist")
+    suffixes = {Path(f).suffix for f in files}
+    if len(suffixes) > 1 or next(iter(suffixes)) not in _SUFFIXES:
+        raise CorpusError(
+            f"the corpus {spec} must be files of one kind of {', '.join(_SUFFIXES)}; it has "
+            f"{', '.join(sorted(suffixes)) or 'no suffix'}"
+        )
+    files = [f for f in files if Path(f).stat().st_size]
+    if not files:
+        raise CorpusError(f"the corpus {spec} is empty")
+    return files
+
+
+def _load(spec: str, split: str) -> Any:
+    """The table of `hf:` or of a folder from `save_to_disk`."""
     import datasets
 
-    return (tables[0] if len(tables) == 1 else datasets.concatenate_datasets(list(tables))).with_format(None)
+    if spec.startswith("hf:"):
+        name, _, config = spec[3:].partition(":")
+        return datasets.load_dataset(name, config or None, split=split)
+    loaded = datasets.load_from_disk(spec)
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise CorpusError(f"the folder {spec} has no split {split!r}; it has {', '.join(loaded)}")
+        loaded = loaded[split]
+    return loaded
 
 
-def _spans(files: Sequence[Any], split_text: str) -> NDArray[np.int64]:
-    """First and past-last line of each document, over the lines of all files; none crosses from one to the next."""
-    import pyarrow.compute as pc
-
-    starts, stops, base = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
-    for lines in files:
-        filled = np.zeros(0, bool)
-        for batch in lines.with_format("arrow").iter(100_000):
-            text = pc.not_equal(pc.utf8_trim_whitespace(batch["text"]), "")
-            filled = np.concatenate([filled, np.asarray(text, bool)])
-        edges = np.diff(filled.astype(np.int8), prepend=0, append=0)
-        if split_text == "line":
-            starts.append(base + np.flatnonzero(filled))
-            stops.append(base + np.flatnonzero(filled) + 1)
-        else:
-            starts.append(base + np.flatnonzero(edges == 1))
-            stops.append(base + np.flatnonzero(edges == -1))
-        base += len(filled)
-    return np.stack([np.concatenate(starts), np.concatenate(stops)], -1)
-
-
-def _columns(
-    spec: str, table: Any, text_column: str | None, messages_column: str | None
-) -> tuple[str, tuple[str, ...]]:
-    """The form of a table's documents and the columns that they are made of, types checked."""
-    form, columns = _named_columns(spec, table.column_names, text_column, messages_column)
+def _require_types(spec: str, schema: pa.Schema, form: str, columns: tuple[str, ...]) -> None:
+    """Refuse columns of another type than the form asks for."""
     for column in columns:
-        kind = table.features.arrow_schema.field(column).type
+        kind = schema.field(column).type
         listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
         item = kind.value_type if listed else None
         fits = {
@@ -260,14 +416,13 @@ def _columns(
         if not fits:
             wanted = {"text": "text", "chat": "lists of messages", "tokenised": "lists of integers"}[form]
             raise CorpusError(f"the corpus {spec}: column {column!r} holds {kind}, not {wanted}")
-    return form, columns
 
 
 def _named_columns(
     spec: str, names: Sequence[str], text_column: str | None, messages_column: str | None
 ) -> tuple[str, tuple[str, ...]]:
     if text_column and messages_column:
-        raise ConfigError("--text-column and --messages-column exclude each other")
+        raise ConfigError("text_column and messages_column exclude each other")
     wanted = text_column or messages_column
     if wanted:
         if wanted not in names:
@@ -280,47 +435,8 @@ def _named_columns(
             return form, (column,)
     raise CorpusError(
         f"the corpus {spec} has no column 'text', 'messages' or 'input_ids'; it has {', '.join(names)} "
-        "(name one with --text-column or --messages-column)"
+        "(name one as text_column or messages_column)"
     )
-
-
-def _load(spec: str, split: str, split_text: str) -> tuple[list[Any], bool]:
-    """The tables of a corpus, in order, and whether they are plain text, a table a file."""
-    import datasets
-
-    try:
-        if spec.startswith("hf:"):
-            name, _, config = spec[3:].partition(":")
-            return [datasets.load_dataset(name, config or None, split=split)], False
-        if Path(spec).is_dir():
-            loaded = datasets.load_from_disk(spec)
-            if isinstance(loaded, datasets.DatasetDict):
-                if split not in loaded:
-                    raise CorpusError(f"the folder {spec} has no split {split!r}; it has {', '.join(loaded)}")
-                loaded = loaded[split]
-            return [loaded], False
-        matches = [spec] if Path(spec).is_file() else glob.glob(spec, recursive=True)  # noqa: PTH207 - absolute too
-        files = sorted(f for f in matches if Path(f).is_file())
-        if not files:
-            raise CorpusError(f"the corpus {spec} does not exist")
-        suffixes = {Path(f).suffix for f in files}
-        if len(suffixes) > 1 or next(iter(suffixes)) not in _BUILDERS:
-            raise CorpusError(
-                f"the corpus {spec} must be files of one kind of {', '.join(_BUILDERS)}; it has "
-                f"{', '.join(sorted(suffixes)) or 'no suffix'}"
-            )
-        builder = _BUILDERS[next(iter(suffixes))]
-        files = [f for f in files if Path(f).stat().st_size]
-        if not files:
-            raise CorpusError(f"the corpus {spec} is empty")
-        if builder != "text":
-            return [datasets.load_dataset(builder, data_files=files, split="train")], False
-        options = {"sample_by": "document" if split_text == "file" else "line", "encoding": "utf-8-sig"}
-        return [datasets.load_dataset(builder, data_files=[f], split="train", **options) for f in files], True
-    except CorpusError:
-        raise
-    except Exception as error:  # datasets raises what its backends raise; a person needs the reason, not the stack
-        raise CorpusError(f"the corpus {spec} cannot be read: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:

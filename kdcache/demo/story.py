@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from kdcache.student.config import TrainConfig
 from kdcache.student.train import BEFORE, METRICS, train
 from kdcache.teacher.config import DumpConfig
 from kdcache.teacher.dump import dump
+from kdcache.worker import available_cores
 
 SEQ_LEN = 256
 _STUDENT_SHARE = 0.25  # of the documents
@@ -79,7 +79,7 @@ def play(out: str, seconds: float, seed: int, on_progress: Callable[..., None]) 
         raise ConfigError(f"--seed is {seed}, but must not be negative")
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(_cores())
+    torch.set_num_threads(available_cores())
     clock = _Clock()
 
     def note(what: str) -> Callable[..., None]:
@@ -173,13 +173,3 @@ def _verdict(after: dict[str, dict[str, Any]]) -> str:
     gain = after["labels"]["nll"] - after["distilled"]["nll"]
     how = f"{abs(gain):.4f} nats a token {'better' if gain > 0 else 'worse'} than"
     return f"after the same steps the distilled student is {how} the one trained on labels alone"
-
-
-def _cores() -> int:
-    """The cores that this process may really use."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(affinity, int(int(quota) / int(period))))
-    except (OSError, ValueError):
-        return affinity

@@ -16,11 +16,11 @@ docs/mathematics.md derives each loss and its gradient.
 
 from __future__ import annotations
 
-from kdcache.losses.divergences import Teacher, divergence_names, register_divergence
-from kdcache.losses.fused_linear import linear_lse_gather
-from kdcache.losses.logit_sources import LinearHead, StoredLogits
+from kdcache.losses.divergences import TeacherDistribution, divergence_names, register_divergence
+from kdcache.losses.fused_linear import StudentTile, linear_lse_gather
+from kdcache.losses.logit_sources import LinearHead, LogitSource, StoredLogits
 from kdcache.losses.pool import Pool
-from kdcache.losses.position_metrics import Figures, divisor_of, measure, measure_positions, of_teacher
+from kdcache.losses.position_metrics import Figures, divisor_of, measure, measure_labels, measure_positions, of_teacher
 from kdcache.losses.step_loss import Objective, PositionWeights, distil, sparse_kd_loss, sparse_kd_loss_from_logits
 from kdcache.losses.target_losses import TAILS
 
@@ -28,16 +28,19 @@ __all__ = [
     "TAILS",
     "Figures",
     "LinearHead",
+    "LogitSource",
     "Objective",
     "Pool",
     "PositionWeights",
     "StoredLogits",
-    "Teacher",
+    "StudentTile",
+    "TeacherDistribution",
     "distil",
     "divergence_names",
     "divisor_of",
     "linear_lse_gather",
     "measure",
+    "measure_labels",
     "measure_positions",
     "of_teacher",
     "register_divergence",

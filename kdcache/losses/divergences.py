@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import ConfigError
+from kdcache.registry import Registry
 from kdcache.targets import SparseTargets
 
 ABSENT = -1e4
@@ -46,7 +47,7 @@ _NEAR = 1e-2
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherDistribution:
     """The teacher's side of a divergence, at the temperature of the loss.
 
     Attributes:
@@ -61,7 +62,9 @@ class Teacher:
 
 
 DivergenceFunction = Callable[..., Tensor]
-"""`(log_q [N, K], log_tail_q [N], teacher: Teacher) -> [N]`, nats; a fourth argument if it takes a constant."""
+"""`(log_q [N, K], log_tail_q [N], teacher: TeacherDistribution) -> [N]`, nats.
+
+The function is given a fourth argument if it takes a constant."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class _Family:
     temperature_power: int
 
 
-_FAMILIES: dict[str, _Family] = {}
+_FAMILIES: Registry[_Family] = Registry("loss")
 
 
 def register_divergence(
@@ -100,16 +103,14 @@ def register_divergence(
         temperature_power: see `Divergence`: 2, unless the gradient at T shrinks by another power of T.
 
     Raises:
-        ConfigError: the name is taken or has a colon.
+        ConfigError: the name is taken, or has other characters than letters, digits, `-`, `_` and `.`.
     """
-    if name in _FAMILIES or ":" in name:
-        raise ConfigError(f"a divergence cannot be registered as {name!r}: the name is taken, or has a colon")
-    _FAMILIES[name] = _Family(function, constant, temperature_power)
+    _FAMILIES.register(name, _Family(function, constant, temperature_power))
 
 
 def divergence_names() -> tuple[str, ...]:
     """The names of all registered divergences, in the order in which they were registered."""
-    return tuple(_FAMILIES)
+    return _FAMILIES.names()
 
 
 @functools.cache
@@ -120,9 +121,7 @@ def find_divergence(name: str) -> Divergence:
         ConfigError: no such name, or a constant that it does not take.
     """
     base, colon, text = name.partition(":")
-    family = _FAMILIES.get(base)
-    if family is None:
-        raise ConfigError(f"loss {name!r} is not one of {', '.join(_FAMILIES)}")
+    family = _FAMILIES.find(base)
     if family.constant is None:
         if colon:
             raise ConfigError(f"loss {name!r} gives {base} a constant, but it takes none")
@@ -140,12 +139,12 @@ def find_divergence(name: str) -> Divergence:
 
 
 def _with_constant(
-    function: DivergenceFunction, constant: float, log_q: Tensor, log_tail_q: Tensor, teacher: Teacher
+    function: DivergenceFunction, constant: float, log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution
 ) -> Tensor:
     return function(log_q, log_tail_q, teacher, constant)
 
 
-def _outcomes(log_q: Tensor, log_tail_q: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
+def _outcomes(log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution) -> tuple[Tensor, Tensor]:
     """`[N, K + 1]` log p and log q: the entries, and the tail as the last one."""
     log_p = torch.cat([teacher.log_p, teacher.log_tail[:, None]], -1).to(log_q.dtype)
     return log_p, torch.cat([log_q, log_tail_q[:, None]], -1)
@@ -179,32 +178,32 @@ def _log_mixture(log_ratio: Tensor, share: float) -> Tensor:
     return torch.where(log_ratio.abs() < 1, near, far)
 
 
-def _forward_kl(log_q: Tensor, log_tail_q: Tensor, teacher: Teacher) -> Tensor:
+def _forward_kl(log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution) -> Tensor:
     p, q = _outcomes(log_q, log_tail_q, teacher)
     return _best(_kl(p, q))
 
 
-def _reverse_kl(log_q: Tensor, log_tail_q: Tensor, teacher: Teacher) -> Tensor:
+def _reverse_kl(log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution) -> Tensor:
     p, q = _outcomes(log_q, log_tail_q, teacher)
     return _best(_kl(q, p))
 
 
-def _skew_kl(log_q: Tensor, log_tail_q: Tensor, teacher: Teacher, share: float) -> Tensor:
+def _skew_kl(log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution, share: float) -> Tensor:
     p, q = _outcomes(log_q, log_tail_q, teacher)
     return _best(_kl(p, q, share))
 
 
-def _skew_reverse_kl(log_q: Tensor, log_tail_q: Tensor, teacher: Teacher, share: float) -> Tensor:
+def _skew_reverse_kl(log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution, share: float) -> Tensor:
     p, q = _outcomes(log_q, log_tail_q, teacher)
     return _best(_kl(q, p, share))
 
 
-def _jsd(log_q: Tensor, log_tail_q: Tensor, teacher: Teacher, beta: float) -> Tensor:
+def _jsd(log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution, beta: float) -> Tensor:
     p, q = _outcomes(log_q, log_tail_q, teacher)
     return _best(beta * _kl(p, q, beta) + (1 - beta) * _kl(q, p, 1 - beta))
 
 
-def _tvd(log_q: Tensor, log_tail_q: Tensor, teacher: Teacher) -> Tensor:
+def _tvd(log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution) -> Tensor:
     p, q = _outcomes(log_q, log_tail_q, teacher)
     ratio = q - p
     difference = torch.where(ratio.abs() < 1, p.exp() * ratio.clamp(-1, 1).expm1(), q.exp() - p.exp())

@@ -25,7 +25,7 @@ Shapes: n positions of the tile, V vocabulary, G ids asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdcache.losses.logit_sources import Grads, LinearHead, Source
+from kdcache.losses.logit_sources import Grads, LinearHead, LogitSource
 
 
 @dataclass(frozen=True)
-class Student:
+class StudentTile:
     """What the losses know of a student's logits z at one temperature, all less the largest of them, `origin`.
 
     No loss notices the shift, and the differences that losses are made of lose no digits to large logits.
@@ -62,11 +62,11 @@ class Student:
         """The tensors that a loss is differentiated in."""
         return [x for x in (self.lse, self.tail, self.gathered, self.tail_mean) if x is not None]
 
-    def require_grad(self) -> Student:
+    def require_grad(self) -> StudentTile:
         """The same values as new leaves of a graph."""
         mean = None if self.tail_mean is None else self.tail_mean.detach().requires_grad_()
         lse, tail, gathered = (x.detach().requires_grad_() for x in (self.lse, self.tail, self.gathered))
-        return Student(lse, tail, gathered, mean, self.peak, self.origin)
+        return StudentTile(lse, tail, gathered, mean, self.peak, self.origin)
 
 
 class Tile:
@@ -100,7 +100,7 @@ class Tile:
         gathered = gathered - origin[:, None]
         tail = (own - origin) + self._total.log()
         lse = tail if kept is None else torch.logaddexp(tail, _logsumexp(gathered, kept))
-        self.student = Student(lse, tail, gathered, None if mean is None else mean - origin, peak - origin, origin)
+        self.student = StudentTile(lse, tail, gathered, None if mean is None else mean - origin, peak - origin, origin)
 
     def gradient(self, d_lse: Tensor, d_tail: Tensor, d_gathered: Tensor, d_tail_mean: Tensor | None = None) -> Tensor:
         """`[n, V]` a loss's gradient in the logits, from its gradients in the student's values; in the same memory."""
@@ -125,7 +125,7 @@ def _logsumexp(values: Tensor, chosen: Tensor) -> Tensor:
 TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits of a tile, by device; others do as a GPU does."""
 
-LEAST_POSITIONS = 176
+LEAST_POSITIONS = 128
 """Positions of a tile at least, however large the vocabulary: each tile reads the head's weights and adds to their
 gradient, which costs as much as the product itself when there are few positions to share it."""
 
@@ -151,14 +151,14 @@ class View:
         kept: `[N, G]` bool, which of them are entries; see `Tile`.
         loss: `(student, rows) -> [n]` summands of the loss; None if the view is only looked at.
         look: called with (student, rows) of each tile.
-        tail_mean: whether `loss` needs `Student.tail_mean`.
+        tail_mean: whether `loss` needs `StudentTile.tail_mean`.
     """
 
     temperature: float
     ids: Tensor
     kept: Tensor | None = None
-    loss: Callable[[Student, Rows], Tensor] | None = None
-    look: Callable[[Student, Rows], None] | None = None
+    loss: Callable[[StudentTile, Rows], Tensor] | None = None
+    look: Callable[[StudentTile, Rows], None] | None = None
     tail_mean: bool = False
 
     def reduce(self, logits: Tensor, rows: Rows) -> Tile:
@@ -167,7 +167,7 @@ class View:
             logits.div_(self.temperature)
         return Tile(logits, self.ids[rows], None if self.kept is None else self.kept[rows], self.tail_mean)
 
-    def visit(self, tile: Tile, rows: Rows, needs_gradient: bool) -> tuple[Tensor | None, Tensor | None]:
+    def scan(self, tile: Tile, rows: Rows, needs_gradient: bool) -> tuple[Tensor | None, Tensor | None]:
         """`[n]` summands of the loss and `[n, V]` their gradient in the logits, None where there is none."""
         if self.look is not None:
             self.look(tile.student, rows)
@@ -182,7 +182,7 @@ class View:
         return summands.detach(), tile.gradient(*(d / self.temperature for d in found))
 
 
-def fused_loss(source: Source, views: Sequence[View], index: Tensor | None = None) -> Tensor:
+def fused_loss(source: LogitSource, views: Sequence[View], index: Tensor | None = None) -> Tensor:
     """The sum of the losses of some views, differentiable in the tensors of the source.
 
     Args:
@@ -198,13 +198,23 @@ def fused_loss(source: Source, views: Sequence[View], index: Tensor | None = Non
     return total
 
 
-def _visit_tile(source: Source, views: Sequence[View], rows: Rows, where: Tensor | slice, needed: bool) -> Tensor:
-    """The loss of one tile of positions, its gradient given to the source. A function, so that no tile outlives it."""
-    logits, gradient = source.logits(where), None
+def _scan_tile(
+    source: LogitSource,
+    views: Sequence[View],
+    rows: Rows,
+    where: Tensor | slice,
+    needed: bool,
+    buffers: Sequence[Tensor],
+) -> Tensor:
+    """The loss of one tile of positions, its gradient given to the source; `buffers` hold the logits of each view."""
+    count = rows.stop - rows.start
+    logits, gradient = source.logits(where, buffers[0][:count]), None
     total = torch.zeros((), dtype=source.dtype, device=logits.device)
-    for number, view in enumerate(views, 1):
-        tile = view.reduce(logits if number == len(views) else logits.clone(), rows)
-        summands, part = view.visit(tile, rows, needed)
+    for buffer in buffers[1:]:
+        buffer[:count].copy_(logits)
+    for buffer, view in zip(buffers, views, strict=True):
+        tile = view.reduce(buffer[:count], rows)
+        summands, part = view.scan(tile, rows, needed)
         if summands is not None:
             total += summands.sum()
         if part is not None:
@@ -217,15 +227,22 @@ def _visit_tile(source: Source, views: Sequence[View], rows: Rows, where: Tensor
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, source: Source, views: Sequence[View], index: Tensor | None, needed: bool, *_tensors: Tensor | None
+        ctx: Any,
+        source: LogitSource,
+        views: Sequence[View],
+        index: Tensor | None,
+        needed: bool,
+        *_tensors: Tensor | None,
     ) -> Tensor:
         ids = views[0].ids
         total = torch.zeros((), dtype=source.dtype, device=ids.device)
         with _no_autocast(ids.device):
             if needed:
                 source.require(ctx.needs_input_grad[4:])
-            for rows in _tiles(len(ids), source.vocab, len(views), ids.device):
-                total += _visit_tile(source, views, rows, rows if index is None else index[rows], needed)
+            tiles = _tiles(len(ids), source.vocab, len(views), ids.device)
+            buffers = [_buffer(source, tiles) for _ in views]
+            for rows in tiles:
+                total += _scan_tile(source, views, rows, rows if index is None else index[rows], needed, buffers)
         if needed:
             ctx.save_for_backward(*source.gradients())
         return total
@@ -244,12 +261,13 @@ class _LseGather(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor]:
         view, parts, source = View(1.0, ids), [], LinearHead(hidden, weight, bias)
         with _no_autocast(ids.device):
-            for rows in _tiles(len(ids), source.vocab, 1, ids.device):
-                logits = source.logits(rows)
+            tiles = _tiles(len(ids), source.vocab, 1, ids.device)
+            buffer = _buffer(source, tiles)
+            for rows in tiles:
+                logits = source.logits(rows, buffer[: rows.stop - rows.start])
                 gathered = logits.gather(-1, ids[rows])
                 student = view.reduce(logits, rows).student
                 parts.append((student.origin + student.lse, gathered))
-                del logits  # before the next tile is made
         ctx.save_for_backward(hidden, weight, bias, ids)
         ctx.operand = source.operand
         lse, gathered = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -262,10 +280,11 @@ class _LseGather(torch.autograd.Function):
         view, source = View(1.0, ids), LinearHead(hidden, weight, bias, operand=ctx.operand)
         with _no_autocast(ids.device):
             source.require(ctx.needs_input_grad[:3])
-            for rows in _tiles(len(ids), source.vocab, 1, ids.device):
-                tile = view.reduce(source.logits(rows), rows)
+            tiles = _tiles(len(ids), source.vocab, 1, ids.device)
+            buffer = _buffer(source, tiles)
+            for rows in tiles:
+                tile = view.reduce(source.logits(rows, buffer[: rows.stop - rows.start]), rows)
                 source.pull(rows, tile.gradient(d_lse[rows], torch.zeros_like(d_lse[rows]), d_gathered[rows]))
-                del tile  # before the next one is made
         return (*source.gradients(), None)
 
 
@@ -287,13 +306,22 @@ def linear_lse_gather(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor 
     return lse, gathered
 
 
-def _tiles(positions: int, vocab: int, views: int, device: torch.device) -> Iterator[Rows]:
+def _tiles(positions: int, vocab: int, views: int, device: torch.device) -> list[Rows]:
     """Positions in tiles of about equal size; a last one of a few would cost as much as a full one."""
     elements = TILE_ELEMENTS.get(device.type, TILE_ELEMENTS["cuda"])
     most = max(LEAST_POSITIONS, elements // max(1, vocab)) // views
     count = max(1, -(-positions // most))  # one empty tile, so that no figure is missing where no position counts
-    for i in range(count):
-        yield slice(positions * i // count, positions * (i + 1) // count)
+    return [slice(positions * i // count, positions * (i + 1) // count) for i in range(count)]
+
+
+def _buffer(source: LogitSource, tiles: Sequence[Rows]) -> Tensor:
+    """`[n, V]` memory for the largest of some tiles, used for each in turn.
+
+    Memory that is taken anew for each tile costs time, as a kernel clears it, and space: tiles differ by a position,
+    and a heap has no use for a hole that is one position too small.
+    """
+    most = max(rows.stop - rows.start for rows in tiles)
+    return torch.empty(most, source.vocab, dtype=source.dtype, device=source.device)
 
 
 def _no_autocast(device: torch.device) -> Any:

@@ -30,7 +30,7 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-class Source(ABC):
+class LogitSource(ABC):
     """Logits by tiles.
 
     Attributes:
@@ -38,16 +38,22 @@ class Source(ABC):
         positions: N.
         vocab: V.
         dtype: of the logits, float32 or float64.
+        device: of the logits.
     """
 
     tensors: tuple[Tensor | None, ...]
     positions: int
     vocab: int
     dtype: torch.dtype
+    device: torch.device
 
     @abstractmethod
-    def logits(self, rows: Tensor | slice) -> Tensor:
-        """`[n, V]` logits of some positions, in `dtype`; the caller may overwrite them."""
+    def logits(self, rows: Tensor | slice, out: Tensor) -> Tensor:
+        """Put the logits of some positions into `out`, `[n, V]` of `dtype`, which the caller owns; gives it back."""
+
+    def all_logits(self) -> Tensor:
+        """`[N, V]` logits of all positions, where these are few."""
+        return self.logits(slice(None), torch.empty(self.positions, self.vocab, dtype=self.dtype, device=self.device))
 
     @abstractmethod
     def require(self, needed: tuple[bool, ...]) -> None:
@@ -62,7 +68,7 @@ class Source(ABC):
         """The gradients, each in the dtype of its tensor; None where none is needed."""
 
 
-class StoredLogits(Source):
+class StoredLogits(LogitSource):
     """Logits `[N, V]` that exist.
 
     Raises:
@@ -73,13 +79,13 @@ class StoredLogits(Source):
         if logits.dim() != 2:
             raise ConfigError(f"logits have shape {tuple(logits.shape)}, but must be [positions, vocabulary]")
         self.tensors, (self.positions, self.vocab) = (logits,), logits.shape
-        self.dtype = wide(logits[:0]).dtype
+        self.dtype, self.device = wide(logits[:0]).dtype, logits.device
         self._logits = logits
         self._grad: Tensor | None = None
 
-    def logits(self, rows: Tensor | slice) -> Tensor:
+    def logits(self, rows: Tensor | slice, out: Tensor) -> Tensor:
         """A copy of the rows."""
-        return self._logits[rows].to(self.dtype, copy=True)
+        return out.copy_(self._logits[rows])
 
     def require(self, needed: tuple[bool, ...]) -> None:
         """Zeros, for rows that no tile will visit."""
@@ -95,7 +101,7 @@ class StoredLogits(Source):
         return (self._grad,)
 
 
-class LinearHead(Source):
+class LinearHead(LogitSource):
     """`softcap(scale * (hidden @ weight.T + bias))`.
 
     Args:
@@ -132,39 +138,48 @@ class LinearHead(Source):
         self.tensors, self.positions = (hidden, weight, bias), len(hidden)
         self.vocab = weight.shape[0] if vocab is None else vocab
         self.dtype = torch.promote_types(wide(hidden[:0]).dtype, wide(weight[:0]).dtype)
+        self.device = weight.device
         self.operand = operand or _operand_dtype(hidden, weight, self.dtype)
         self._scale, self._softcap = scale, softcap
         self._hidden, self._bias = hidden, None if bias is None else bias[: self.vocab].to(self.dtype)
         self._weight = weight[: self.vocab].to(self.operand)
         self._grads: list[Tensor | None] = [None, None, None]
-        self._slope = torch.empty(0)
+        self._learns = False
+        self._slope: Tensor | None = None  # of the soft cap at the logits made last
 
-    def logits(self, rows: Tensor | slice) -> Tensor:
+    def logits(self, rows: Tensor | slice, out: Tensor) -> Tensor:
         """One matrix product, then scale, bias and soft cap."""
         hidden = self._hidden[rows].to(self.operand)
         if self._scale != 1:
             hidden = hidden * self._scale
-        logits = (hidden @ self._weight.T).to(self.dtype)
+        if self.operand == self.dtype:
+            torch.mm(hidden, self._weight.T, out=out)
+        else:
+            out.copy_(hidden @ self._weight.T)
         if self._bias is not None:
-            logits.add_(self._bias, alpha=self._scale)
+            out.add_(self._bias, alpha=self._scale)
         if self._softcap is not None:
-            logits.div_(self._softcap).tanh_()
-            self._slope = 1 - logits.square()
-            logits.mul_(self._softcap)
-        return logits
+            out.div_(self._softcap).tanh_()
+            if self._learns:
+                if self._slope is None or len(self._slope) < len(out):
+                    self._slope = torch.empty_like(out)
+                torch.mul(out, out, out=self._slope[: len(out)]).neg_().add_(1)
+            out.mul_(self._softcap)
+        return out
 
     def require(self, needed: tuple[bool, ...]) -> None:
         """Zeros: padded rows of the head and positions that do not count keep them."""
         hidden, weight, bias = self.tensors
         assert hidden is not None and weight is not None
+        self._learns = True
         self._grads[0] = torch.zeros_like(hidden) if needed[0] else None
         self._grads[1] = torch.zeros_like(weight, dtype=self.dtype) if needed[1] else None
         self._grads[2] = torch.zeros_like(bias, dtype=self.dtype) if bias is not None and needed[2] else None
 
     def pull(self, rows: Tensor | slice, d_logits: Tensor) -> None:
         """Back through soft cap, scale and product."""
-        if self._softcap is not None:
-            d_logits.mul_(self._slope)
+        if self._slope is not None:
+            d_logits.mul_(self._slope[: len(d_logits)])
         d_hidden, d_weight, d_bias = self._grads
         if d_bias is not None:
             d_bias[: self.vocab].add_(d_logits.sum(0), alpha=self._scale)

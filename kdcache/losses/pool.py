@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import TargetError
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.targets import SparseTargets
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Pool:
                 raise TargetError(
                     f"targets of shape {tuple(first.count.shape)} and {tuple(other.count.shape)} cannot be pooled"
                 )
-            require_alike(first.kind, other.kind)
+            require_alike((first.kind, first.sampled), (other.kind, other.sampled))
         total = math.fsum(self.weights)
         if abs(total - 1) < 1e-12:  # a pool made again of its own weights keeps them to the last bit
             total = 1.0
@@ -96,19 +96,34 @@ class Pool:
     def present(self) -> Tensor:
         """`[teachers, N]` weight of each teacher at each position, 0 where it has no target."""
         weights = zip(self.weights, self.targets, strict=True)
-        return torch.stack([(targets.count > 0).to(targets.entropy.dtype) * weight for weight, targets in weights])
+        return torch.stack([(targets.count > 0).to(targets.weights.dtype) * weight for weight, targets in weights])
 
     @property
-    def entropy(self) -> Tensor:
-        """`[N]` mean entropy of the teachers that have a target, by their weights; at most that of the pool."""
+    def entropy(self) -> Tensor | None:
+        """`[N]` mean entropy of the teachers that have a target, see `require`; None where one does not know it."""
+        known = all(targets.entropy is not None for targets in self.targets)
+        return self.require("entropy", "a pool") if known else None
+
+    def require(self, field: str, what: str) -> Tensor:
+        """`[N]` mean entropy, or mean log p of the label, of the teachers that have a target, by their weights.
+
+        The mean of the entropies is at most the entropy of the pool.
+
+        Args:
+            field: `entropy` or `label_logprob`.
+            what: what needs it, as the subject of a sentence.
+
+        Raises:
+            TargetError: a teacher does not know it.
+        """
         weights = self.present
-        total = (weights * torch.stack([targets.entropy for targets in self.targets])).sum(0)
+        total = (weights * torch.stack([targets.require(field, what) for targets in self.targets])).sum(0)
         return total / weights.sum(0).clamp(min=torch.finfo(total.dtype).tiny)
 
     def keeps_everything(self, vocab: int) -> bool:
         """Whether all teachers keep all of a vocabulary, so that p itself can be pooled."""
         return all(
-            targets.kind not in SAMPLED_KINDS
+            targets.log_tail is not None
             and targets.ids.shape[-1] == vocab
             and bool(torch.isneginf(targets.log_tail[..., 0][targets.count > 0]).all())
             for targets in self.targets
@@ -128,28 +143,33 @@ class Pool:
             for t in (1.0, temperature)
         )
         first = self.targets[0]
+        labels = [targets.label_logprob for targets in self.targets if targets.label_logprob is not None]
+        partition = torch.zeros_like(first.log_partition[..., :1])
         targets = SparseTargets(
             ids=torch.arange(vocab, device=plain.device).expand_as(plain),
             logprobs=plain,
             weights=plain.exp(),
             count=self.count.clamp(max=1) * vocab,
-            log_partition=torch.zeros_like(first.log_partition[..., :1]),
-            log_tail=torch.full_like(first.log_tail[..., :1], -torch.inf),
+            log_partition=partition,
+            log_tail=torch.full_like(partition, -torch.inf),
             entropy=torch.special.entr(plain.exp()).sum(-1),
-            label_logprob=_mixture(torch.stack([targets.label_logprob for targets in self.targets]), share),
-            kind="full",
+            label_logprob=_mixture(torch.stack(labels), share) if len(labels) == len(self.targets) else None,
+            kind=first.kind,
         )
         return targets, soft
 
 
-def require_alike(kind: str, other: str) -> None:
+def require_alike(one: tuple[str, bool], other: tuple[str, bool]) -> None:
     """Refuse to pool samples with anything else.
+
+    Args:
+        one, other: name of a kind, and whether its targets are sampled.
 
     Raises:
         TargetError: one kind is sampled and the other is not.
     """
-    if (kind in SAMPLED_KINDS) != (other in SAMPLED_KINDS):
-        raise TargetError(f"{kind} and {other} targets cannot be pooled: one kind is sampled and the other is not")
+    if one[1] != other[1]:
+        raise TargetError(f"{one[0]} and {other[0]} targets cannot be pooled: one kind is sampled and the other is not")
 
 
 def _mixture(log_p: Tensor, log_share: Tensor) -> Tensor:

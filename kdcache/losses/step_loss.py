@@ -15,7 +15,7 @@ Position weights: how much the distillation term of each position counts, from w
     confidence            1 - H / log V: 1 where the teacher is certain, 0 where it knows nothing
     entropy-gate:LO:HI    1 where LO <= H <= HI nats, 0 elsewhere; either may be left out
 
-H is the entropy of the teacher's whole distribution at T = 1, stored exactly for every kind of target; of several
+H is the entropy of the teacher's whole distribution at T = 1, which targets must know; of several
 teachers, the mean of theirs by weight. The divisor of
 the loss stays the number of positions, so weights add up across micro-batches and ranks; the label term is not weighed.
 """
@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import ConfigError, TargetError
+from kdcache.known import Known
 from kdcache.losses.divergences import find_divergence
-from kdcache.losses.fused_linear import Student, View, eager, fused_loss
-from kdcache.losses.logit_sources import LinearHead, Source, StoredLogits
+from kdcache.losses.fused_linear import StudentTile, View, eager, fused_loss
+from kdcache.losses.logit_sources import LinearHead, LogitSource, StoredLogits
 from kdcache.losses.pool import Pool
 from kdcache.losses.position_metrics import Figures
 from kdcache.losses.target_losses import (
@@ -49,7 +50,7 @@ from kdcache.losses.target_losses import (
 )
 from kdcache.losses.union import Union
 from kdcache.rows import IGNORE
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.targets import SparseTargets
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,21 @@ class PositionWeights:
         if self.rule == "none":
             return None
         if self.rule == "confidence":
-            return (1 - targets.entropy / math.log(vocab)).clamp(0, 1)
-        low, high = self._gate()
-        return ((targets.entropy >= low) & (targets.entropy <= high)).to(targets.entropy.dtype)
+            return (1 - self._entropy(targets) / math.log(vocab)).clamp(0, 1)
+        (low, high), entropy = self._gate(), self._entropy(targets)
+        return ((entropy >= low) & (entropy <= high)).to(entropy.dtype)
+
+    def _entropy(self, targets: SparseTargets | Pool) -> Tensor:
+        return targets.require("entropy", f"the rule of position weights {self.rule}")
+
+    def require_known(self, known: Known) -> None:
+        """Refuse a cache that does not know what the rule needs.
+
+        Raises:
+            ConfigError: it does not know the entropy.
+        """
+        if self.rule != "none":
+            known.require("entropy", f"the rule of position weights {self.rule}")
 
     def _gate(self) -> tuple[float, float]:
         name, *bounds = self.rule.split(":")
@@ -133,13 +146,18 @@ class Objective:
         """The factor of the distillation term: soft_weight times T to the power that keeps the gradient's size."""
         return float(self.soft_weight * self.temperature ** find_divergence(self.loss).temperature_power)
 
-    def require_fit(self, kind: str, sample_temperature: float) -> None:
+    def require_fit(self, kind: str, sampled: bool, sample_temperature: float) -> None:
         """Refuse what targets of a sampled kind cannot give.
+
+        Args:
+            kind: its name.
+            sampled: whether it is sampled.
+            sample_temperature: T that it was drawn at.
 
         Raises:
             TargetError: a divergence, tail or temperature that their weights say nothing of.
         """
-        if kind not in SAMPLED_KINDS:
+        if not sampled:
             return
         if self.loss != "forward-kl":
             raise TargetError(
@@ -159,13 +177,13 @@ class Objective:
         several = len(pool.targets) > 1
         if several and pool.keeps_everything(vocab):  # then every tail is the same: nothing
             return dense_aim(pool, find_divergence(self.loss), self.temperature, labels, vocab)
-        if several and pool.targets[0].kind not in SAMPLED_KINDS:
+        if several and not pool.targets[0].sampled:
             warn_once("pool", _TRUNCATED_POOL)
         return pooled_aim(pool, lambda targets: self._aim_of_one(targets, labels, vocab), labels, vocab)
 
     def _aim_of_one(self, targets: SparseTargets, labels: Tensor | None, vocab: int) -> Aim:
-        self.require_fit(targets.kind, targets.sample_temperature)
-        if targets.kind in SAMPLED_KINDS:
+        self.require_fit(targets.kind, targets.sampled, targets.sample_temperature)
+        if targets.sampled:
             return sampled_aim(targets)
         if self.tail == "bucket":
             return BucketAim.of(targets, find_divergence(self.loss), self.temperature)
@@ -183,19 +201,19 @@ class _Term:
     """One summand of the loss at each position, and its factor."""
 
     factor: Tensor  # [M]
-    losses: Callable[[Student, slice], Tensor]
+    losses: Callable[[StudentTile, slice], Tensor]
 
-    def summands(self, student: Student, rows: slice) -> Tensor:
+    def summands(self, student: StudentTile, rows: slice) -> Tensor:
         return self.factor[rows] * self.losses(student, rows)
 
 
-def _label_losses(student: Student, rows: slice) -> Tensor:  # noqa: ARG001 - a term's signature
+def _label_losses(student: StudentTile, rows: slice) -> Tensor:  # noqa: ARG001 - a term's signature
     return student.lse - student.gathered[:, -1]
 
 
 @eager
 def distil(
-    source: Source,
+    source: LogitSource,
     targets: SparseTargets | Pool,
     labels: Tensor | None,
     objective: Objective,
@@ -258,12 +276,12 @@ def distil(
     return fused_loss(source, views, index)
 
 
-def _sum_of(terms: list[_Term]) -> Callable[[Student, slice], Tensor] | None:
+def _sum_of(terms: list[_Term]) -> Callable[[StudentTile, slice], Tensor] | None:
     if not terms:
         return None
     first, *rest = terms
 
-    def total(student: Student, rows: slice) -> Tensor:
+    def total(student: StudentTile, rows: slice) -> Tensor:
         value = first.summands(student, rows)
         for term in rest:
             value = value + term.summands(student, rows)

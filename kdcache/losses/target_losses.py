@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import ConfigError
-from kdcache.losses.divergences import ABSENT, Divergence, Teacher
-from kdcache.losses.fused_linear import Student
+from kdcache.losses.divergences import ABSENT, Divergence, TeacherDistribution
+from kdcache.losses.fused_linear import StudentTile
 from kdcache.losses.pool import Pool
 from kdcache.losses.union import Union
 from kdcache.targets import SparseTargets
@@ -51,13 +51,13 @@ class Aim(ABC):
     """A loss of each position, as a function of what a tile knows of the student.
 
     Attributes:
-        tail_mean: whether it needs `Student.tail_mean`.
+        tail_mean: whether it needs `StudentTile.tail_mean`.
     """
 
     tail_mean = False
 
     @abstractmethod
-    def losses(self, student: Student, rows: slice) -> Tensor:
+    def losses(self, student: StudentTile, rows: slice) -> Tensor:
         """`[n]` nats. `student.gathered` starts with the K entries and, if labels are known, ends with the label."""
 
 
@@ -84,13 +84,15 @@ class BucketAim(Aim):
         log_p = torch.where(targets.valid, log_p.clamp(min=ABSENT), ABSENT)
         return BucketAim(divergence, log_p, log_tail.clamp(min=ABSENT), targets)
 
-    def losses(self, student: Student, rows: slice) -> Tensor:
+    def losses(self, student: StudentTile, rows: slice) -> Tensor:
         """`[n]` the divergence."""
         targets = self.targets[rows]
         entries = student.gathered[:, : targets.ids.shape[-1]]
         log_q = torch.where(targets.valid, entries - student.lse[:, None], ABSENT)
         log_tail_q = torch.where(torch.isneginf(student.tail), ABSENT, student.tail - student.lse)
-        return self.divergence.function(log_q, log_tail_q, Teacher(self.log_p[rows], self.log_tail[rows], targets))
+        return self.divergence.function(
+            log_q, log_tail_q, TeacherDistribution(self.log_p[rows], self.log_tail[rows], targets)
+        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class LinearAim(Aim):
         """Where mass is spread over the tail."""
         return self.spread is not None
 
-    def losses(self, student: Student, rows: slice) -> Tensor:
+    def losses(self, student: StudentTile, rows: slice) -> Tensor:
         """`[n]` the constant, and each weight times -log q."""
         weights, lse = self.weights[rows], student.lse
         total = self.constant[rows] + (weights * (lse[:, None] - student.gathered[:, : weights.shape[-1]])).sum(-1)
@@ -142,7 +144,7 @@ class PooledAim(Aim):
         """Where any of them needs it."""
         return any(aim.tail_mean for _, _, aim in self.parts)
 
-    def losses(self, student: Student, rows: slice) -> Tensor:
+    def losses(self, student: StudentTile, rows: slice) -> Tensor:
         """`[n]` the weighted sum; `student` is what the whole union sees of the tile."""
         return torch.stack(
             [
@@ -172,7 +174,7 @@ def sampled_aim(targets: SparseTargets) -> LinearAim:
 
     It is blind to a shift of the logits and never negative, for every single draw.
     """
-    return LinearAim(torch.where(targets.valid, targets.weights, 0.0), torch.zeros_like(targets.entropy))
+    return LinearAim(torch.where(targets.valid, targets.weights, 0.0), torch.zeros_like(targets.weights[..., 0]))
 
 
 def truncated_aim(

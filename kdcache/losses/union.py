@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdcache.losses.fused_linear import Student
+from kdcache.losses.fused_linear import StudentTile
 from kdcache.targets import SparseTargets
 
 
@@ -56,7 +56,7 @@ class Union:
             kept = torch.nn.functional.pad(kept, (0, 1))
         return Union(tuple(members), ids, kept, others, vocab)
 
-    def view(self, member: int, student: Student, rows: slice) -> Student:
+    def view(self, member: int, student: StudentTile, rows: slice) -> StudentTile:
         """What one of the targets sees of a tile: its own entries, the label, and its own tail."""
         if not self.others:
             return student
@@ -71,7 +71,7 @@ class Union:
             total = mean * outside + torch.where(others, entries, 0.0).sum(-1)
             mean = total / (outside + others.sum(-1)).clamp(min=1)
         unlike = torch.where(others, entries, -torch.inf)
-        return Student(
+        return StudentTile(
             lse=student.lse,
             tail=_logsumexp(torch.cat([student.tail[:, None], unlike], -1)),
             gathered=torch.cat([student.gathered[:, start:end], student.gathered[:, width:]], -1),

@@ -17,9 +17,11 @@ Evaluation record: an evaluation as one file that says of what it is.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,20 @@ import torch
 
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError
+from kdcache.losses import LogitSource, StoredLogits
 from kdcache.pretrained import find_device
-from kdcache.report.live import DenseFigures, TeacherFigures, load_teacher
+from kdcache.report.live_teacher import DenseFigures, TeacherCalibration
 from kdcache.store.atomic_files import write_new
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
 from kdcache.student.data import Rows, batches, labelled, split_heldout
-from kdcache.student.evaluation import StudentFigures, labelled_logits
+from kdcache.student.evaluation import StudentFigures, head_or_none
+from kdcache.student.fused_head import with_logits
 from kdcache.student.model import load_student, require_students
 from kdcache.student.model_card import versions
+from kdcache.teacher.engines.base import TeacherSpec
+from kdcache.teacher.open_teacher import open_teacher_of
+from kdcache.teacher.opened_teacher import OpenedTeacher
 
 
 def require_new(path: str) -> None:
@@ -88,7 +95,7 @@ def evaluate(student: str, cache: str, teacher: str | None = None, **options: An
 
     Returns:
         The figures of `kdcache.student.evaluation`, `calibration` with its `bins`, and with a teacher those of
-        `kdcache.report.live` and `teacher_calibration`.
+        `kdcache.report.live_teacher` and `teacher_calibration`.
 
     Raises:
         KdcacheError: see the exception tree.
@@ -107,6 +114,7 @@ def compare(
     device: str = "auto",
     local_copy: str | None = None,
     local_limit: str = "20GB",
+    engine: str = "transformers",
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure several students on the same rows of a cache; all of them are in memory at once.
@@ -120,6 +128,7 @@ def compare(
         batch_rows: rows a forward pass.
         device: where to run.
         local_copy, local_limit: as for `open_cache`.
+        engine: what runs the teacher.
         on_progress: called with (rows done, rows to do).
 
     Returns:
@@ -140,9 +149,13 @@ def compare(
     chosen = _choose(len(opened), heldout, rows)
     if not len(chosen):
         raise ConfigError(f"the cache {cache} has no rows to measure on")
-    live = None if teacher is None else _Live(load_teacher(teacher, opened, where))
-    measured = [_Measured(name, opened, where, teacher is not None) for name in students]
-    _walk(measured, live, opened, chosen, where, batch_rows, on_progress)
+    with ExitStack() as stack:
+        live = None
+        if teacher is not None:
+            spec = TeacherSpec(model=teacher, engine=engine, device=device, batch_rows=batch_rows)
+            live = _Live(stack.enter_context(open_teacher_of(spec, opened.manifest, opened.storage)))
+        measured = [_Measured(name, opened, where, teacher is not None) for name in students]
+        _walk(measured, live, opened, chosen, where, batch_rows, on_progress)
     return {
         "students": {
             one.name: {**one.figures(), **({} if live is None else live.means()), **one.less(measured[0])}
@@ -161,8 +174,15 @@ def _choose(count: int, heldout: float | None, rows: int | None) -> Rows:
 class _Live:
     """A teacher, and what is known of it so far."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.known = model, TeacherFigures()
+    def __init__(self, teacher: OpenedTeacher) -> None:
+        self.teacher, self.known = teacher, TeacherCalibration()
+
+    def tiles(self, cache: Cache, rows: Rows, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Its logits `[n, V]` at the labelled slots of some rows, a tile of slots at a time."""
+        start = 0
+        for logits in self.teacher.logits([cache.read_packed(int(row))[0] for row in rows]):
+            yield slice(start, start + len(logits)), logits.to(device)
+            start += len(logits)
 
     def means(self) -> dict[str, Any]:
         calibration = self.known.calibration
@@ -174,22 +194,22 @@ class _Measured:
 
     def __init__(self, name: str, cache: Cache, device: torch.device, beside_teacher: bool) -> None:
         self.name, self.model = name, load_student(name, cache, device, seed=0).eval()
+        self.head = head_or_none(self.model, device)
         self.known = StudentFigures.of(cache)
-        self.dense = DenseFigures() if beside_teacher else None
+        self.dense, self.beside_teacher = DenseFigures(), beside_teacher
         self.nll_by_row: list[float] = []
         self.positions_by_row: list[int] = []
 
-    def add(self, batch: dict[str, Any], teacher_logits: torch.Tensor | None, logits: torch.Tensor) -> None:
-        nll = self.known.add(logits, batch)["nll"]
-        if self.dense is not None and teacher_logits is not None:
-            self.dense.add(teacher_logits, logits)
+    def add(self, source: LogitSource, batch: dict[str, Any]) -> LogitSource:
+        nll = self.known.add(source, batch)["nll"]
         mask = labelled(batch)
         sums = torch.zeros(len(mask), dtype=torch.float64).index_add_(0, mask.nonzero()[:, 0], nll)
         self.nll_by_row += sums.tolist()
         self.positions_by_row += mask.sum(-1).tolist()
+        return source
 
     def figures(self) -> dict[str, Any]:
-        dense = {} if self.dense is None else self.dense.means()
+        dense = self.dense.means() if self.beside_teacher else {}
         return {**self.known.means(), "calibration": {"bins": self.known.calibration.bins()}, **dense}
 
     def less(self, first: _Measured) -> dict[str, float | None]:
@@ -211,12 +231,16 @@ def _walk(
 ) -> None:
     vocab, done = cache.manifest.vocab_size, 0
     for batch in batches(cache, rows, batch_rows):
-        teacher_logits = None
+        sources = [
+            with_logits(one.model, one.head, batch, device, vocab, functools.partial(one.add, batch=batch))
+            for one in measured
+        ]
         if live is not None:
-            teacher_logits = labelled_logits(live.model, batch, device, vocab)
-            live.known.add(teacher_logits, batch["labels"][labelled(batch)].to(device))
-        for one in measured:
-            one.add(batch, teacher_logits, labelled_logits(one.model, batch, device, vocab).float())
+            labels = batch["labels"][labelled(batch)].to(device)
+            for part, logits in live.tiles(cache, rows[done : done + len(batch["labels"])], device):
+                live.known.add(StoredLogits(logits), labels[part])
+                for one, source in zip(measured, sources, strict=True):
+                    one.dense.add(logits, source, part)
         done += len(batch["labels"])
         if on_progress:
             on_progress(done, len(rows))

@@ -5,7 +5,7 @@ stored ones, once as the control, which shows how far two runs of the same rows 
 
     total_variation  sum |w - w'| / 2 over all ids, at each position: 0 for the same target, 1 for disjoint ones.
                      A token shifted by one or the targets of another row give values near 1.
-    entropy, label_logprob  absolute difference, nats
+    entropy, label_logprob  absolute difference, nats; absent where the cache does not know them
     choice           1 where one of the two chooses a labelled position to carry a target and the other does not; the
                      other figures are over those that carry one
 
@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from kdcache.cache import Cache, open_cache
-from kdcache.errors import ConfigError, ModelError
-from kdcache.pretrained import fingerprint, model_folder
+from kdcache.errors import ConfigError
 from kdcache.targets import SparseTargets
-from kdcache.teacher.config import DumpConfig
-from kdcache.teacher.engines.transformers import Teacher
+from kdcache.teacher.engines.base import TargetRequest, TeacherSpec, require_answerable
+from kdcache.teacher.open_teacher import open_teacher_of
+from kdcache.teacher.opened_teacher import OpenedTeacher
 
 _ALLOWED = 0.05
-_TILE = 1 << 22
+_TILE_LOGITS = 1 << 22
 
 
 def check_faithfulness(
@@ -42,6 +42,7 @@ def check_faithfulness(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    engine: str = "transformers",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Run the teacher again over some rows of a cache.
@@ -51,7 +52,7 @@ def check_faithfulness(
         teacher: folder or hub name of the model that made it.
         rows: how many, drawn without replacement.
         seed: of the draw.
-        device, dtype: as for a dump.
+        device, dtype, engine: as for a dump.
         on_progress: called with (rows done, rows to do).
 
     Returns:
@@ -64,29 +65,30 @@ def check_faithfulness(
     if rows < 1:
         raise ConfigError(f"--rows is {rows}, but must be at least 1")
     cache = open_cache(path, partial=True)
-    folder = model_folder(teacher, "teacher")
-    if fingerprint(folder) != cache.manifest.teacher_sha256:
-        raise ModelError(f"the teacher {teacher} is not the one that made {path}: its weights or configuration differ")
-    config = DumpConfig(
-        teacher=teacher, corpus="", out="", seq_len=cache.manifest.seq_len, isolate=cache.manifest.isolate,
-        device=device, dtype=dtype,
-    )  # fmt: skip
-    model = Teacher(config, folder, cache.manifest)
+    spec = TeacherSpec(model=teacher, engine=engine, device=device, dtype=dtype)
+    with open_teacher_of(spec, cache.manifest, path) as opened:
+        return _compare(cache, opened, rows, seed, on_progress)
+
+
+def _compare(
+    cache: Cache, teacher: OpenedTeacher, rows: int, seed: int, on_progress: Callable[[int, int], None] | None
+) -> dict[str, Any]:
+    require_answerable(teacher.engine, TargetRequest.of(cache.manifest), cache.manifest.choice)
     chosen = sorted(np.random.default_rng(seed).permutation(len(cache))[:rows].tolist())
     found: dict[str, list[dict[str, Tensor]]] = {"stored": [], "control": []}
     for done, index in enumerate(chosen):
         if on_progress:
             on_progress(done, len(chosen))
-        stored, fresh, again = _three(cache, model, index)
+        stored, fresh, again = _three_targets(cache, teacher, index)
         told, choice = stored.count > 0, cache.manifest.choice
-        for name, one, mine in (("stored", stored, told), ("control", again, choice.chosen(again.entropy))):
+        wanted, mine_again = (choice.chosen(each.require("entropy", "a choice")) for each in (fresh, again))
+        for name, one, mine in (("stored", stored, told), ("control", again, mine_again)):
             part = differences(one[told], fresh[told], cache.manifest.vocab_size)
-            wanted = choice.chosen(fresh.entropy)
             if mine is not None and wanted is not None:
                 part["choice"] = (mine != wanted).float()
             found[name].append(part)
     figures = {name: _summary(parts) for name, parts in found.items()}
-    positions = sum(len(part["entropy"]) for part in found["stored"])
+    positions = sum(len(part["total_variation"]) for part in found["stored"])
     agrees = all(
         figures["stored"][name]["mean"] <= control["mean"] + _ALLOWED
         for name, control in figures["control"].items()
@@ -95,31 +97,31 @@ def check_faithfulness(
     return {"rows": len(chosen), "positions": positions, "agrees": agrees, **figures}
 
 
-def _three(cache: Cache, model: Teacher, index: int) -> tuple[SparseTargets, SparseTargets, SparseTargets]:
+def _three_targets(
+    cache: Cache, teacher: OpenedTeacher, index: int
+) -> tuple[SparseTargets, SparseTargets, SparseTargets]:
     """The stored targets of a row's labelled slots, and two fresh ones of them all, chosen or not."""
-    (shard, row), rule, seed = cache.locate(index), cache.manifest.rule, cache.manifest.seed
-    manifest = dataclasses.replace(cache.manifest, positions="all")
+    (shard, row), request = cache.locate(index), dataclasses.replace(TargetRequest.of(cache.manifest), extras=())
     packed, stored = cache.read_packed(index)
-    fresh, again = (
-        model.run([packed], manifest, rule, shard=shard, first_row=row, seed=seed).targets for _ in range(2)
-    )
+    fresh, again = (teacher.targets([packed], request, shard=shard, first_row=row).targets for _ in range(2))
     return stored, fresh, again
 
 
 def differences(one: SparseTargets, two: SparseTargets, vocab_size: int) -> dict[str, Tensor]:
     """How far two targets of the same positions are apart, `[N]` each."""
-    step, parts = max(1, _TILE // vocab_size), []
+    step, parts = max(1, _TILE_LOGITS // vocab_size), []
     for start in range(0, len(one.count), step):
         dense = [
             torch.zeros(len(part.count), vocab_size).scatter_add_(-1, part.ids.long(), part.weights)
             for part in (one[start : start + step], two[start : start + step])
         ]
         parts.append((dense[0] - dense[1]).abs().sum(-1) / 2)
-    return {
-        "total_variation": torch.cat(parts) if parts else torch.zeros(0),
-        "entropy": (one.entropy - two.entropy).abs(),
-        "label_logprob": (one.label_logprob - two.label_logprob).abs(),
-    }
+    found = {"total_variation": torch.cat(parts) if parts else torch.zeros(0)}
+    for name in ("entropy", "label_logprob"):
+        mine, other = getattr(one, name), getattr(two, name)
+        if mine is not None and other is not None:
+            found[name] = (mine - other).abs()
+    return found
 
 
 def _summary(parts: list[dict[str, Tensor]]) -> dict[str, dict[str, float]]:

@@ -1,83 +1,135 @@
 """Inspect: a summary, a row, or a position of a cache, as plain values.
 
-Text is decoded with the cache's own tokenizer. Nothing but the cache is opened.
+A summary reads no rows: it comes from the commits, which a sealed cache has in one object. Text is decoded with the
+cache's own tokenizer. Nothing but the cache is opened.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from kdcache.cache import Cache, Row, open_cache
 from kdcache.errors import CacheError, TargetError
-from kdcache.pretrained import load_tokenizer
 from kdcache.rows import IGNORE
-from kdcache.store.commit import added, quantiles
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.store.commit import quantiles
+from kdcache.store.commits import Commits
+from kdcache.store.manifest import Manifest
+from kdcache.store.target_sums import TargetSums
+from kdcache.targets import SparseTargets
 
 _CONTEXT_TOKENS = 32
 _WINDOW = 8  # tokens that decide how the next one reads
 
 
-def inspect_summary(path: str, shard: int | None = None) -> dict[str, Any]:
+Progress = Callable[[int, int], None]
+"""Called with rows read and rows to read."""
+
+
+def inspect_summary(
+    path: str, shard: int | None = None, *, exact: bool = False, on_progress: Progress | None = None
+) -> dict[str, Any]:
     """What a cache, or one shard of it, holds. A cache that is still being dumped may be looked at.
 
-    Means are over the positions that carry a target, `entropy_quantiles` over all labelled ones.
+    Means are over the positions that carry a target, `entropy_quantiles` over all labelled ones. A mean is None where
+    the cache does not know it. The figures come from the sums in the commits, which are of the targets before they were
+    rounded; with `exact` every row is read, and they are of the targets as students get them. The two differ by no more
+    than the codec rounds a scalar.
+
+    Args:
+        path: folder or URL of the cache.
+        shard: summarise this shard alone.
+        exact: read every row.
+        on_progress: called now and then while rows are read.
+
+    Raises:
+        CacheError: no cache there, or no such shard.
+        CorruptCacheError: a commit is damaged, or (with `exact`) a row.
     """
     cache = open_cache(path, partial=True)
-    if shard is not None and shard not in cache.commits:
-        raise CacheError(
-            f"{path} has no committed shard {shard}; it has {len(cache.commits)} of {cache.manifest.shards}"
-        )
-    chosen = list(cache.commits.values()) if shard is None else [cache.commits[shard]]
     manifest = cache.manifest
-    sampled = manifest.selection["kind"] in SAMPLED_KINDS  # whose weights stand for everything: there is no tail
-    kept = tail = entropy = label = 0.0
-    slots = 0
-    for commit in chosen:
-        base = cache.index(commit.shard, 0) if commit.rows else 0
-        for row, targets in cache.read_rows(range(base, base + commit.rows)):
-            slots += len(row.tokens)
-            targets = targets[targets.count > 0]
-            log_tail = targets.log_tail[:, manifest.temperatures.index(1.0)].double()
-            tail += log_tail.exp().sum().item()
-            kept -= torch.expm1(log_tail).sum().item()
-            entropy += targets.entropy.double().sum().item()
-            label -= targets.label_logprob.double().sum().item()
-    names = ("rows", "labels", "positions", "entries", "documents", "dropped")
-    total = {name: sum(getattr(c, name) for c in chosen) for name in names}
-    size = sum(data["bytes"] for c in chosen for data in c.objects)
+    if shard is not None and shard not in cache.commits:
+        raise CacheError(f"{path} has no committed shard {shard}; it has {len(cache.commits)} of {manifest.shards}")
+    chosen = cache if shard is None else cache.only([shard])
+    commits = chosen.commits
+    names = (
+        "rows", "tokens", "pieces", "labels", "positions", "entries", "documents", "dropped",
+    )  # fmt: skip
+    total = {name: commits.total(name) for name in names}
+    at_one = manifest.temperatures.index(1.0)
+    if exact:
+        sums = _read_sums(chosen, on_progress)
+        tail_mass = sums["tail_mass"] and sums["tail_mass"][at_one]
+    else:
+        sums = {name: commits.sum(name) for name in ("entropy", "label_logprob")}
+        tail_mass = commits.sum("tail_mass", at_one)
     positions = max(1, total["positions"])
+    tail, entropy, label = (
+        None if value is None else value / positions for value in (tail_mass, sums["entropy"], sums["label_logprob"])
+    )
+    histogram = commits.histogram()
     return {
         "cache": path,
         "shard": shard,
         "complete": not cache.missing(),
         "shards": {"planned": manifest.shards, "committed": len(cache.commits)},
         **total,
-        "tokens": slots,
-        "bytes": size,
-        "bytes_per_position": size / positions,
-        "mean_kept_mass": None if sampled else kept / positions,
-        "mean_tail": None if sampled else tail / positions,
-        "mean_entropy": entropy / positions,
-        "teacher_nll": label / positions,
-        "entropy_quantiles": quantiles(added(commit.entropy_histogram for commit in chosen)),
+        "entries_per_position": _range_of_entries(commits),
+        "bytes": commits.bytes,
+        "bytes_per_position": commits.bytes / positions,
+        "mean_kept_mass": None if tail is None else 1 - tail,
+        "mean_tail": tail,
+        "mean_entropy": entropy,
+        "teacher_nll": None if label is None else 0.0 - label,
+        "entropy_quantiles": None if histogram is None else quantiles(histogram),
+        "exact": exact,
         "teacher": manifest.origin.get("teacher"),
         "corpus": manifest.origin.get("corpus"),
         "selection": manifest.selection,
+        "known": manifest.known.to_fields(),
         "position_choice": manifest.positions,
         "temperatures": list(manifest.temperatures),
         "precision": manifest.precision,
+        "extras": _extras(manifest, total["tokens"], total["labels"]),
         "seq_len": manifest.seq_len,
         "vocab_size": manifest.vocab_size,
     }
 
 
+def _extras(manifest: Manifest, tokens: int, labels: int) -> list[dict[str, Any]]:
+    """Each extra: its name, what it holds, and the bytes of its vectors before compression."""
+    found = []
+    for name, spec in manifest.extra_specs.items():
+        vector = sum(math.prod(shape) * dtype.itemsize for dtype, shape in spec.shapes(1).values())
+        found.append({"name": name, **spec.to_fields(), "bytes": vector * (tokens if spec.per == "token" else labels)})
+    return found
+
+
+def _read_sums(cache: Cache, on_progress: Progress | None) -> dict[str, Any]:
+    """The sums over the targets of all rows, each row read."""
+    sums = TargetSums()
+    for number, (_, targets) in enumerate(cache.read_rows(range(len(cache))), 1):
+        sums.add(targets)
+        if on_progress:
+            on_progress(number, len(cache))
+    return sums.fields()
+
+
+def _range_of_entries(commits: Commits) -> dict[str, int]:
+    """The least and the most entries of a target."""
+    has = commits.column("positions") > 0
+    least, most = commits.column("least_entries")[has], commits.column("most_entries")[has]
+    return {"least": int(least.min()) if has.any() else 0, "most": int(most.max(initial=0))}
+
+
 def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]:
     """A row as text: each token with the probability that the teacher gave it, where a target tells it."""
+
     cache, shard, row, value = _find(path, row, shard)
-    tokenizer = load_tokenizer(cache.tokenizer_path)
+    tokenizer = cache.load_tokenizer()
     ids = value.tokens[value.segments >= 0].tolist()
     starts = [
         int((value.segments < piece).logical_and(value.segments >= 0).sum()) for piece in range(len(value.documents))
@@ -85,7 +137,7 @@ def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]
     tokens = []
     for slot in range(len(ids)):
         told = slot > 0 and int(value.targets.count[slot - 1]) > 0
-        logprob = float(value.targets.label_logprob[slot - 1]) if told else None
+        logprob = _number(value.targets.label_logprob, slot - 1) if told else None
         segment = int(value.segments[slot])
         tokens.append({
             "position": slot, "id": ids[slot], "text": added_text(tokenizer, ids[starts[segment] : slot], ids[slot]),
@@ -101,14 +153,16 @@ def inspect_position(
 
     `probability` and `tail` are at `temperature`; `logprob` and `weight` are as stored, `logprob` at T = 1. Of a
     sampled target only the weight is always known: an entry that was drawn has no `logprob` and no `probability`,
-    and there is no `tail`. Where the position carries no target, `no_target` says why.
+    and there is no `tail`. What else the cache does not know is None. Where the position carries
+    no target, `no_target` says why.
 
     Raises:
         CacheError: no such row or position.
         TargetError: a temperature that the cache cannot give exactly.
     """
+
     cache, shard, row, value = _find(path, row, shard)
-    tokenizer = load_tokenizer(cache.tokenizer_path)
+    tokenizer = cache.load_tokenizer()
     used = int((value.segments >= 0).sum())
     if not 0 <= position < used:
         raise CacheError(f"row {row} of shard {shard} has positions 0 to {used - 1}, not {position}")
@@ -147,9 +201,9 @@ def inspect_position(
     count = int(targets.count[0])
     order = targets.weights[0, :count].argsort(descending=True, stable=True)[:top].tolist()
     found.update(
-        label={**label, "logprob": float(targets.label_logprob[0])},
-        entropy=float(targets.entropy[0]),
-        tail=_known(log_tail[0].exp()),
+        label={**label, "logprob": _number(targets.label_logprob, 0)},
+        entropy=_number(targets.entropy, 0),
+        tail=None if log_tail is None else float(log_tail[0].exp()),
         kept=count,
         entries=[
             {
@@ -163,14 +217,18 @@ def inspect_position(
     return found
 
 
-def _at(targets: SparseTargets, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p_T of the entries and of the tail; NaN where a sampled target does not know them."""
-    if targets.kind not in SAMPLED_KINDS:
+def _at(targets: SparseTargets, temperature: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log p_T of the entries, NaN where a sampled target has a weight alone; and of the tail, if it has one."""
+    if not targets.sampled:
         return targets.at_temperature(temperature)
     if temperature not in targets.temperatures:
         raise TargetError(f"temperature {temperature:g} is not among those that the cache stores")
     partition = targets.log_partition[..., targets.temperatures.index(temperature), None]
-    return targets.logprobs / temperature - partition, torch.full_like(targets.entropy, torch.nan)
+    return targets.logprobs / temperature - partition, None
+
+
+def _number(values: torch.Tensor | None, place: int) -> float | None:
+    return None if values is None else float(values[place])
 
 
 def _known(value: torch.Tensor) -> float | None:

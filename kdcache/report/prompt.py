@@ -18,12 +18,13 @@ from kdcache.cache import Cache, open_cache
 from kdcache.corpus.tokenise import tokenise_prompt
 from kdcache.errors import ConfigError
 from kdcache.isolation import packed_forward
-from kdcache.pretrained import find_device, load_tokenizer
+from kdcache.pretrained import find_device
 from kdcache.report.inspect import added_text
-from kdcache.report.live import load_teacher
 from kdcache.rows import IGNORE
 from kdcache.student.model import load_student, require_students
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.targets import SparseTargets
+from kdcache.teacher.engines.base import TeacherSpec
+from kdcache.teacher.open_teacher import open_teacher_of
 
 _Entries = list[tuple[int, float]]
 
@@ -37,6 +38,7 @@ def next_tokens(
     device: str = "auto",
     local_copy: str | None = None,
     local_limit: str = "20GB",
+    engine: str = "transformers",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The most likely next tokens after a prompt.
@@ -49,6 +51,7 @@ def next_tokens(
         top: tokens to show of each.
         device: where to run.
         local_copy, local_limit: as for `open_cache`.
+        engine: what runs the teacher.
         on_progress: called with (rows searched, rows of the cache).
 
     Returns:
@@ -72,7 +75,7 @@ def next_tokens(
     if not text:
         raise ConfigError("--prompt is empty, but must hold at least one token")
     opened, where = open_cache(cache, local_copy=local_copy, local_limit=local_limit), find_device(device)
-    tokenizer = load_tokenizer(opened.tokenizer_path)
+    tokenizer = opened.load_tokenizer()
     tokens = tokenise_prompt(tokenizer, text)
     if not tokens:
         raise ConfigError(f"--prompt {text!r} holds no token of the cache's tokenizer")
@@ -85,13 +88,13 @@ def next_tokens(
     told: dict[str, Any] = {"source": None, "row": None, "position": None, "sampled": False, "temperature": 1.0}
     told["entries"] = []
     if teacher is not None:
-        told.update(
-            source="live", entries=shown(_ask(load_teacher(teacher, opened, where), opened, tokens, top, where))
-        )
+        spec = TeacherSpec(model=teacher, engine=engine, device=device)
+        with open_teacher_of(spec, opened.manifest, opened.storage) as live:
+            told.update(source="live", entries=shown(_most_likely(live.next_logits(tokens), top)))
     elif (place := find_prompt(opened, tokens, on_progress)) is not None:
         row, position, target = place
         told.update(
-            source="cache", row=row, position=position, sampled=target.kind in SAMPLED_KINDS,
+            source="cache", row=row, position=position, sampled=target.sampled,
             temperature=target.sample_temperature, entries=shown(_largest(target, top)),
         )  # fmt: skip
     answers = {
@@ -135,7 +138,11 @@ def find_prompt(
 def _ask(model: Any, cache: Cache, tokens: Sequence[int], top: int, device: torch.device) -> _Entries:
     ids = torch.tensor([tokens], device=device)
     logits = packed_forward(model, ids, torch.arange(len(tokens), device=device)[None]).logits[0, -1]
-    likely = logits[: cache.manifest.vocab_size].float().softmax(-1).topk(min(top, cache.manifest.vocab_size))
+    return _most_likely(logits[: cache.manifest.vocab_size], top)
+
+
+def _most_likely(logits: torch.Tensor, top: int) -> _Entries:
+    likely = logits.float().softmax(-1).topk(min(top, len(logits)))
     return list(zip(likely.indices.tolist(), likely.values.tolist(), strict=True))
 
 

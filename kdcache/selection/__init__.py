@@ -1,32 +1,36 @@
 """Selection: which entries a position keeps, and the exact scalars over everything else.
 
-    rule.py         Selection: the rule and its settings, checked when built
-    tiles.py        select: a rule over tiles of logits
-    scan.py         a tile seen once: head, complement at each temperature, entropy
-    visits.py       the one visit to the logits that a device gets:
-    loops.py          compiled for a CPU
-    kernels.py        for a GPU with Triton
-    passes.py         in torch's operations, for any
-    largest.py      the k largest, ties by id
-    truncated.py    topk, topp, full
-    ipps.py         tau, heavies and lights
-    adaptive.py     one tau for a whole cache
-    sample.py       draws with replacement
-    inverse_cdf.py  points of [0, 1) to ids, without a cumulative sum over the vocabulary
-    uniforms.py     the random numbers: a function of (seed, shard, row, position)
-    narrow.py       fewer entries from entries
+    kind.py           Selection: what a kind is, its settings, and the registry
+    topk.py, topp.py, full.py, sample.py, ipps.py   one kind each
+    truncated.py      what topk, topp and full have in common
+    threshold.py      tau of ipps: of a position, or of a whole cache
+    select_logits.py  select: a rule over tiles of logits
+    scan.py           one pass over a tile: head, complement at each temperature, entropy
+    scan_dispatch.py  which of the following makes that pass:
+    scan_cpu.py         compiled for a CPU
+    scan_triton.py      for a GPU with Triton
+    scan_torch.py       in torch's operations, for any device
+    inverse_cdf.py    points of [0, 1) to ids, without a cumulative sum over the vocabulary
+    uniforms.py       the random numbers: a function of (seed, shard, row, position)
+    entries.py        entries side by side, and which of them stay
+    narrow.py         fewer entries from entries
 
-docs/selection.md says what each rule keeps, its bias and its variance.
+docs/selection.md says what each kind keeps, its bias and its variance, and how a new kind is written.
 """
 
 from __future__ import annotations
 
-from kdcache.selection.adaptive import solve_adaptive_tau
+from kdcache.selection import full, ipps, sample, topk, topp  # noqa: F401 - each registers its kind
+from kdcache.selection.entries import Entries
+from kdcache.selection.kind import Selection, Uniforms, check_temperatures, kind_names, register_kind, setting
 from kdcache.selection.narrow import narrow, require_narrower
-from kdcache.selection.rule import KINDS, Selection, check_temperatures
+from kdcache.selection.scan import Scan
 from kdcache.selection.select_logits import draws, require_finite, select, select_ahead, select_device
+from kdcache.selection.threshold import solve_adaptive_tau
+from kdcache.selection.truncated import TruncatedSelection
 
 __all__ = [
-    "KINDS", "Selection", "check_temperatures", "draws", "narrow", "require_finite", "require_narrower", "select",
-    "select_ahead", "select_device", "solve_adaptive_tau",
+    "Entries", "Scan", "Selection", "TruncatedSelection", "Uniforms", "check_temperatures", "draws", "kind_names",
+    "narrow", "register_kind", "require_finite", "require_narrower", "select", "select_ahead", "select_device",
+    "setting", "solve_adaptive_tau",
 ]  # fmt: skip

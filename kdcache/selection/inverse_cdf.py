@@ -31,13 +31,13 @@ class CategoricalSampler:
 
     Attributes:
         x: `[n, V]` logits.
-        seen: their scan.
-        first: `[n]` the column, W where nobody of the head belongs; None where all do.
+        tile: their scan.
+        first: `[n]` the column, W where no id of the head belongs; None where all do.
         temperature: T, the sampling temperature of the scan.
     """
 
     x: Tensor
-    seen: Scan
+    tile: Scan
     first: Tensor | None
     temperature: float
 
@@ -45,8 +45,8 @@ class CategoricalSampler:
         """The ids that points fall on.
 
         Args:
-            points: `[n, D]` float64 in [0, 1): shares of the crowd's mass, in id order.
-            used: `[n, D]` bool; where it is set, the crowd has some mass.
+            points: `[n, D]` float64 in [0, 1): shares of their mass, in id order.
+            used: `[n, D]` bool; where it is set, they have some mass.
 
         Returns:
             `[n, D]` ids; 0 where not in use.
@@ -61,33 +61,33 @@ class CategoricalSampler:
         for start in range(0, len(looked_at), some):
             point = looked_at[start : start + some]
             out[point] = self._in_block(point // width, block[point], share[point])
-        out = out.clamp(max=self.x.shape[-1] - 1)  # beside a NaN, a point falls past the last
+        out = out.clamp(max=self.x.shape[-1] - 1)  # where a logit is NaN, a point falls past the last
         return torch.where(used, out.view_as(used), 0)
 
     def _block_masses(self) -> Tensor:
         """`[n, B]` float64 mass of each block, in units of the likeliest member."""
-        seen, t = self.seen, self.temperature
-        column = torch.arange(seen.head.shape[-1], device=seen.head.device)
-        member = column != seen.column[:, None]
+        tile, t = self.tile, self.temperature
+        column = torch.arange(tile.head.shape[-1], device=tile.head.device)
+        member = column != tile.label.column[:, None]
         if self.first is not None:
             member &= column >= self.first[:, None]
-        members = torch.where(member, seen.head, -torch.inf)
-        rest = torch.where(seen.rest_at(t) > -torch.inf, seen.centre, -torch.inf)
+        members = torch.where(member, tile.head, -torch.inf)
+        rest = torch.where(tile.rest_at(t) > -torch.inf, tile.centre, -torch.inf)
         unit = torch.maximum(members.amax(-1), rest)
-        unit = torch.where(torch.isneginf(unit), 0.0, unit)[:, None]  # nobody is left: all masses are 0
-        masses = seen.blocks.double() * ((seen.centre[:, None] - unit) / t).exp()
-        return masses.scatter_add(-1, seen.ids // BLOCK, ((members - unit) / t).exp())
+        unit = torch.where(torch.isneginf(unit), 0.0, unit)[:, None]  # no id is left: all masses are 0
+        masses = tile.blocks.double() * ((tile.centre[:, None] - unit) / t).exp()
+        return masses.scatter_add(-1, tile.ids // BLOCK, ((members - unit) / t).exp())
 
     def _in_block(self, rows: Tensor, block: Tensor, share: Tensor) -> Tensor:
         """`[P]` the id at a share of its block's mass."""
         logits = contents(self.x, rows, block, BLOCK).float()  # [P, 64]
-        seen, start = self.seen, block * BLOCK
+        tile, start = self.tile, block * BLOCK
         if self.first is not None:
-            first = self.first.clamp(max=seen.order.shape[-1] - 1)[:, None]
-            highest, its_id = seen.values.gather(-1, first)[rows], seen.order.gather(-1, first)[rows]  # [P, 1]
+            first = self.first.clamp(max=tile.order.shape[-1] - 1)[:, None]
+            highest, its_id = tile.values.gather(-1, first)[rows], tile.order.gather(-1, first)[rows]  # [P, 1]
             earlier = torch.arange(BLOCK, device=block.device) < its_id - start[:, None]
             logits.masked_fill_(torch.where(earlier, logits >= highest, logits > highest), -torch.inf)
-        label = (torch.where(seen.forced, seen.labels, IGNORE)[rows] - start)[:, None]  # its place, if it is here
+        label = (torch.where(tile.forced, tile.label.ids, IGNORE)[rows] - start)[:, None]  # its place, if it is here
         place = label.clamp(0, BLOCK - 1)
         logits.scatter_(-1, place, torch.where(label == place, -torch.inf, logits.gather(-1, place)))
         below = logits - logits.amax(-1, keepdim=True)

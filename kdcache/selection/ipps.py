@@ -9,145 +9,186 @@ Guarantee: exactly min(k, support) distinct entries; weights sum to 1; E[w] = p.
 float64. Ids within 1e-5 of tau count as heavy: that is unbiased too, and makes a light's share of the line
 shorter than the distance between two points, whatever rounding does, so no id is drawn twice.
 
-Shapes: n positions, V vocabulary, W width of the head and of the targets.
+Narrowing takes the stored weights for p and draws again: the weights are the same multiset in every first draw, so tau
+is the one that a direct draw would have, and so is each id's variance.
+
+Shapes: n positions, V vocabulary, W width of the head and of the targets, K entries before narrowing.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from kdcache.selection.inverse_cdf import CategoricalSampler
-from kdcache.selection.layout import lay
-from kdcache.selection.rule import Selection
+from kdcache.entry_form import EntryForm
+from kdcache.errors import ConfigError
+from kdcache.selection.entries import Entries, Heavies, Lights, join_entries
+from kdcache.selection.inverse_cdf import CategoricalSampler, locate
+from kdcache.selection.kind import Selection, Uniforms, register_kind, setting
 from kdcache.selection.scan import Scan
+from kdcache.selection.threshold import expected_count, find_heavies, solve_adaptive_tau
+from kdcache.selection.truncated import require_k
 from kdcache.targets import SparseTargets
 
-_MARGIN = 1e-5
 
+@register_kind
+@dataclass(frozen=True, kw_only=True)
+class Ipps(Selection):
+    """Exactly k entries, unbiased, with the least variance.
 
-def ipps(x: Tensor, seen: Scan, rule: Selection, temperatures: tuple[float, ...], uniform: Tensor) -> SparseTargets:
-    """Draw the entries of a tile.
-
-    Args:
-        x: `[n, V]` logits.
-        seen: their scan, W wide.
-        rule: of kind `ipps`.
-        temperatures: those to store.
-        uniform: `[n]` in [0, 1).
+    Attributes:
+        k: entries of a position; their mean, where one tau holds for the whole cache.
+        min_k: the fewest entries of a position, with `tau`.
+        adaptive: one tau for the whole cache instead of one k; a pilot finds it unless it is given.
+        tau: that threshold.
+        force_label: the true next token is always among the entries.
+        sample_temperature: T of the p_T that weights estimate.
     """
-    width, t = seen.head.shape[-1], rule.sample_temperature
-    forced = seen.forced.long()
-    ids, logits = _others(seen)  # [n, W]
-    mass, rest = (logits / t).exp(), seen.rest_at(t).exp()  # in units of the likeliest id's
-    own = torch.where(seen.forced, (seen.label / t).exp(), 0.0)
-    total = mass.sum(-1) + rest + own
-    if rule.tau is None:
-        budget = torch.full_like(forced, width)
-    else:
-        least = (1 + forced).clamp(min=rule.min_k)  # beside a forced label one entry stands for the rest
-        budget = expected_count(mass, rest, own, rule.tau * total).round().long().maximum(least).clamp(max=width)
-    heavy, light_mass = solve(mass, rest, budget - forced)
-    lights = torch.where(light_mass > 0, budget - forced - heavy, 0)
-    points, used = systematic(uniform, lights, width)
-    # In the head, a label that stands among the heavies shifts them by one.
-    crowd = CategoricalSampler(x, seen, heavy + (seen.column < heavy).long(), t)
-    drawn = crowd.find(points, used)
-    each = torch.where(lights > 0, light_mass / lights, 0.0)
-    log_total = seen.log_total(1.0)[:, None]
-    entries = compose(
-        (ids, logits - log_total, mass / total[:, None], heavy),
-        (seen.labels, seen.label - log_total[:, 0], own / total, seen.forced),
-        (drawn, each / total, lights),
-    )
-    return SparseTargets(
-        **entries,
-        log_tail=seen.rest.new_full((len(x), len(temperatures)), torch.nan, dtype=torch.float32),
-        **seen.scalars(temperatures),
-        temperatures=temperatures,
-        kind=rule.kind,
-        sample_temperature=t,
-    )
+
+    kind: ClassVar[str] = "ipps"
+    pilot_settings: ClassVar[tuple[str, ...]] = ("tau",)
+
+    k: int = setting(64, least=1, always=True)
+    min_k: int = setting(1, least=1)
+    adaptive: bool = False
+    tau: float | None = setting(None, above=0, most=1)
+    force_label: bool = False
+    sample_temperature: float = setting(1.0, least=0.01, most=100)
+
+    def check(self) -> None:
+        """Refuse bounds that leave no number of entries; a tau alone says that it is adaptive."""
+        if self.min_k > self.k:
+            raise ConfigError(f"min_k is {self.min_k}, above k, which is {self.k}")
+        if self.force_label and self.k < 2:
+            raise ConfigError("force_label needs k to be at least 2 in kind ipps: one for the label, one drawn")
+        object.__setattr__(self, "adaptive", self.adaptive or self.tau is not None)
+
+    @property
+    def form(self) -> EntryForm:
+        """Any entry may be heavy; lights weigh the same. Fewer than k entries where the support is smaller."""
+        return EntryForm(sampled=True, ragged=True, most_heavies=None)
+
+    def width(self, vocab_size: int) -> int:
+        """k; with `tau`, the most that any position can get."""
+        require_k(self.k, vocab_size)
+        if self.tau is None:
+            return self.k
+        # sum min(1, p / tau) is at most 1 / tau; it is rounded to the nearest count.
+        return min(vocab_size, max(self.min_k, 1 + self.force_label, math.floor(1 / self.tau) + 1))
+
+    @property
+    def random_shape(self) -> tuple[int, ...]:
+        """One number a position."""
+        return ()
+
+    @property
+    def needs_pilot(self) -> bool:
+        """Where tau is still to be found."""
+        return self.adaptive and self.tau is None
+
+    def fit(self, logits: Iterable[Tensor]) -> Self:
+        """With the tau that gives the pilot's positions k entries in the mean."""
+        return dataclasses.replace(self, tau=solve_adaptive_tau(logits, self.k, self.sample_temperature))
+
+    def entries(self, x: Tensor, tile: Scan, temperatures: tuple[float, ...], uniform: Tensor | None) -> SparseTargets:
+        """Draw the entries of a tile; see `Selection.entries`."""
+        assert uniform is not None  # by `random_shape`
+        width, t, forced = tile.head.shape[-1], self.sample_temperature, tile.forced
+        ids, logits = _head_without_label(tile)  # [n, W]
+        mass, rest = (logits / t).exp(), tile.rest_at(t).exp()  # in units of the likeliest id's
+        own = torch.where(forced, (tile.label.logprobs / t).exp(), 0.0)
+        total = mass.sum(-1) + rest + own
+        budget = self._budget(mass, rest, own, total, width, forced)
+        heavy, light_mass = find_heavies(mass, rest, budget - forced.long())
+        lights = torch.where(light_mass > 0, budget - forced.long() - heavy, 0)
+        points, used = systematic_points(uniform, lights, width)
+        # In the head, a label that stands among the heavies shifts them by one.
+        first = heavy + (tile.label.column < heavy).long()
+        drawn = CategoricalSampler(x, tile, first, t).find(points, used)
+        each = torch.where(lights > 0, light_mass / lights, 0.0)
+        log_total = tile.log_total(1.0)
+        label = dataclasses.replace(tile.label, logprobs=tile.label.logprobs - log_total)
+        entries = join_entries(
+            Heavies(ids, logits - log_total[:, None], mass / total[:, None], heavy),
+            label,
+            own / total,
+            Lights(drawn, each / total, lights),
+        )
+        return SparseTargets(
+            **entries,
+            **tile.scalars(temperatures),
+            temperatures=temperatures,
+            kind=self.kind,
+            sample_temperature=t,
+        )
+
+    def _budget(self, mass: Tensor, rest: Tensor, own: Tensor, total: Tensor, width: int, forced: Tensor) -> Tensor:
+        """`[n]` entries of each position, a forced label included; masses in the unit of `total`."""
+        if self.tau is None:
+            return torch.full_like(forced, width, dtype=torch.int64)
+        least = (1 + forced.long()).clamp(min=self.min_k)  # beside a forced label one entry stands for the rest
+        return expected_count(mass, rest, own, self.tau * total).round().long().maximum(least).clamp(max=width)
+
+    def fewer(self, k: int) -> Selection:
+        """k entries at every position."""
+        return dataclasses.replace(self, k=k, min_k=min(self.min_k, k), adaptive=False, tau=None)
+
+    def limits(self, old: Selection, width: int) -> dict[str, float]:
+        """No more entries than are there, and no lower threshold."""
+        assert isinstance(old, Ipps)  # by `made_from`
+        if self.tau is None:
+            return {"k": old.k}
+        if old.tau is None or self.tau < old.tau:
+            stands = "k, not with tau" if old.tau is None else f"tau {old.tau:g}"
+            raise ConfigError(f"tau is {self.tau:g}, but the entries were kept with {stands}; it can only be raised")
+        return {"k": old.k, "min_k": old.min_k}
+
+    def narrow(self, targets: SparseTargets, entries: Entries, old: Selection, uniforms: Uniforms) -> SparseTargets:
+        """Draw again, with the stored weights for p; see `Selection.narrow`."""
+        uniform, label = uniforms(self.tau or self.k, None), entries.label
+        forced = label.forced
+        own = torch.where(forced, entries.label_weight, 0.0)
+        order = entries.others.argsort(dim=-1, descending=True, stable=True)
+        ranked, mass = entries.take(order), entries.others.gather(-1, order)
+        width = min(mass.shape[-1], self.width((1 << 31) - 1))
+        budget = self._budget(mass, torch.zeros_like(own), own, torch.ones_like(own), width, forced)
+        heavy, light_mass = find_heavies(mass, torch.zeros_like(own), budget - forced.long())
+        lights = torch.where(light_mass > 0, budget - forced.long() - heavy, 0)
+        points, _ = systematic_points(uniform, lights, width)
+        column = torch.arange(mass.shape[-1], device=own.device)
+        light = torch.ones_like(order, dtype=torch.bool).scatter_(-1, order, column >= heavy[:, None])
+        drawn = locate(torch.where(light, entries.others, 0.0).cumsum(-1), points)
+        made = join_entries(
+            Heavies(ranked.ids[:, :width], ranked.logprobs[:, :width], mass[:, :width], heavy),
+            label,
+            own,
+            Lights(entries.ids.gather(-1, drawn), torch.where(lights > 0, light_mass / lights, 0.0), lights),
+        )
+        return dataclasses.replace(targets, **made)
 
 
-def compose(
-    heavies: tuple[Tensor, Tensor, Tensor, Tensor],
-    label: tuple[Tensor, Tensor, Tensor, Tensor],
-    lights: tuple[Tensor, Tensor, Tensor],
-) -> dict[str, Any]:
-    """The entries of a target: heavies by falling weight, a forced label among them; then the lights.
-
-    Args:
-        heavies: `[n, W]` ids, log-probabilities and weights, falling; `[n]` how many count.
-        label: `[n]` id, log-probability, weight; and whether it is forced.
-        lights: `[n, W]` ids, `[n]` the weight that all share, `[n]` how many count.
-
-    Returns:
-        `ids`, `logprobs`, `weights` of width W, and `count`, as in SparseTargets.
-    """
-    ids, logprobs, weights, heavy = heavies
-    label_id, label_logprob, label_weight, forced = label
-    drawn, each, light = lights
-    width = ids.shape[-1]
-    column = torch.arange(width, device=ids.device)
-    rank = (weights >= label_weight[:, None]).sum(-1).minimum(heavy)[:, None]  # of the label among the heavies
-    one = forced.long()[:, None]
-    places = [
-        torch.where(column < heavy[:, None], column + one * (column >= rank), width),
-        torch.where(forced[:, None], rank, width),
-        torch.where(column < light[:, None], column + heavy[:, None] + one, width),
-    ]
-    place = torch.cat(places, -1)  # [n, 2 W + 1]
-    shared, unknown = each[:, None].expand(-1, width), torch.full_like(weights, torch.nan)
-    return {
-        "ids": lay(place, torch.cat([ids, label_id[:, None], drawn], -1), width, 0),
-        "logprobs": lay(place, torch.cat([logprobs, label_logprob[:, None], unknown], -1), width, -torch.inf).float(),
-        "weights": lay(place, torch.cat([weights, label_weight[:, None], shared], -1), width, 0).float(),
-        "count": heavy + light + forced,
-    }
-
-
-def _others(seen: Scan) -> tuple[Tensor, Tensor]:
+def _head_without_label(tile: Scan) -> tuple[Tensor, Tensor]:
     """`[n, W]` ids and logits of the head without a forced label; where it stood in the head, the last is -inf."""
-    width = seen.head.shape[-1]
-    column = torch.arange(width, device=seen.head.device)
-    shifted = column + (column >= seen.column[:, None]).long()
+    width = tile.head.shape[-1]
+    column = torch.arange(width, device=tile.head.device)
+    shifted = column + (column >= tile.label.column[:, None]).long()
     source = shifted.clamp(max=width - 1)
-    return seen.ids.gather(-1, source), seen.head.gather(-1, source).masked_fill(shifted == width, -torch.inf)
+    return tile.ids.gather(-1, source), tile.head.gather(-1, source).masked_fill(shifted == width, -torch.inf)
 
 
-def solve(mass: Tensor, rest: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
-    """Who is heavy: solves sum min(1, p / tau) = budget.
+def systematic_points(uniform: Tensor, lights: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Points (u + j) / L, j < L, of the line on which the lights lie one behind the other.
 
     Args:
-        mass: `[n, W]` float64, falling, in any unit.
-        rest: `[n]` mass of the ids that are no larger than any of these.
-        budget: `[n]` entries, 1 to W.
-
-    Returns:
-        `[n]` how many of the largest are heavy, and `[n]` the mass of all others: tau times their number in the
-        target. 0 where the support fits into the budget.
-    """
-    width = mass.shape[-1]
-    onward = torch.cat([mass, rest[:, None]], -1).flip(-1).cumsum(-1).flip(-1)  # [n, W + 1], small ones first
-    left = budget[:, None] - torch.arange(width, device=mass.device)  # entries left at each column
-    heavy = ((mass * left >= onward[:, :-1] * (1 - _MARGIN)) & (left > 1)).long().cumprod(-1).sum(-1)
-    support = (mass > 0).sum(-1)
-    fits = (rest == 0) & (support <= budget)
-    heavy = torch.where(fits, support, heavy)
-    return heavy, torch.where(fits, 0.0, onward.gather(-1, heavy[:, None])[:, 0])
-
-
-def expected_count(mass: Tensor, rest: Tensor, own: Tensor, tau: Tensor) -> Tensor:
-    """`[n]` sum min(1, p / tau), all in the same unit; nothing in `rest` reaches tau."""
-    tau = tau[:, None]
-    return (torch.cat([mass, own[:, None]], -1) / tau).clamp(max=1).sum(-1) + rest / tau[:, 0]
-
-
-def systematic(uniform: Tensor, lights: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Points (u + j) / L, j < L, of the line on which the lights lie one behind the other.
+        uniform: `[n]` u.
+        lights: `[n]` L.
+        width: of the result.
 
     Returns:
         `[n, width]` points, and which of them are in use.

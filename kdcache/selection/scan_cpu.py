@@ -1,4 +1,4 @@
-"""Loops: one visit to each row of logits on a CPU, for its largest and for what the others weigh.
+"""Scan on a CPU: one pass over each row of logits, for its largest and for what the others weigh.
 
 A row is read from memory once and stays in a core's own cache. Rows are divided among as many threads as torch uses,
 and no row's result depends on how.
@@ -42,7 +42,7 @@ _LN2_HIGH = np.float32(np.round(np.log(2) * 512) / 512)  # few bits, so that its
 _LN2_LOW = np.float32(np.log(2) - np.round(np.log(2) * 512) / 512)
 _ROUNDER = np.float32(1.5 * 2**23)  # a number added to it leaves its nearest integer in the last bits
 _LOWEST = np.float32(-87)
-_NOBODY = np.float32(-1e5)  # a difference whose exponential is 0 at every temperature, and 0 times it is 0
+_EXCLUDED = np.float32(-1e5)  # a difference whose exponential is 0 at every temperature, and 0 times it is 0
 _T2, _T3, _T4, _T5, _T6 = (np.float32(1 / factorial) for factorial in (2, 6, 24, 120, 720))
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -148,52 +148,53 @@ def _mass(block: _Floats, centre: np.float32, scale: np.float32) -> np.float32:
 
 
 @compiled_reordered
-def _mass_and_surprise(block: _Floats, centre: np.float32) -> tuple[np.float32, np.float32]:
+def _mass_and_entropy(block: _Floats, centre: np.float32) -> tuple[np.float32, np.float32]:
     """The sums of e and of -e log e at T = 1; the latter is NaN if a logit is not finite."""
-    mass = surprise = _ZERO
+    mass = entropy_terms = _ZERO
     for j in range(BLOCK):
         below = block[j] - centre
         e = _exp(below)
         mass += e
-        surprise -= below * e
-    return mass, surprise
+        entropy_terms -= below * e
+    return mass, entropy_terms
 
 
 # fmt: off
 @compiled
 def _weigh(
-    row: _Floats, centre: np.float32, skip: _Ints, scales: _Floats, copy: _Floats, sums: _Floats, surprise: _Floats,
+    row: _Floats, centre: np.float32, skip: _Ints, scales: _Floats, copy: _Floats,
+    sums: _Floats, entropy_terms: _Floats,
 ) -> None:
     # fmt: on
-    """Fill `[n_T, B]` masses of blocks and `[B]` surprises.
+    """Fill `[n_T, B]` masses of blocks and `[B]` entropy terms.
 
     `skip` are the ids to leave out, rising, then V; `[64]` copy is scratch.
     """
     vocab, last, at = len(row), len(scales) - 1, 0
-    for b in range(len(surprise)):
+    for b in range(len(entropy_terms)):
         start, end = b * BLOCK, (b + 1) * BLOCK
         block, around = row[start:end], centre
         if end > vocab or skip[at] < end:
             for j in range(BLOCK):
-                copy[j] = block[j] - centre if start + j < vocab else _NOBODY
-            block, around = copy, _ZERO  # a copy of differences: a huge centre has nobody below it
+                copy[j] = block[j] - centre if start + j < vocab else _EXCLUDED
+            block, around = copy, _ZERO  # a copy of differences: below a huge centre there is no excluded number
             while at < len(skip) - 1 and skip[at] < end:
-                copy[skip[at] - start] = _NOBODY
+                copy[skip[at] - start] = _EXCLUDED
                 at += 1
         for t in range(last):
             sums[t, b] = _mass(block, around, scales[t])
-        sums[last, b], surprise[b] = _mass_and_surprise(block, around)
+        sums[last, b], entropy_terms[b] = _mass_and_entropy(block, around)
 
 
 # fmt: off
 @compiled
-def _visit(
+def _scan_rows(
     x: _Floats, stride: int, vocab: int, width: int, outside: _Ints, scales: _Floats,
-    values: _Floats, ids: _Ints, sums: _Floats, surprise: _Floats,
+    values: _Floats, ids: _Ints, sums: _Floats, entropy_terms: _Floats,
 ) -> None:
     # fmt: on
-    """The rows of one thread, into arrays that `visit` returns."""
-    n, blocks = surprise.shape
+    """The rows of one thread, into arrays that `scan_rows` returns."""
+    n, blocks = entropy_terms.shape
     peaks, near = np.empty(blocks, np.int64), np.empty(vocab, np.int64)
     copy, skip = np.empty(BLOCK, np.float32), np.full(width + 2, vocab)
     for i in range(n):
@@ -204,10 +205,10 @@ def _visit(
                 skip[j] = ids[i, j]
             skip[width] = outside[i]
             skip[: width + 1].sort()  # one beyond it is V
-            _weigh(row, values[i, width], skip, scales, copy, sums[i], surprise[i])
+            _weigh(row, values[i, width], skip, scales, copy, sums[i], entropy_terms[i])
 
 
-def visit(
+def scan_rows(
     x: Tensor, width: int, outside: Tensor, temperatures: list[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The largest of each row, and the others' block sums around the largest of them.
@@ -230,14 +231,14 @@ def visit(
     blocks, stride = vocab // BLOCK + 1, x.stride(0)
     line = x.detach().as_strided(((n - 1) * stride + vocab if n else 0,), (1,)).numpy()
     values, ids = np.empty((n, min(width + 1, vocab)), np.float32), np.empty((n, min(width + 1, vocab)), np.int64)
-    sums, surprise = np.zeros((n, len(temperatures), blocks), np.float32), np.zeros((n, blocks), np.float32)
+    sums, entropy_terms = np.zeros((n, len(temperatures), blocks), np.float32), np.zeros((n, blocks), np.float32)
     labels, scales = outside.numpy(), np.array([1 / t for t in temperatures], np.float32)
 
     def run(part: slice) -> None:
         start = part.start * stride
-        _visit(
+        _scan_rows(
             line[start:], stride, vocab, width, labels[part], scales,
-            values[part], ids[part], sums[part], surprise[part],
+            values[part], ids[part], sums[part], entropy_terms[part],
         )  # fmt: skip
 
     threads = max(1, min(torch.get_num_threads(), n * vocab // _THREAD_ELEMENTS, n))
@@ -247,7 +248,7 @@ def visit(
     run(first)
     for each in waiting:
         each.result()
-    return torch.from_numpy(values), torch.from_numpy(ids), torch.from_numpy(sums), torch.from_numpy(surprise)
+    return torch.from_numpy(values), torch.from_numpy(ids), torch.from_numpy(sums), torch.from_numpy(entropy_terms)
 
 
 @functools.cache

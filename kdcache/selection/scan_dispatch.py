@@ -1,8 +1,8 @@
-"""Visits: how the logits of a device are visited.
+"""Scan dispatch: which code scans the logits of a device.
 
-a CPU                 loops.py, compiled by numba
-a GPU with Triton     kernels.py, once they have given what passes.py gives for logits of this very shape
-any other             passes.py, in torch's operations
+a CPU                 scan_cpu.py, compiled by numba
+a GPU with Triton     scan_triton.py, once its kernels have given what scan_torch.py gives for logits of this very shape
+any other             scan_torch.py, in torch's operations
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kdcache.selection import scan_cpu, scan_torch
 
-Visit = Callable[[Tensor, int, Tensor, list[float]], tuple[Tensor, Tensor, Tensor, Tensor]]
-"""Logits, width, ids outside, temperatures: to values, ids, sums and surprise. See `loops.visit`."""
+ScanRows = Callable[[Tensor, int, Tensor, list[float]], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""Logits, width, ids outside, temperatures: to values, ids, sums and entropy_terms. See `scan_cpu.scan_rows`."""
 
 _COMPARED_ROWS = 16
 _CLOSE = 1e-5
@@ -30,15 +30,17 @@ _LEAST = 1e-28
 _trusted: dict[Any, bool] = {}
 
 
-def visit(x: Tensor, width: int, outside: Tensor, temperatures: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Visit `[n, V]` logits of any floating dtype, where they lie; see `loops.visit`."""
+def scan_rows(
+    x: Tensor, width: int, outside: Tensor, temperatures: list[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scan `[n, V]` logits of any floating dtype, where they lie; see `scan_cpu.scan_rows`."""
     if x.device.type == "cpu":
-        return scan_cpu.visit(x, width, outside, temperatures)
+        return scan_cpu.scan_rows(x, width, outside, temperatures)
     if x.device.type == "cuda" and _kernels_agree(x, width, outside, temperatures):
         from kdcache.selection import scan_triton
 
-        return scan_triton.visit(x, width, outside, temperatures)
-    return scan_torch.visit(x, width, outside, temperatures)
+        return scan_triton.scan_rows(x, width, outside, temperatures)
+    return scan_torch.scan_rows(x, width, outside, temperatures)
 
 
 def _kernels_agree(x: Tensor, width: int, outside: Tensor, temperatures: list[float]) -> bool:
@@ -51,12 +53,12 @@ def _kernels_agree(x: Tensor, width: int, outside: Tensor, temperatures: list[fl
 
 
 def trusted(x: Tensor, width: int, outside: Tensor, temperatures: list[float]) -> bool:
-    """Whether kernels run here and agree with passes about some logits; a warning says why not."""
-    expected = scan_torch.visit(x, width, outside, temperatures)
+    """Whether kernels run here and agree with torch's operations about some logits; a warning says why not."""
+    expected = scan_torch.scan_rows(x, width, outside, temperatures)
     try:
         from kdcache.selection import scan_triton
 
-        why = _difference(scan_triton.visit(x, width, outside, temperatures), expected)
+        why = _difference(scan_triton.scan_rows(x, width, outside, temperatures), expected)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a driver, a compiler, a version: whatever it is, the slower way works
@@ -72,7 +74,7 @@ def _difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str:
     for name, ours, theirs in zip(("values", "ids"), found, expected, strict=False):
         if not torch.equal(ours[sound], theirs[sound]):
             return f"their {name} differ"
-    for name, ours, theirs in zip(("sums", "surprise"), found[2:], expected[2:], strict=True):
+    for name, ours, theirs in zip(("sums", "entropy_terms"), found[2:], expected[2:], strict=True):
         whole = theirs[sound].sum(-1, keepdim=True).clamp(min=_LEAST)
         if not ((ours[sound] - theirs[sound]).abs() <= _CLOSE * whole).all():
             return f"their {name} differ"

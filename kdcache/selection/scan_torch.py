@@ -1,21 +1,14 @@
-"""Passes: what loops.py does on a CPU, in whole-tile operations of torch, for any device.
+"""Scan in torch's operations: what scan_cpu.py does, over a whole tile at a time, for any device.
 
-Cost: a pass for the blocks' maxima and five for the sums, and three more for each temperature that is not 1.
+The k largest logits, ties by id: a value and its place make one integer that orders as (value, then smaller id), so the
+answer is unique, the same on every device and for every batch. The k largest lie in the k blocks of ids whose own
+largest are largest, so only those blocks are ranked.
 
-Shapes: n positions, V vocabulary, W head, S = min(W + 1, V), B blocks (V // 64 + 1), n_T temperatures.
+Cost: a pass for the blocks' maxima and five for the sums, and three more for each temperature that is not 1; a ranking
+of k blocks, over 32,000 ids two thirds of torch.topk's time.
 
-Blocks: the vocabulary in runs of ids, so that a search need look into a few of them only.
-
-Shapes: n positions, V vocabulary, B blocks of `size` ids (the last may be short).
-
-Largest: the k largest logits of each position, ties by id.
-
-A value and its place make one integer that orders as (value, then smaller id), so the answer is unique: the same
-on every device and for every batch. The k largest lie in the k blocks of ids whose own largest are
-largest, so only those blocks are ranked.
-Cost: one pass for the blocks' maxima, and a ranking of k blocks; over 32,000 ids two thirds of torch.topk's.
-
-Shapes: n positions, V vocabulary.
+Shapes: n positions, V vocabulary, W head, S = min(W + 1, V), B blocks (V // 64 + 1, or of `size`
+ids), n_T temperatures.
 """
 
 from __future__ import annotations
@@ -95,7 +88,7 @@ def _whole(x: Tensor, size: int) -> Tensor:
     return x[:, : whole * size].reshape(len(x), whole, size)  # a view, whatever the stride of a row
 
 
-_NOBODY = -1e5
+_EXCLUDED = -1e5
 """A logit so low that its exponential is 0 at every temperature, and 0 times it is 0."""
 
 
@@ -103,30 +96,34 @@ _ELEMENTS = 1 << 24
 """Logits that operations work on at once, so that what lies between them takes little memory."""
 
 
-def visit(x: Tensor, width: int, outside: Tensor, temperatures: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The largest of each row, and the others' block sums: arguments and results are those of `loops.visit`."""
+def scan_rows(
+    x: Tensor, width: int, outside: Tensor, temperatures: list[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The largest of each row, and the others' block sums: arguments and results are those of `scan_cpu.scan_rows`."""
     rows = max(1, _ELEMENTS // x.shape[-1])
     parts = [
-        _visit(x[i : i + rows].float(), width, outside[i : i + rows], temperatures)
+        _scan_rows(x[i : i + rows].float(), width, outside[i : i + rows], temperatures)
         for i in range(0, max(1, len(x)), rows)
     ]
-    values, ids, sums, surprise = (torch.cat(part) for part in zip(*parts, strict=True))
-    return values, ids, sums, surprise
+    values, ids, sums, entropy_terms = (torch.cat(part) for part in zip(*parts, strict=True))
+    return values, ids, sums, entropy_terms
 
 
-def _visit(x: Tensor, width: int, outside: Tensor, temperatures: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _scan_rows(
+    x: Tensor, width: int, outside: Tensor, temperatures: list[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, vocab = x.shape
     values, ids = largest(x, min(width + 1, vocab))
-    blocks = vocab // BLOCK + 1  # at least one column beyond the vocabulary, for who is not outside
+    blocks = vocab // BLOCK + 1  # at least one column beyond the vocabulary, for positions without an id outside
     if width == vocab:
         return values, ids, x.new_zeros(n, len(temperatures), blocks), x.new_zeros(n, blocks)
     below, e = x.new_empty(2, n, blocks * BLOCK)
-    below[:, vocab:] = _NOBODY
+    below[:, vocab:] = _EXCLUDED
     torch.sub(x, values[:, width:], out=below[:, :vocab])
-    below.scatter_(-1, torch.cat([ids[:, :width], outside[:, None]], -1), _NOBODY)
+    below.scatter_(-1, torch.cat([ids[:, :width], outside[:, None]], -1), _EXCLUDED)
     sums = x.new_empty(n, len(temperatures), blocks)
     for column, t in enumerate(temperatures):
         torch.exp(below if t == 1 else torch.div(below, t, out=e), out=e)
         torch.sum(e.view(n, blocks, BLOCK), -1, out=sums[:, column])
-    surprise = e.mul_(below).view(n, blocks, BLOCK).sum(-1)  # T = 1 came last
-    return values, ids, sums, surprise.neg_()
+    entropy_terms = e.mul_(below).view(n, blocks, BLOCK).sum(-1)  # T = 1 came last
+    return values, ids, sums, entropy_terms.neg_()

@@ -1,4 +1,4 @@
-"""Kernels: what loops.py does on a CPU, on a GPU, in Triton (Tillet, Kung and Cox 2019).
+"""Scan on a GPU: what scan_cpu.py does on a CPU, in Triton (Tillet, Kung and Cox 2019).
 
 Each logit is read once from the GPU's memory, in the dtype that it has, and blocks that hold the largest once more:
 
@@ -11,8 +11,8 @@ What is chosen is found by halving the integers that order as floats do, 32 time
 the S, nothing is added up across programs and nothing waits for the CPU, so the same logits give the same bits, if
 they lie in memory alike: a dtype, or a row's stride that is no multiple of 16, may change the order of a block's sum.
 
-Guarantee: that of `loops.visit`, with the GPU's own exponential: within 3e-7 (6e-7 in blocks that are not chosen, where
-it is a product of two), and 2e-7 more for each nat of its argument.
+Guarantee: that of `scan_cpu.scan_rows`, with the GPU's own exponential: within 3e-7 (6e-7 in blocks that
+are not chosen, where it is a product of two), and 2e-7 more for each nat of its argument.
 Cost: one read of the logits, and B (2 + n_T) numbers a position written and read once more.
 
 Shapes: n positions, V vocabulary, W head, S = W + 1, B blocks (V // 64 + 1), n_T temperatures.
@@ -32,7 +32,7 @@ from kdcache.selection import scan_torch
 from kdcache.selection.scan_cpu import BLOCK
 
 WIDEST = 255
-"""The widest head that `_rank` can hold, as 32 logits a thread; wider ones are left to passes.py."""
+"""The widest head that `_rank` can hold, as 32 logits a thread; wider ones are left to scan_torch.py."""
 
 _CHUNK = 64
 """Blocks of a program of `_look`."""
@@ -44,7 +44,7 @@ _LAST = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def _rising(value):
-    """An integer that orders as the value does, see loops.py."""
+    """An integer that orders as the value does, see scan_cpu.py."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & _LAST)
 
@@ -74,7 +74,9 @@ def _first(keys, valid, k):
 
 
 @triton.jit
-def _look(x, stride, vocab, blocks, scales, peaks, sums, surprise, temperatures: tl.constexpr, chunk: tl.constexpr):
+def _look(
+    x, stride, vocab, blocks, scales, peaks, sums, entropy_terms, temperatures: tl.constexpr, chunk: tl.constexpr
+):
     """Program (i, c): of position i, 64 blocks from 64 c on. Scales are log2(e) / T, the last of them of T = 1."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1) * chunk + tl.arange(0, chunk)
     token = block[:, None] * _SIZE + tl.arange(0, _SIZE)[None, :]
@@ -88,7 +90,7 @@ def _look(x, stride, vocab, blocks, scales, peaks, sums, surprise, temperatures:
         tl.store(sums + (row * temperatures + t) * blocks + block, tl.sum(e, axis=1), mask=there)
         if t == temperatures - 1:
             terms = tl.where(inside, -below * e, 0.0)
-            tl.store(surprise + row * blocks + block, tl.sum(terms, axis=1), mask=there)
+            tl.store(entropy_terms + row * blocks + block, tl.sum(terms, axis=1), mask=there)
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def _choose(peaks, blocks, full, k, chosen, borders, span: tl.constexpr):
 # fmt: off
 @triton.jit
 def _rank(
-    x, stride, vocab, blocks, scales, outside, chosen, k, kept, near, ids, centres, sums, surprise,
+    x, stride, vocab, blocks, scales, outside, chosen, k, kept, near, ids, centres, sums, entropy_terms,
     temperatures: tl.constexpr, span: tl.constexpr,
 ):
     # fmt: on
@@ -132,14 +134,14 @@ def _rank(
         tl.store(sums + (row * temperatures + t) * blocks + here, mass, mask=which < k)
         if t == temperatures - 1:
             terms = tl.sum(tl.reshape(-below * e, (span, _SIZE)), axis=1)
-            tl.store(surprise + row * blocks + here, terms, mask=which < k)
+            tl.store(entropy_terms + row * blocks + here, terms, mask=which < k)
 
 
 # fmt: off
 @triton.jit
 def _finish(
     x, stride, vocab, blocks, scales, outside, peaks, borders, centres, near, near_ids, kept, values, ids,
-    sums, surprise,
+    sums, entropy_terms,
     temperatures: tl.constexpr, span: tl.constexpr, width: tl.constexpr,
 ):
     # fmt: on
@@ -172,42 +174,44 @@ def _finish(
         e = tl.where(counts, tl.exp2(below * scale), 0.0)
         tl.store(sums + at + label // _SIZE, tl.sum(e), mask=again)
         if t == temperatures - 1:
-            terms = tl.load(surprise + row * blocks + block, mask=rest, other=0.0) * unit
+            terms = tl.load(entropy_terms + row * blocks + block, mask=rest, other=0.0) * unit
             terms -= down * unit * mass  # not `down * mass` first: where a teacher masks ids, that overflows
-            tl.store(surprise + row * blocks + block, terms, mask=rest)
-            tl.store(surprise + row * blocks + label // _SIZE, tl.sum(-below * e), mask=again)
+            tl.store(entropy_terms + row * blocks + block, terms, mask=rest)
+            tl.store(entropy_terms + row * blocks + label // _SIZE, tl.sum(-below * e), mask=again)
 
 
-def visit(x: Tensor, width: int, outside: Tensor, temperatures: list[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The largest of each row, and the others' block sums: arguments and results are those of `loops.visit`."""
+def scan_rows(
+    x: Tensor, width: int, outside: Tensor, temperatures: list[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The largest of each row, and the others' block sums: arguments and results are those of `scan_cpu.scan_rows`."""
     n, vocab = x.shape
     if n == 0 or width == vocab or width > WIDEST:
-        return scan_torch.visit(x, width, outside, temperatures)
+        return scan_torch.scan_rows(x, width, outside, temperatures)
     if x.stride(-1) != 1:
         x = x.contiguous()
     kept, blocks, full = width + 1, vocab // BLOCK + 1, -(-vocab // BLOCK)
     k, scales = min(kept, full), _scales(tuple(temperatures), x.device)
     given = (x, x.stride(0), vocab, blocks, scales)
     peaks, sums = x.new_empty(n, blocks, dtype=torch.int32), x.new_empty(n, len(scales), blocks, dtype=torch.float32)
-    surprise, borders = torch.empty_like(peaks, dtype=torch.float32), peaks.new_empty(n, 2)
+    entropy_terms, borders = torch.empty_like(peaks, dtype=torch.float32), peaks.new_empty(n, 2)
     chosen, centres, near, near_ids = (peaks.new_empty(n, size) for size in (k, 1, kept, kept))
     values, ids = sums.new_empty(n, kept), outside.new_empty(n, kept)
     temps = {"temperatures": len(scales)}
     with torch.cuda.device_of(x):
-        _look[n, triton.cdiv(blocks, _CHUNK)](*given, peaks, sums, surprise, **temps, chunk=_CHUNK)
+        _look[n, triton.cdiv(blocks, _CHUNK)](*given, peaks, sums, entropy_terms, **temps, chunk=_CHUNK)
         span = triton.next_power_of_2(full)
         _choose[n,](peaks, blocks, full, k, chosen, borders, span=span, num_warps=_warps(span))
         span = triton.next_power_of_2(k)
         _rank[n,](
-            *given, outside, chosen, k, kept, near, near_ids, centres, sums, surprise,
+            *given, outside, chosen, k, kept, near, near_ids, centres, sums, entropy_terms,
             **temps, span=span, num_warps=_warps(span * BLOCK),
         )  # fmt: skip
         span = triton.next_power_of_2(blocks)
         _finish[n,](
-            *given, outside, peaks, borders, centres, near, near_ids, kept, values, ids, sums, surprise,
+            *given, outside, peaks, borders, centres, near, near_ids, kept, values, ids, sums, entropy_terms,
             **temps, span=span, width=triton.next_power_of_2(kept), num_warps=_warps(span),
         )  # fmt: skip
-    return values, ids, sums, surprise
+    return values, ids, sums, entropy_terms
 
 
 def _warps(numbers: int) -> int:

@@ -1,4 +1,4 @@
-"""Tiles: a rule over the logits of many positions, a few megabytes at a time.
+"""Select: a rule over the logits of many positions, one tile of a few megabytes after another.
 
 Guarantee: log-probabilities are normalised over the whole vocabulary; the tail is summed over the
 complement itself; a target depends on its own logits, label and key alone, whatever batch it lies in, bit for bit.
@@ -7,6 +7,7 @@ Cost: docs/selection.md has it, in units of torch.logsumexp over the same logits
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -14,13 +15,10 @@ from torch import Tensor
 
 from kdcache.errors import ConfigError, LogitsError, TargetError
 from kdcache.rows import IGNORE
-from kdcache.selection.ipps import ipps
-from kdcache.selection.rule import Selection, check_temperatures
-from kdcache.selection.sample import sample
+from kdcache.selection.kind import Selection, check_temperatures
 from kdcache.selection.scan import scan
-from kdcache.selection.truncated import truncate
 from kdcache.selection.uniforms import SELECT, default_keys, uniforms
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
+from kdcache.targets import SparseTargets
 
 TILE_ELEMENTS = 1 << 22
 """Logits of one tile on a CPU; everything but its scan works on `[n, K]`."""
@@ -49,21 +47,25 @@ def select(
             shard 0, row 0 and the place in this batch.
 
     Returns:
-        SparseTargets over N positions. Entries of truncated kinds are ordered by falling probability; `ipps` has
-        the heavies by falling probability, then the lights by id; `sample` has the forced label, then the rest by id.
+        SparseTargets over N positions; `label_logprob` is None without labels. Entries of truncated kinds have falling
+        probabilities; `ipps` has the heavies by falling probability, then the lights by id; `sample` has the forced
+        label, then the rest by id.
 
     Raises:
         LogitsError: a NaN or infinite logit; its `position` is the first offending row.
-        ConfigError: k above V, a temperature outside 0.01 to 100, or a sampling temperature that is not
-            among the temperatures.
+        ConfigError: k above V, a temperature outside 0.01 to 100, a sampling temperature that is not among the
+            temperatures, or a setting that a pilot has yet to find.
         TargetError: a label that is no id of the vocabulary, nor -100, or a tensor of another shape.
     """
     _check_shapes(logits, labels, keys)
     check_temperatures(temperatures)
     named = tuple(map(float, temperatures))
-    if selection.kind in SAMPLED_KINDS and selection.sample_temperature not in named:
+    if selection.needs_pilot:
+        wanted = ", ".join(selection.pilot_settings)
+        raise ConfigError(f"{wanted} of kind {selection.kind} is not known yet: a pilot finds it, or it must be given")
+    if selection.sampled and selection.target_temperature not in named:
         raise ConfigError(
-            f"--sample-temperature is {selection.sample_temperature:g}, but the temperatures are "
+            f"sample_temperature is {selection.target_temperature:g}, but the temperatures are "
             f"{', '.join(f'{t:g}' for t in named)}; name it among them"
         )
     selection.width(logits.shape[-1])
@@ -94,16 +96,15 @@ def select_device(device: torch.device) -> torch.device:
 
 
 def draws(rule: Selection, seed: int, keys: Tensor) -> Tensor | None:
-    """The random numbers of positions: `[N, draws]` for `sample`, `[N]` for `ipps`, none for others.
+    """The random numbers of positions: `[N, *random_shape]`, None where the rule takes none.
 
     Args:
         rule: the selection.
         seed: of the cache.
         keys: `[N, 3]` int64 shard, row and position.
     """
-    if rule.kind not in SAMPLED_KINDS:
-        return None
-    return uniforms(seed, keys, SELECT, rule.draws)
+    shape = rule.random_shape
+    return None if shape is None else uniforms(seed, keys, SELECT, shape[0] if shape else None)
 
 
 @torch.no_grad()
@@ -122,12 +123,10 @@ def select_ahead(
     Returns:
         Targets, and `[n]` whether all logits of a position are finite; where they are not, its target means nothing.
     """
-    head = 1 if rule.kind == "sample" else rule.width(logits.shape[-1])
-    drawn = rule.drawn_temperature
-    seen = scan(logits, head, tuple(dict.fromkeys((*temperatures, drawn))), labels, rule.force_label, drawn)
-    if draw is None:
-        return truncate(seen, rule, temperatures), seen.finite
-    return (sample if rule.kind == "sample" else ipps)(logits, seen, rule, temperatures, draw), seen.finite
+    head, drawn = rule.head(logits.shape[-1]), rule.drawn_temperature
+    tile = scan(logits, head, tuple(dict.fromkeys((*temperatures, drawn))), labels, rule.labelled, drawn)
+    targets = rule.entries(logits, tile, temperatures, draw)
+    return (targets if labels is not None else dataclasses.replace(targets, label_logprob=None)), tile.finite
 
 
 def require_finite(finite: Tensor, start: int = 0) -> None:

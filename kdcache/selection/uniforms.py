@@ -63,7 +63,7 @@ def uniforms(seed: int, keys: Tensor, domain: int, draws: int | None = None) -> 
 
 
 def default_keys(positions: int, device: torch.device) -> Tensor:
-    """`[N, 3]` keys of positions that nobody has numbered: shard 0, row 0, and their place."""
+    """`[N, 3]` keys of positions without a number of their own: shard 0, row 0, and their place."""
     keys = torch.zeros(positions, 3, dtype=torch.int64, device=device)
     keys[:, 2] = torch.arange(positions, device=device)
     return keys

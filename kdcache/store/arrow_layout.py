@@ -1,26 +1,30 @@
 """Arrow layout: where the columns of a record batch lie in an IPC file, read without trusting it.
 
-Arrow's own reader allocates what a file asks for: a batch whose body says that it is compressed may unfold to any
-size, a dictionary likewise. Our shards have neither, so this reads the few fields that say where the buffers are
-(flatbuffers inside the Arrow columnar format, format version 1.0, sections "IPC File Format" and "RecordBatch message")
-and refuses everything else. Nothing is allocated but what is read.
+Arrow's own reader allocates what a file asks for: a buffer whose head claims that it unfolds to a terabyte, or a
+dictionary. This reads the few fields that say where the buffers are (flatbuffers inside the Arrow columnar format,
+format version 1.0, sections "IPC File Format" and "RecordBatch message") and refuses everything else.
+
+Guarantee: nothing is allocated but what is read, and what a caller allows a buffer to unfold to.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from kdcache.codec.streams import inflate
 from kdcache.errors import CorruptCacheError
 from kdcache.store.storage import Readable, Storage
 
 _MAGIC = b"ARROW1"
 _CONTINUATION = 0xFFFFFFFF
 _RECORD_BATCH = 3
+_ZSTD = 1  # of CompressionType; and 0 is the one method, by buffer
+_PLAIN = -1  # the claimed length of a buffer that is not compressed after all
+_PADDING = 64  # bytes at most behind the last number of a buffer
 _MOST_METADATA = 1 << 16
 _END = 1 << 16  # bytes: the footer of ten thousand rows
 _BLOCK = np.dtype([("offset", "<i8"), ("metadata", "<i4"), ("", "<i4"), ("body", "<i8")])
@@ -74,26 +78,55 @@ class _Table:
         return np.frombuffer(self._data, dtype, count, start + 4)
 
 
-@dataclass(frozen=True)
 class Batch:
-    """One record batch, read as it lies.
+    """One record batch, read as it lies; what is unpacked of it is kept.
 
-    Attributes:
+    Args:
         rows: in it.
         body: its bytes.
         buffers: `[B]` offset and length of each buffer in the body.
+        compressed: whether each is a zstd frame behind its length.
     """
 
-    rows: int
-    body: memoryview
-    buffers: NDArray[np.void]
+    def __init__(self, rows: int, body: memoryview, buffers: NDArray[np.void], compressed: bool) -> None:
+        self.rows, self.buffers = rows, buffers
+        self._body, self._compressed = body, compressed
+        self._unpacked: dict[int, memoryview] = {}
 
-    def buffer(self, index: int) -> memoryview:
-        """A buffer, checked to lie inside the body."""
+    def buffer(self, index: int, most: int = 0) -> memoryview:
+        """A buffer, checked to lie inside the body, and unpacked where it is compressed.
+
+        Args:
+            index: of the buffer.
+            most: bytes that it may hold once it is unpacked, its padding left out.
+
+        Raises:
+            CorruptCacheError: it leads out of the body, is damaged, or claims more than `most`.
+        """
         start, length = (int(x) for x in self.buffers[index])
-        if not 0 <= start <= start + length <= len(self.body):
+        if not 0 <= start <= start + length <= len(self._body):
             raise CorruptCacheError("a buffer leads out of its batch")
-        return self.body[start : start + length]
+        found = self._body[start : start + length]
+        if not self._compressed:
+            return found
+        if index not in self._unpacked:
+            self._unpacked[index] = _unpack(found, most + _PADDING)
+        return self._unpacked[index]
+
+
+def _unpack(buffer: memoryview, most: int) -> memoryview:
+    """What a compressed buffer holds: 8 bytes of its length, then a frame, or plain bytes where that is -1."""
+    if not len(buffer):
+        return buffer
+    claimed, data = struct.unpack_from("<q", buffer)[0], buffer[8:]
+    if claimed == _PLAIN:
+        if len(data) > most:
+            raise CorruptCacheError(f"a buffer has {len(data)} bytes, but at most {most} are due")
+        return data
+    found = inflate(data, most)
+    if len(found) != claimed:
+        raise CorruptCacheError(f"a buffer claims {claimed} bytes and holds {len(found)}")
+    return memoryview(found)  # type: ignore[arg-type]
 
 
 def read_blocks(storage: Storage, file: Readable, schema: pa.Schema) -> NDArray[np.void]:
@@ -123,6 +156,26 @@ def read_blocks(storage: Storage, file: Readable, schema: pa.Schema) -> NDArray[
     return blocks
 
 
+def is_compressed(metadata: bytes) -> bool:
+    """Whether the body of a record batch is compressed, from the metadata of its block.
+
+    Raises:
+        CorruptCacheError: it is not the metadata of a record batch.
+    """
+    return _record_batch(metadata).has(3)
+
+
+def _record_batch(metadata: bytes) -> _Table:
+    """The header of a record batch, from the metadata of its block."""
+    marker, length = struct.unpack_from("<Ii", metadata)
+    if marker != _CONTINUATION or not 0 < length <= len(metadata) - 8:
+        raise CorruptCacheError("its metadata is damaged")
+    message = _Table.root(metadata[8 : 8 + length])
+    if message.number(1, "<B") != _RECORD_BATCH:
+        raise CorruptCacheError("it is not a record batch")
+    return message.table(2)
+
+
 def _require_schema(head: bytes, schema: pa.Schema) -> None:
     if int.from_bytes(head[:4], "little") != _CONTINUATION:
         raise CorruptCacheError("its schema is missing")
@@ -135,29 +188,29 @@ def _require_schema(head: bytes, schema: pa.Schema) -> None:
         raise CorruptCacheError("its columns are not those of a shard of this cache")
 
 
-def read_batch(data: bytes, metadata: int, columns: int, buffers: int) -> Batch:
+def read_batch(data: bytes, metadata: int, nodes: int, buffers: int, compressed: bool) -> Batch:
     """A record batch from its block's bytes.
 
     Args:
         data: metadata and body.
         metadata: bytes of the metadata.
-        columns: that it must have, none with nulls.
+        nodes: columns that it must have, the inner ones of lists counted; none has nulls.
         buffers: that it must have.
+        compressed: whether its buffers must be compressed by zstd, or must not be compressed.
 
     Raises:
-        CorruptCacheError: not an uncompressed record batch of this shape.
+        CorruptCacheError: not a record batch of this shape.
     """
-    marker, length = struct.unpack_from("<Ii", data)
-    if marker != _CONTINUATION or not 0 < length <= metadata - 8:
-        raise CorruptCacheError("its metadata is damaged")
-    message = _Table.root(data[8 : 8 + length])
-    if message.number(1, "<B") != _RECORD_BATCH:
-        raise CorruptCacheError("it is not a record batch")
-    header = message.table(2)
-    if header.has(3):
-        raise CorruptCacheError("its batch is compressed, which a shard's is not")
-    nodes, places = header.structs(1, _NODE), header.structs(2, _BUFFER)
+    header = _record_batch(data[:metadata])
+    if header.has(3) != compressed:
+        raise CorruptCacheError("its batch is compressed, or is not, where a shard's is otherwise")
+    if compressed and (header.table(3).number(0, "<b"), header.table(3).number(1, "<b")) != (_ZSTD, 0):
+        raise CorruptCacheError("its batch is compressed by another codec than zstd")
+    found, places = header.structs(1, _NODE), header.structs(2, _BUFFER)
     rows = header.number(0, "<q")
-    if len(nodes) != columns or len(places) != buffers or (nodes["length"] != rows).any() or nodes["nulls"].any():
+    if len(found) != nodes or len(places) != buffers or found["nulls"].any():
         raise CorruptCacheError("its batch does not have the columns of a shard")
-    return Batch(rows, memoryview(data)[metadata:], places)
+    outer = found["length"][np.r_[0 : nodes - 2 : 2 if compressed else 1, nodes - 2, nodes - 1]]
+    if (outer != rows).any():
+        raise CorruptCacheError("its columns have other numbers of rows")
+    return Batch(rows, memoryview(data)[metadata:], places, compressed)

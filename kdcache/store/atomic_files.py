@@ -1,9 +1,8 @@
-"""Durable: files that appear whole or not at all, and never replace one another.
+"""Atomic files: files and folders that appear whole or not at all, and never replace one another.
 
-A file is written under a temporary name in its own folder, flushed to the device, and then
-linked to its final name, which fails if that exists; a folder of files is renamed instead, which
-fails if that holds anything. While it is being written its writer holds a lock on it, so anyone
-can tell a live temporary file from one whose writer died.
+A file is written under a temporary name in its own folder, flushed to the device, and then linked to its final name,
+which fails if that exists. A folder of files is renamed instead, which fails if the target holds anything. A writer
+holds a lock on its temporary file while it lives, so `sweep` can tell the files of writers that died.
 """
 
 from __future__ import annotations
@@ -52,10 +51,7 @@ def storage_errors(path: Path | str) -> Iterator[None]:
 
 
 class NewFile:
-    """A file that comes into being at `publish`, or leaves nothing behind.
-
-    It is a binary sink. Use it as a context manager.
-    """
+    """A file that appears at `publish`, or leaves nothing behind. It is a binary sink and a context manager."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,7 +63,7 @@ class NewFile:
         _try_lock(self._file.fileno())
 
     def reserve(self, size: int) -> None:
-        """Let the file count as one of this size, before anything is written."""
+        """Set the size of the file before anything is written, so that others count it in full."""
         with storage_errors(self.path):
             self._file.truncate(size)
 
@@ -115,10 +111,7 @@ def write_new(path: Path, data: bytes) -> bool:
 
 
 class NewFolder:
-    """A folder of files that comes into being at `publish`, or leaves nothing behind.
-
-    Use it as a context manager.
-    """
+    """A folder of files that appears at `publish`, or leaves nothing behind. It is a context manager."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -130,7 +123,7 @@ class NewFolder:
         _try_lock(self._handle)
 
     def file(self, name: str) -> BinaryIO:
-        """A new file in it, open for writing; folders on the way are made."""
+        """A new file in it, open for writing; parent folders are created."""
         with storage_errors(self.path):
             path = self._temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,14 +131,19 @@ class NewFolder:
         self._files.append(file)
         return file
 
+    def settle(self, file: BinaryIO) -> None:
+        """Flush a file of it to the device and close it, unless that is done."""
+        if not file.closed:
+            with storage_errors(self.path):
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+
     def publish(self) -> bool:
         """Give the folder its name. False, and nothing changed, if that name is taken."""
         with storage_errors(self.path):
             for file in self._files:
-                if not file.closed:  # a second try, after something made room
-                    file.flush()
-                    os.fsync(file.fileno())
-                    file.close()
+                self.settle(file)
             for inner in [p for p in self._temporary.rglob("*") if p.is_dir()] + [self._temporary]:
                 sync_folder(inner)
             try:
@@ -174,9 +172,9 @@ def temporary_name(path: Path) -> Path:
 
 
 def sweep(folder: Path) -> None:
-    """Delete temporary files and folders in a folder, if it exists, whose writers are gone.
+    """Delete temporary files and folders in a folder, if it exists, whose writers have died.
 
-    A writer takes its lock just after it made them; the age keeps a sweep out of that moment.
+    A writer takes its lock just after it created the file, so files younger than two seconds are left alone.
     """
     for path in folder.glob(f".*{_TEMPORARY}"):
         with contextlib.suppress(OSError):
@@ -204,9 +202,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def taken(handle: int) -> bool:
-    """Whether another process holds a lock on an open file or folder; if none does, this one now does.
+    """Whether another process holds the lock on an open file or folder; if none does, this one takes it.
 
-    Where the system has no such locks, nobody ever does.
+    Where the system has no such locks, the answer is always no.
     """
     try:
         import fcntl

@@ -1,19 +1,23 @@
-"""Totals: what all committed shards of a cache hold together.
+"""Commit: the small record that makes a shard exist, written last and once only.
 
-Commits: the small record that makes a shard exist, written last and once only.
+A commit carries what a summary needs: counts, a histogram of the teacher's entropy, and sums over the shard's targets.
+So a summary of a cache reads no rows. The sums are of the targets before a codec rounds them; each is exact to one
+rounding of float64 a row, and None where something of it is not known.
 
-Entropies: a histogram of the teacher's entropy, small enough for a commit, from which quantiles can be told.
+Bin i of the histogram counts positions with (i / 32)^2 <= H < ((i + 1) / 32)^2 nats: a thousandth of a nat wide at 0,
+where most positions of a sure teacher lie, a sixteenth at 1 nat, a fifth at 10. Histograms of shards add up. A quantile
+is found inside its bin by interpolation, so it is off by less than the width of the bin, whatever the distribution.
 
-Bin i counts positions with (i / 32)^2 <= H < ((i + 1) / 32)^2 nats: a thousandth of a nat wide at 0, where most
-positions of a sure teacher lie, a sixteenth at 1 nat, a fifth at 10. Histograms of shards add up. A quantile is found
-inside its bin by interpolation, so it is off by less than the bin is wide, whatever the distribution.
+Nothing in a commit is believed before it is checked: types by `sealed_json`, names of objects here, and how counts and
+sums must relate by `RULES`, which hold for the numbers of one commit and for columns of many alike.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -21,30 +25,32 @@ import numpy as np
 import torch
 
 from kdcache.errors import CorruptCacheError
-from kdcache.store.manifest import FORMAT, NAME, Manifest
+from kdcache.store.manifest import FORMAT
 from kdcache.store.sealed_json import read_record, require_fields, seal, short
 from kdcache.store.shards import shard_stem
 from kdcache.store.storage import Storage, inside
 
 MOST_BINS = 150
-"""The entropy of 2^31 tokens lies in the last but one."""
+"""Bins of a histogram; the entropy of 2^31 equally likely tokens lies in the last but one."""
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 _BINS_A_ROOT = 32
 
 
-def histogram(entropy: torch.Tensor) -> list[int]:
-    """Positions in each bin, up to the last that has any.
+def histogram(entropy: torch.Tensor | None) -> list[int]:
+    """Positions in each bin, up to the last that has any; none where the entropy is unknown.
 
     Args:
         entropy: `[N]` nats, on the CPU.
     """
+    if entropy is None:
+        return []
     bins = (_BINS_A_ROOT * entropy.double().clamp(min=0).sqrt()).long().clamp(max=MOST_BINS - 1)
     return np.bincount(bins.numpy()).tolist() if len(bins) else []
 
 
-def added(histograms: Iterable[Sequence[int]]) -> list[int]:
+def add_histograms(histograms: Iterable[Sequence[int]]) -> list[int]:
     """One histogram of several."""
     return [sum(column) for column in itertools.zip_longest(*histograms, fillvalue=0)]
 
@@ -66,6 +72,12 @@ def quantiles(counts: Sequence[int]) -> dict[str, float] | None:
 FOLDER = "commits"
 _LEAST_ROW = 16
 """Bytes; a row has its offsets and its seal in any store. So a claim of rows is bounded by what lies there."""
+_MOST_ROWS = 1 << 32
+_MOST_TOKENS = 1 << 50
+_MOST_NATS = 22.0
+"""More than the entropy of 2^31 equally likely tokens."""
+_ROUNDING = 1e-3
+"""What a float32 entropy, log p or mass may lie beyond its exact range; generous, for hostile numbers are far off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +87,17 @@ class Commit:
     Attributes:
         shard: the shard's own number.
         manifest_sha256: the cache that it belongs to.
-        rows, labels, positions, entries: what the shard holds; positions are the labelled ones that carry a target.
+        rows: rows of the shard.
+        tokens, pieces: tokens of all rows, padding not counted, and the pieces that they lie in.
+        labels, positions: labelled slots, and those of them that carry a target.
+        entries: of all targets together.
+        least_entries, most_entries: of one target; both 0 where there is no target.
         documents, dropped: documents in its range, and how many of them the filters dropped.
         objects: `{"name", "bytes", "sha256"}` of each file of the shard.
         tokens_sha256: of the token ids of its rows, the shape of the pieces included.
         content_sha256: of all streams of its rows, before compression: equal in every store.
-        entropy_histogram: of the teacher, over all labelled positions; see `entropies`.
+        entropy_histogram: of the teacher, over all labelled positions; None if its entropy is unknown.
+        sums: `entropy`, `label_logprob` and `tail_mass` of its targets; see `SumFields`.
         compute: dtype, device, threads and batch size that made it; bit-identity is promised for
             equal values of these, near-identity otherwise.
     """
@@ -88,16 +105,26 @@ class Commit:
     shard: int
     manifest_sha256: str
     rows: int
+    tokens: int
+    pieces: int
     labels: int
     positions: int
     entries: int
+    least_entries: int
+    most_entries: int
     documents: int
     dropped: int
     objects: list[dict[str, Any]]
     tokens_sha256: str
     content_sha256: str
-    entropy_histogram: list[int]
+    entropy_histogram: list[int] | None
+    sums: dict[str, Any]
     compute: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Of all its objects."""
+        return sum(data["bytes"] for data in self.objects)
 
     def write(self, storage: Storage) -> bool:
         """Commit the shard; False if another worker did so first."""
@@ -122,14 +149,20 @@ class Commit:
                 raise ValueError(f"it is of format {short(repr(form))}")
             require_fields(fields, cls)
             commit = cls(**fields)
-            commit._check()
-        except (ValueError, CorruptCacheError) as error:
+            commit.require_sound()
+        except (ValueError, OverflowError, CorruptCacheError) as error:
             raise CorruptCacheError(f"{path} does not describe a shard: {error}") from None
         if commit.shard != shard or commit.manifest_sha256 != manifest_sha256:
             raise CorruptCacheError(f"{path} is the commit of another shard or of another cache")
         return commit
 
-    def _check(self) -> None:
+    def require_sound(self) -> None:
+        """Check what the types of its fields do not say.
+
+        Raises:
+            ValueError: names that are not of this shard, or numbers that contradict each other.
+            CorruptCacheError: a name that leads out of the cache.
+        """
         stem = shard_stem(self.shard)
         for data in self.objects:
             require_fields(data, _Object)
@@ -137,13 +170,43 @@ class Commit:
                 raise ValueError(f"it names an object {short(data['name'])} that is not of shard {self.shard}")
         if not self.objects or len({data["name"] for data in self.objects}) != len(self.objects):
             raise ValueError("it names no object, or one twice")
-        size = sum(data["bytes"] for data in self.objects)
-        if self.rows * _LEAST_ROW > size or self.rows >= 1 << 32:
-            raise ValueError(f"it claims {self.rows} rows in {size} bytes")
-        if self.positions > self.labels:
-            raise ValueError(f"it claims {self.positions} targets for {self.labels} labels")
-        if len(self.entropy_histogram) > MOST_BINS or sum(self.entropy_histogram) != self.labels:
-            raise ValueError(f"its histogram is not of the entropies of {self.labels} labels")
+        require_fields(self.sums, SumFields)
+        numbers = {name: getattr(self, name) for name in COUNTS}
+        histogram = self.entropy_histogram
+        numbers |= {
+            "bytes": self.bytes,
+            "bins": 0 if histogram is None else len(histogram),
+            "counted": self.labels if histogram is None else sum(histogram),
+            "entropy": _number(self.sums["entropy"]),
+            "label_logprob": _number(self.sums["label_logprob"]),
+        }
+        mass = self.sums["tail_mass"]
+        for tail in (math.nan,) if mass is None else map(_number, mass):
+            for wrong, words in RULES:
+                if wrong({**numbers, "tail": tail}):
+                    raise ValueError(words.format(**{**numbers, "tail": tail}))
+
+
+COUNTS = (
+    "rows", "tokens", "pieces", "labels", "positions", "entries", "least_entries", "most_entries", "documents",
+    "dropped",
+)  # fmt: skip
+"""The fields of a commit that are plain counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumFields:
+    """The fields of `sums`, over the positions that carry a target; None for what is unknown.
+
+    Attributes:
+        entropy: of the teacher's distribution, nats.
+        label_logprob: log p of the true next token, nats.
+        tail_mass: the mass at T of everything not kept, one sum for each T of the manifest.
+    """
+
+    entropy: float | None
+    label_logprob: float | None
+    tail_mass: list[float | None] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,36 +218,44 @@ class _Object:
     sha256: str
 
 
+RULES: tuple[tuple[Callable[[Mapping[str, Any]], Any], str], ...] = (
+    (lambda c: c["rows"] >= _MOST_ROWS, "it claims {rows} rows in {bytes} bytes"),
+    (lambda c: c["rows"] * _LEAST_ROW > c["bytes"], "it claims {rows} rows in {bytes} bytes"),
+    (lambda c: c["tokens"] >= _MOST_TOKENS, "it claims {tokens} tokens"),
+    (lambda c: c["tokens"] < c["rows"], "it claims {tokens} tokens in {rows} rows"),
+    (lambda c: (c["pieces"] < c["rows"]) | (c["pieces"] > c["tokens"]), "it claims {pieces} pieces of {tokens} tokens"),
+    (lambda c: c["labels"] > c["tokens"], "it claims {labels} labels among {tokens} tokens"),
+    (lambda c: c["positions"] > c["labels"], "it claims {positions} targets for {labels} labels"),
+    (lambda c: c["bins"] > MOST_BINS, "its histogram has {bins} bins, above the limit of 150"),
+    (lambda c: c["counted"] != c["labels"], "its histogram counts {counted} entropies of {labels} labels"),
+    (
+        lambda c: (
+            (c["entries"] < 1.0 * c["positions"] * c["least_entries"] * (1 - 1e-9))
+            | (c["entries"] > 1.0 * c["positions"] * c["most_entries"] * (1 + 1e-9))
+        ),
+        "it claims {entries} entries at {positions} positions of {least_entries} to {most_entries} each",
+    ),
+    (
+        lambda c: (c["entropy"] < -_ROUNDING * c["positions"]) | (c["entropy"] > _MOST_NATS * c["positions"]),
+        "it claims entropies of {entropy} nats at {positions} positions",
+    ),
+    (
+        lambda c: (c["label_logprob"] > _ROUNDING * c["positions"]) | (c["label_logprob"] == -math.inf),
+        "it claims {label_logprob} nats of label log p at {positions} positions",
+    ),
+    (
+        lambda c: (c["tail"] < 0) | (c["tail"] > (1 + _ROUNDING) * c["positions"]),
+        "it claims a tail mass of {tail} at {positions} positions",
+    ),
+)
+"""What no commit may say, and the words for it. Each takes the numbers of one commit or numpy columns of many; an
+unknown sum is NaN, which no rule refuses."""
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
 def commit_name(shard: int) -> str:
     """The object that holds the commit of a shard."""
     return f"{FOLDER}/{shard:05d}.json"
-
-
-def read_commits(storage: Storage, manifest: Manifest) -> dict[int, Commit]:
-    """The commits of all shards that exist, by shard, in order."""
-    sha256, shards = manifest.sha256, []
-    for name in storage.names(FOLDER):
-        number = name.removeprefix(f"{FOLDER}/").removesuffix(".json")
-        if number.isdecimal() and int(number) < manifest.shards and name == commit_name(int(number)):
-            shards.append(int(number))
-    found = storage.map(lambda shard: Commit.read(storage, shard, sha256), sorted(shards))
-    return {commit.shard: commit for commit in found if commit is not None}
-
-
-def totals(storage: Storage) -> dict[str, Any]:
-    """Counts, entropy quantiles, and bytes of the manifest, commits and shards; the tokenizer is not counted."""
-    manifest = Manifest.read(storage)
-    commits = read_commits(storage, manifest)
-    names = ("rows", "labels", "positions", "entries", "documents", "dropped")
-    total = {name: sum(getattr(c, name) for c in commits.values()) for name in names}
-    sizes = storage.map(storage.size, [NAME, *(commit_name(shard) for shard in commits)])
-    size = sum(found or 0 for found in sizes) + sum(data["bytes"] for c in commits.values() for data in c.objects)
-    return {
-        "cache": str(storage),
-        "complete": len(commits) == manifest.shards,
-        "shards": {"planned": manifest.shards, "committed": len(commits)},
-        **total,
-        "bytes": size,
-        "bytes_per_position": size / max(1, total["positions"]),
-        "entropy_quantiles": quantiles(added(c.entropy_histogram for c in commits.values())),
-    }

@@ -1,10 +1,10 @@
-"""Local: a cache in a folder.
+"""Local storage: a cache in a folder.
 
-Objects are read by `pread`, not through a memory map: a file that is cut short or fails under its reader is
-then an error that names it, where a map would end the process with a bus error (decision 7).
+Objects are read by `pread`, not through a memory map: a file that shrinks or fails while it is read is then an error
+that names it, where a map would end the process with a bus error (decision 7).
 
-Links are followed, so a cache may be spread over disks; what they lead to must be plain files. A device or a pipe
-is refused before a byte is asked of it: it might have no end.
+Links are followed, so a cache may be spread over disks; they must lead to plain files. A device or a pipe is refused
+before a byte is read from it: it might never end.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class LocalStorage(Storage):
             return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
-    def open(self, name: str, promised: dict[str, Any] | None = None) -> LocalFile:  # noqa: ARG002  a look is free
+    def open(self, name: str, promised: dict[str, Any] | None = None) -> LocalFile:  # noqa: ARG002  asking for the size is free
         return LocalFile(self.folder / name)
 
     def names(self, folder: str = "") -> list[str]:
@@ -96,7 +96,7 @@ class LocalStorage(Storage):
 
 
 class LocalFile:
-    """A file that is read by ranges; it is opened again in a process that it is sent to."""
+    """A file that is read by ranges. Sent to another process, it is opened again there."""
 
     def __init__(self, path: Path) -> None:
         self.name, self._path = str(path), path
@@ -124,7 +124,7 @@ class LocalFile:
 
 
 def _open_plain(path: Path) -> int:
-    """A descriptor of a plain file. A pipe would wait for its writer, so nothing waits.
+    """A descriptor of a plain file, opened without blocking: a pipe would wait for its writer.
 
     Raises:
         OSError: there is none, or it is something else.
@@ -163,7 +163,8 @@ class _FolderData(NewData):
         self._folder = NewFolder(root / name)
 
     def part(self, name: str) -> Sink:
-        return Sink(f"{self.name}/{name}", self._folder.file(name))
+        file = self._folder.file(name)
+        return Sink(f"{self.name}/{name}", file, lambda: self._folder.settle(file))
 
     def publish(self) -> bool:
         return self._folder.publish()

@@ -8,31 +8,53 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from dataclasses import dataclass
+import datetime
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 
-from kdcache.codec import Codec, make_codec
+from kdcache.codec import Codec, Layout, make_codec
 from kdcache.codec.id_ranks import MOST_ORDERED
+from kdcache.codec.plain import PRECISIONS
 from kdcache.codec.streams import deflate, id_dtype
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
+from kdcache.extras import ExtraSpec, read_specs
+from kdcache.known import Known
 from kdcache.position_filter import Positions
+from kdcache.rows import RowSpec
 from kdcache.selection import Selection, check_temperatures
+from kdcache.store.registry import find_store
 from kdcache.store.row_format import RowFormat, read_stream
 from kdcache.store.sealed_json import checksum, is_count, read_record, require_fields, seal, short
 from kdcache.store.storage import Storage, inside
 
 FORMAT = 1
 NAME = "kdcache.json"
-STORES = ("arrow", "zarr")
 
-_MOST_SHARDS = 100_000
+PLAN = "plan.arrow"
+_OF_THE_CREATOR = ("origin", "tokenizer_files", "id_order", "error_bound", "plan", "date")
+"""Fields that everyone else takes from the manifest that stands."""
+
+ON_BAD_RECORD = ("stop", "skip")
+
+MOST_SHARDS = 10_000_000
+_PLAN_ROW, _MOST_PLAN = 80, 64 << 20
+"""Bytes that a plan may have: for each shard, and for its schema with the names of the corpus's files."""
+
 _MOST_IDS = (1 << 31) - 1
 _MOST_TEMPERATURES = 64
 _MOST_ROW = 1 << 30
 """Bytes of the streams of a row, unpacked. So whoever writes a manifest bounds what reading a row may allocate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PlanObject:
+    """The fields of `plan`."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +66,24 @@ class Manifest:
         tokenizer_files: sha256 of each file under `tokenizer/`.
         filters: what was left out of the corpus.
         documents: documents in the corpus, filtered ones included.
-        docs_per_shard: shard s covers documents [s * docs_per_shard, (s + 1) * docs_per_shard).
+        shards: shards planned.
+        plan: `bytes` and `sha256` of `plan.arrow`, which says which documents each shard holds; empty where a cache was
+            not made from a corpus, and only its commits say how many documents a shard has.
+        date: the day, in UTC, on which the cache was created, as `YYYY-MM-DD`; what a chat template may ask for.
+        on_bad_record: what becomes of a document that cannot be used: `stop` ends the dump, `skip` drops the document.
         vocab_size: ids lie below it; that of the tokenizer.
         seq_len: slots a row.
         isolate: whether packed pieces are kept from seeing each other.
-        selection: kind and settings of the selection.
-        adaptive: whether one threshold, `tau`, holds for the whole cache.
-        tau: that threshold, from the pilot; None unless `adaptive`.
+        selection: `kind` and each of its settings, those that a pilot found included.
+        known: what the targets know of the teacher; nothing else is stored.
         positions: which labelled positions carry a target: `all`, or `entropy>X`.
         seed: of the draws of sampled kinds; 0 for the others.
         temperatures: T of each stored partition and tail.
         precision: how values are stored: `float32`, `float16`, or a number of bits.
         error_bound: the most by which stored numbers are off, by name.
         id_order: ids by falling frequency in the pilot, for the compact codec.
-        store: `arrow` or `zarr`.
+        store: `arrow`, `zarr`, or the name of a registered one.
+        extras: further arrays of a row by name, each as `ExtraSpec.to_fields` gives it.
         origin: names and versions, for people; two caches of one configuration may differ here.
     """
 
@@ -67,13 +93,15 @@ class Manifest:
     corpus_sha256: str
     filters: dict[str, Any]
     documents: int
-    docs_per_shard: int
+    shards: int
+    plan: dict[str, Any]
+    date: str
+    on_bad_record: str
     vocab_size: int
     seq_len: int
     isolate: bool
     selection: dict[str, Any]
-    adaptive: bool
-    tau: float | None
+    known: Known
     positions: str
     seed: int
     temperatures: tuple[float, ...]
@@ -82,22 +110,27 @@ class Manifest:
     id_order: tuple[int, ...]
     store: str
     origin: dict[str, Any]
+    extras: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def shards(self) -> int:
-        """Shards planned."""
-        return -(-self.documents // self.docs_per_shard)
+    def extra_specs(self) -> dict[str, ExtraSpec]:
+        """What each extra holds, by name, in order of name."""
+        return read_specs(self.extras)
 
     @property
     def rule(self) -> Selection:
-        """The selection, with the threshold that the pilot found."""
-        rule = Selection(**self.selection)
-        return rule if self.tau is None else dataclasses.replace(rule, tau=self.tau)
+        """The selection."""
+        return Selection.from_fields(self.selection)
 
     @property
     def choice(self) -> Positions:
         """Which labelled positions carry a target."""
         return Positions(self.positions)
+
+    @property
+    def row_spec(self) -> RowSpec:
+        """The shape of its rows."""
+        return RowSpec(vocab_size=self.vocab_size, seq_len=self.seq_len, isolate=self.isolate)
 
     @property
     def width(self) -> int:
@@ -107,19 +140,8 @@ class Manifest:
     @cached_property
     def codec(self) -> Codec:
         """How targets are laid out."""
-        rule = self.rule
-        return make_codec(
-            kind=rule.kind,
-            width=rule.width(self.vocab_size),
-            vocab_size=self.vocab_size,
-            temperatures=self.temperatures,
-            precision=self.precision,
-            id_order=self.id_order,
-            draws=rule.draws,
-            force_label=rule.force_label,
-            sample_temperature=rule.sample_temperature,
-            weighted=rule.proposal_power != 1,
-        )
+        layout = Layout.of(self.rule, self.vocab_size, self.temperatures, self.known)
+        return make_codec(layout, self.precision, self.id_order)
 
     @cached_property
     def sha256(self) -> str:
@@ -134,6 +156,7 @@ class Manifest:
         """The JSON object, without its checksum."""
         fields = dataclasses.asdict(self)
         fields["temperatures"] = list(self.temperatures)
+        fields["known"] = self.known.to_fields()
         fields["id_order"] = _fold_order(self.id_order, self.vocab_size)
         return {"format": FORMAT, **fields}
 
@@ -159,7 +182,10 @@ class Manifest:
             require_fields(fields, cls)
             _require_vocabulary(fields["vocab_size"])  # bounds what the order may unfold to
             order = _unfold_order(fields["id_order"], fields["vocab_size"])
-            manifest = cls(**{**fields, "temperatures": tuple(fields["temperatures"]), "id_order": order})
+            known = Known.from_fields(fields["known"])
+            manifest = cls(**{
+                **fields, "temperatures": tuple(fields["temperatures"]), "id_order": order, "known": known,
+            })  # fmt: skip
             manifest.require_sound()
         except (TypeError, ValueError, ConfigError, CorruptCacheError, OverflowError) as error:
             raise CorruptCacheError(f"{path} does not describe a cache: {short(error, 200)}") from None
@@ -176,24 +202,40 @@ class Manifest:
         _require_vocabulary(self.vocab_size)
         if self.choice.rule != self.positions:
             raise ConfigError(f"positions {self.positions!r} must be spelled {self.choice.rule!r}")
+        if self.choice.above is not None:
+            self.known.require("entropy", f"the choice of positions {self.positions}")
+        if self.rule.needs_pilot:
+            raise ConfigError(f"{', '.join(self.rule.pilot_settings)} of kind {self.rule.kind} is missing")
         check_temperatures(self.temperatures)
         if len(self.temperatures) > _MOST_TEMPERATURES:
             raise ConfigError(f"{len(self.temperatures)} temperatures are above the limit of {_MOST_TEMPERATURES}")
-        for name in ("documents", "docs_per_shard", "seq_len"):
+        for name in ("documents", "shards", "seq_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if self.shards > _MOST_SHARDS:
+        if self.shards > min(self.documents, MOST_SHARDS):
             raise ConfigError(
-                f"--docs-per-shard {self.docs_per_shard} makes {self.shards:,} shards of {self.documents:,} documents, "
-                f"above the limit of {_MOST_SHARDS:,}"
+                f"{self.shards:,} shards of {self.documents:,} documents are above the limit of one a document and "
+                f"{MOST_SHARDS:,} in all; make shards larger"
+            )
+        if self.plan:
+            require_fields(self.plan, _PlanObject)
+            if self.plan["bytes"] > _MOST_PLAN + _PLAN_ROW * self.shards:
+                raise ConfigError(f"a plan of {self.plan['bytes']:,} bytes is too large for {self.shards:,} shards")
+        try:
+            if datetime.date.fromisoformat(self.date).isoformat() != self.date:
+                raise ValueError
+        except ValueError:
+            raise ConfigError(f"date is {short(repr(self.date))}, not a day like 2026-11-28") from None
+        if self.on_bad_record not in ON_BAD_RECORD:
+            raise ConfigError(
+                f"on_bad_record is {short(repr(self.on_bad_record))}, not one of {', '.join(ON_BAD_RECORD)}"
             )
         if self.row_format.most_bytes > _MOST_ROW:
             raise ConfigError(
                 f"a row of --seq-len {self.seq_len} slots may hold {self.row_format.most_bytes:,} bytes, above the "
-                f"limit of {_MOST_ROW:,}; make rows shorter or keep fewer entries"
+                f"limit of {_MOST_ROW:,}; make rows shorter, or keep fewer entries or extras"
             )
-        if self.store not in STORES:
-            raise ConfigError(f"--store {self.store} is not one of {', '.join(STORES)}")
+        find_store(self.store)
         for name in self.tokenizer_files:
             if "/" in inside(name):
                 raise CorruptCacheError(f"tokenizer file {name} is not a plain name")
@@ -203,7 +245,7 @@ class Manifest:
         """How rows become streams."""
         return RowFormat(
             codec=self.codec, seq_len=self.seq_len, vocab_size=self.vocab_size, documents=self.documents,
-            chooses=self.choice.above is not None,
+            chooses=self.choice.above is not None, extras=self.extra_specs, typed=self.precision in PRECISIONS,
         )  # fmt: skip
 
     def create(self, storage: Storage) -> Manifest:
@@ -231,13 +273,19 @@ class Manifest:
             f"{name} (cache: {short(mine[name], most)}, asked: {short(theirs[name], most)})"
             for name in mine
             for most in (15 if name.endswith("sha256") else 60,)
-            if name not in ("origin", "tokenizer_files", "id_order", "tau") and mine[name] != theirs[name]
+            if name not in _OF_THE_CREATOR and mine[name] != theirs[name]
+            if name != "selection" or not self.rule.same_but_for_pilot(other.rule)
         ]
         if differences:
             raise CacheMismatchError(
                 f"{storage} holds a cache of another configuration; it differs in {', '.join(differences)}; "
                 "choose another --out or the same options"
             )
+
+
+def today() -> str:
+    """The day in UTC, as a manifest has it."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def _fold_order(order: tuple[int, ...], vocab_size: int) -> str:

@@ -1,12 +1,12 @@
-"""Mirror: a remote place of which a bounded local copy is kept.
+"""Mirror: a remote storage with a bounded local copy.
 
 An object is copied when it is first opened, while the folder stays within its limit. When it is full, copies of other
-caches go first, the longest unused before the others; then objects are read over the network as without a mirror, so
-a cache larger than the limit never thrashes: every pass reads the same share of it locally.
+caches are deleted first, least recently used first; then objects are read over the network as without a mirror. So a
+cache larger than the limit never thrashes: every pass reads the same share of it locally.
 
-A copy is named by the sha256 that the commit gives, and gets its name only when its bytes have that sum: copies of an
-older cache or of a process that was killed are never taken for it. Processes count and reserve room under one
-lock, and whoever needs an object that another is copying waits for that copy.
+A copy is named by the sha256 in the commit, and gets that name only when its bytes have that hash: copies of an older
+cache or of a killed process are never mistaken for it. Processes count and reserve space under one lock, and a process
+that needs an object which another is copying waits for that copy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _STEP = 1 << 23
 
 
 class MirroredStorage(RemoteStorage):
-    """A remote place, read through copies.
+    """A remote storage, read through local copies.
 
     Args:
         url: the cache's.
@@ -71,7 +71,7 @@ class MirroredStorage(RemoteStorage):
         return False
 
     def _copy(self, source: Readable, path: Path) -> bool:
-        """Copy an object, unless there is no room for it."""
+        """Copy an object, unless it does not fit."""
         with contextlib.ExitStack() as stack:
             with _locked(self._folder / ".lock"):
                 if not self._make_room(source.size):
@@ -94,7 +94,7 @@ class MirroredStorage(RemoteStorage):
         return self.map(read, range(0, source.size, _STEP), at_once=4)
 
     def _make_room(self, size: int) -> bool:
-        """Whether an object of this size fits, now that copies of other caches have made room."""
+        """Delete copies of other caches until an object of this size fits; whether it does."""
         for cache in self._folder.iterdir():
             if cache.is_dir():
                 sweep(cache)
@@ -113,7 +113,7 @@ class MirroredStorage(RemoteStorage):
 
 
 class CopiedFile:
-    """The copy of an object; where it has made room for another, the object itself. It holds no file open."""
+    """The copy of an object, or the object itself once the copy is deleted. It holds no open file."""
 
     def __init__(self, path: Path, source: Readable) -> None:
         self.name, self.size = source.name, source.size

@@ -1,4 +1,4 @@
-"""Places: from what a user names to where the cache lies."""
+"""Open storage: from a path or URL that a user gives to a `Storage`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kdcache.store.storage import Storage
 
 
 def open_storage(path: str | os.PathLike[str]) -> Storage:
-    """The place that a path or URL names.
+    """The storage that a path or URL names.
 
     Args:
         path: a folder, or any URL that fsspec knows.
@@ -27,16 +27,16 @@ def open_storage(path: str | os.PathLike[str]) -> Storage:
 
 
 def mirror(storage: Storage, cache: str, folder: str | os.PathLike[str], limit: int) -> Storage:
-    """The same place, read through local copies.
+    """The same storage, read through local copies.
 
     Args:
-        place: of a cache at a URL.
+        storage: of a cache at a URL.
         cache: the checksum of its manifest.
         folder: of the copies, which several caches and processes may share.
         limit: bytes that all copies in it hold together at most.
 
     Raises:
-        ConfigError: the place is a folder itself.
+        ConfigError: the storage is a folder itself.
     """
     if not storage.remote:
         raise ConfigError(f"--local-copy is for a cache at a URL, but {storage} is a folder")

@@ -1,9 +1,7 @@
-"""Create: how a cache comes into being, and how a shard joins it.
+"""Publish: how a cache comes into being, how a shard joins it, and what its shards hold together.
 
-Order of writes, each durable before the next: tokenizer, manifest; then for each shard its data, then its commit.
-Every step is create-only, so workers that race leave one manifest and one commit a shard.
-
-Backends: the stores by name.
+Order of writes, each durable before the next: tokenizer, plan, manifest; then for each shard its data, then its commit;
+the seal last. Every step is create-only, so workers that race leave one manifest, one commit a shard and one seal.
 """
 
 from __future__ import annotations
@@ -12,20 +10,21 @@ import dataclasses
 import hashlib
 from typing import Any
 
+from kdcache.corpus.plan import Plan
 from kdcache.errors import CacheError
-from kdcache.store.arrow_store import ArrowShardWriter
-from kdcache.store.commit import Commit, read_commits
-from kdcache.store.manifest import NAME, Manifest
+from kdcache.store.commit import FOLDER, Commit, commit_name, quantiles
+from kdcache.store.commits import read_commits
+from kdcache.store.manifest import NAME, PLAN, Manifest
+from kdcache.store.plan import create_plan
+from kdcache.store.registry import find_store
+from kdcache.store.seal import open_commits
 from kdcache.store.shards import Shard, ShardWriter, shard_stem
 from kdcache.store.storage import Storage
-from kdcache.store.zarr_store import ZarrShardWriter
-
-WRITERS: dict[str, type[ShardWriter]] = {"arrow": ArrowShardWriter, "zarr": ZarrShardWriter}
 
 
 def new_shard(storage: Storage, manifest: Manifest, shard: int) -> ShardWriter:
     """A writer of one shard of a cache."""
-    return WRITERS[manifest.store](storage, shard, manifest.row_format)
+    return find_store(manifest.store).writer(storage, shard, manifest.row_format)
 
 
 def open_shard(storage: Storage, manifest: Manifest, commit: Commit) -> Shard:
@@ -34,7 +33,7 @@ def open_shard(storage: Storage, manifest: Manifest, commit: Commit) -> Shard:
     Raises:
         CorruptCacheError: its objects are not what the commit promises.
     """
-    reader = WRITERS[manifest.store].reader()
+    reader = find_store(manifest.store).reader
     return reader(storage, commit.shard, manifest.row_format, commit.objects, commit.rows)
 
 
@@ -54,7 +53,7 @@ def require_free_or_same(storage: Storage, manifest: Manifest) -> Manifest | Non
         standing.require_same(manifest, storage)
         return standing
     strangers = [
-        name for name in storage.names() if not name.startswith(f"{TOKENIZER}/")
+        name for name in storage.names() if not name.startswith(f"{TOKENIZER}/") and name != PLAN
     ]  # written before the manifest
     if NAME in strangers:  # another worker was quick
         return require_free_or_same(storage, manifest)
@@ -65,8 +64,16 @@ def require_free_or_same(storage: Storage, manifest: Manifest) -> Manifest | Non
     return None
 
 
-def create_cache(storage: Storage, manifest: Manifest, tokenizer: dict[str, bytes]) -> Manifest:
-    """Write the tokenizer's files and then the manifest, or take those that another worker has written.
+def create_cache(
+    storage: Storage, manifest: Manifest, tokenizer: dict[str, bytes], plan: Plan | None = None
+) -> Manifest:
+    """Write the tokenizer's files, the plan and then the manifest, or take those that another worker has written.
+
+    Args:
+        storage: where the cache is to lie.
+        manifest: all but `tokenizer_files` and `plan`, which follow from what is written here.
+        tokenizer: the bytes of each of its files, by name.
+        plan: of the shards; None where the cache is not made from a corpus.
 
     Raises:
         CacheError: the files of another tokenizer lie there, or the place cannot be written.
@@ -82,9 +89,10 @@ def create_cache(storage: Storage, manifest: Manifest, tokenizer: dict[str, byte
         if strays and storage.size(NAME) is None:
             raise CacheError(f"{storage.where(strays[0])} is a stray file; delete {TOKENIZER}, or choose another --out")
         sums = {name: hashlib.sha256(data).hexdigest() for name, data in tokenizer.items()}
+        planned = {} if plan is None else create_plan(storage, plan)
     else:
-        sums = manifest.tokenizer_files
-    return dataclasses.replace(manifest, tokenizer_files=sums).create(storage)
+        sums, planned = manifest.tokenizer_files, manifest.plan
+    return dataclasses.replace(manifest, tokenizer_files=sums, plan=planned).create(storage)
 
 
 def publish_shard(
@@ -94,22 +102,24 @@ def publish_shard(
     *,
     documents: int,
     dropped: int,
-    entropies: list[int],
+    entropies: list[int] | None,
     compute: dict[str, Any],
+    sums: dict[str, Any] | None = None,
 ) -> bool:
     """Make a written shard appear and commit it. False if another worker was first.
 
     Args:
-        place: where the cache lies.
+        storage: where the cache lies.
         manifest: the one that stands there.
         writer: all rows written.
         documents, dropped: documents in its range, and how many the filters dropped.
-        entropies: histogram of the teacher's entropy over its labelled positions.
+        entropies: histogram of the teacher's entropy over its labelled positions; None if that is unknown.
         compute: how its numbers were made.
+        sums: of its targets before rounding; None for those of the targets that were written.
     """
     if Commit.read(storage, writer.shard, manifest.sha256) is not None:
         return False
-    objects, ours = writer.publish()
+    objects, ours = writer.publish(find_store(manifest.store).reader)
     commit = Commit(
         shard=writer.shard,
         manifest_sha256=manifest.sha256,
@@ -118,6 +128,7 @@ def publish_shard(
         dropped=dropped,
         **writer.tally.fields(),
         entropy_histogram=entropies,
+        sums=writer.tally.sums.fields() if sums is None else sums,
         compute=compute if ours else {"unknown": "its writer stopped before the commit"},
     )
     if commit.write(storage):
@@ -132,5 +143,25 @@ def publish_shard(
 
 def sweep(storage: Storage, manifest: Manifest) -> None:
     """Delete what writers that died have left in a cache."""
-    commits = read_commits(storage, manifest).values()
+    commits = read_commits(storage, manifest).values() if storage.remote else ()  # a folder's names are taken at once
     storage.sweep({shard_stem(c.shard): {x["name"] for x in c.objects} for c in commits})
+
+
+def totals(storage: Storage) -> dict[str, Any]:
+    """Counts, entropy quantiles, and bytes of the manifest, commits and shards; the tokenizer is not counted."""
+    manifest = Manifest.read(storage)
+    commits = open_commits(storage, manifest)
+    names = ("rows", "labels", "positions", "entries", "documents", "dropped")
+    total = {name: commits.total(name) for name in names}
+    sizes = storage.sizes(FOLDER)
+    size = (storage.size(NAME) or 0) + sum(sizes.get(commit_name(shard), 0) for shard in commits) + commits.bytes
+    histogram = commits.histogram()
+    return {
+        "cache": str(storage),
+        "complete": len(commits) == manifest.shards,
+        "shards": {"planned": manifest.shards, "committed": len(commits)},
+        **total,
+        "bytes": size,
+        "bytes_per_position": size / max(1, total["positions"]),
+        "entropy_quantiles": None if histogram is None else quantiles(histogram),
+    }

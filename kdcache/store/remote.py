@@ -1,10 +1,10 @@
-"""Remote: a cache under a URL that fsspec knows (s3://, gs://, az://, memory://, ...).
+"""Remote storage: a cache under a URL that fsspec knows (s3://, gs://, az://, memory://, ...).
 
 Records are put only if absent (`pipe_file(mode="create")`: a conditional put on S3, GCS and others); a store that
-lets the second put pass is refused. The data of a shard is put under a name of its writer's own, so writers never touch
-each other's objects; the commit says whose counts, and the others are swept. An object appears whole or not at all,
-as object stores promise.
-Cost: a record is one request, a range of an object one, and those of one call are under way together.
+accepts a second put is refused. Each writer puts the data of a shard under a name of its own, so writers never touch
+each other's objects; the commit names the one that counts, and the others are swept. Object stores promise that an
+object appears whole or not at all.
+Cost: one request for a record or the seal, one for a range of an object; the requests of one call run together.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ R = TypeVar("R")
 
 _CONNECTIONS = 64
 _TRIES = 2
-"""Of s3fs, each around botocore's own (five, or AWS_MAX_ATTEMPTS); with five times five, twice nested, an endpoint that
-takes connections and says nothing would hold us for half an hour."""
+"""Tries of s3fs, each around botocore's own (five, or AWS_MAX_ATTEMPTS). With its default of five, an endpoint that
+accepts connections and never answers would block for half an hour."""
 _PAUSES = (0.1, 0.5, 2.0)  # seconds between tries of a put that met another one
 
 
@@ -44,7 +44,8 @@ class RemoteStorage(Storage):
     """
 
     remote = True
-    open_shards = 1024  # they hold no files, only where their rows lie
+    open_shards = 1024  # they hold no open files, only the offsets of their rows
+    open_files = 1 << 16
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -77,7 +78,7 @@ class RemoteStorage(Storage):
 
     @property
     def _fs(self) -> Any:
-        """The file system; a process that was forked off makes its own, since connections do not survive a fork."""
+        """The file system; a forked process makes its own, since connections do not survive a fork."""
         if self._connected is None or self._connected[0] != os.getpid():
             return self._connect()[0]
         return self._connected[1]
@@ -177,7 +178,7 @@ class RemoteStorage(Storage):
         return _RemoteData(self, f"{stem}-{secrets.token_hex(6)}{suffix}")
 
     def put(self, source: Path, name: str) -> None:
-        """Upload a local file under a name that is nobody else's."""
+        """Upload a local file under a name that only this writer uses."""
         with _network(self.where(name), "written"):
             self._fs.put_file(str(source), self._path(name))
 
@@ -205,12 +206,12 @@ class RemoteFile:
         return self._place.read_ranges([(self, start, length)])[0] if length else b""
 
     def require(self, start: int, length: int) -> None:
-        """Refuse a range that leads out of the object."""
+        """Refuse a range that ends beyond the object."""
         if not 0 <= start <= start + length <= self.size:
             raise CorruptCacheError(f"{self.name} ends before byte {start + length}")
 
     def checked(self, found: bytes | Exception, start: int, length: int) -> bytes:
-        """What a request for a range has brought, if that is the range."""
+        """The answer to a request for a range, if it is that range."""
         if isinstance(found, FileNotFoundError):
             raise CorruptCacheError(f"{self.name} cannot be read: there is no such object") from None
         if isinstance(found, Exception):
@@ -235,7 +236,7 @@ class _RemoteData(NewData):
         full = f"{self.name}/{name}" if name else self.name
         file = _ScratchFile(self._scratch / str(len(self._parts)))
         self._parts.append((full, file))
-        return Sink(full, cast(BinaryIO, file))
+        return Sink(full, cast(BinaryIO, file), file.close)
 
     def publish(self) -> bool:
         def put(part: tuple[str, _ScratchFile]) -> None:
@@ -276,7 +277,7 @@ class _ScratchFile:
 
 @contextlib.contextmanager
 def _network(where: str, verb: str) -> Iterator[None]:
-    """One sentence for whatever the store's library raises; absent and present objects keep their errors."""
+    """Turn what the store's library raises into one sentence; FileNotFoundError and FileExistsError pass."""
     try:
         yield
     except CacheError:

@@ -1,22 +1,26 @@
-"""Row format: a row and its targets as named streams, the same in every store.
+"""Row format: a row, its targets and its extras as named streams, the same in every store.
 
     tokens      [n] ids of the row, 1 <= n <= seq_len, without padding
     pieces      [P, 2] int64: the length of each piece, at least 1, summing to n; its document
     supervised  [n] uint8: 1 where a token may be a label; empty when every token may
     chosen      a bit for each labelled slot: 1 where it carries a target; only in caches that choose positions
     ...         the streams of the codec: the targets of the slots that carry one, in slot order
+    extra.NAME  the values of each extra, in order of name; scale.NAME where its precision needs one
 
 A store keeps the streams, their lengths, the number of positions, and a seal over all of it. Nothing read is
 believed before it is checked: lengths against what the manifest allows, tokens against the vocabulary, pieces
-against tokens, positions against labels and chosen bits, and the targets by the codec.
+against tokens, positions against labels and chosen bits, targets by the codec, and extras by their specs.
+
+Shapes: n tokens of a row, P pieces, L = seq_len slots, W numbers of an extra's vector.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,11 +31,13 @@ from numpy.typing import NDArray
 
 from kdcache.codec import Codec
 from kdcache.codec.streams import inflate
-from kdcache.errors import CorruptCacheError
+from kdcache.errors import CorruptCacheError, TargetError
+from kdcache.extras import ExtraSpec, stream_names
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.targets import SparseTargets
 
 Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+Extras = Mapping[str, NDArray[Any] | torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,8 @@ class RowFormat:
         vocab_size: tokens lie below it.
         documents: in the corpus; pieces come from these.
         chooses: whether a labelled slot may be without a target.
+        extras: further arrays of a row, by name, in order of name.
+        typed: whether the targets' streams are plain numbers, so that a store can hold them as such for other tools.
     """
 
     codec: Codec
@@ -72,6 +80,8 @@ class RowFormat:
     vocab_size: int
     documents: int
     chooses: bool
+    extras: dict[str, ExtraSpec] = field(default_factory=dict)
+    typed: bool = False
 
     @property
     def layout(self) -> Shapes:
@@ -100,13 +110,39 @@ class RowFormat:
         """
         if not 0 <= positions <= self.seq_len:
             raise CorruptCacheError(f"it claims {positions} targets, but a row has {self.seq_len} slots")
-        return {**self.layout, **self.codec.streams(positions)}
+        return {**self.layout, **self.codec.streams(positions), **self.extra_shapes}
 
-    def pack(self, row: PackedRow, targets: SparseTargets) -> Record:
-        """A row and the targets of its labelled slots, in slot order, as streams.
+    @cached_property
+    def extra_shapes(self) -> Shapes:
+        """dtype and largest shape of the streams of the extras."""
+        shapes: Shapes = {}
+        for name, spec in self.extras.items():
+            names = stream_names(name, spec)
+            shapes.update({names[part]: shape for part, shape in spec.shapes(self.seq_len).items()})
+        return shapes
+
+    def pack(self, row: PackedRow, targets: SparseTargets, extras: Extras | None = None) -> Record:
+        """A row, the targets of its labelled slots in slot order, and its extras, as streams.
 
         In a cache that chooses positions a slot whose target has no entries carries none, and nothing of it is stored.
+
+        Args:
+            row: the tokens.
+            targets: of its labelled slots.
+            extras: `[n, W]` of each extra, a vector for each token; or `[labels, W]`, one for each labelled slot, of
+                those with `per="position"`.
+
+        Raises:
+            TargetError: targets of another layout, or an extra that is missing, unknown, of another shape, or not
+                finite.
         """
+        return self._pack(row, targets, self._pack_extras(row, extras or {}))
+
+    def repack(self, record: Record, row: PackedRow, targets: SparseTargets) -> Record:
+        """The record of a row with other targets; the streams of its extras are taken over as they are."""
+        return self._pack(row, targets, {name: record.streams[name] for name in self.extra_shapes})
+
+    def _pack(self, row: PackedRow, targets: SparseTargets, extras: dict[str, NDArray[Any]]) -> Record:
         pieces = np.stack([row.piece_lengths, row.piece_documents], -1).astype("<i8")
         supervised = np.zeros(0, np.uint8) if row.supervised is None else row.supervised.astype(np.uint8)
         streams = {"tokens": row.tokens.astype(self.codec.id_dtype), "pieces": pieces.ravel(), "supervised": supervised}
@@ -114,10 +150,28 @@ class RowFormat:
             chosen = targets.count > 0
             streams["chosen"] = np.packbits(chosen.numpy(), bitorder="little")
             targets = targets[chosen]
-        return Record(positions=len(targets.count), streams={**streams, **self.codec.encode(targets)})
+        return Record(positions=len(targets.count), streams={**streams, **self.codec.encode(targets), **extras})
+
+    def _pack_extras(self, row: PackedRow, extras: Extras) -> dict[str, NDArray[Any]]:
+        if set(extras) != set(self.extras):
+            given, wanted = (", ".join(sorted(names)) or "none" for names in (extras, self.extras))
+            raise TargetError(f"a row comes with the extras {given}, but the cache holds {wanted}")
+        streams = {}
+        for name, spec in self.extras.items():
+            vectors = len(row.tokens) if spec.per == "token" else int((row.labels(self.seq_len) != IGNORE).sum())
+            try:
+                made = spec.encode(extras[name])
+            except TargetError as error:
+                raise TargetError(f"extra {name} cannot be stored: {error}") from None
+            if made["values"].size != vectors * spec.width:
+                what = f"{len(extras[name])} vectors for {vectors} {spec.per}s"
+                raise TargetError(f"extra {name} cannot be stored: it has {what}")
+            names = stream_names(name, spec)
+            streams.update({names[part]: stream for part, stream in made.items()})
+        return streams
 
     def unpack(self, record: Record) -> tuple[PackedRow, SparseTargets]:
-        """The row and the targets of its labelled slots; `count` is 0 at those that carry none.
+        """The row with its extras, and the targets of its labelled slots; `count` is 0 at those that carry none.
 
         Raises:
             CorruptCacheError: streams that no row can have.
@@ -126,13 +180,30 @@ class RowFormat:
             if record.streams[name].size > math.prod(shape):
                 raise CorruptCacheError(f"its stream {name} has {record.streams[name].size} numbers, above {shape}")
         row = self._row(record.streams)
-        labels = int((row.labels(self.seq_len) != IGNORE).sum())
+        labelled = row.labels(self.seq_len)[: len(row.tokens)] != IGNORE
+        labels = int(labelled.sum())
         slots = _chosen(record.streams["chosen"], labels) if self.chooses else None
         if record.positions != (labels if slots is None else len(slots)):
             wanted = f"{labels} labels" if slots is None else f"{len(slots)} chosen of {labels} labels"
             raise CorruptCacheError(f"it has {record.positions} targets for {wanted}")
         targets = self.codec.decode(record.streams, record.positions)
+        extras = {name: self._extra(name, record.streams, labelled) for name in self.extras}
+        row = dataclasses.replace(row, extras=extras) if extras else row
         return row, targets if slots is None else targets.spread(torch.from_numpy(slots), labels)
+
+    def _extra(self, name: str, streams: dict[str, NDArray[Any]], labelled: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """`[n, W]` an extra, NaN where a token has no vector."""
+        spec, n = self.extras[name], len(labelled)
+        parts = {part: streams[stream] for part, stream in stream_names(name, spec).items()}
+        try:
+            vectors = spec.decode(parts, n if spec.per == "token" else int(labelled.sum()))
+        except CorruptCacheError as error:
+            raise CorruptCacheError(f"its extra {name} is damaged: {error}") from None
+        if spec.per == "token":
+            return vectors
+        spread = np.full((n, spec.width), np.nan, np.float32)
+        spread[labelled] = vectors
+        return spread
 
     def _row(self, streams: dict[str, NDArray[Any]]) -> PackedRow:
         tokens, pieces, supervised = (streams[name] for name in ("tokens", "pieces", "supervised"))

@@ -1,10 +1,10 @@
-"""Records: small JSON files that end with a checksum of themselves.
+"""Sealed JSON: records, small JSON files that end with a checksum of themselves.
 
 The checksum is the sha256 of the record in canonical form (keys sorted, no spaces, UTF-8)
 without its `checksum` field, so it does not depend on how the file is indented.
 
-A checksum proves that nothing changed, not that anything is true: whoever writes a lie can seal it. So a record
-is read strictly (one value a key, few values and levels), and each field is checked to be of its kind.
+A checksum proves that nothing changed, not that anything is true: whoever writes a lie can seal it too. So a record is
+read strictly (one value for each key, a limit on values and levels), and the type of each field is checked.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def seal(fields: dict[str, Any]) -> bytes:
     return data
 
 
-def parse(data: bytes) -> Any:
-    """A JSON value that every reader understands alike: UTF-8, each key once, no NaN, not too many values or levels.
+def parse(data: bytes, most_values: int = _MOST_VALUES) -> Any:
+    """Parse JSON strictly: UTF-8, each key once, no NaN, a limit on values and levels.
 
     Raises:
         ValueError: it is not.
     """
-    if sum(map(data.count, (b"{", b"[", b","))) > _MOST_VALUES:  # each takes 60 bytes of memory for 3 of text
-        raise ValueError(f"it has more than {_MOST_VALUES} values")
+    if sum(map(data.count, (b"{", b"[", b","))) > most_values:  # each takes 60 bytes of memory for 3 of text
+        raise ValueError(f"it has more than {most_values} values")
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
     except RecursionError:
@@ -90,10 +90,10 @@ def read_record(storage: Storage, name: str) -> dict[str, Any]:
 
 
 def require_fields(fields: dict[str, Any], record: type) -> None:
-    """Check that a record has the fields of its dataclass, each of its kind.
+    """Check that a record has the fields of its dataclass, each of its type; those named `...sha256` are hashes.
 
     Raises:
-        ValueError: a field is missing, unknown, or of another kind.
+        ValueError: a field is missing, unknown, or of another type.
     """
     kinds = {field.name: str(field.type) for field in dataclasses.fields(record)}
     if set(fields) != set(kinds):
@@ -114,6 +114,14 @@ def short(value: object, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def _is_float(value: Any) -> bool:
+    return value is None or type(value) in (int, float)
+
+
+def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(is_item, value))
+
+
 def _is_sha256(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
@@ -122,10 +130,15 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "int": is_count,
     "bool": lambda value: isinstance(value, bool),
-    "float | None": lambda value: value is None or type(value) in (int, float),
+    "float | None": lambda value: _is_float(value),
+    "list[int] | None": lambda value: value is None or _is_list(value, is_count),
+    "list[float | None] | None": lambda value: (
+        value is None or (isinstance(value, list) and all(map(_is_float, value)))
+    ),
     "dict[str, Any]": lambda value: isinstance(value, dict),
+    "Known": lambda value: isinstance(value, dict),
     "dict[str, str]": lambda value: isinstance(value, dict) and all(map(_is_sha256, value.values())),
-    "list[int]": lambda value: isinstance(value, list) and all(map(is_count, value)),
+    "list[int]": lambda value: _is_list(value, is_count),
     "list[dict[str, Any]]": lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value),
     "tuple[float, ...]": lambda value: isinstance(value, list) and all(type(v) in (int, float) for v in value),
     "tuple[int, ...]": lambda value: isinstance(value, str),  # folded

@@ -1,7 +1,10 @@
 """Shards: what every store does alike when it writes and reads the rows of one shard.
 
-A store adds how a record becomes bytes and how a row is found again; counting, hashing, publishing and the
-checks of a row's content are here, once.
+A store is a `ShardWriter` and a `Shard`. The writer says how a record becomes bytes (`append`, `finish`), the reader
+how it is found again (`open`, `record`). Counting, hashing, publishing and the checks of what a row says are here.
+A store from outside adds itself by `register_store` (registry.py).
+
+Guarantee: nothing of a shard is visible before `publish`, and then all of it.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import numpy as np
 
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.rows import PackedRow
-from kdcache.store.row_format import Record, RowFormat
+from kdcache.store.row_format import Extras, Record, RowFormat
 from kdcache.store.storage import Storage
+from kdcache.store.target_sums import TargetSums
 from kdcache.targets import SparseTargets
 
 FOLDER = "shards"
@@ -26,20 +30,26 @@ _DAMAGE = (CorruptCacheError, IndexError, OverflowError, ValueError, TypeError, 
 """What reading damaged bytes can raise, in our code and in the libraries."""
 
 
+_NO_LEAST = 1 << 62
+
+
 def shard_stem(shard: int) -> str:
     """How the name of a shard's data begins."""
     return f"{FOLDER}/{shard:05d}"
 
 
 class Tally:
-    """Counts and hashes of the rows of a shard, as its commit names them.
+    """Counts, sums and hashes of the rows of a shard, as its commit names them.
 
     Attributes:
-        rows, labels, positions, entries: so far.
+        rows, labels, positions, entries, tokens, pieces: so far.
+        sums: over the targets; of what was read back from a shard they are of rounded values.
     """
 
     def __init__(self) -> None:
-        self.rows = self.labels = self.positions = self.entries = 0
+        self.rows = self.labels = self.positions = self.entries = self.tokens = self.pieces = 0
+        self.sums = TargetSums()
+        self._least, self._most = _NO_LEAST, 0
         self._tokens, self._content = hashlib.sha256(), hashlib.sha256()
 
     def add(self, row: PackedRow, targets: SparseTargets, record: Record) -> None:
@@ -52,10 +62,21 @@ class Tally:
         self.labels += len(targets.count)
         self.positions += record.positions
         self.entries += int(targets.count.sum())
+        self.tokens += len(row.tokens)
+        self.pieces += len(row.piece_lengths)
+        counts = targets.count.numpy()
+        counts = counts[counts > 0]
+        if len(counts):
+            self._least, self._most = min(self._least, int(counts.min())), max(self._most, int(counts.max()))
+        self.sums.add(targets)
 
     def fields(self) -> dict[str, Any]:
         """Counts and hashes under the names that a commit has for them."""
         return {
+            "tokens": self.tokens,
+            "pieces": self.pieces,
+            "least_entries": self._least if self._most else 0,
+            "most_entries": self._most,
             "rows": self.rows,
             "labels": self.labels,
             "positions": self.positions,
@@ -68,8 +89,13 @@ class Tally:
 class ShardWriter(ABC):
     """Writes one shard; nothing is visible before `publish`. Use it as a context manager.
 
+    A store implements `append` and `finish`, writes through `data.part`, and seals each row with `row_seal`.
+
     Attributes:
-        tally: of what is written so far.
+        suffix: with which the name of its object, or of the folder of its objects, ends.
+        folder: whether a shard is a folder of objects and not one.
+        storage, shard, form: where the cache lies, the shard's number, and the format of its rows.
+        tally: of what is written so far; `tally.rows` is the number of the row that is appended next.
         data: where it goes.
     """
 
@@ -81,34 +107,44 @@ class ShardWriter(ABC):
         self.tally = Tally()
         self.data = storage.new_data(shard_stem(shard), self.suffix, self.folder)
 
-    def write(self, row: PackedRow, targets: SparseTargets, record: Record | None = None) -> None:
-        """Append a row and the targets of its labelled slots, in slot order; `record` if it is packed already."""
-        record = record or self.form.pack(row, targets)
-        self._append(record)
+    def write(
+        self, row: PackedRow, targets: SparseTargets, record: Record | None = None, extras: Extras | None = None
+    ) -> None:
+        """Append a row, the targets of its labelled slots in slot order, and its extras.
+
+        Args:
+            row: the tokens.
+            targets: of its labelled slots.
+            record: all of it, if it is packed already; then `extras` is not looked at.
+            extras: see `RowFormat.pack`; every extra of the cache MUST be given.
+
+        Raises:
+            TargetError: see `RowFormat.pack`.
+            CacheError: the shard cannot be written.
+        """
+        record = record or self.form.pack(row, targets, extras)
+        self.append(record)
         self.tally.add(row, targets, record)
 
     @abstractmethod
-    def _append(self, record: Record) -> None:
-        """Write one more record."""
+    def append(self, record: Record) -> None:
+        """Write one more record. Memory MUST NOT grow with the rows by more than an index needs."""
 
     @abstractmethod
-    def _finish(self) -> list[dict[str, Any]]:
-        """Write what comes last; the records of all objects."""
+    def finish(self) -> list[dict[str, Any]]:
+        """Write what comes last. Returns the records of all objects (`Sink.record`), in order of name."""
 
-    @classmethod
-    @abstractmethod
-    def reader(cls) -> type[Shard]:
-        """What reads these shards."""
-
-    def publish(self) -> tuple[list[dict[str, Any]], bool]:
+    def publish(self, reader: type[Shard]) -> tuple[list[dict[str, Any]], bool]:
         """Make the data appear; returns its objects, and whether they are these.
+
+        `reader` is the store's own.
 
         If data of that name exists without a commit, some writer stopped between the two, or is about to
         commit. It appeared whole, so if it holds these tokens it is as good as this and stays; if it is
         damaged it makes room. Of several writers that find it damaged one replaces it, and the others find
         what that one made.
         """
-        objects = self._finish()
+        objects = self.finish()
         if self.data.publish():
             return objects, True
         with self.storage.alone(FOLDER):
@@ -116,7 +152,7 @@ class ShardWriter(ABC):
                 standing = self._standing()
                 if standing == objects:
                     break
-                if standing and self._adopt(standing):
+                if standing and self._adopt(standing, reader):
                     return standing, False
                 self.storage.delete(self.data.name)
         return objects, True
@@ -131,10 +167,10 @@ class ShardWriter(ABC):
         except CacheError:
             return []
 
-    def _adopt(self, standing: list[dict[str, Any]]) -> bool:
+    def _adopt(self, standing: list[dict[str, Any]], reader: type[Shard]) -> bool:
         """Whether standing data is sound and holds these tokens; its content is then what this shard has."""
         try:
-            found = self.reader()(self.storage, self.shard, self.form, standing, self.tally.rows).count()
+            found = reader(self.storage, self.shard, self.form, standing, self.tally.rows).count()
         except CorruptCacheError:
             return False
         if found.fields()["tokens_sha256"] != self.tally.fields()["tokens_sha256"]:
@@ -150,10 +186,10 @@ class ShardWriter(ABC):
 
 
 class Shard(ABC):
-    """Reads one shard.
+    """Reads one shard. A store implements `open` and `record`, and trusts neither its objects nor their sizes.
 
     Args:
-        place: where the cache lies.
+        storage: where the cache lies.
         shard: its number.
         form: of its rows.
         objects: what its commit says of its objects.
@@ -165,15 +201,20 @@ class Shard(ABC):
 
     def __init__(self, storage: Storage, shard: int, form: RowFormat, objects: list[dict[str, Any]], rows: int) -> None:
         self.storage, self.shard, self.form, self.rows = storage, shard, form, rows
-        self.name = self._open(objects)
+        self.name = self.open(objects)
 
     @abstractmethod
-    def _open(self, objects: list[dict[str, Any]]) -> str:
+    def open(self, objects: list[dict[str, Any]]) -> str:
         """Open the objects and check their outer form; the shard's name, for messages."""
 
     @abstractmethod
-    def _record(self, row: int) -> Record:
-        """The streams of a row, their seal checked, each no longer than a row's can be."""
+    def record(self, row: int) -> Record:
+        """The streams of a row, in order of `form.shapes`: their seal checked, none longer than its shape.
+
+        Raises:
+            CorruptCacheError: the row is damaged. IndexError, OverflowError, ValueError, TypeError and struct.error
+                are taken for the same.
+        """
 
     def read(self, row: int) -> tuple[PackedRow, SparseTargets]:
         """A row and the targets of its labelled slots.
@@ -186,7 +227,7 @@ class Shard(ABC):
     def read_with_record(self, row: int) -> tuple[PackedRow, SparseTargets, Record]:
         """The same, and the streams that it was made of."""
         try:
-            record = self._record(row)
+            record = self.record(row)
             return (*self.form.unpack(record), record)
         except _DAMAGE as error:
             what = f"{self.storage.where(self.name)}, row {row}: {error}{self.storage.damage_note}"
@@ -199,7 +240,7 @@ class Shard(ABC):
             tally.add(*found)
         return tally
 
-    def _require(self, objects: list[dict[str, Any]], name: str) -> Any:
+    def require(self, objects: list[dict[str, Any]], name: str) -> Any:
         """An object of the commit, opened; its size is the one committed."""
         promised = [x for x in objects if x["name"] == name]
         if len(promised) != 1:

@@ -1,12 +1,11 @@
-"""Storage: where a cache lies, a local folder or a prefix of an object store, with one set of verbs.
+"""Storage: one interface to a local folder and to a prefix of an object store.
 
-Names are relative to the place, with `/` between their parts. Small objects (records, tokenizer files)
-are read whole and created only if absent. The data of a shard is one file or one folder of files,
-which appears whole or not at all; reading it is by ranges.
+Names are relative to the cache, with `/` between their parts. Small objects (records, the seal, tokenizer files) are
+read whole and created only if absent. The data of a shard is one file or one folder of files, which appears whole or
+not at all, and is read by ranges.
 
-Ahead: results in order, of work that threads have begun before anyone asks for them.
-
-Recent: the last few values that were asked for, each made once, however many threads ask for it.
+Two helpers stand here because every storage uses them: `map_ahead` computes results in threads before they are asked
+for, in order; `Recent` keeps the last few values, each made once however many threads ask for it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ V = TypeVar("V")
 
 
 class Recent(Generic[V]):
-    """At most `most` values; the one that nobody has asked for longest leaves first."""
+    """A thread-safe cache of at most `most` values; the least recently used one leaves first."""
 
     def __init__(self, most: int) -> None:
         self._most, self._lock = most, threading.Lock()
@@ -47,7 +46,7 @@ class Recent(Generic[V]):
 
 
 class _Once(Generic[V]):
-    """A value that the first who asks makes, while the others wait."""
+    """A value that the first caller makes; the others wait for it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,9 +64,9 @@ R = TypeVar("R")
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T], at_once: int) -> Iterator[R]:
-    """`map`, with up to `at_once` calls under way.
+    """`map` with up to `at_once` calls running in threads; results come in the order of the items.
 
-    An error is raised when its turn comes; what still waits is then dropped.
+    An error is raised in its turn; calls that have not started are then dropped.
     """
     coming: deque[Future[R]] = deque()
     with ThreadPoolExecutor(at_once, thread_name_prefix="kdcache-ahead") as pool:
@@ -97,7 +96,7 @@ class Readable(Protocol):
 
 
 class NewData(ABC):
-    """The data of one shard on its way: parts are written, then all appear together or not at all.
+    """The data of one shard while it is written: its parts appear together at `publish`, or not at all.
 
     Use it as a context manager; what is not published leaves nothing behind.
 
@@ -127,18 +126,20 @@ class NewData(ABC):
 
 
 class Storage(ABC):
-    """Where a cache lies. It may be sent to another process.
+    """A folder or a prefix of an object store. It may be sent to another process.
 
     Attributes:
-        url: as its user names it.
+        url: the path or URL that the user gave.
         remote: whether a read crosses a network.
         open_shards: how many shards a reader may hold open.
+        open_files: how many objects `files` may hold open.
         damage_note: what a message about damaged rows adds.
     """
 
     url: str
     remote: bool = False
-    open_shards: int = 32  # a zarr shard holds a dozen files open
+    open_shards: int = 32
+    open_files: int = 256
     damage_note: str = ""
 
     def __str__(self) -> str:
@@ -146,11 +147,16 @@ class Storage(ABC):
 
     @cached_property
     def recent(self) -> Recent[Any]:
-        """What was read last and may be asked for again: neighbouring rows lie in one piece."""
+        """The blocks that were read last: neighbouring rows lie in one block."""
         return Recent(8)
 
+    @cached_property
+    def files(self) -> Recent[Any]:
+        """Objects that were opened last and may be read again."""
+        return Recent(self.open_files)
+
     def where(self, name: str) -> str:
-        """The full name of an object, for people."""
+        """The full path or URL of an object, for messages."""
         return f"{self.url.rstrip('/')}/{name}"
 
     @abstractmethod
@@ -173,7 +179,7 @@ class Storage(ABC):
 
         Args:
             name: of the object.
-            promised: what a commit says of it. Where a look costs a request, its size is then taken on trust; an
+            promised: what a commit says of it. Where asking for the size costs a request, that size is trusted; an
                 object that is missing or short is an error when it is read.
 
         Raises:
@@ -182,14 +188,14 @@ class Storage(ABC):
 
     @abstractmethod
     def names(self, folder: str = "") -> list[str]:
-        """Names of all objects under a folder, in order; files that are still being written are left out."""
+        """Names of all objects under a folder, sorted; files that are still being written are left out."""
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Bytes of all objects under a folder, by name."""
         return {name: size for name in self.names(folder) if (size := self.size(name)) is not None}
 
-    def alone(self, folder: str) -> AbstractContextManager[None]:  # noqa: ARG002  for places where names collide
-        """While this is held, no other writer that asks for it replaces data in a folder."""
+    def alone(self, folder: str) -> AbstractContextManager[None]:  # noqa: ARG002  for storages where names collide
+        """A lock on a folder between writers that replace data in it."""
         return nullcontext()
 
     @abstractmethod
@@ -198,7 +204,7 @@ class Storage(ABC):
 
     @abstractmethod
     def new_data(self, stem: str, suffix: str, folder: bool) -> NewData:
-        """The data of a shard, to be written; its name starts with `stem` and ends with `suffix`."""
+        """A writer of a shard's data; the name starts with `stem` and ends with `suffix`."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -206,7 +212,7 @@ class Storage(ABC):
 
     @abstractmethod
     def sweep(self, committed: dict[str, set[str]]) -> None:
-        """Delete what dead writers left behind.
+        """Delete what writers that died have left behind.
 
         Args:
             committed: for the stem of each committed shard, the names of its objects.
@@ -217,11 +223,11 @@ class Storage(ABC):
         return [source.read(start, length) for source, start, length in requests]
 
     def map(self, function: Callable[[T], R], items: Iterable[T], at_once: int = 16) -> Iterator[R]:  # noqa: ARG002
-        """`map` for functions that read here: over a network up to `at_once` are under way, ahead of who iterates."""
+        """`map` for functions that read here; over a network up to `at_once` calls run ahead of the iteration."""
         return map(function, items)
 
     def chunks(self, name: str, step: int = 1 << 22) -> Iterator[bytes]:
-        """The bytes of an object, piece by piece."""
+        """The bytes of an object, `step` at a time."""
         source = self.open(name)
 
         def read(start: int) -> bytes:
@@ -241,9 +247,9 @@ class Storage(ABC):
 class Sink:
     """A binary sink that counts and hashes what passes through it."""
 
-    def __init__(self, name: str, file: BinaryIO) -> None:
+    def __init__(self, name: str, file: BinaryIO, settle: Callable[[], None] | None = None) -> None:
         self.name, self.bytes, self.closed = name, 0, False
-        self._file, self._digest = file, hashlib.sha256()
+        self._file, self._digest, self._settle = file, hashlib.sha256(), settle
 
     def write(self, data: Any) -> int:
         """Append bytes."""
@@ -257,6 +263,11 @@ class Sink:
         """Hand buffered bytes on."""
         with storage_errors(Path(self.name)):
             self._file.flush()
+
+    def settle(self) -> None:
+        """Nothing more comes: make the bytes durable and let go of the file. Not needed; it saves open files."""
+        if self._settle is not None:
+            self._settle()
 
     def record(self) -> dict[str, Any]:
         """What a commit says of this object."""

@@ -1,14 +1,14 @@
 """Zarr shards: a zarr v3 group a shard, one array a stream, for object stores and array tools.
 
-Every stream is an array `[rows, ...]` of its largest shape a row; a row is an inner chunk of a shard that holds
-the whole array, so a row is one range read and an array two objects. What a row does not fill is zero, and
-`lengths` says how much it fills; `crc32c` seals each row as in the Arrow form, over the plain streams. Chunks
-are zstd and crc32c; the fill value is poison, all chunks are written, and a missing one is an error here.
+Every stream is an array `[rows, ...]` of its largest shape a row. What a row does not fill is zero, and `lengths` says
+how much it fills; `crc32c` seals each row as the typed Arrow form does, over the plain streams. A row is an inner chunk
+of the sharding codec, so it is one range of one object an array. An object holds a block of rows, so that a writer
+holds no more than a block, whatever the size of a shard. Chunks are zstd and crc32c; the fill value is poison, all
+chunks are written, and a missing one is an error here.
 
-The bytes are the zarr v3 sharding codec's (zarr-specs, "sharding_indexed" 1.0), written row by row and read by
-range without going through a zarr library: nothing is allocated that the manifest does not promise, and metadata
-that is not exactly what this shard must have is refused. zarr-python opens what is written here; the conformance
-suite does.
+zarr-python writes all of it, metadata included, with its own codecs. `open_group` gives the group as zarr-python opens
+it. Rows are read by range without it: nothing is allocated that the manifest does not promise, metadata that is not
+what this shard must have is refused, and a row is read several times as fast (docs/decisions/0014).
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from __future__ import annotations
 import json
 import math
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codec.streams import LEVEL, deflate
-from kdcache.errors import CorruptCacheError
+from kdcache.codec.streams import LEVEL
+from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.store.local import LocalStorage
 from kdcache.store.row_format import Record, RowFormat, Shapes, read_stream, row_seal
 from kdcache.store.sealed_json import canonical, parse
 from kdcache.store.shards import Shard, ShardWriter
-from kdcache.store.storage import Readable, Sink, Storage
+from kdcache.store.storage import NewData, Readable, Sink, Storage
+
+if TYPE_CHECKING:
+    import zarr
 
 _ENTRY = struct.Struct("<QQ")
 _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -35,35 +39,45 @@ _ZSTD = {"name": "zstd", "configuration": {"level": LEVEL, "checksum": False}}
 _CRC = {"name": "crc32c"}
 _GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
 _U4 = np.dtype("<u4")
+_BLOCK_BYTES = 1 << 26  # of a block, its rows of the largest shape
+_BLOCK_ROWS = 4096
+_MOST_OBJECTS = 10_000  # of a shard: its commit names them all
 
 
-def array_metadata(dtype: np.dtype[Any], shape: tuple[int, ...], *, by_row: bool) -> dict[str, Any]:
-    """The zarr.json of an array: by row inside one shard, or one chunk.
+def rows_per_block(form: RowFormat, rows: int) -> int:
+    """Rows of an object: as many as 64 MiB hold in their largest shape, 4,096 and all at most, one at least."""
+    return max(1, min(rows, _BLOCK_ROWS, _BLOCK_BYTES // form.most_bytes))
+
+
+def array_metadata(dtype: np.dtype[Any], shape: tuple[int, ...], block: int | None) -> dict[str, Any]:
+    """The zarr.json of an array, as zarr-python writes it.
 
     Args:
         dtype: of its elements.
         shape: rows first.
-        by_row: whether each row is an inner chunk of its own.
+        block: rows of an object, each an inner chunk of its own; None for one chunk that holds all.
     """
     whole = [max(1, n) for n in shape]
-    codecs: list[dict[str, Any]] = [_LITTLE, _ZSTD, _CRC]
-    if by_row:
+    codecs: list[dict[str, Any]] = [_LITTLE if dtype.itemsize > 1 else {"name": "bytes"}, _ZSTD, _CRC]
+    if block is not None:
         inner = {"chunk_shape": [1, *whole[1:]], "codecs": codecs, "index_codecs": [_LITTLE, _CRC]}
         codecs = [{"name": "sharding_indexed", "configuration": {**inner, "index_location": "end"}}]
+        whole[0] = block
     return {
         "shape": list(shape),
         "data_type": dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": whole}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": "NaN"
-        if dtype.kind == "f"
-        else int(np.iinfo(dtype).max if dtype.kind == "u" else np.iinfo(dtype).min),
+        "fill_value": "NaN" if dtype.kind == "f" else _poison(dtype),
         "codecs": codecs,
-        "attributes": {},
         "zarr_format": 3,
         "node_type": "array",
-        "storage_transformers": [],
     }
+
+
+def _poison(dtype: np.dtype[Any]) -> Any:
+    """A number that no honest stream is full of."""
+    return np.nan if dtype.kind == "f" else int(np.iinfo(dtype).max if dtype.kind == "u" else np.iinfo(dtype).min)
 
 
 def _tables(rows: int, shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -71,26 +85,18 @@ def _tables(rows: int, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {"lengths": (rows, len(shapes) + 1), "crc32c": (rows,)}
 
 
-def _metadata(rows: int, shapes: Shapes) -> dict[str, dict[str, Any]]:
-    """Every zarr.json of a shard, by name."""
-    found = {"zarr.json": _GROUP}
+def _metadata(rows: int, block: int, shapes: Shapes) -> dict[str, dict[str, Any]]:
+    """What every zarr.json of a shard must say, by name."""
+    found: dict[str, dict[str, Any]] = {"zarr.json": _GROUP}
     for name, (dtype, shape) in shapes.items():
-        found[f"{name}/zarr.json"] = array_metadata(dtype, (rows, *shape), by_row=True)
+        found[f"{name}/zarr.json"] = array_metadata(dtype, (rows, *shape), block)
     for name, shape in _tables(rows, shapes).items():
-        found[f"{name}/zarr.json"] = array_metadata(_U4, shape, by_row=False)
+        found[f"{name}/zarr.json"] = array_metadata(_U4, shape, None)
     return found
 
 
-def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=2).encode() + b"\n"
-
-
-def _chunk_name(array: str, dimensions: int) -> str:
-    return f"{array}/c" + "/0" * dimensions
-
-
-def _sealed(data: bytes) -> bytes:
-    return data + struct.pack("<I", google_crc32c.value(data))
+def _chunk_name(array: str, dimensions: int, block: int = 0) -> str:
+    return f"{array}/c/{block}" + "/0" * (dimensions - 1)
 
 
 def _unsealed(data: bytes, what: str) -> bytes:
@@ -100,7 +106,7 @@ def _unsealed(data: bytes, what: str) -> bytes:
 
 
 class ZarrShardWriter(ShardWriter):
-    """Writes one group, row by row; memory holds one row and the index."""
+    """Writes one group, block by block, through zarr-python. Memory holds a block of rows, and an index of all."""
 
     suffix = ".zarr"
     folder = True
@@ -108,105 +114,199 @@ class ZarrShardWriter(ShardWriter):
     def __init__(self, storage: Storage, shard: int, form: RowFormat) -> None:
         super().__init__(storage, shard, form)
         self._shapes = form.shapes(form.seq_len)
-        self._sinks: dict[str, Sink] = {}
-        self._index: dict[str, list[tuple[int, int]]] = {name: [] for name in self._shapes}
+        self._parts = _Parts(self.data)
+        self._group: zarr.Group | None = None
+        self._arrays: dict[str, Any] = {}  # opened again from the group they would leave out empty chunks
+        self._waiting: list[Record] = []
+        self._block, self._most = rows_per_block(form, _BLOCK_ROWS), _MOST_OBJECTS // len(self._shapes) - 1
         self._lengths: list[list[int]] = []
         self._seals: list[int] = []
 
-    def _append(self, record: Record) -> None:
+    def append(self, record: Record) -> None:
         self._seals.append(row_seal(self.shard, self.tally.rows, record.positions, record.streams.values()))
         self._lengths.append([len(stream) for stream in record.streams.values()] + [record.positions])
-        for name, stream in record.streams.items():
-            dtype, shape = self._shapes[name]
-            padded = np.zeros(math.prod(shape), dtype)
-            padded[: len(stream)] = stream
-            chunk = _sealed(deflate(padded))
-            sink = self._sinks.get(name) or self._sinks.setdefault(name, self._part(_chunk_name(name, 1 + len(shape))))
-            self._index[name].append((sink.bytes, len(chunk)))
-            sink.write(chunk)
+        self._waiting.append(record)
+        if len(self._waiting) == self._block:
+            self._flush()
 
-    def _part(self, name: str) -> Sink:
-        return self.data.part(name)
+    def _flush(self) -> None:
+        """Write the rows that wait as one object of each array."""
+        end, count = len(self._seals), len(self._waiting)
+        if end > self._block * self._most:
+            raise CacheError(f"{self.data.name} has too many rows for a zarr shard ({end:,}); make shards smaller")
+        if self._group is None:  # a shard of less than a block has objects of its own size
+            self._create(max(1, min(count, self._block)))
+        for name, (dtype, shape) in self._shapes.items():
+            block = np.zeros((count, math.prod(shape)), dtype)
+            for row, record in zip(block, self._waiting, strict=True):
+                row[: len(record.streams[name])] = record.streams[name]
+            array = self._arrays[name]
+            array.resize((end, *shape))
+            if count:
+                array[end - count :] = block.reshape(count, *shape)
+        self._waiting.clear()
 
-    def _finish(self) -> list[dict[str, Any]]:
-        rows, done = self.tally.rows, list(self._sinks.values())
-        for name, sink in self._sinks.items():
-            sink.write(_sealed(b"".join(_ENTRY.pack(*entry) for entry in self._index[name])))
+    def _create(self, block: int) -> None:
+        import zarr
+
+        self._group = zarr.create_group(_parts_store(self._parts))
+        for name, (dtype, shape) in self._shapes.items():
+            self._arrays[name] = self._array(name, dtype, (0, *shape), chunks=(1, *shape), shards=(block, *shape))
+
+    def _array(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], **chunks: Any) -> Any:
+        from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+
+        assert self._group is not None
+        return self._group.create_array(
+            name, shape=shape, dtype=dtype.name, fill_value=_poison(dtype), serializer=BytesCodec(endian="little"),
+            compressors=[ZstdCodec(level=LEVEL, checksum=False), Crc32cCodec()], filters=None,
+            config={"write_empty_chunks": True}, **chunks,
+        )  # fmt: skip
+
+    def finish(self) -> list[dict[str, Any]]:
+        if self._waiting or self._group is None:
+            self._flush()
         tables = {"lengths": self._lengths, "crc32c": self._seals}
-        for name, shape in _tables(rows, self._shapes).items():
-            if rows:
-                table = np.array(tables[name], _U4).reshape(shape)
-                done.append(self._write(_chunk_name(name, len(shape)), _sealed(deflate(table))))
-        for name, metadata in _metadata(rows, self._shapes).items():
-            done.append(self._write(name, _json(metadata)))
-        return sorted((sink.record() for sink in done), key=lambda x: str(x["name"]))
+        for name, shape in _tables(self.tally.rows, self._shapes).items():
+            array = self._array(name, _U4, shape, chunks=tuple(max(1, n) for n in shape))
+            if self.tally.rows:
+                array[:] = np.array(tables[name], _U4).reshape(shape)
+        return self._parts.finish()
 
-    def _write(self, name: str, data: bytes) -> Sink:
-        sink = self._part(name)
-        sink.write(data)
-        return sink
 
-    @classmethod
-    def reader(cls) -> type[Shard]:
-        return ZarrShard
+class _Parts:
+    """What a zarr store is given, on its way into the data of a shard: each object written once, then closed.
+
+    Metadata, which zarr-python writes anew whenever an array grows, is kept until the end.
+    """
+
+    def __init__(self, data: NewData) -> None:
+        self._data = data
+        self._sinks: dict[str, Sink] = {}
+        self.metadata: dict[str, bytes] = {}
+
+    def put(self, name: str, value: bytes) -> None:
+        """Keep or write an object."""
+        if name.endswith("zarr.json"):
+            self.metadata[name] = value
+            return
+        self._sinks[name] = sink = self._data.part(name)
+        sink.write(value)
+        sink.settle()
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Write the metadata; the records of all objects."""
+        for name, value in self.metadata.items():
+            self._sinks[name] = sink = self._data.part(name)
+            sink.write(value)
+        return sorted((sink.record() for sink in self._sinks.values()), key=lambda x: str(x["name"]))
+
+
+def _parts_store(parts: _Parts) -> Any:
+    """A zarr store over `parts`, for an array that only grows; zarr-python is loaded by those only who write."""
+    from zarr.abc.store import Store
+
+    class PartsStore(Store):
+        supports_writes, supports_deletes, supports_listing = True, False, False
+
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+        async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:  # noqa: ARG002
+            found = parts.metadata.get(key)  # what was written is never asked for again
+            return None if found is None else prototype.buffer.from_bytes(found)
+
+        async def exists(self, key: str) -> bool:
+            return key in parts.metadata
+
+        async def set(self, key: str, value: Any) -> None:
+            parts.put(key, value.to_bytes())
+
+        def not_needed(self, *_: Any) -> Any:
+            raise NotImplementedError
+
+        get_partial_values = delete = list = list_prefix = list_dir = not_needed  # type: ignore[assignment]
+
+    return PartsStore()
 
 
 class ZarrShard(Shard):
     """Reads one group."""
 
-    def _open(self, objects: list[dict[str, Any]]) -> str:
+    def open(self, objects: list[dict[str, Any]]) -> str:
         root = str(objects[0]["name"]).partition(".zarr/")[0] + ".zarr"
-        self._shapes = self.form.shapes(self.form.seq_len)
-        metadata = {name: _json(fields) for name, fields in _metadata(self.rows, self._shapes).items()}
-        tables, arrays = _tables(self.rows, self._shapes) if self.rows else {}, self._shapes if self.rows else {}
-        chunks = {name: _chunk_name(name, len(shape)) for name, shape in tables.items()}
-        chunks |= {name: _chunk_name(name, 1 + len(shape)) for name, (_, shape) in arrays.items()}
-        names = [*metadata, *chunks.values()]
-        if {str(x["name"]).removeprefix(f"{root}/") for x in objects} != set(names):
+        self._root, self._objects = root, {str(x["name"]).removeprefix(f"{root}/"): x for x in objects}
+        self._shapes, self._block = self.form.shapes(self.form.seq_len), rows_per_block(self.form, self.rows)
+        blocks = -(-self.rows // self._block)
+        if blocks > _MOST_OBJECTS:
             raise CorruptCacheError(f"shard {self.shard} is committed as other objects than a shard of its rows has")
-        opened = self.storage.map(lambda name: self._require(objects, f"{root}/{name}"), names)
+        metadata = _metadata(self.rows, self._block, self._shapes)
+        tables = _tables(self.rows, self._shapes) if self.rows else {}
+        tables_at = {name: _chunk_name(name, len(shape)) for name, shape in tables.items()}
+        chunks = [
+            _chunk_name(name, 1 + len(shape), block)
+            for name, (_, shape) in self._shapes.items()
+            for block in range(blocks)
+        ]
+        names = [*metadata, *tables_at.values()]
+        if len(objects) != len(self._objects) or set(self._objects) != {*names, *chunks}:
+            raise CorruptCacheError(f"shard {self.shard} is committed as other objects than a shard of its rows has")
+        most = {name: 4 * len(json.dumps(fields, indent=2)) for name, fields in metadata.items()}
+        most |= {tables_at[name]: 1024 + 8 * math.prod(shape) for name, shape in tables.items()}
+        opened = self.storage.map(self._file, names)
         files: dict[str, Readable] = dict(zip(names, opened, strict=True))
-
-        most = {name: 4 * len(text) for name, text in metadata.items()}
-        most |= {chunks[name]: 1024 + 8 * math.prod(shape) for name, shape in tables.items()}
-        for name, size in most.items():
-            if files[name].size > size:
-                raise CorruptCacheError(f"{files[name].name} is larger than it can be in a shard of {self.rows} rows")
-        end = _ENTRY.size * self.rows + 4  # bytes of an array's index
-        for name in arrays:
-            if files[chunks[name]].size < end:
-                raise CorruptCacheError(f"{files[chunks[name]].name} has no index of {self.rows} rows")
-        requests = [(files[name], 0, files[name].size) for name in most]
-        requests += [(files[chunks[name]], files[chunks[name]].size - end, end) for name in arrays]
-        found = dict(zip((*most, *arrays), self.storage.read_ranges(requests), strict=True))
-
-        for name, text in metadata.items():
-            if not _says(found[name], text):
+        for name, file in files.items():
+            if file.size > most[name]:
+                raise CorruptCacheError(f"{file.name} is larger than it can be in a shard of {self.rows} rows")
+        found = dict(zip(names, self.storage.read_ranges([(f, 0, f.size) for f in files.values()]), strict=True))
+        for name, fields in metadata.items():
+            if not _says(found[name], fields):
                 raise CorruptCacheError(
                     f"{files[name].name} does not describe a shard of {self.rows} rows of this cache"
                 )
         try:
             numbers = [
-                read_stream(_unsealed(found[chunks[name]], name), _U4, shape).reshape(shape)
+                read_stream(_unsealed(found[tables_at[name]], name), _U4, shape).reshape(shape)
                 for name, shape in tables.items()
             ]
-            indexes = {name: _unsealed(found[name], f"the index of {name}") for name in arrays}
         except (CorruptCacheError, ValueError) as error:
             raise CorruptCacheError(f"{self.storage.where(root)}: {error}") from None
         self._lengths, self._seals = numbers or [np.zeros(0, _U4)] * 2
-        self._arrays: dict[str, tuple[Readable, NDArray[np.uint64]]] = {
-            name: (files[chunks[name]], np.frombuffer(index, "<u8").reshape(-1, 2)) for name, index in indexes.items()
-        }
+        self._indexes: dict[int, dict[str, NDArray[np.uint64]]] = {}
         return root
 
-    def _record(self, row: int) -> Record:
+    def _file(self, name: str) -> Readable:
+        """An object, open as long as it is among those that were read last."""
+        full = f"{self._root}/{name}"
+        found: Readable = self.storage.files.get((self, name), lambda: self.require([self._objects[name]], full))
+        return found
+
+    def _chunks(self, block: int) -> dict[str, Readable]:
+        return {name: self._file(_chunk_name(name, 1 + len(shape), block)) for name, (_, shape) in self._shapes.items()}
+
+    def _index(self, block: int, files: dict[str, Readable]) -> dict[str, NDArray[np.uint64]]:
+        """`[rows of a block, 2]` start and size of each row's chunk in an object, by array; kept once it is read."""
+        if block not in self._indexes:
+            end = _ENTRY.size * self._block + 4
+            for file in files.values():
+                if file.size < end:
+                    raise CorruptCacheError(f"{file.name} has no index of {self._block} rows")
+            found = self.storage.read_ranges([(file, file.size - end, end) for file in files.values()])
+            self._indexes[block] = {
+                name: np.frombuffer(_unsealed(data, f"the index of {name}"), "<u8").reshape(-1, 2)
+                for name, data in zip(files, found, strict=True)
+            }
+        return self._indexes[block]
+
+    def record(self, row: int) -> Record:
         *lengths, positions = (int(n) for n in self._lengths[row])
         self.form.shapes(positions)
-        requests = []
-        for name in self._shapes:
-            file, index = self._arrays[name]
-            start, size = (int(n) for n in index[row])
-            if start + size > file.size - index.nbytes - 4:  # the mark of a missing chunk is 2^64 - 1
+        block, at = divmod(row, self._block)
+        files = self._chunks(block)
+        index, requests = self._index(block, files), []
+        for name, file in files.items():
+            start, size = (int(n) for n in index[name][at])
+            if start + size > file.size - index[name].nbytes - 4:  # the mark of a missing chunk is 2^64 - 1
                 raise CorruptCacheError(f"its chunk of {name} is missing")
             requests.append((file, start, size))
         streams = {}
@@ -222,8 +322,30 @@ class ZarrShard(Shard):
         return Record(positions=positions, streams=streams)
 
 
-def _says(text: bytes, metadata: bytes) -> bool:
+_SILENT: dict[str, Any] = {"attributes": {}, "storage_transformers": [], "dimension_names": None}
+"""What versions of zarr-python write or leave out."""
+
+
+def _says(text: bytes, wanted: dict[str, Any]) -> bool:
+    """Whether a zarr.json says this and nothing else."""
     try:
-        return canonical(parse(text)) == canonical(parse(metadata))
-    except ValueError:
+        found = parse(text)
+        loud = [{k: v for k, v in x.items() if k not in _SILENT or v != _SILENT[k]} for x in (found, wanted)]
+        return canonical(loud[0]) == canonical(loud[1])
+    except (AttributeError, ValueError):
         return False
+
+
+def open_group(storage: Storage, root: str) -> zarr.Group:
+    """The group of a shard as zarr-python opens it, read-only.
+
+    Args:
+        storage: where the cache lies; a folder, or a URL that fsspec knows.
+        root: the shard's name.
+    """
+    import zarr
+
+    if isinstance(storage, LocalStorage):
+        return zarr.open_group(zarr.storage.LocalStore(storage.folder / root, read_only=True), mode="r")
+    store = zarr.storage.FsspecStore.from_url(storage.where(root), read_only=True)
+    return zarr.open_group(store, mode="r")

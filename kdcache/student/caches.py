@@ -83,7 +83,7 @@ def open_sources(config: TrainConfig, standing: Sequence[dict[str, Any]] = ()) -
         began = standing[number] if number < len(standing) else {}
         if began.get("shards") is not None and began.get("sha256") == cache.manifest.sha256:
             cache = cache.only(began["shards"])
-        if config.partial:
+        if config.partial or cache.commits.sealed:  # before hours of training, not in the middle of them
             cache.require_objects()
         sources.append(Source(name, cache, weight, config.partial))
     if len({source.weight is None for source in sources}) > 1:
@@ -99,6 +99,9 @@ def _with_partners(source: Source, config: TrainConfig) -> Source:
     for spelled in config.pool:
         name, weight = split_weight(spelled, "--pool")
         partners.append(Teacher(name, _open(name, config), 1.0 if weight is None else weight))
+    for each in partners:
+        if each.cache.commits.sealed and not config.partial:
+            each.cache.require_objects()
     if config.partial:  # the shards that every teacher has
         shared = set(source.cache.commits).intersection(*(each.cache.commits for each in partners))
         source = dataclasses.replace(source, cache=source.cache.only(shared))
@@ -131,7 +134,7 @@ def require_targets(sources: Sequence[Source]) -> None:
         ConfigError: naming what the first was dumped with.
     """
     caches = [teacher.cache for source in sources for teacher in source.teachers]
-    if not any(commit.positions for cache in caches for commit in cache.commits.values()):
+    if not any(cache.commits.total("positions") for cache in caches):
         first = sources[0]
         raise ConfigError(
             f"no position of {first.name} carries a target (--positions {first.cache.manifest.positions}), so there is "
@@ -192,7 +195,9 @@ def _nature(manifest: Manifest) -> dict[str, Any]:
         "vocab_size": manifest.vocab_size,
         "seq_len": manifest.seq_len,
         "isolate": manifest.isolate,
-        "selection": manifest.selection["kind"],
+        "selection": manifest.rule.kind,
         "temperatures": ",".join(f"{t:g}" for t in manifest.temperatures),
-        "sample_temperature": manifest.selection.get("sample_temperature", 1.0),
+        "sample_temperature": manifest.rule.target_temperature,
+        "known entropy": manifest.known.entropy,
+        "known log-probability of labels": manifest.known.label_logprob,
     }

@@ -2,7 +2,7 @@
 
 The order of a run is one flat sequence of rows, a pure function of (rows, seed, weights): see `student.mixture`.
 Optimiser step s takes the s-th slice of it, however many ranks and micro-batches share the slice, so resuming is
-skipping, also on another number of ranks.
+skipping, also on another number of ranks. Nothing here takes memory that grows by more than two bits a row.
 
 Shapes: R rows, L slots, M positions with a target among the R x L.
 """
@@ -24,11 +24,15 @@ from kdcache.losses import Pool
 from kdcache.rows import IGNORE, PackedRow, position_ids
 from kdcache.student.mixture import Mixture
 from kdcache.student.multi_teacher import RowReader
+from kdcache.student.permutation import Permutation
+from kdcache.student.row_set import RowSet, set_bits
 from kdcache.targets import SparseTargets
 
-Rows = Sequence[int] | NDArray[np.int64]
+Rows = Sequence[int] | NDArray[np.int64] | RowSet
 
 _BLOCK = 1 << 16
+_HELDOUT = 0
+"""The seed of the choice of held-out rows; a run's own seed has no part in it."""
 
 
 class Item(NamedTuple):
@@ -75,17 +79,25 @@ class Collator:
     where nothing counts, and `shift_labels` is the same tensor under the name by which Trainer
     counts the positions of an optimiser step. `targets` holds the M labelled positions, in order, as wide as the
     widest cache's; a `Pool` if they are those of several teachers. `rows` `[R, 2]` says where each row was read: which
-    cache, and which row of it.
+    cache, and which row of it. `extras`, `{name: [R, L, width]}` float32, holds the extras that all caches have
+    with one width, NaN where a slot has none; a batch without any has no such key.
     """
 
     def __init__(self, caches: Sequence[RowReader]) -> None:
         manifest = caches[0].manifest
         self.seq_len, self.isolate = manifest.seq_len, manifest.isolate
         self.width = max(cache.manifest.width for cache in caches)
+        specs = [cache.manifest.extra_specs for cache in caches]
+        self.extras = [
+            name
+            for name, spec in specs[0].items()
+            if all(name in other and (other[name].width, other[name].per) == (spec.width, spec.per) for other in specs)
+        ]
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Make one batch of rows and their targets."""
         rows = [item.row for item in items]
+        extras = self._extras(rows)
         segments = np.stack([row.segments(self.seq_len) for row in rows])
         labels = torch.from_numpy(np.stack([row.labels(self.seq_len) for row in rows]))
         return {
@@ -95,7 +107,12 @@ class Collator:
             "shift_labels": labels,
             "targets": self._join([item.targets for item in items]),
             "rows": torch.tensor([(item.cache, item.number) for item in items]),
+            **({"extras": extras} if extras else {}),
         }
+
+    def _extras(self, rows: Sequence[PackedRow]) -> dict[str, torch.Tensor]:
+        padded = [row.padded_extras(self.seq_len) for row in rows] if self.extras else []
+        return {name: torch.from_numpy(np.stack([one[name] for one in padded])) for name in self.extras}
 
     def _join(self, each: Sequence[SparseTargets | Pool]) -> SparseTargets | Pool:
         pools = [targets for targets in each if isinstance(targets, Pool)]
@@ -106,8 +123,9 @@ class Collator:
 
 def batches(cache: RowReader, rows: Rows, batch_rows: int) -> Iterator[dict[str, Any]]:
     """Rows of a cache as batches, in order."""
-    numbers, collate = [int(number) for number in rows], Collator([cache])
-    items = (Item(*found, 0, number) for found, number in zip(cache.read_rows(numbers), numbers, strict=True))
+    collate = Collator([cache])
+    found = zip(cache.read_rows(map(int, rows)), map(int, rows), strict=True)
+    items = (Item(*row, 0, number) for row, number in found)
     while batch := list(itertools.islice(items, batch_rows)):
         yield collate(batch)
 
@@ -130,8 +148,10 @@ class RunOrder(Sampler[int | None]):
             yield from self.mixture.rows(start, min(start + _BLOCK, self.total)).tolist()
 
 
-def split_heldout(rows: int, share: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split_heldout(rows: int, share: float) -> tuple[RowSet, RowSet]:
     """`(training rows, held-out rows)`, each in cache order.
+
+    Held out are the first rows of a permutation that depends on their number alone.
 
     The choice depends on nothing but the two numbers, so every run over a cache, with any seed,
     measures on the same rows.
@@ -142,9 +162,13 @@ def split_heldout(rows: int, share: float) -> tuple[NDArray[np.int64], NDArray[n
     if rows < 2:
         raise ConfigError(f"the cache has {rows} row(s), but training needs one to learn from and one to hold out")
     count = min(rows - 1, max(1, round(rows * share)))
-    held = np.zeros(rows, bool)
-    held[np.random.default_rng(0).permutation(rows)[:count]] = True
-    return np.flatnonzero(~held), np.flatnonzero(held)
+    order, held = Permutation(rows, (_HELDOUT,)), np.zeros(-(-rows // 8), np.uint8)
+    for start in range(0, count, _BLOCK):
+        set_bits(held, order(np.arange(start, min(start + _BLOCK, count))))
+    rest = ~held
+    if rows % 8:
+        rest[-1] &= (1 << rows % 8) - 1
+    return RowSet(rows, rest), RowSet(rows, held)
 
 
 def labelled(batch: dict[str, Any]) -> torch.Tensor:

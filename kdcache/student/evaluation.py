@@ -1,4 +1,4 @@
-"""Measure: a student's figures over rows of a cache, all at T = 1.
+"""A student's figures over rows of a cache, all at T = 1, without `[positions, vocabulary]` in memory.
 
 `nll` is a mean over all labelled positions; the others compare with the teacher, so they are means over the positions
 that carry a target, `targets` of them, and None where there is none.
@@ -11,34 +11,40 @@ that carry a target, `targets` of them, and None where there is none.
                     `estimate` when the targets are sampled: unbiased, with `kl_standard_error` from its spread
                     over positions; None if they were sampled at another temperature
     top1_agreement  share of positions where both prefer the same token
-    ece             expected calibration error of the student's most likely token (`calibration`)
-    acceptance      of the student's drafts by the teacher (`acceptance`): known when everything is kept, else
+    ece             expected calibration error of the student's most likely token (`student.metrics`)
+    acceptance      of the student's drafts by the teacher (`student.metrics`): known when everything is kept, else
                     between `acceptance_low` and `acceptance_high`; all three None for sampled targets
-    teachers        of a pool: kl and teacher_nll of each; the figures above are told of the first
+    teachers        of a pool: kl and teacher_nll of each; the figures above compare with the first
 
-All come from one forward pass. Sums are kept in float64, so the order of batches does not show. Those of
-several caches add up to the figures over all.
+Guarantee: all come from one forward pass, a tile of logits at a time, made inside it as the loss is in training.
+Sums are kept in float64, so neither the order of batches nor their distribution over ranks shows by more than a
+rounding of float64. The sums of several caches add up to the figures over all.
+Cost: in memory, one tile of logits; in time, a forward pass, shared by the ranks of a run.
 
 Shapes: M labelled positions of a batch, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
-from kdcache.errors import ConfigError
-from kdcache.isolation import packed_forward
-from kdcache.losses import Pool, measure_positions, of_teacher
+from kdcache.errors import ConfigError, ModelError
+from kdcache.losses import LogitSource, Pool, of_teacher
+from kdcache.losses import measure as measure_targets
 from kdcache.store.manifest import Manifest
+from kdcache.student import distributed
 from kdcache.student.data import Rows, batches, labelled
-from kdcache.student.metrics import Calibration, acceptance_bounds
+from kdcache.student.fused_head import FusedHead, fuse_head, with_logits
+from kdcache.student.metrics import Calibration, acceptance_bounds, confidence
 from kdcache.student.multi_teacher import PooledCache, RowReader, Teacher
-from kdcache.targets import SAMPLED_KINDS
 
 
 def measure(
@@ -66,12 +72,17 @@ def measure_each(
 ) -> dict[str, Any]:
     """Figures over rows of several caches together; if there are several, under `caches` those of each.
 
+    The ranks of a run share the batches, and each is given the figures over all of them, so every rank must call this.
+
     Raises:
         ConfigError: no row of some cache carries a label.
     """
     whole, each = StudentFigures(), {}
     for (name, cache), chosen in zip(caches.items(), rows, strict=True):
-        counted = _figures(model, cache, chosen, device, batch_rows)
+        mine = _figures(model, cache, chosen, device, batch_rows, ranks=distributed.world())
+        counted = StudentFigures.of(cache)
+        for part in distributed.gather(mine.counts()):
+            counted.add_counts(part)
         whole.join(counted)
         each[name] = counted.means()
     return whole.means() if len(each) == 1 else {**whole.means(), "caches": each}
@@ -84,24 +95,48 @@ def _figures(
     device: torch.device,
     batch_rows: int,
     on_progress: Callable[[int, int], None] | None = None,
+    ranks: int = 1,
 ) -> StudentFigures:
-    figures = StudentFigures.of(cache)
+    """Figures over the batches that fall to this rank: the first to rank 0, the second to rank 1, and so on.
+
+    Whole batches are dealt out, so each holds the rows that it has on one rank, and its figures are the same.
+    """
+    figures, vocab = StudentFigures.of(cache), cache.manifest.vocab_size
+    head = head_or_none(model, device)
+    shares = _shares(rows, batch_rows, ranks)
+    mine = shares[distributed.rank() if ranks > 1 else 0]
     training = model.training
     model.eval()
     with torch.inference_mode():
-        for batch in batches(cache, rows, batch_rows):
-            figures.add(labelled_logits(model, batch, device, cache.manifest.vocab_size).float(), batch)
+        for batch in batches(cache, mine, batch_rows):
+            with_logits(model, head, batch, device, vocab, functools.partial(figures.add, batch=batch))
             if on_progress:
                 on_progress(figures.rows, len(rows))
+        if isinstance(model, FSDPModule) and _batches(mine, batch_rows) < _batches(shares[0], batch_rows):
+            # Ranks gather sharded weights together, so each must run as many forward passes as the others.
+            for batch in batches(cache, rows[:1], 1):
+                with_logits(model, head, batch, device, vocab, lambda _: None)
     model.train(training)
     return figures
 
 
-def labelled_logits(model: Any, batch: dict[str, Any], device: torch.device, vocab_size: int) -> Tensor:
-    """`[M, V]` a model's logits at the labelled slots of a batch, cut to the cache's vocabulary, in its own dtype."""
-    logits = packed_forward(model, batch["input_ids"].to(device), batch["position_ids"].to(device)).logits
-    taken: Tensor = logits[labelled(batch).to(device)][:, :vocab_size]
-    return taken
+def _shares(rows: Rows, batch_rows: int, ranks: int) -> list[list[int]]:
+    """The rows of each rank: whole batches, dealt out in turn."""
+    numbers = [int(row) for row in rows]
+    dealt = [numbers[start : start + batch_rows] for start in range(0, len(numbers), batch_rows)]
+    return [list(itertools.chain.from_iterable(dealt[rank::ranks])) for rank in range(ranks)]
+
+
+def _batches(rows: Sequence[int], batch_rows: int) -> int:
+    return -(-len(rows) // batch_rows)
+
+
+def head_or_none(model: Any, device: torch.device) -> FusedHead | None:
+    """What `fuse_head` gives; None for a model that it does not know, whose own logits are then looked at whole."""
+    try:
+        return fuse_head(model, device)
+    except ModelError:
+        return None
 
 
 class StudentFigures:
@@ -130,30 +165,38 @@ class StudentFigures:
         return figures
 
     def join(self, other: StudentFigures) -> None:
-        """Add what another counted."""
-        self.calibration.join(other.calibration)
+        """Add the figures over other rows, of this cache or another."""
         self.teachers = other.teachers
         self._kinds |= other._kinds
-        self.rows += other.rows
-        self._labels += other._labels
-        for name, value in other._sums.items():
+        self.add_counts(other.counts())
+
+    def counts(self) -> dict[str, Any]:
+        """What was counted, without the caches: small enough to be sent to another rank."""
+        return {"sums": self._sums, "labels": self._labels, "rows": self.rows, "calibration": self.calibration}
+
+    def add_counts(self, counts: dict[str, Any]) -> None:
+        """Add what `counts` of another gave."""
+        self.calibration.join(counts["calibration"])
+        self.rows += counts["rows"]
+        self._labels += counts["labels"]
+        for name, value in counts["sums"].items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
-    def add(self, logits: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Take in the student's logits `[M, V]` of a batch; gives back its figures, `[M]` float64 each, on the CPU.
+    def add(self, source: LogitSource, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Take in the student's logits at the M labelled slots of a batch.
 
-        Those that compare with a target are 0 where there is none.
+        Returns:
+            `[M]` float64 each figure, on the CPU; those that compare with a target are 0 where there is none.
         """
-        labels = batch["labels"][labelled(batch)].to(logits.device)
-        pool = Pool.of(batch["targets"].to(logits.device))
-        found = measure_positions(logits, pool, labels)
-        self.calibration.add(logits, found["log_partition"], labels)
-        bounds = acceptance_bounds(logits, found["log_partition"], pool.targets[0])
-        if bounds is not None:
-            found["acceptance_low"], found["acceptance_high"] = (end * found["has_target"] for end in bounds)
+        labels = batch["labels"][labelled(batch)].to(source.device)
+        pool = Pool.of(batch["targets"].to(source.device))
+        found = measure_targets(source, pool, labels, (confidence, acceptance_bounds))
         found["nll_at_targets"] = found["nll"] * found["has_target"]
-        columns = torch.stack([values.float() for values in found.values()]).cpu().double()  # one copy; [figures, M]
+        columns = (
+            torch.stack([values.to(source.dtype) for values in found.values()]).cpu().double()
+        )  # one copy; [figures, M]
         figures = dict(zip(found, columns, strict=True))
+        self.calibration.add(figures.pop("confidence"), figures.pop("correct"))
         for number in range(len(pool.targets)):
             if (kl := figures.get(of_teacher("kl", number))) is not None:
                 figures[of_teacher("kl_square", number)] = kl.square()
@@ -226,6 +269,6 @@ class StudentFigures:
 
 
 def _kl_kind(manifest: Manifest) -> str:
-    if manifest.selection["kind"] in SAMPLED_KINDS:
+    if manifest.rule.sampled:
         return "estimate"
     return "dense" if manifest.width == manifest.vocab_size else "lower-bound"

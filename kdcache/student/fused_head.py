@@ -23,23 +23,34 @@ import itertools
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
 from kdcache.isolation import packed_forward
-from kdcache.losses import Figures, LinearHead, Objective, PositionWeights, distil
+from kdcache.losses import Figures, LinearHead, LogitSource, Objective, PositionWeights, StoredLogits, distil
 from kdcache.pretrained import one_line
 from kdcache.student.data import labelled
+
+T = TypeVar("T")
 
 OnHead = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """`(hidden [R, L, D], weight [V, D], bias [V] or None)` to a scalar loss."""
 
+Auxiliary = Callable[[Tensor, dict[str, Any]], Tensor]
+"""`(hidden [R, L, D], batch)` to a scalar that is added to the loss: a term that learns from `batch["extras"]`.
+
+`hidden` is what the output head is given, with its gradient; `batch` is the collator's, on the device that it came on.
+"""
+
 _CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap", "softcap")
 # The second of these divides in some models and multiplies in others; the check tells which.
 _FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier", "output_multiplier")
+
+_KNOWN = "_kdcache_fused_head"
+"""Where a model keeps what was found: its forward must not be replaced twice."""
 
 _CHECKED_TOKENS = 16
 _WIDE = 40.0
@@ -76,6 +87,9 @@ def fuse_head(model: Any, device: torch.device | str) -> FusedHead:
     Raises:
         ModelError: the model's logits are not those of a linear head, scaled and capped.
     """
+    known: FusedHead | None = vars(model).get(_KNOWN)
+    if known is not None:
+        return known
     head, name = model.get_output_embeddings(), type(model).__name__
     if type(head) is not nn.Linear:
         raise ModelError(f"the student {name} has no linear output head, which its loss needs ({type(head).__name__})")
@@ -94,6 +108,7 @@ def fuse_head(model: Any, device: torch.device | str) -> FusedHead:
         raise ModelError(f"the student {name} cannot make its loss at its output head: {one_line(error)}") from error
     finally:
         model.train(training)
+    setattr(model, _KNOWN, found)
     return found
 
 
@@ -141,7 +156,7 @@ def _matching(model: Any, head: nn.Linear, tokens: Tensor, places: Tensor) -> Fu
     for guess in _guesses(model.config.get_text_config()):
         off = 0.0
         for given, logits in cases:
-            mine = guess.source(given.flatten(0, -2), head.weight, head.bias).logits(slice(None))
+            mine = guess.source(given.flatten(0, -2), head.weight, head.bias).all_logits()
             own = logits.flatten(0, -2).float()
             off = max(off, ((mine - own).abs().max() / own.abs().max().clamp(min=1e-6)).item())
         if off <= max(1e-4, 4 * torch.finfo(logits.dtype).eps):
@@ -181,6 +196,43 @@ def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
     return [float(x) for x in values if isinstance(x, int | float) and x]
 
 
+def with_logits(
+    model: Any,
+    head: FusedHead | None,
+    batch: dict[str, Any],
+    device: torch.device,
+    vocab_size: int,
+    use: Callable[[LogitSource], T],
+) -> T:
+    """Run a model over a batch and hand the logits of its M labelled slots, by tiles, to a function.
+
+    The function is called inside the model's forward, where weights that are sharded are gathered.
+
+    Args:
+        model: a causal language model, sharded by FSDP2 or not.
+        head: what `fuse_head` gave for it; without one its logits `[R, L, V]` are made whole.
+        batch: of `Collator`.
+        device: where the model is.
+        vocab_size: of the cache; later rows of the head are padding.
+        use: given the source of the logits.
+
+    Returns:
+        What the function returns.
+    """
+    mask = labelled(batch).to(device)
+    tokens, positions = batch["input_ids"].to(device), batch["position_ids"].to(device)
+    if head is None:
+        return use(StoredLogits(packed_forward(model, tokens, positions).logits[mask][:, :vocab_size]))
+    made: list[T] = []
+
+    def on_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        made.append(use(head.source(hidden[mask], weight, bias, vocab_size)))
+        return hidden.new_zeros(())
+
+    packed_forward(model, tokens, positions, on_head=on_head)
+    return made[0]
+
+
 def count_items(batch: dict[str, Any]) -> Tensor:
     """`[2]` how many positions of a batch have a label, and how many a target."""
     return torch.stack([labelled(batch).sum(), (batch["targets"].count > 0).sum().to(batch["labels"].device)])
@@ -196,6 +248,7 @@ def compute_loss(
     num_items: Tensor | None = None,
     weights: PositionWeights | None = None,
     figures: Figures | None = None,
+    auxiliary: Auxiliary | None = None,
 ) -> Tensor:
     """Distillation and label loss of one batch: a sum over its positions, divided once.
 
@@ -210,6 +263,7 @@ def compute_loss(
             them. By default, those of this batch.
         weights: how much the distillation term of each position counts; all the same by default.
         figures: filled with the student's figures at each position.
+        auxiliary: gives a further term, added to the loss as it is; it divides by its own count of what it sums.
 
     Returns:
         A scalar, nats.
@@ -227,11 +281,12 @@ def compute_loss(
     items, with_target = (None, None) if num_items is None else num_items.to(device).clamp(min=1e-9)  # of none, none
 
     def on_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return distil(
+        loss = distil(
             head.source(hidden[mask], weight, bias, vocab_size), targets, labels[mask], objective,
             num_items=items, num_targets=with_target, figures=figures,
             position_weights=weights.of(targets, vocab_size) if weights else None,
         )  # fmt: skip
+        return loss if auxiliary is None else loss + auxiliary(hidden, batch)
 
     loss: Tensor = packed_forward(model, tokens, positions, on_head=on_head)
     return loss

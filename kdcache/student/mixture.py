@@ -7,8 +7,9 @@ light slots that differ by 1 at most), so behind d forks any window holds a cach
 are joined first, so that a heavy cache stands behind few. The same formula counts the steps before t. All is exact in
 integers: after n slots each cache has had its parts exactly, and its next period begins.
 
-Each cache then goes through its own epochs, every one a permutation of its rows. Cost: a handful of array operations a
-fork for a block of slots, and one permutation a cache and epoch.
+Each cache then goes through its own epochs, every one a permutation of its rows (see `permutation`), of which any place
+is answered for alone too. So an order over 10^9 rows takes no memory. Cost: some ten array operations a fork, and the
+permutation, for a block of slots.
 
 Shapes: S slots asked for at once.
 """
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kdcache.student.permutation import Permutation
 
 Ints = NDArray[np.int64]
 
@@ -47,7 +50,6 @@ class Mixture:
         if weights is not None:
             parts = tuple(max(1, round(_PARTS * weight / sum(weights))) for weight in weights)
         self._tree = _grow(parts, np.random.default_rng((seed, _PHASES)))
-        self._orders: dict[int, tuple[int, Ints]] = {}
 
     def __len__(self) -> int:
         """Rows of all caches together: the slots of one epoch."""
@@ -65,17 +67,12 @@ class Mixture:
         epochs, places = np.divmod(nth, self.sizes[cache])
         cuts = np.flatnonzero(np.diff(epochs)) + 1
         parts = zip(np.split(epochs, cuts), np.split(places, cuts), strict=True)
-        taken = [self._order(cache, int(epoch[0]))[place] for epoch, place in parts if len(epoch)]
+        taken = [self._order(cache, int(epoch[0]))(place) for epoch, place in parts if len(epoch)]
         start: int = self._starts[cache]
         return np.concatenate([np.empty(0, np.int64), *taken]) + start
 
-    def _order(self, cache: int, epoch: int) -> Ints:
-        known, order = self._orders.get(cache, (-1, np.empty(0, np.int64)))
-        if known != epoch:
-            key = (self.seed, epoch) if cache == 0 else (self.seed, epoch, cache)
-            order = np.random.default_rng(key).permutation(self.sizes[cache])
-            self._orders[cache] = (epoch, order)
-        return order
+    def _order(self, cache: int, epoch: int) -> Permutation:
+        return Permutation(self.sizes[cache], (self.seed, epoch, cache))
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def _grow(parts: Sequence[int], random: np.random.Generator) -> _Fork | int:
 
 
 def _walk(node: _Fork | int, slots: Ints, nth: Ints) -> Iterator[tuple[int, Ints, Ints]]:
-    """`(cache, its slots, the how manieth of the cache each is)` of the slots that reach a node as its nth."""
+    """`(cache, its slots, the index of each within that cache)` of the slots that reach a node as its nth."""
     if isinstance(node, int):
         yield node, slots, nth
         return

@@ -145,10 +145,10 @@ def _fresh(path: Path, seed: int) -> Any:
 
 def _require_same_tokens(folder: Path, cache: Cache) -> None:
     """Where a checkpoint brings a tokenizer, the cache's ids must mean the same tokens in it."""
-    if not (folder / "tokenizer.json").is_file():
+    if not (folder / "tokenizer.json").is_file() or not cache.manifest.tokenizer_files:
         return
     theirs = load_tokenizer(folder).get_vocab()
-    for token, number in load_tokenizer(cache.tokenizer_path).get_vocab().items():
+    for token, number in cache.load_tokenizer().get_vocab().items():
         if theirs.get(token) != number:
             raise ModelError(
                 f"the student {folder} has another tokenizer than the cache: {token!r} is id {number} in the cache "

@@ -10,6 +10,7 @@ Cost: of reading, that of all caches.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -70,8 +71,8 @@ class PooledCache:
 
     def read_rows(self, indices: Iterable[int]) -> Iterator[tuple[PackedRow, Pool]]:
         """The same of several rows, in their order; all caches read ahead where one does."""
-        numbers = list(indices)
-        each = [teacher.cache.read_rows(numbers) for teacher in self.teachers]
+        numbers, *copies = itertools.tee(indices, 1 + len(self.teachers))
+        each = [teacher.cache.read_rows(copy) for teacher, copy in zip(self.teachers, copies, strict=True)]
         for index, *found in zip(numbers, *each, strict=True):
             yield self._pooled(index, found)
 
@@ -107,18 +108,19 @@ def require_lined_up(first: Teacher, other: Teacher) -> None:
     if differing:
         raise ConfigError(f"{both} cannot be pooled: they differ in {', '.join(differing)}")
     try:
-        require_alike(mine.selection["kind"], theirs.selection["kind"])
+        require_alike(*((each.rule.kind, each.rule.sampled) for each in (mine, theirs)))
     except TargetError as error:
         raise ConfigError(f"{both} cannot be pooled: {error}") from None
-    for shard, commit in first.cache.commits.items():
-        partner = other.cache.commits.get(shard)
-        if partner is None:
-            raise ConfigError(f"{both} cannot be pooled: the second has no shard {shard}")
-        if commit.tokens_sha256 != partner.tokens_sha256:
-            raise ConfigError(
-                f"{both} cannot be pooled: shard {shard} is the first to hold other tokens, in {commit.rows} rows here "
-                f"and {partner.rows} there"
-            )
+    commits, partners = first.cache.commits, other.cache.commits
+    gone = np.setdiff1d(commits.shards, partners.shards)
+    if len(gone):
+        raise ConfigError(f"{both} cannot be pooled: the second has no shard {gone[0]}")
+    shard = commits.first_with_other_tokens(partners)
+    if shard is not None:
+        raise ConfigError(
+            f"{both} cannot be pooled: shard {shard} is the first to hold other tokens, in {commits[shard].rows} rows "
+            f"here and {partners[shard].rows} there"
+        )
 
 
 def _rows_of(manifest: Manifest) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def _rows_of(manifest: Manifest) -> dict[str, Any]:
         "corpus": manifest.corpus_sha256[:12],
         "filters": manifest.filters,
         "documents": manifest.documents,
-        "docs_per_shard": manifest.docs_per_shard,
+        "shards": manifest.shards,
         "seq_len": manifest.seq_len,
         "isolate": manifest.isolate,
     }

@@ -73,16 +73,17 @@ class Schedule:
         ladder = sorted({first, last} | between, reverse=first > last)
         base = Objective(loss=config.loss, tail=config.tail, soft_weight=config.soft_weight)
         stairs = tuple(dataclasses.replace(base, temperature=t) for t in ladder)
+        weights = PositionWeights(config.position_weights)
         for name, each in everyone.items():
-            rule = each.selection
+            rule = each.rule
             for stair in stairs:
-                stair.require_fit(rule["kind"], rule.get("sample_temperature", 1.0))
-            if config.tail == "label-sample" and rule.get("force_label"):
+                stair.require_fit(rule.kind, rule.sampled, rule.target_temperature)
+            weights.require_known(each.known)
+            if config.tail == "label-sample" and rule.labelled:
                 raise ConfigError(
                     f"--tail label-sample needs labels that are entries only by merit, but {name} was dumped with "
                     "--force-label, where a label never stands for the tail"
                 )
-        weights = PositionWeights(config.position_weights)
         return Schedule(stairs, weights, steps, config.soft_schedule, *ramps(config, steps))
 
     def at(self, step: int) -> Objective:

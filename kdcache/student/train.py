@@ -119,7 +119,7 @@ def _train(
         named = {source.name: source.rows for source in opened}
         return measure_each(student, named, rows.heldout, args.device, config.batch_rows)
 
-    before = _before(out, leader, lambda: measured(model))
+    before = _before(out, lambda: measured(model))
     resumable = complete(out) if config.resume else []
     first_step = int(resumable[-1].name.rpartition("-")[2]) if resumable else 0
     watcher = _Watcher(out if leader else None, first_step, config.eval_every, on_progress)
@@ -190,12 +190,13 @@ def _steps(config: TrainConfig, rows: int) -> int:
     return max(1, math.ceil((config.epochs or 1.0) * rows / resume.rows_per_step(config)))
 
 
-def _before(out: Path, leader: bool, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Held-out figures before the first step, measured once a run."""
-    path = out / BEFORE
-    if path.exists():
-        standing: dict[str, Any] = json.loads(path.read_text())
-        return standing
+def _before(out: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Held-out figures before the first step, measured once a run, by all ranks together."""
+    path, leader = out / BEFORE, distributed.rank() == 0
+    known: dict[str, Any] | None = json.loads(path.read_text()) if leader and path.exists() else None
+    known = distributed.agree(known)  # a rank on another machine may not see the folder
+    if known is not None:
+        return known
     figures = run()
     if leader:
         resume.write(path, figures)

@@ -38,7 +38,7 @@ from kdcache.store.atomic_files import sync_folder
 from kdcache.student import data_workers, resume
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import Collator, RowDataset, Rows, RunOrder
-from kdcache.student.fused_head import compute_loss, fuse_head
+from kdcache.student.fused_head import Auxiliary, compute_loss, fuse_head
 from kdcache.student.mixture import Mixture
 from kdcache.student.multi_teacher import RowReader
 from kdcache.student.schedule import Schedule, ramps
@@ -125,6 +125,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         args: Trainer's own arguments; `max_steps` decides how many rows are read.
         callbacks: as for Trainer.
         first_step: steps that the checkpoint to resume from has done.
+        auxiliary: gives a further term of the loss, see `fused_head.Auxiliary`.
 
     Attributes:
         positions: labelled positions that this process has trained on.
@@ -142,6 +143,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         args: TrainingArguments,
         callbacks: list[Any],
         first_step: int = 0,
+        auxiliary: Auxiliary | None = None,
     ) -> None:
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
@@ -156,7 +158,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)  # only the command line prints
         self.vocab, self.mixture, self.first_step = caches[0].manifest.vocab_size, mixture, first_step
         self.config, self.schedule, self.waiting = config, schedule, Waiting()
-        self.head = fuse_head(model, args.device)
+        self.head, self.auxiliary = fuse_head(model, args.device), auxiliary
         self.positions = 0
         self._sums: dict[str, torch.Tensor] = {}
         self.model_accepts_loss_kwargs = True  # so that positions are counted for any architecture
@@ -198,6 +200,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         loss = compute_loss(
             model, self.head, inputs, self.schedule.at(self.state.global_step),
             vocab_size=self.vocab, num_items=items, weights=self.schedule.weights, figures=figures,
+            auxiliary=self.auxiliary,
         )  # fmt: skip
         self._add(figures.values())
         return (loss, {}) if return_outputs else loss

@@ -1,10 +1,11 @@
-"""Teacher: the forward pass that runs once, and the loop that writes what it leaves behind.
+"""Teacher: a model that runs once over a corpus, and the loop that writes its targets into a cache.
 
-config.py   what a dump is asked to do
-inputs.py   what a shard is a function of, opened and fingerprinted
-head.py     the output head, a tile of positions at a time
-beside.py   encoding and writing, beside the forward pass
-forward.py  packed rows to sparse targets
-pilot.py    what must be known before the first shard
-dump.py     shard by shard: rows, forward pass, commit
+config.py             the options of a dump
+inputs.py             what a shard is a function of, opened and fingerprinted
+engines/              what runs a teacher, by name; `transformers` is the first
+open_teacher.py       the one door through which a teacher is opened
+opened_teacher.py     an open teacher: what its engine gives becomes targets
+pilot.py              what must be known before the first shard
+background_writer.py  the thread that encodes and writes while the device computes
+dump.py               shard by shard: rows, targets, commit
 """

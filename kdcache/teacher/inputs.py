@@ -1,4 +1,8 @@
-"""Inputs: everything that a shard is a function of, opened, checked and fingerprinted."""
+"""Inputs: everything that a shard is a function of, opened, checked and fingerprinted.
+
+Who creates a cache surveys the corpus and plans its shards. Who adds to one takes the plan that stands, so its start
+costs nothing that grows with the corpus; the documents of a shard are checked when the shard is made.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import kdcache
-from kdcache.corpus.shards import ShardRows, docs_per_shard, shard_rows
+from kdcache.corpus.plan import Plan
+from kdcache.corpus.shards import ShardRows, has_label, shard_rows
 from kdcache.corpus.sources import Corpus, Filters, open_corpus
-from kdcache.errors import ConfigError, CorpusError
+from kdcache.corpus.survey import shard_rule, survey
+from kdcache.errors import CacheMismatchError, ConfigError, CorpusError
+from kdcache.extras import ExtraSpec
 from kdcache.pretrained import (
     context_length,
     fingerprint,
@@ -20,53 +27,60 @@ from kdcache.pretrained import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
-from kdcache.rows import IGNORE
-from kdcache.selection import Selection
-from kdcache.store.manifest import Manifest
-from kdcache.targets import SAMPLED_KINDS
+from kdcache.store.manifest import NAME, Manifest, today
+from kdcache.store.plan import read_plan
+from kdcache.store.storage import Storage
 from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.engines.base import find_engine, require_extras
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Everything a shard is a function of, opened and fingerprinted."""
+    """Everything a shard is a function of.
+
+    Attributes:
+        folder: of the teacher.
+        tokenizer: the teacher's.
+        corpus: the documents.
+        plan: which of them each shard holds.
+        manifest: of the cache that these make.
+    """
 
     folder: Path
     tokenizer: Any
     corpus: Corpus
+    plan: Plan
     manifest: Manifest
 
-    def require_positions(self) -> None:
-        """Refuse a corpus in which no position would carry a target, before a teacher is loaded.
+    def shard_rows(self, shard: int) -> ShardRows:
+        """The packed rows of one shard.
 
         Raises:
-            CorpusError: there is none.
+            CorpusError: its documents are not those that were planned.
         """
-        manifest, step = self.manifest, 64
-        for start in range(0, manifest.documents, step):
-            made = shard_rows(self.corpus, start, start + step, self.tokenizer, manifest.vocab_size, manifest.seq_len)
-            if any((row.labels(manifest.seq_len) != IGNORE).any() for row in made.rows):
-                return
-        raise CorpusError(f"none of the {manifest.documents} documents has a token to predict")
-
-    def shard_rows(self, shard: int) -> ShardRows:
-        """The packed rows of one shard."""
-        manifest, start = self.manifest, shard * self.manifest.docs_per_shard
-        stop = start + manifest.docs_per_shard
-        return shard_rows(self.corpus, start, stop, self.tokenizer, manifest.vocab_size, manifest.seq_len)
+        manifest = self.manifest
+        return shard_rows(self.corpus, self.plan, shard, self.tokenizer, manifest.vocab_size, manifest.seq_len)
 
 
-def open_inputs(config: DumpConfig) -> Inputs:
+def _extras(config: DumpConfig, folder: Path) -> dict[str, Any]:
+    """The extra arrays that are asked for, as a manifest names them."""
+    widths = require_extras(find_engine(config.engine), folder, config.extra)
+    return {
+        name: ExtraSpec(width=widths[name], precision=config.extra_precision).to_fields() for name in sorted(widths)
+    }
+
+
+def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
     """Open what the options name, and refuse what can be refused before a teacher is loaded.
+
+    Args:
+        config: the options.
+        storage: where the cache lies, or will; its plan is taken if there is one. None to plan anew.
 
     Raises:
         KdcacheError: see the exception tree.
     """
-    rule = Selection(
-        kind=config.select, k=config.k, min_k=config.min_k, top_p=config.top_p, draws=config.draws,
-        force_label=config.force_label, sample_temperature=config.sample_temperature,
-        proposal_power=config.proposal_power,
-    )  # fmt: skip
+    rule = config.rule
     filters = Filters(min_chars=config.min_chars, drop=config.drop, limit_docs=config.limit_docs)
     folder = model_folder(config.teacher, "teacher")
     tokenizer = load_tokenizer(folder)
@@ -81,28 +95,34 @@ def open_inputs(config: DumpConfig) -> Inputs:
         config.corpus, split=config.split, split_text=config.split_text, text_column=config.text_column,
         messages_column=config.messages_column, filters=filters,
     )  # fmt: skip
-    corpus_sha256, size = corpus.survey()
+    asked = shard_rule(corpus, config.docs_per_shard, config.chars_per_shard)
+    plan, corpus_sha256, date = (storage and _standing(storage, corpus, asked)) or _survey(
+        corpus, asked, tokenizer, vocab_size, config.seq_len
+    )
     manifest = Manifest(
         teacher_sha256=fingerprint(folder),
         tokenizer_sha256=tokenizer_fingerprint(tokenizer),
         tokenizer_files={},
         corpus_sha256=corpus_sha256,
         filters=dataclasses.asdict(filters),
-        documents=len(corpus),
-        docs_per_shard=config.docs_per_shard or docs_per_shard(len(corpus), size),
+        documents=plan.documents,
+        shards=len(plan),
+        plan={},
+        date=date,
+        on_bad_record="stop",
         vocab_size=vocab_size,
         seq_len=config.seq_len,
         isolate=config.isolate,
         selection=rule.to_fields(),
-        adaptive=config.adaptive,
-        tau=None,
+        known=find_engine(config.engine).knows.known(rule, config.stored_temperatures),
         positions=config.positions,
-        seed=config.seed if rule.kind in SAMPLED_KINDS else 0,
+        seed=0 if rule.random_shape is None else config.seed,
         temperatures=config.stored_temperatures,
-        precision=config.precision or ("8" if rule.kind == "full" else "6"),
+        precision=config.precision or rule.precision,
         error_bound={},
         id_order=(),
         store=config.store,
+        extras=_extras(config, folder),
         origin={
             "kdcache": kdcache.__version__,
             "teacher": config.teacher,
@@ -114,4 +134,42 @@ def open_inputs(config: DumpConfig) -> Inputs:
         },
     )
     manifest = dataclasses.replace(manifest, error_bound=manifest.codec.error_bound)
-    return Inputs(folder=folder, tokenizer=tokenizer, corpus=corpus, manifest=manifest)
+    return Inputs(folder=folder, tokenizer=tokenizer, corpus=corpus, plan=plan, manifest=manifest)
+
+
+_Planned = tuple[Plan, str, str]
+"""The plan, the fingerprint of the corpus, and the day on which the cache was created."""
+
+
+def _survey(corpus: Corpus, rule: dict[str, int], tokenizer: Any, vocab_size: int, seq_len: int) -> _Planned:
+    """Plan a new cache.
+
+    Raises:
+        CorpusError: no document can be used, or no position would carry a target.
+    """
+    found = survey(corpus, rule)
+    if not has_label(corpus, found.plan, tokenizer, vocab_size, seq_len):
+        raise CorpusError(f"none of the {found.plan.documents} documents has a token to predict")
+    return found.plan, found.corpus_sha256, today()
+
+
+def _standing(storage: Storage, corpus: Corpus, rule: dict[str, int]) -> _Planned | None:
+    """The plan of the cache that lies there, if any.
+
+    Raises:
+        CorpusError: the corpus has other files, or is read in another way.
+        CacheMismatchError: the cache was not made from a corpus, or its shards end elsewhere.
+    """
+    if storage.size(NAME) is None:
+        return None
+    manifest = Manifest.read(storage)
+    plan = read_plan(storage, manifest)
+    if plan is None:
+        raise CacheMismatchError(f"{storage} holds a cache that was not made from a corpus; choose another folder")
+    plan.require_corpus(corpus.files, corpus.reading, corpus.name)
+    if plan.rule != rule:
+        mine, theirs = ((f"{name} {value:,}" for name, value in each.items()) for each in (plan.rule, rule))
+        raise CacheMismatchError(
+            f"{storage} holds a cache of another configuration; its shards have {next(mine)}, not {next(theirs)}"
+        )
+    return plan, manifest.corpus_sha256, manifest.date

@@ -13,23 +13,25 @@ import torch
 from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.errors import ConfigError
 from kdcache.rows import PackedRow
-from kdcache.selection import Selection, select, solve_adaptive_tau
+from kdcache.selection import Selection, select
 from kdcache.store.manifest import Manifest
-from kdcache.teacher.engines.transformers import Teacher
+from kdcache.teacher.engines.base import TargetRequest
 from kdcache.teacher.inputs import Inputs
+from kdcache.teacher.opened_teacher import OpenedTeacher
 
 _POSITIONS = 1 << 14
-_CHEAPEST = Selection(kind="topk", k=1)
+_CHEAPEST = Selection(k=1)
 
 
-def run_pilot(teacher: Teacher, inputs: Inputs) -> Manifest:
-    """The manifest, with the threshold and the order of ids that it asks for.
+def run_pilot(teacher: OpenedTeacher, inputs: Inputs) -> Manifest:
+    """The manifest, with the settings and the order of ids that it asks for.
 
     Cost: for each of the two, a forward pass over about 16 thousand positions; nothing where neither is wanted.
     """
     manifest = inputs.manifest
-    if manifest.adaptive:
-        manifest = dataclasses.replace(manifest, tau=_tau(teacher, inputs))
+    if manifest.rule.needs_pilot:
+        manifest = dataclasses.replace(manifest, selection=_fitted(teacher, inputs).to_fields())
+        manifest = dataclasses.replace(manifest, error_bound=manifest.codec.error_bound)
     if manifest.codec.orders_ids:
         manifest = dataclasses.replace(manifest, id_order=_id_order(teacher, inputs, manifest))
     return manifest
@@ -39,17 +41,18 @@ def _rows(inputs: Inputs) -> Iterator[PackedRow]:
     return (row for shard in range(inputs.manifest.shards) for row in inputs.shard_rows(shard).rows)
 
 
-def _tau(teacher: Teacher, inputs: Inputs) -> float:
-    """The threshold at which positions that carry a target keep k entries in the mean."""
+def _fitted(teacher: OpenedTeacher, inputs: Inputs) -> Selection:
+    """The selection with what it finds by looking at positions that carry a target."""
     rule, choice = inputs.manifest.rule, inputs.manifest.choice
     seen = kept = 0
 
     def tiles() -> Iterator[torch.Tensor]:
         nonlocal seen, kept
         for row in _rows(inputs):
-            for logits in teacher.logits([row], inputs.manifest):
+            for logits in teacher.logits([row]):
                 seen += len(logits)
-                chosen = None if choice.above is None else choice.chosen(select(logits, _CHEAPEST).entropy)
+                entropy = None if choice.above is None else select(logits, _CHEAPEST).require("entropy", "a choice")
+                chosen = None if entropy is None else choice.chosen(entropy)
                 part = logits if chosen is None else logits[chosen]
                 kept += len(part)
                 yield part
@@ -57,17 +60,18 @@ def _tau(teacher: Teacher, inputs: Inputs) -> float:
                 break
         if seen and not kept:
             raise ConfigError(
-                f"--positions {choice.rule} leaves none of the first {seen} positions to --adaptive, which needs some "
-                "to find its threshold; lower X"
+                f"positions {choice.rule} leaves none of the first {seen} positions to find "
+                f"{', '.join(rule.pilot_settings)} by; lower X"
             )
 
-    return solve_adaptive_tau(tiles(), rule.k, rule.sample_temperature)
+    return rule.fit(tiles())
 
 
-def _id_order(teacher: Teacher, inputs: Inputs, manifest: Manifest) -> tuple[int, ...]:
+def _id_order(teacher: OpenedTeacher, inputs: Inputs, manifest: Manifest) -> tuple[int, ...]:
     """Ids that the teacher proposes, most often first."""
     order = FrequencyOrder(manifest.vocab_size)
+    request = dataclasses.replace(TargetRequest.of(manifest), extras=())
     for row in _rows(inputs):
-        if not order.add(teacher.run([row], manifest, manifest.rule, seed=manifest.seed).targets):
+        if not order.add(manifest.choice.apply(teacher.targets([row], request).targets)):
             break
     return order.ids()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from kdcache.corpus.plan import CorpusFile, Plan
+from kdcache.errors import ConfigError
+from kdcache.extras import ExtraSpec
+from kdcache.known import Known
 from kdcache.rows import IGNORE, PackedRow
-from kdcache.selection import KINDS, Selection, select
+from kdcache.selection import Selection, select
 from kdcache.store.commit import histogram
 from kdcache.store.manifest import Manifest
 from kdcache.store.publish import create_cache, new_shard, publish_shard
@@ -26,11 +32,22 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
 }
 
-SELECTIONS: dict[str, dict[str, Any]] = {kind: {"kind": kind, **_SETTINGS[kind]} for kind in KINDS}
+SELECTIONS: dict[str, dict[str, Any]] = {kind: {"kind": kind, **_SETTINGS[kind]} for kind in _SETTINGS}
 """One small selection of each kind."""
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "hidden:-1": ExtraSpec(width=5, precision="int8").to_fields(),
+    "surprise": ExtraSpec(width=1, precision="float16", per="position").to_fields(),
+    "wide_0.5": ExtraSpec(width=2, precision="bfloat16").to_fields(),
+    "exact": ExtraSpec(width=3, per="position").to_fields(),
+}
+"""One extra of each precision, of tokens and of positions."""
 
 SHARDS = 2
 """Of an example cache."""
+
+DOCUMENTS = 20
+"""Of each shard of an example cache."""
 
 
 def example_manifest(store: str, **changes: Any) -> Manifest:
@@ -38,13 +55,35 @@ def example_manifest(store: str, **changes: Any) -> Manifest:
     zero = "0" * 64
     fields: dict[str, Any] = {
         "teacher_sha256": zero, "tokenizer_sha256": zero, "tokenizer_files": {}, "corpus_sha256": zero, "filters": {},
-        "documents": 20 * SHARDS, "docs_per_shard": 20, "vocab_size": 50, "seq_len": 12, "isolate": True,
-        "adaptive": False, "tau": None, "positions": "all", "seed": 0,
+        "documents": DOCUMENTS * SHARDS, "shards": SHARDS, "plan": {}, "date": "2026-01-31", "on_bad_record": "stop",
+        "vocab_size": 50, "seq_len": 12, "isolate": True, "positions": "all", "seed": 0,
         "selection": SELECTIONS["topk"], "temperatures": (1.0, 2.0), "precision": "float32",
         "error_bound": {}, "id_order": (),
         "store": store, "origin": {},
     }  # fmt: skip
-    return Manifest(**{**fields, **changes})
+    fields |= changes
+    fields.setdefault("known", _known(fields["selection"], fields["temperatures"]))
+    return Manifest(**fields)
+
+
+def _known(selection: dict[str, Any], temperatures: tuple[float, ...]) -> Known:
+    try:
+        return Selection.from_fields(selection).known(temperatures)
+    except ConfigError:  # a manifest that is to be refused
+        return Known(partitions=temperatures)
+
+
+def example_plan(manifest: Manifest) -> Plan:
+    """The plan of an example cache: as many documents a shard as go into it, in one file."""
+    first = np.arange(manifest.shards) * DOCUMENTS
+    return Plan(
+        first=first, last=np.append(first[1:] - 1, manifest.documents - 1), characters=np.full(manifest.shards, 100),
+        sha256=np.arange(32 * manifest.shards, dtype=np.uint8).reshape(-1, 32),
+        file=np.zeros(manifest.shards, np.int32), offset=100 * np.arange(manifest.shards),
+        files=(CorpusFile(name="example.txt", size=100 * manifest.shards),),
+        reading={"form": "text", "columns": ["text"], "split": "train", "split_text": "line"},
+        rule={"docs_per_shard": DOCUMENTS},
+    )  # fmt: skip
 
 
 def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | None = None) -> list[Example]:
@@ -57,7 +96,7 @@ def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | No
         values: of the targets; like `seed` if not given.
     """
     random, logits = np.random.default_rng(seed), torch.Generator().manual_seed(seed if values is None else values)
-    rule, found = Selection(**manifest.selection), []
+    rule, found = manifest.rule, []
     for i in range(count):
         n = (manifest.seq_len, 1, manifest.seq_len - 3)[i % 3]
         cuts = np.sort(random.choice(np.arange(1, n), min(n - 1, (0, 1, n - 1)[i // 3 % 3]), replace=False))
@@ -72,11 +111,25 @@ def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | No
         labels = labels[labels != IGNORE]
         scores = 4 * torch.randn(len(labels), manifest.vocab_size, generator=logits)
         targets = select(scores, rule, labels=torch.from_numpy(labels), temperatures=manifest.temperatures)
-        chosen = manifest.choice.chosen(targets.entropy)
+        chosen = manifest.choice.chosen(targets.require("entropy", "a choice"))
         if chosen is not None:
             targets = targets[chosen].spread(chosen.nonzero()[:, 0], len(labels))
         found.append((row, targets))
     return found
+
+
+def example_extras(manifest: Manifest, row: PackedRow, seed: int = 0) -> dict[str, NDArray[np.float32]]:
+    """Vectors of every extra of a manifest, for one row."""
+    random, found = np.random.default_rng(seed), {}
+    for name, spec in manifest.extra_specs.items():
+        vectors = len(row.tokens) if spec.per == "token" else int((row.labels(manifest.seq_len) != IGNORE).sum())
+        found[name] = random.standard_normal((vectors, spec.width)).astype(np.float32)
+    return found
+
+
+def of_shards(manifest: Manifest, shards: int) -> Manifest:
+    """The same manifest of so many shards."""
+    return dataclasses.replace(manifest, documents=shards * DOCUMENTS, shards=shards)
 
 
 def same_rows(one: Example, two: Example) -> bool:
@@ -96,7 +149,7 @@ def same_records(one: Record, two: Record) -> bool:
 
 def write_cache(storage: Storage, manifest: Manifest, rows: list[Example]) -> Manifest:
     """A complete cache that has these rows in each of its shards; the manifest that stands."""
-    standing = create_cache(storage, manifest, {"tokenizer.json": b"{}"})
+    standing = create_cache(storage, manifest, {"tokenizer.json": b"{}"}, example_plan(manifest))
     for shard in range(manifest.shards):
         assert write_shard(storage, standing, rows, shard)
     return standing
@@ -106,16 +159,16 @@ def write_shard(storage: Storage, manifest: Manifest, rows: list[Example], shard
     """Write and commit one shard; False if there is a commit already."""
     with new_shard(storage, manifest, shard) as writer:
         for row, targets in rows:
-            writer.write(row, targets)
+            writer.write(row, targets, extras=example_extras(manifest, row))
         return publish_shard(
-            storage, manifest, writer, documents=manifest.docs_per_shard, dropped=0, entropies=histogram_of(rows),
+            storage, manifest, writer, documents=DOCUMENTS, dropped=0, entropies=histogram_of(rows),
             compute={"a": 1},
         )  # fmt: skip
 
 
 def histogram_of(rows: list[Example]) -> list[int]:
     """What a commit says of the entropies of these rows; a position without a target counts as one of none."""
-    return histogram(torch.cat([torch.zeros(0), *(targets.entropy for _, targets in rows)]))
+    return histogram(torch.cat([torch.zeros(0), *(targets.require("entropy", "a commit") for _, targets in rows)]))
 
 
 def overwrite(storage: Storage, name: str, data: bytes) -> None:
@@ -133,5 +186,7 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(torch.nan_to_num(a, 7.5), torch.nan_to_num(b, 7.5))
     if isinstance(a, np.ndarray):
-        return bool(np.array_equal(a, b))
+        return bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
     return bool(a == b)

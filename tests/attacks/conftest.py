@@ -8,7 +8,7 @@ import pytest
 
 from tests.making import dump_options
 
-STORES = ("arrow", "zarr")
+STORES = ("arrow", "zarr", "arrow frames")
 CHOSEN = ("arrow chosen", "zarr chosen")
 
 
@@ -20,7 +20,8 @@ def honest(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("honest")
     for name in (*STORES, *CHOSEN):
         options = dump_options(
-            teacher, corpus, folder / name, store=name.split()[0], limit_docs=12, docs_per_shard=6, precision="float32",
+            teacher, corpus, folder / name, store=name.split()[0], limit_docs=12, docs_per_shard=6,
+            precision="6" if name == "arrow frames" else "float32",
             positions="entropy>5.37" if name in CHOSEN else "all",
         )  # fmt: skip
         dump(options)

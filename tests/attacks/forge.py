@@ -20,13 +20,15 @@ import numpy as np
 import pyarrow as pa
 from numcodecs import Zstd
 
+from kdcache.store.arrow_columns import columns_of
 from kdcache.store.arrow_layout import read_batch
-from kdcache.store.arrow_store import rows_per_batch, shard_schema
 from kdcache.store.commit import Commit, commit_name
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, Manifest
 from kdcache.store.publish import new_shard, open_shard
+from kdcache.store.registry import find_store
 from kdcache.store.row_format import Record, row_seal
+from kdcache.store.seal import SEAL
 from kdcache.store.sealed_json import seal
 
 SHARD = 0
@@ -54,6 +56,7 @@ class Forgery:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.storage = folder, LocalStorage(folder)
+        (folder / SEAL).unlink(missing_ok=True)  # commits are what is attacked; the seal has attacks of its own
         self.manifest = Manifest.read(self.storage)
         self.commit = Commit.read(self.storage, SHARD, self.manifest.sha256)
         assert self.commit is not None
@@ -115,9 +118,9 @@ class Forgery:
         scratch = LocalStorage(self.folder / "scratch")
         with new_shard(scratch, self.manifest, SHARD) as writer:
             for row, record in enumerate(self.records):
-                writer._append(change(record) if row == 0 else record)
+                writer.append(change(record) if row == 0 else record)
                 writer.tally.rows += 1
-            for data in writer.publish()[0]:
+            for data in writer.publish(find_store(self.manifest.store).reader)[0]:
                 self.put(data["name"], (scratch.folder / data["name"]).read_bytes())
         return f"{self.objects[0]['name'].split('.')[0]}"
 
@@ -136,6 +139,10 @@ class Forgery:
 class ArrowForgery(Forgery):
     """An Arrow cache, its shard written by pyarrow itself."""
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.columns = columns_of(self.form)
+
     @property
     def name(self) -> str:
         return str(self.objects[0]["name"])
@@ -150,7 +157,10 @@ class ArrowForgery(Forgery):
 
     def seal_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for number, row in enumerate(rows):
-            streams = [row[name] or b"" for name in self.form.shapes(0)]
+            streams: list[Any] = [row[name] or b"" for name in self.form.shapes(0)]
+            if self.form.typed:
+                types = [dtype for dtype, _ in self.form.shapes(0).values()]
+                streams = [np.array(list(s), dtype) for s, dtype in zip(streams, types, strict=True)]
             row["crc32c"] = row_seal(SHARD, number, row["positions"], streams)
         return rows
 
@@ -158,8 +168,9 @@ class ArrowForgery(Forgery):
         self, rows: list[dict[str, Any]], schema: pa.Schema | None = None, options: Any = None, batch_rows: int = 0
     ) -> str:
         """The shard of these rows, in batches of the right size."""
-        schema, sink, step = schema or shard_schema(self.form), pa.BufferOutputStream(), batch_rows
-        step = step or rows_per_batch(self.form)
+        schema, sink, step = schema or self.columns.schema, pa.BufferOutputStream(), batch_rows
+        step = step or self.columns.batch_rows
+        options = options or pa.ipc.IpcWriteOptions(compression="zstd" if self.columns.compressed else None)
         with pa.ipc.new_file(sink, schema, options=options) as writer:
             for start in range(0, len(rows), step):
                 writer.write_batch(pa.RecordBatch.from_pylist(rows[start : start + step], schema=schema))
@@ -188,8 +199,8 @@ class ArrowForgery(Forgery):
         """Offset and length of each buffer of the first batch, in its body."""
         start, metadata = struct.unpack("<qi", self.first_block()[:12])
         data = self.data
-        count = 3 * len(self.form.shapes(0)) + 4
-        return read_batch(data[start:], metadata, len(self.form.shapes(0)) + 2, count).buffers.copy()
+        columns = self.columns
+        return read_batch(data[start:], metadata, columns.nodes, columns.buffers, columns.compressed).buffers.copy()
 
     def first_block(self) -> bytes:
         """The bytes in the footer that say where the first batch lies."""

@@ -31,6 +31,11 @@ def read_all(folder: str) -> None:
         cache[row]
 
 
+def inspect_all(folder: str) -> None:
+    inspect_summary(folder)
+    inspect_summary(folder, exact=True)
+
+
 def attempt(act: Callable[[str], Any], folder: str) -> dict[str, Any]:
     """What came of it: the kind and text of the error, and the seconds of processor time."""
     began = time.process_time()
@@ -55,14 +60,14 @@ def main() -> None:
     honest, attacked = json.loads(sys.stdin.read())
     for folder in honest:
         read_all(folder)
-        inspect_summary(folder)
+        inspect_all(folder)
         assert not problems(folder)
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
     before, found = peak(), {}
     for name, folder in attacked.items():
-        found[name] = {"read": attempt(read_all, folder), "inspect": attempt(inspect_summary, folder)}
+        found[name] = {"read": attempt(read_all, folder), "inspect": attempt(inspect_all, folder)}
         began = time.process_time()
         try:
             found[name]["verify"] = {"kind": "done", "text": problems(folder)}

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from kdcache import Selection
 from kdcache.store.commit import commit_name
 from kdcache.store.manifest import NAME
 from tests.attacks.forge import SHARD, Attack, Forgery, frame, order
@@ -16,6 +17,10 @@ _OTHER = "f" * 64
 
 def _manifest(**fields: Any) -> Callable[[Forgery], str]:
     return lambda f: f.change_manifest(**fields)
+
+
+def _known(**changes: Any) -> dict[str, Any]:
+    return {**Selection(k=8).known((1.0, 2.0)).to_fields(), **changes}
 
 
 def _raw(old: str, new: str) -> Callable[[Forgery], str]:
@@ -75,9 +80,19 @@ MANIFESTS = [
     Attack("a vocabulary of nothing", _manifest(vocab_size=0)),
     Attack("a vocabulary below the entries", _manifest(vocab_size=7)),
     Attack("2^60 documents", _manifest(documents=1 << 60)),
-    Attack("a shard for each of 2^40 documents", _manifest(documents=1 << 40, docs_per_shard=1)),
+    Attack("a shard for each of 2^40 documents", _manifest(documents=1 << 40, shards=1 << 40)),
     Attack("no documents", _manifest(documents=0)),
-    Attack("no documents a shard", _manifest(docs_per_shard=0)),
+    Attack("no shards", _manifest(shards=0)),
+    Attack("more shards than documents", _manifest(shards=13)),
+    Attack("10 million shards and one", _manifest(documents=1 << 40, shards=10_000_001)),
+    Attack("a plan of 2^60 bytes", _manifest(plan={"bytes": 1 << 60, "sha256": _OTHER})),
+    Attack("a plan of true bytes", _manifest(plan={"bytes": True, "sha256": _OTHER})),
+    Attack("a plan without a hash", _manifest(plan={"bytes": 1000})),
+    Attack("a plan that is a list", _manifest(plan=[])),
+    Attack("a date of text", _manifest(date="today")),
+    Attack("a date of no day", _manifest(date="2026-02-30")),
+    Attack("a date of a number", _manifest(date=20261128)),
+    Attack("records that are retried", _manifest(on_bad_record="retry")),
     Attack("many documents", _manifest(documents="many")),
     Attack("an order that unfolds to 2^40 bytes", _manifest(id_order=_b64(frame(1 << 40)), precision="6")),
     Attack(
@@ -116,7 +131,14 @@ MANIFESTS = [
     Attack("entries of true", _manifest(selection={"kind": "topk", "k": True})),
     Attack("a threshold of text", _manifest(tau="0.5")),
     Attack("a threshold for a kind that has none", _manifest(tau=0.5)),
-    Attack("adaptive of 1", _manifest(adaptive=1)),
+    Attack("adaptive of 1", _manifest(selection={"kind": "ipps", "k": 8, "adaptive": 1, "tau": 0.1})),
+    Attack("adaptive without a threshold", _manifest(selection={"kind": "ipps", "k": 8, "adaptive": True})),
+    Attack("knowing a number", _manifest(known=1)),
+    Attack("knowing nothing", _manifest(known={})),
+    Attack("knowing the tail of another temperature", _manifest(known=_known(tails=[3.0]))),
+    Attack("knowing a tail of a list", _manifest(known=_known(tail_sum=["complement"]))),
+    Attack("knowing an entropy of text", _manifest(known=_known(entropy="yes"))),
+    Attack("a choice by an unknown entropy", _manifest(known=_known(entropy=False), positions="entropy>1")),
     Attack("positions of a number", _manifest(positions=1)),
     Attack("positions of null", _manifest(positions=None)),
     Attack("positions in a list", _manifest(positions=["all"])),
@@ -186,6 +208,10 @@ def _object(**fields: Any) -> Callable[[Forgery], str]:
     return lambda f: f.change_commit(objects=[{**f.objects[0], **fields}, *f.objects[1:]])
 
 
+def _sums(**fields: Any) -> Callable[[Forgery], str]:
+    return lambda f: f.change_commit(sums={**f.commit.sums, **fields})
+
+
 def _drop_hash(f: Forgery) -> str:
     return f.change_commit(objects=[{k: v for k, v in f.objects[0].items() if k != "sha256"}])
 
@@ -204,6 +230,18 @@ COMMITS = [
     Attack("entropies of text", _commit(entropy_histogram=["1"])),
     Attack("entropies that are a number", lambda f: f.change_commit(entropy_histogram=f.commit.labels)),
     Attack("entropies without end", lambda f: f.change_commit(entropy_histogram=[f.commit.labels, *[0] * 60_000])),
+    Attack("2^60 tokens", _commit(tokens=1 << 60)),
+    Attack("fewer tokens than labels", _commit(tokens=3)),
+    Attack("more pieces than tokens", lambda f: f.change_commit(pieces=f.commit.tokens + 1)),
+    Attack("more entries than its most allow", _commit(most_entries=0, least_entries=0)),
+    Attack("sums that are missing", _commit(sums={})),
+    Attack("entropy beyond any", _sums(entropy=1e9)),
+    Attack("entropy of 400 digits", _sums(entropy=10**400)),
+    Attack("label log p of 400 digits", _sums(label_logprob=-(10**400))),
+    Attack("label log p above zero", _sums(label_logprob=1e6)),
+    Attack("a tail mass below zero", _sums(tail_mass=[-1.0])),
+    Attack("tail masses of other temperatures", _sums(tail_mass=[0.0] * 9)),
+    Attack("tail masses of text", _sums(tail_mass="0")),
     Attack("an object above", _object(name="../shards/00000.arrow")),
     Attack("an object beside", _object(name="shards/00000.arrow/../00001.arrow")),
     Attack("an object at the root", _object(name="/etc/passwd")),

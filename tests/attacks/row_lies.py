@@ -11,6 +11,7 @@ from kdcache.store.row_format import Record
 from tests.attacks.forge import Attack, Forgery
 
 _HUGE = (1 << 63) - 1
+_EXTRA = {"width": 4, "dtype": "float32", "precision": "float16", "per": "token"}
 
 
 def _set(at: int, value: int) -> Callable[[Any], Any]:
@@ -67,6 +68,12 @@ CHOSEN = [
 
 
 ATTACKS = [
+    Attack("a cache that claims an extra", lambda f: (f.change_manifest(extras={"h": _EXTRA}), "shard")[1]),
+    Attack("an extra of a huge width", lambda f: f.change_manifest(extras={"h": {**_EXTRA, "width": 1 << 30}})),
+    Attack("an extra of no width", lambda f: f.change_manifest(extras={"h": {**_EXTRA, "width": 0}})),
+    Attack("an extra that leads out of the cache", lambda f: f.change_manifest(extras={"../h": _EXTRA})),
+    Attack("an extra of another precision", lambda f: f.change_manifest(extras={"h": {**_EXTRA, "precision": "4"}})),
+    Attack("an extra that is a number", lambda f: f.change_manifest(extras={"h": 4})),
     Attack("a cache that chooses", lambda f: (f.change_manifest(positions="entropy>1"), "shard")[1]),
     Attack("more targets than slots", _positions(lambda n: 65)),
     Attack("no targets for labels", _positions(lambda n: 0)),

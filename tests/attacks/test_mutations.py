@@ -28,9 +28,9 @@ import pytest
 from kdcache.cache import unpack
 from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.store import arrow_store, zarr_store
-from kdcache.store.commit import read_commits
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
-from kdcache.store.publish import WRITERS
+from kdcache.store.registry import find_store
 from kdcache.store.row_format import Record, RowFormat
 from kdcache.store.shards import Shard
 from kdcache.store.storage import Storage
@@ -96,10 +96,10 @@ class Given(Shard):
         self.storage, self.shard, self.form, self.rows, self.name = Held({}), 0, form, 1, "given"
         self.record = record
 
-    def _open(self, objects: list[dict[str, Any]]) -> str:
+    def open(self, objects: list[dict[str, Any]]) -> str:
         return "given"
 
-    def _record(self, row: int) -> Record:
+    def record(self, row: int) -> Record:
         return self.record
 
 
@@ -134,7 +134,7 @@ class Target:
         )
         storage, rows = LocalStorage(folder), example_rows(manifest, ROWS)
         commit = read_commits(storage, write_cache(storage, manifest, rows))[1]
-        self.form, self.reader = manifest.row_format, WRITERS[store].reader()
+        self.form, self.reader = manifest.row_format, find_store(store).reader
         self.objects = {x["name"]: everything(storage)[x["name"]] for x in commit.objects}
         self.records = [self.form.pack(*row) for row in rows]
         self.honest = [self.form.unpack(record) for record in self.records]

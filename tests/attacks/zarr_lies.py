@@ -39,7 +39,7 @@ def _shape(rows: int) -> Forge:
             f.metadata(name.split("/")[-2], change)
         if rows * 16 > sum(x["bytes"] for x in f.objects):
             return f.change_commit(rows=rows)
-        f.change_commit(rows=rows)
+        f.change_commit(rows=rows, pieces=rows, tokens=1 << 30)
         return f.root
 
     return forge

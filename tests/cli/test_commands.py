@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from kdcache_cli.frame import in_options
 from kdcache_cli.main import app
 from typer.testing import CliRunner
 
@@ -30,7 +31,7 @@ def test_every_command_explains_itself(command: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = invoke(command, "--help")
     assert code == 0
-    for flag in ("--config", "--json", "--quiet"):
+    for flag in ("--config", "--json", "--quiet", "--plugin"):
         assert flag in out
 
 
@@ -107,6 +108,8 @@ def test_inspect_shows_a_cache_a_row_and_a_position(cache: Path) -> None:
     assert last["label"] is None and last["entries"] == []
 
 
+DUMP = ("dump-teacher", "--teacher", "{tmp}", "--corpus", "x.txt", "--out", "{tmp}/o")
+
 BAD = [
     (["inspect-shard", "{cache}", "--row", "9999"], "has rows 0 to"),
     (["inspect-shard", "{cache}", "--shard", "99"], "no committed shard 99"),
@@ -116,6 +119,16 @@ BAD = [
     (["inspect-shard", "{cache}", "--row", "0", "--position", "1", "--temperature", "3"], "temperature 3 is not exact"),
     (["inspect-shard", "{cache}", "--row", "0", "--position", "1", "--top", "0"], "--top is 0"),
     (["inspect-shard", "{tmp}"], "holds no cache"),
+    ([*DUMP, "--k", "0"], "--k is 0, but must be at least 1"),
+    ([*DUMP, "--select", "best"], "--select best is not one of topk"),
+    ([*DUMP, "--select", "topp"], "--top-p is not given, but kind topp needs it"),
+    ([*DUMP, "--select", "ipps", "--min-k", "3", "--k", "2"], "--min-k is 3, above k, which is 2"),
+    ([*DUMP, "--adaptive"], "--adaptive is True, but kind topk has no such setting"),
+    ([*DUMP, "--set", "k"], "--set is 'k', but must be NAME=VALUE"),
+    ([*DUMP, "--set", "colour=red"], "colour is red, but kind topk has no such setting"),
+    ([*DUMP, "--set", "k=three"], "--k is three, but must be a whole number"),
+    ([*DUMP, "--k", "3", "--set", "k=3"], "--set names k, which is given already"),
+    ([*DUMP, "--positions", "few"], "--positions 'few' is neither all nor entropy>X"),
     (["verify", "{tmp}"], "holds no cache"),
     (["evaluate", "--student", "{tmp}", "--cache", "{cache}"], "has no config.json"),
     (["dump-teacher", "--teacher", "{tmp}", "--corpus", "x.txt", "--out", "{tmp}/o"], "has no config.json"),
@@ -123,6 +136,29 @@ BAD = [
     (["demo", "--out", "{tmp}"], "is not empty"),
     (["demo", "--out", "{tmp}/new", "--budget", "0"], "--budget is 0"),
 ]
+
+
+def test_a_setting_that_has_no_option_of_its_own(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    code, _, err = invoke(
+        "dump-teacher", "--teacher", teacher, "--corpus", corpus, "--out", tmp_path / "c", "--limit-docs", 9,
+        "--seq-len", 64,
+        "--select", "topp", "--set", "top-p=0.8", "--set", "k=5", "--set", "force_label=true", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    manifest = json.loads((tmp_path / "c/kdcache.json").read_text())
+    assert manifest["selection"] == {"kind": "topp", "k": 5, "top_p": 0.8, "force_label": True}
+
+
+def test_messages_of_layers_that_name_fields() -> None:
+    names = ("teacher", "k", "min_k", "seq_len", "positions")
+    for message, worded in (
+        ("k is 0, but must be at least 1", "--k is 0, but must be at least 1"),
+        ("a row of seq_len 3 slots", "a row of --seq-len 3 slots"),
+        ("positions entropy>9 leaves none", "--positions entropy>9 leaves none"),
+        ("the teacher is not here", "the teacher is not here"),
+        ("/data/seq_len/x and min_k.txt are gone", "/data/seq_len/x and min_k.txt are gone"),
+    ):
+        assert in_options(message, names) == worded
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD, ids=lambda x: x if isinstance(x, str) else x[0])

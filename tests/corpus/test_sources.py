@@ -9,13 +9,25 @@ from typing import Any
 import pytest
 
 from kdcache.corpus.sources import Corpus, Filters, open_corpus
+from kdcache.corpus.survey import survey
 from kdcache.errors import ConfigError, CorpusError
 
 TEXTS = ["One.\nStill one.", "Two, with ünïcödé.", "Three is longer than the others are."]
 
 
 def everything(corpus: Corpus) -> list[Any]:
-    return corpus.read(0, len(corpus))
+    return [document for part in corpus.parts() for document in corpus.read(part)]
+
+
+def documents(corpus: Corpus, start: int, stop: int) -> list[Any]:
+    """Documents of a plan of one document a shard, each shard read by itself."""
+    plan = survey(corpus, {"docs_per_shard": 1}).plan
+    shards = (corpus.read_shard(plan, shard) for shard in range(start, stop))
+    return [document for shard in shards for _, found in shard for document in found]
+
+
+def fingerprint(corpus: Corpus) -> str:
+    return survey(corpus, {"chars_per_shard": 1000}).corpus_sha256
 
 
 @pytest.fixture
@@ -48,17 +60,18 @@ def test_all_forms_give_the_same_documents_and_fingerprint(files: dict[str, str]
     for name, spec in files.items():
         corpus = open_corpus(spec)
         assert everything(corpus) == TEXTS, name
-        assert corpus.read(1, 2) == TEXTS[1:2], name
-        found[name] = corpus.survey()
-    assert len(set(found.values())) == 1
-    assert next(iter(found.values()))[1] == sum(map(len, TEXTS))
+        assert documents(corpus, 1, 2) == TEXTS[1:2], name
+        found[name] = survey(corpus, {"docs_per_shard": 3})
+        assert found[name].plan.characters.tolist() == [sum(map(len, TEXTS))]
+    assert len({each.corpus_sha256 for each in found.values()}) == 1
+    assert len({each.plan.sha256.tobytes() for each in found.values()}) == 1
 
 
 def test_the_fingerprint_sees_every_character_and_every_border(tmp_path: Path) -> None:
     def of(*texts: str) -> str:
         path = tmp_path / f"{abs(hash(texts))}.jsonl"
         path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-        return open_corpus(str(path)).survey()[0]
+        return fingerprint(open_corpus(str(path)))
 
     assert len({of("ab", "c"), of("a", "bc"), of("abc"), of("c", "ab"), of("ab", "d"), of("ab", "c", "")}) == 6
 
@@ -69,7 +82,7 @@ def test_text_by_line_and_by_file(tmp_path: Path) -> None:
     spec = str(tmp_path / "*.txt")
     assert everything(open_corpus(spec, split_text="line")) == ["x", "y", "z", "w"]
     assert everything(open_corpus(spec, split_text="file")) == ["x\n\n  \ny\n", "z\nw"]
-    assert open_corpus(spec, split_text="line").read(2, 4) == ["z", "w"]
+    assert documents(open_corpus(spec, split_text="line"), 2, 4) == ["z", "w"]
 
 
 def test_a_split_is_chosen(files: dict[str, str]) -> None:
@@ -79,9 +92,9 @@ def test_a_split_is_chosen(files: dict[str, str]) -> None:
 def test_filters_and_limits(files: dict[str, str]) -> None:
     corpus = open_corpus(files["jsonl"], filters=Filters(min_chars=16, drop="ünï", limit_docs=3))
     assert [corpus.keeps(i, d) for i, d in enumerate(everything(corpus))] == [False, False, True]
-    assert len(open_corpus(files["jsonl"], filters=Filters(limit_docs=2))) == 2
+    assert survey(open_corpus(files["jsonl"], filters=Filters(limit_docs=2)), {"docs_per_shard": 9}).plan.documents == 2
     with pytest.raises(CorpusError, match="every one of the 3 documents was dropped"):
-        open_corpus(files["jsonl"], filters=Filters(min_chars=1000)).survey()
+        fingerprint(open_corpus(files["jsonl"], filters=Filters(min_chars=1000)))
 
 
 def test_columns(tmp_path: Path) -> None:
@@ -109,14 +122,14 @@ def test_a_document_that_is_null_is_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"text": 3}, "column 'text' holds int64, not text"),
-        ({"text": None}, "column 'text' holds null, not text"),
-        ({"messages": "hello"}, "column 'messages' holds string, not lists of messages"),
-        ({"input_ids": [1.5, 2.0]}, "not lists of integers"),
-        ({"input_ids": ["1"]}, "not lists of integers"),
-        ({"input_ids": 3}, "not lists of integers"),
-        ({"input_ids": [[1]]}, "not lists of integers"),
-        ({"input_ids": [1], "labels": "x"}, "column 'labels' holds string"),
+        ({"text": 3}, "document 0: column 'text' holds int, not text"),
+        ({"text": None}, "every one of the 1 documents was dropped"),
+        ({"messages": "hello"}, "column 'messages' holds str, not a list of messages"),
+        ({"input_ids": [1.5, 2.0]}, "not a list of integers"),
+        ({"input_ids": ["1"]}, "not a list of integers"),
+        ({"input_ids": 3}, "not a list of integers"),
+        ({"input_ids": [[1]]}, "not a list of integers"),
+        ({"input_ids": [1], "labels": "x"}, "not a list of integers"),
         ({"input_ids": [1, None, 2]}, "document 0 cannot be read"),
     ],
     ids=str,
@@ -125,7 +138,7 @@ def test_columns_of_another_type_are_refused(tmp_path: Path, record: dict[str, A
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps(record) + "\n")
     with pytest.raises(CorpusError, match=words):
-        open_corpus(str(path)).survey()
+        fingerprint(open_corpus(str(path)))
 
 
 def test_a_table_saved_for_torch_is_read_like_any_other(tmp_path: Path) -> None:
@@ -135,7 +148,7 @@ def test_a_table_saved_for_torch_is_read_like_any_other(tmp_path: Path) -> None:
     table.set_format("torch")
     table.save_to_disk(str(tmp_path / "d"))
     corpus = open_corpus(str(tmp_path / "d"))
-    corpus.survey()
+    fingerprint(corpus)
     assert everything(corpus) == [([1, 2], None), ([3, 4], None)]
 
 
@@ -145,7 +158,7 @@ def test_paragraphs_end_with_their_file_and_a_byte_order_mark_is_no_text(tmp_pat
     (tmp_path / "empty.txt").write_text("")
     corpus = open_corpus(str(tmp_path / "*.txt"))
     assert everything(corpus) == ["alpha one\nalpha two", "beta one", "beta two"]
-    assert corpus.read(1, 3) == ["beta one", "beta two"]
+    assert documents(corpus, 1, 3) == ["beta one", "beta two"]
 
 
 @pytest.mark.parametrize(
@@ -164,16 +177,16 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path: Path, name: str, d
     if data is not None:
         (tmp_path / name).write_bytes(data)
     with pytest.raises(CorpusError, match=words) as caught:
-        open_corpus(str(tmp_path / name)).survey()
+        fingerprint(open_corpus(str(tmp_path / name)))
     assert "\n" not in str(caught.value)
 
 
 def test_bad_filters() -> None:
     with pytest.raises(ConfigError, match="not a regular expression"):
         Filters(drop="(")
-    with pytest.raises(ConfigError, match="--min-chars is -1"):
+    with pytest.raises(ConfigError, match="min_chars is -1"):
         Filters(min_chars=-1)
-    with pytest.raises(ConfigError, match="--limit-docs is 0"):
+    with pytest.raises(ConfigError, match="limit_docs is 0"):
         Filters(limit_docs=0)
-    with pytest.raises(ConfigError, match="--split-text word"):
+    with pytest.raises(ConfigError, match="split_text 'word' is not"):
         open_corpus("x.txt", split_text="word")

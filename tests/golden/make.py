@@ -20,7 +20,7 @@ import torch
 from kdcache import Selection, open_cache, select, verify_cache
 from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.rows import IGNORE, PackedRow
-from kdcache.store.commit import added, histogram
+from kdcache.store.commit import add_histograms, histogram
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
 from kdcache.store.publish import create_cache, new_shard, publish_shard
@@ -86,8 +86,9 @@ def write(name: str) -> None:
     order.add(targets(rows(0)[0], 0, rule))
     manifest = Manifest(
         teacher_sha256="1" * 64, tokenizer_sha256="2" * 64, tokenizer_files={}, corpus_sha256="3" * 64,
-        filters={"min_chars": 0, "drop": None, "limit_docs": None}, documents=15, docs_per_shard=8, vocab_size=VOCAB,
-        seq_len=SLOTS, isolate=True, selection=rule.to_fields(), adaptive=rule.tau is not None, tau=rule.tau,
+        filters={"min_chars": 0, "drop": None, "limit_docs": None}, documents=15, shards=2, plan={}, date="2026-11-28",
+        on_bad_record="stop", vocab_size=VOCAB,
+        seq_len=SLOTS, isolate=True, selection=rule.to_fields(), known=rule.known(TEMPERATURES),
         positions=POSITIONS.get(kind, "all"),
         seed=0,
         temperatures=TEMPERATURES, precision=precision, error_bound={},
@@ -107,7 +108,7 @@ def write(name: str) -> None:
                     found = found[chosen].spread(chosen.nonzero()[:, 0], len(chosen))
                 writer.write(row, found)
             publish_shard(
-                storage, manifest, writer, documents=8 - shard, dropped=0, entropies=added(entropies),
+                storage, manifest, writer, documents=8 - shard, dropped=0, entropies=add_histograms(entropies),
                 compute={"dtype": "float32"},
             )  # fmt: skip
 
@@ -130,7 +131,7 @@ def read(name: str) -> dict[str, Any]:
             "tokens": row.tokens.tolist(), "lengths": row.piece_lengths.tolist(),
             "documents": row.piece_documents.tolist(),
             "supervised": None if row.supervised is None else row.supervised.tolist(),
-            **{field: plain(getattr(target, field)) for field in fields},
+            **{field: None if (value := getattr(target, field)) is None else plain(value) for field in fields},
         })  # fmt: skip
     return {"content_sha256": verify_cache(FOLDER / name).content_sha256, "rows": found}
 

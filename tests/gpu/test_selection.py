@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdcache import Selection, select
 from kdcache.selection import scan_dispatch, scan_torch
-from kdcache.selection.scan_dispatch import Visit
+from kdcache.selection.scan_dispatch import ScanRows
 from tests.sampling import KINDS, logits_of
 from tests.unit.test_scan import TEMPERATURES, nobody, require_scanned
 
@@ -19,11 +19,11 @@ VOCAB = 32_003
 ROOM = 2.0
 """The exponential of a GPU is off by two units in the last place, where that of a CPU is off by one."""
 
-SCANS: dict[str, Visit] = {"operations": scan_torch.visit}
+SCANS: dict[str, ScanRows] = {"operations": scan_torch.scan_rows}
 if find_spec("triton"):
     from kdcache.selection import scan_triton
 
-    SCANS["kernels"] = scan_triton.visit  # on a CPU in Triton's interpreter
+    SCANS["kernels"] = scan_triton.scan_rows  # on a CPU in Triton's interpreter
 RULES = [
     Selection(k=9),
     Selection(k=64, force_label=True),
@@ -93,10 +93,10 @@ def test_a_gpu_takes_kernels(dtype: torch.dtype) -> None:
     x = logits_of("random", VOCAB, 256).to("cuda", dtype)
     scan_dispatch._trusted.clear()
     with warnings.catch_warnings(action="error"):
-        first = scan_dispatch.visit(x, 64, nobody(x), TEMPERATURES)
+        first = scan_dispatch.scan_rows(x, 64, nobody(x), TEMPERATURES)
     assert list(scan_dispatch._trusted.values()) == [True]
     for _ in range(5):
-        for a, b in zip(first, scan_dispatch.visit(x, 64, nobody(x), TEMPERATURES), strict=True):
+        for a, b in zip(first, scan_dispatch.scan_rows(x, 64, nobody(x), TEMPERATURES), strict=True):
             assert torch.equal(a, b)
 
 

@@ -17,8 +17,9 @@ from kdcache import open_cache
 from kdcache.errors import ConfigError
 from kdcache.report.evaluate import compare, evaluate, paired_difference, write_evaluation
 from kdcache.rows import IGNORE, position_ids
-from kdcache.student import evaluation as measuring
+from kdcache.student import fused_head
 from kdcache.teacher.dump import dump
+from kdcache.teacher.opened_teacher import OpenedTeacher
 from tests.making import dump_options
 
 
@@ -129,10 +130,20 @@ def test_one_forward_pass_of_each_model_a_batch(
     cache: Path, teacher: Path, students: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    inner = measuring.packed_forward
-    monkeypatch.setattr(measuring, "packed_forward", lambda *a, **k: calls.append(a[0]) or inner(*a, **k))
+    inner = fused_head.packed_forward
+
+    def count(model: Any, tokens: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        if tokens.shape[1] == 64:  # a batch of rows, and no check of the head
+            calls.append(model)
+        return inner(model, tokens, *rest, **more)
+
+    monkeypatch.setattr(fused_head, "packed_forward", count)
+    asked = []
+    logits = OpenedTeacher.logits
+    monkeypatch.setattr(OpenedTeacher, "logits", lambda self, rows: asked.append(len(rows)) or logits(self, rows))
     compare(students, str(cache), str(teacher), rows=5, device="cpu", batch_rows=2)
-    assert len(calls) == 3 * 4 and len(set(map(id, calls))) == 4  # three batches; three students and a teacher
+    assert len(calls) == 3 * 3 and len(set(map(id, calls))) == 3  # three batches of three students
+    assert asked == [2, 2, 1]
 
 
 def test_students_named_twice_and_records_that_exist_are_refused(

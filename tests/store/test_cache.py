@@ -11,6 +11,8 @@ import torch
 
 from kdcache import open_cache, verify_cache
 from kdcache.errors import CorruptCacheError
+from kdcache.store.local import LocalStorage
+from kdcache.store.seal import seal_cache
 
 
 @pytest.fixture
@@ -56,7 +58,8 @@ def test_verify_finds_every_kind_of_damage(copy: Path) -> None:
 
 @pytest.mark.parametrize("change", ["cut", "delete", "folder"])
 def test_opening_misses_an_object_that_is_not_whole(copy: Path, change: str) -> None:
-    """Before hours of training, not in the middle of them; a partial cache may still be looked at."""
+    """A partial cache may still be looked at; of a sealed one nobody looks for objects before they are read."""
+    (copy / "seal.arrow").unlink()
     path = copy / "shards/00002.arrow"
     data = path.read_bytes()
     path.unlink()
@@ -66,7 +69,10 @@ def test_opening_misses_an_object_that_is_not_whole(copy: Path, change: str) -> 
         path.mkdir()
     with pytest.raises(CorruptCacheError, match=r"shards/00002\.arrow has \d+ bytes, not the \d+ that were committed"):
         open_cache(copy)
-    opened = open_cache(copy, partial=True)
+    assert seal_cache(LocalStorage(copy))
+    with pytest.raises(CorruptCacheError, match=r"00002\.arrow has \d+ bytes"):
+        open_cache(copy).require_objects()
+    opened = open_cache(copy)
     assert opened[0].tokens.numel() == 64
     with pytest.raises(CorruptCacheError, match=r"00002\.arrow"):
         opened[opened.index(2, 0)]

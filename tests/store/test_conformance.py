@@ -15,14 +15,16 @@ from numcodecs import Zstd
 from numpy.typing import NDArray
 
 import kdcache
-from kdcache.store.arrow_store import ArrowShardWriter
-from kdcache.store.commit import read_commits
+from kdcache.store import zarr_store
+from kdcache.store.arrow_layout import read_batch, read_blocks
+from kdcache.store.arrow_store import ArrowShard, ArrowShardWriter
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
 from kdcache.store.row_format import RowFormat
 from kdcache.store.storage import Storage
-from kdcache.store.zarr_store import ZarrShardWriter
+from kdcache.store.zarr_store import ZarrShard, ZarrShardWriter
 from kdcache.testing.example_rows import example_manifest, example_rows, write_cache
 from kdcache.testing.store_conformance import Objects, StoreConformance
 from tests.objects import Bucket
@@ -57,21 +59,30 @@ def arrow_table(storage: Storage, objects: Objects) -> tuple[bytes, pa.ipc.Recor
 
 
 class TestArrow(StoreConformance):
-    store, writer = "arrow", ArrowShardWriter
+    store, writer, reader = "arrow", ArrowShardWriter, ArrowShard
 
     def streams(self, storage: Storage, objects: Objects, form: RowFormat) -> list[dict[str, NDArray[Any]]]:
         _, file = arrow_table(storage, objects)
         types = {name: dtype for name, (dtype, _) in form.shapes(0).items()}
+
+        def stream(value: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+            return (
+                np.array(value, dtype) if form.typed else np.frombuffer(Zstd().decode(value) if value else b"", dtype)
+            )
+
         return [
-            {
-                name: np.frombuffer(Zstd().decode(row[name]) if row[name] else b"", dtype)
-                for name, dtype in types.items()
-            }
-            for row in file.read_all().to_pylist()
+            {name: stream(row[name], dtype) for name, dtype in types.items()} for row in file.read_all().to_pylist()
         ]
+
+    def together(self, form: RowFormat) -> int:
+        return 4 if form.typed else 1
 
     def spans(self, storage: Storage, objects: Objects, row: int) -> Iterator[tuple[str, int, int]]:
         data, file = arrow_table(storage, objects)
+        if pa.types.is_list(file.schema.field(0).type):
+            for start, end in arrow_buffers(storage, objects[0]["name"], file.schema, row // 4):
+                yield objects[0]["name"], start, end
+            return
         batch, at, base = file.get_batch(row // 4), row % 4, pa.py_buffer(data).address
         for column in batch.columns:
             where = [0 if buffer is None else buffer.address - base for buffer in column.buffers()]
@@ -82,8 +93,19 @@ class TestArrow(StoreConformance):
                 yield objects[0]["name"], where[1] + 4 * at, where[1] + 4 * at + 4
 
 
+def arrow_buffers(storage: Storage, name: str, schema: pa.Schema, index: int) -> Iterator[tuple[int, int]]:
+    """Where the compressed buffers of a batch of list columns lie."""
+    file, streams = storage.open(name), len(schema) - 2
+    start, metadata, _, body = read_blocks(storage, file, schema)[index].tolist()
+    data = file.read(start, metadata + body)
+    found = read_batch(data, metadata, 2 * streams + 2, 4 * streams + 4, True).buffers
+    for offset, length in found.tolist():
+        if length:
+            yield start + metadata + offset, start + metadata + offset + length
+
+
 class TestZarr(StoreConformance):
-    store, writer = "zarr", ZarrShardWriter
+    store, writer, reader = "zarr", ZarrShardWriter, ZarrShard
 
     def streams(self, storage: Storage, objects: Objects, form: RowFormat) -> list[dict[str, NDArray[Any]]]:
         group = zarr_group(storage, objects)
@@ -95,14 +117,27 @@ class TestZarr(StoreConformance):
         ]
 
     def spans(self, storage: Storage, objects: Objects, row: int) -> Iterator[tuple[str, int, int]]:
-        rows = zarr_group(storage, objects)["crc32c"].shape[0]
+        group = zarr_group(storage, objects)
+        block = group["tokens"].metadata.chunk_grid.chunk_shape[0]
         for name in (str(x["name"]) for x in objects if not x["name"].endswith("zarr.json")):
             data = b"".join(storage.chunks(name))
             if "/crc32c/" in name or "/lengths/" in name:
                 yield name, 0, len(data)
-            else:
-                start, size = np.frombuffer(data, "<u8", 2, len(data) - 4 - 16 * (rows - row))
+            elif f"/c/{row // block}/" in name:
+                start, size = np.frombuffer(data, "<u8", 2, len(data) - 4 - 16 * (block - row % block))
                 yield name, int(start), int(start + size)
+
+
+class TestZarrInBlocks(TestZarr):
+    """The same where an object holds three rows, so that shards have several of each array, the last one not full."""
+
+    @pytest.fixture
+    def manifest(self, plain: Manifest) -> Manifest:
+        return plain
+
+    @pytest.fixture(autouse=True)
+    def small_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(zarr_store, "_BLOCK_ROWS", 3)
 
 
 class TestArrowInMemory(InMemory, TestArrow):

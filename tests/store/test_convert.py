@@ -80,7 +80,7 @@ def test_it_goes_on_where_it_was_and_workers_share(cache: Path, tmp_path: Path) 
 def test_what_cannot_be_done_is_refused(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--k is 9"):
         convert(cache, tmp_path / "c", k=9)
-    with pytest.raises(ConfigError, match="--store tape"):
+    with pytest.raises(ConfigError, match="store tape is not one of arrow, zarr"):
         convert(cache, tmp_path / "c", store="tape")
     with pytest.raises(ConfigError, match="--precision 3"):
         convert(cache, tmp_path / "c", precision="3")

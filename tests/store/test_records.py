@@ -15,7 +15,8 @@ import pytest
 from numcodecs import Zstd
 
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
-from kdcache.store.commit import Commit, read_commits
+from kdcache.store.commit import Commit
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, Manifest
 from kdcache.store.sealed_json import canonical, read_record, seal
@@ -75,7 +76,7 @@ def test_the_hash_of_a_manifest_is_the_one_that_stands_in_it(cache: Path, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"documents": 10**6, "docs_per_shard": 1}, "--docs-per-shard 1 makes 1,000,000 shards"),
+        ({"documents": 10**8, "shards": 10**7 + 1}, "10,000,001 shards of 100,000,000 documents are above the limit"),
         ({"seq_len": 1 << 24, "selection": {"kind": "full"}}, "a row of --seq-len 16777216 slots may hold"),
         ({"vocab_size": 1 << 31}, "the vocabulary has 2,147,483,648 tokens"),
         ({"temperatures": (1.0, 1000.0)}, "temperature 1000 is outside"),

@@ -106,7 +106,7 @@ def write_shard(storage: Storage, source: Path, shard: int, **compute: Any) -> b
 def forget(bucket: Bucket, prefix: str) -> None:
     """Make the second shard one that nobody has written."""
     for name in bucket.names(prefix):
-        if name.startswith(("commits/00001", "shards/00001")):
+        if name.startswith(("commits/00001", "shards/00001", "seal")):
             bucket.delete(f"{prefix}/{name}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from kdcache.errors import CacheError
-from kdcache.selection import KINDS, Selection
-from kdcache.store.commit import Commit, read_commits
+from kdcache.known import TAIL_SUMS, Known
+from kdcache.selection import Selection
+from kdcache.selection.kind import find_kind
+from kdcache.store.commit import Commit
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
-from kdcache.store.manifest import NAME, STORES, Manifest
+from kdcache.store.manifest import NAME, Manifest
+from kdcache.store.registry import store_names
 from kdcache.store.sealed_json import seal
 from kdcache.testing.example_rows import SELECTIONS, example_manifest, example_rows, write_cache
 
@@ -42,14 +47,18 @@ def test_a_schema_names_the_fields_of_its_record(name: str) -> None:
 
 def test_a_schema_names_every_choice() -> None:
     properties = schema("manifest")["properties"]
-    assert set(properties["selection"]["properties"]) == {field.name for field in dataclasses.fields(Selection)}
-    assert set(properties["selection"]["properties"]["kind"]["enum"]) == set(KINDS)
-    assert set(properties["store"]["enum"]) == set(STORES)
+    settings = properties["selection"]["properties"]
+    own = {field.name for kind in SELECTIONS for field in dataclasses.fields(find_kind(kind))}
+    assert set(settings) == {"kind", *own}
+    assert set(settings["kind"]["enum"]) == set(SELECTIONS)
+    assert set(properties["known"]["properties"]) == {field.name for field in dataclasses.fields(Known)}
+    assert set(properties["known"]["properties"]["tail_sum"]["enum"]) == {*TAIL_SUMS, None}
+    assert all(re.search(properties["store"]["pattern"], name) for name in store_names())
     for precision in properties["precision"]["enum"]:
         _ = example_manifest("arrow", precision=precision).codec
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", store_names())
 @pytest.mark.parametrize("kind", SELECTIONS)
 def test_records_of_examples_are_valid(tmp_path: Path, store: str, kind: str) -> None:
     manifest = example_manifest(
@@ -60,6 +69,8 @@ def test_records_of_examples_are_valid(tmp_path: Path, store: str, kind: str) ->
     for path in (tmp_path / "commits").iterdir():
         Draft202012Validator(schema("commit")).validate(json.loads(path.read_text()))
 
+
+KNOWN = Selection(k=8).known((1.0, 2.0)).to_fields()
 
 LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"format": 2}),
@@ -74,7 +85,16 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"tokenizer_files": []}),
     ("manifest", {"documents": 0}),
     ("manifest", {"documents": "many"}),
-    ("manifest", {"docs_per_shard": -1}),
+    ("manifest", {"shards": 0}),
+    ("manifest", {"shards": 10_000_001}),
+    ("manifest", {"plan": None}),
+    ("manifest", {"plan": {"bytes": 100}}),
+    ("manifest", {"plan": {"bytes": 100, "sha256": "0"}}),
+    ("manifest", {"plan": {"bytes": 100, "sha256": "0" * 64, "more": 1}}),
+    ("manifest", {"date": "28 November"}),
+    ("manifest", {"date": "2026-11-28\n"}),
+    ("manifest", {"date": None}),
+    ("manifest", {"on_bad_record": "retry"}),
     ("manifest", {"vocab_size": 1 << 31}),
     ("manifest", {"seq_len": True}),
     ("manifest", {"seq_len": 1 << 63}),
@@ -83,8 +103,15 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"selection": {"kind": "topk", "k": "8"}}),
     ("manifest", {"selection": {"kind": "topk", "k": 8, "q": 1}}),
     ("manifest", {"selection": []}),
-    ("manifest", {"tau": 2.0}),
-    ("manifest", {"tau": "0.5"}),
+    ("manifest", {"selection": {"kind": "ipps", "k": 8, "tau": 2.0}}),
+    ("manifest", {"selection": {"kind": "ipps", "k": 8, "tau": "0.5"}}),
+    ("manifest", {"selection": {"kind": "ipps", "k": 8, "adaptive": None}}),
+    ("manifest", {"known": {}}),
+    ("manifest", {"known": KNOWN | {"entropy": 1}}),
+    ("manifest", {"known": KNOWN | {"tails": 1.0}}),
+    ("manifest", {"known": KNOWN | {"partitions": ["1"]}}),
+    ("manifest", {"known": KNOWN | {"tail_sum": "guess"}}),
+    ("manifest", {"known": KNOWN | {"surprise": True}}),
     ("manifest", {"positions": "some"}),
     ("manifest", {"positions": "entropy>"}),
     ("manifest", {"positions": "entropy>-1"}),
@@ -92,7 +119,6 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"positions": "all\n"}),
     ("manifest", {"positions": None}),
     ("manifest", {"seed": -1}),
-    ("manifest", {"adaptive": None}),
     ("manifest", {"temperatures": []}),
     ("manifest", {"temperatures": [2.0]}),
     ("manifest", {"temperatures": [1.0, 1.0]}),
@@ -102,12 +128,21 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"precision": "float8"}),
     ("manifest", {"precision": 6}),
     ("manifest", {"id_order": [1, 2]}),
-    ("manifest", {"store": "tape"}),
+    ("manifest", {"store": "Tape"}),
     ("manifest", {"origin": None}),
+    ("manifest", {"extras": None}),
+    ("manifest", {"extras": {"a": {"width": 4}}}),
+    *(
+        ("manifest", {"extras": {name: {"width": 4, "dtype": "float32", "precision": "int8", "per": "token", **lie}}})
+        for name, lie in (
+            ("A", {}), ("a/b", {}), ("a\n", {}), ("a" * 81, {}), ("a", {"width": 0}), ("a", {"width": True}),
+            ("a", {"dtype": "int8"}), ("a", {"precision": "4"}), ("a", {"per": "row"}), ("a", {"more": 1}),
+        )
+    ),
     ("commit", {"format": 0}),
     ("commit", {"surprise": 1}),
     ("commit", {"shard": -1}),
-    ("commit", {"shard": 100_000}),
+    ("commit", {"shard": 10_000_000}),
     ("commit", {"rows": -1}),
     ("commit", {"rows": 1 << 32}),
     ("commit", {"rows": "3"}),
@@ -116,6 +151,17 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("commit", {"entropy_histogram": [0] * 151}),
     ("commit", {"entropy_histogram": [-1]}),
     ("commit", {"entropy_histogram": {}}),
+    ("commit", {"tokens": 1 << 50}),
+    ("commit", {"pieces": -1}),
+    ("commit", {"most_entries": 1.5}),
+    ("commit", {"sums": None}),
+    ("commit", {"sums": {}}),
+    ("commit", {"sums": {"entropy": 1.0, "label_logprob": -1.0, "tail_mass": None, "more": 1.0}}),
+    ("commit", {"sums": {"entropy": "1", "label_logprob": -1.0, "tail_mass": None}}),
+    ("commit", {"sums": {"entropy": 1.0, "label_logprob": True, "tail_mass": None}}),
+    ("commit", {"sums": {"entropy": 1.0, "label_logprob": -1.0, "tail_mass": 0.5}}),
+    ("commit", {"sums": {"entropy": 1.0, "label_logprob": -1.0, "tail_mass": [-0.5, 0.5]}}),
+    ("commit", {"sums": {"entropy": 1.0, "label_logprob": -1.0, "tail_mass": [0.5] * 65}}),
     ("commit", {"tokens_sha256": "F" * 64}),
     ("commit", {"compute": []}),
     ("commit", {"objects": []}),

@@ -13,11 +13,11 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from kdcache.errors import CorruptCacheError
-from kdcache.store.commit import read_commits
+from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.publish import open_shard
 from kdcache.store.row_format import Record
-from kdcache.store.zarr_store import ZarrShardWriter
+from kdcache.store.zarr_store import ZarrShard, ZarrShardWriter
 from kdcache.testing.example_rows import example_manifest, example_rows, write_cache
 
 
@@ -92,7 +92,7 @@ def test_rows_of_nothing_but_the_fill_value_are_written(storage: LocalStorage) -
     with ZarrShardWriter(storage, 0, form) as writer:
         for _ in range(3):
             writer.write(row, targets, record=Record(positions=form.seq_len, streams=fill))
-        writer.publish()
+        writer.publish(ZarrShard)
     root = storage.folder / "shards/00000.zarr"
     for name, stream in fill.items():
         chunk = next(p for p in (root / name / "c").rglob("*") if p.is_file()).read_bytes()

@@ -230,7 +230,10 @@ def test_rows_and_where(
     monkeypatch.setattr(split, "mean_entropies", None)  # what came of the first reading is not read again
     assert train(again)["heldout"] == summary["heldout"]
     (tmp_path / "s/summary.json").unlink()
-    np.savez(tmp_path / "s/rows.npz", **{"0": np.array([1]), "1": np.array([1])})
+    with np.load(tmp_path / "s/rows.npz") as kept:
+        bits = dict(kept)
+    bits["0"][0] ^= 2
+    np.savez(tmp_path / "s/rows.npz", **bits)
     with pytest.raises(ConfigError, match=r"rows\.npz there is not its own any more; delete it"):
         train(again)
     monkeypatch.undo()
@@ -257,6 +260,7 @@ def test_a_cache_that_is_still_being_dumped(cache: Path, student_config: Path, t
     commit = growing / "commits/00001.json"
     sealed = commit.read_bytes()
     commit.unlink()
+    (growing / "seal.arrow").unlink()
     with pytest.raises(IncompleteCacheError, match=r"1 of 4 shards are missing; .*, or give --partial to train on"):
         train(options(growing, student_config, tmp_path / "s"))
     config = options(growing, student_config, tmp_path / "s", partial=True)

@@ -12,13 +12,14 @@ from kdcache import open_cache
 from kdcache.errors import ConfigError
 from kdcache.student.data import Collator, RowDataset, RunOrder, labelled, split_heldout
 from kdcache.student.mixture import Mixture
+from kdcache.student.permutation import Permutation
 
 
 def test_the_order_of_a_run_is_a_pure_function_of_the_seed() -> None:
     whole = list(RunOrder(Mixture([10], 3), 35))
     assert whole == list(RunOrder(Mixture([10], 3), 35)) != list(RunOrder(Mixture([10], 4), 35))
     assert list(RunOrder(Mixture([10], 3), 17)) == whole[:17]  # a shorter run is the beginning of a longer one
-    permutations = [np.random.default_rng((3, epoch)).permutation(10).tolist() for epoch in range(4)]
+    permutations = [Permutation(10, (3, epoch, 0))(np.arange(10)).tolist() for epoch in range(4)]
     assert whole == [row for epoch in permutations for row in epoch][:35]
 
 
@@ -34,7 +35,7 @@ def test_the_hold_out(rows: int, share: float, held: int) -> None:
     train, heldout = (side.tolist() for side in split_heldout(rows, share))
     assert len(heldout) == held
     assert sorted(train + heldout) == list(range(rows))
-    assert heldout == sorted(np.random.default_rng(0).permutation(rows)[:held].tolist())
+    assert heldout == sorted(Permutation(rows, (0,))(np.arange(held)).tolist())
 
 
 def test_one_row_cannot_be_split() -> None:

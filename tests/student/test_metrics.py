@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache import Selection, select
-from kdcache.student.metrics import BINS, Calibration, acceptance_bounds
+from kdcache import Selection, SparseTargets, select
+from kdcache.losses import StoredLogits, measure, measure_labels
+from kdcache.student.metrics import BINS, Calibration, acceptance_bounds, confidence
 from tests.oracle import DIVERGENCES, coarse, targets_of
 
 
 def calibration(logits: torch.Tensor, labels: torch.Tensor, parts: int = 1) -> Calibration:
     found = Calibration()
     for z, y in zip(logits.chunk(parts), labels.chunk(parts), strict=True):
-        found.add(z, z.logsumexp(-1), y)
+        found.add(**measure_labels(StoredLogits(z), y, confidence))
     return found
 
 
@@ -80,11 +81,9 @@ def test_certainty_lies_in_the_last_bin_and_a_half_in_the_eighth() -> None:
 
 
 def test_a_bin_holds_its_upper_edge() -> None:
-    exact = [k for k in range(1, BINS) if float(torch.tensor(k / BINS, dtype=torch.float64).log().exp()) * BINS == k]
-    assert exact  # confidences of k / 15 that survive the logarithm
-    for k in exact:
+    for k in range(1, BINS):
         found = Calibration()
-        found.add(torch.zeros(1, 2), -torch.tensor([k / BINS], dtype=torch.float64).log(), torch.tensor([0]))
+        found.add(torch.tensor([k / BINS], dtype=torch.float64), torch.tensor([1.0]))
         assert found.bins()[k - 1]["positions"] == 1
 
 
@@ -103,15 +102,18 @@ def both() -> tuple[torch.Tensor, torch.Tensor]:
     return teacher, teacher + torch.randn(N, V, generator=generator, dtype=torch.float64)
 
 
+def bounds(student: torch.Tensor, targets: SparseTargets) -> dict[str, torch.Tensor]:
+    return measure(StoredLogits(student.float()), targets, torch.zeros(N, dtype=torch.int64), (acceptance_bounds,))
+
+
 @pytest.mark.parametrize("k", [1, 4, 16, V])
 def test_the_bounds_hold_and_meet_where_everything_is_kept(k: int) -> None:
     teacher, student = both()
     p, q = teacher.softmax(-1), student.softmax(-1)
     dense = torch.minimum(p, q).sum(-1)
     targets = targets_of(teacher, k)
-    bounds = acceptance_bounds(student.float(), student.float().logsumexp(-1), targets)
-    assert bounds is not None
-    low, high = bounds
+    found = bounds(student, targets)
+    low, high = found["acceptance_low"].double(), found["acceptance_high"].double()
     assert (low <= dense + 1e-6).all() and (dense <= high + 1e-6).all()
     kept = torch.zeros(N, V, dtype=torch.bool).scatter(-1, targets.ids.long(), True)
     assert torch.allclose(low, (torch.minimum(p, q) * kept).sum(-1), atol=1e-6)
@@ -129,4 +131,4 @@ def test_sampled_targets_bound_nothing(kind: str) -> None:
     teacher, student = both()
     rule = Selection(kind="sample", draws=8) if kind == "sample" else Selection(kind="ipps", k=8)
     targets = select(teacher.float(), rule, keys=torch.zeros(N, 3, dtype=torch.int64))
-    assert acceptance_bounds(student, student.logsumexp(-1), targets) is None
+    assert not {"acceptance_low", "acceptance_high"} & bounds(student, targets).keys()

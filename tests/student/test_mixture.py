@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kdcache.student.mixture import Mixture
+from kdcache.student.permutation import Permutation
 
 SIZES = [(700, 300), (50, 1, 949), (5, 100, 40, 300, 7, 60), (1, 1)]
 
@@ -55,7 +56,7 @@ def test_a_cache_goes_through_its_own_epochs() -> None:
 
 
 def test_one_cache_alone_is_read_in_plain_permutations_also_with_a_weight() -> None:
-    expected = [row for epoch in range(3) for row in np.random.default_rng((5, epoch)).permutation(8).tolist()]
+    expected = [row for epoch in range(3) for row in Permutation(8, (5, epoch, 0))(np.arange(8)).tolist()]
     assert Mixture([8], 5).rows(0, 24).tolist() == Mixture([8], 5, [0.3]).rows(0, 24).tolist() == expected
 
 

@@ -204,6 +204,7 @@ def test_shards_that_every_teacher_has(caches: Caches, student_config: Path, tmp
     short = tmp_path / "short"
     shutil.copytree(second, short)
     (short / "commits/00001.json").unlink()
+    (short / "seal.arrow").unlink()
     config = options((first, short), student_config, tmp_path / "s", steps=2)
     with pytest.raises(IncompleteCacheError, match="or give --partial"):
         train(config)
@@ -253,7 +254,7 @@ def test_what_does_not_line_up_is_refused(
     out = tmp_path / "s"
     made = {
         "seq_len": other_dump(other, corpus, tmp_path / "1", seq_len=48),
-        "docs_per_shard": other_dump(other, corpus, tmp_path / "2", docs_per_shard=20),
+        "shards": other_dump(other, corpus, tmp_path / "2", docs_per_shard=20),
         "corpus": other_dump(other, fewer, tmp_path / "3"),
         "isolate": other_dump(other, corpus, tmp_path / "4", isolate=False),
         "filters": other_dump(other, corpus, tmp_path / "5", min_chars=60),

@@ -125,7 +125,7 @@ def test_bad_objectives_are_refused_before_anything_is_written(
     cache: Path, student_config: Path, tmp_path: Path
 ) -> None:
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"loss": "kl"}, "loss 'kl' is not one of forward-kl"),
+        ({"loss": "kl"}, "loss kl is not one of forward-kl"),
         ({"tail": "ghost"}, "tail 'ghost' is not one of bucket"),
         ({"loss": "jsd", "tail": "none"}, "tail 'none' is for loss 'forward-kl' only"),
         ({"tail": "label-sample"}, "'label-sample' is for temperature 1, not 2"),

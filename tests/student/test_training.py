@@ -162,7 +162,7 @@ from kdcache.student import train as module, trainer
 from kdcache.student.config import TrainConfig
 import json
 config = TrainConfig(**json.loads(sys.argv[1]))
-promote, where = checkpoints.promote, sys.argv[2]
+promote, where = trainer.promote, sys.argv[2]
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 if where == "half-written":
     from kdcache.student.trainer import DistillationTrainer
@@ -175,12 +175,12 @@ elif where == "not-renamed":
     def half(staging, out, keep):
         if (staging / "checkpoint-8").exists(): die()
         promote(staging, out, keep)
-    checkpoints.promote = half
+    trainer.promote = half
 elif where == "just-after":
     def whole(staging, out, keep):
         promote(staging, out, keep)
         if (out / "checkpoint-8").exists(): die()
-    checkpoints.promote = whole
+    trainer.promote = whole
 elif where == "before-any":
     DistillationTrainer = module.DistillationTrainer
     def early(self, *a, **k): die()
@@ -258,7 +258,7 @@ def test_bad_input_is_one_sentence(cache: Path, student_config: Path, teacher: P
     make_model(stranger)
     leaky = tmp_path / "leaky.json"
     leaky.write_text(json.dumps({"model_type": "mamba", "vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1}))
-    half = copy_without(cache, tmp_path / "half", "commits/00000.json", "commits/00003.json")
+    half = copy_without(cache, tmp_path / "half", "seal.arrow", "commits/00000.json", "commits/00003.json")
     cases: list[tuple[dict[str, Any], type[KdcacheError], str]] = [
         ({"student": small}, ModelError, r"vocabulary of 300, which does not cover the cache's 320 ids"),
         ({"student": short}, ModelError, r"takes 32 positions, but a row of the cache has 64"),

@@ -6,20 +6,20 @@ import threading
 
 import pytest
 
-from kdcache.teacher.background_writer import Beside
+from kdcache.teacher.background_writer import BackgroundWriter
 
 
 def test_tasks_run_in_order_and_the_caller_waits_for_those_that_are_behind() -> None:
     done: list[int] = []
     gate = threading.Event()
-    with Beside() as beside:
-        beside.run(gate.wait)
-        beside.run(lambda: done.append(1))
+    with BackgroundWriter() as writer:
+        writer.submit(gate.wait)
+        writer.submit(lambda: done.append(1))
         assert done == []
         threading.Timer(0.2, gate.set).start()
-        beside.run(lambda: done.append(2))  # a third on its way: waits for the gate
-        assert beside.waited > 0.1
-        beside.finish()
+        writer.submit(lambda: done.append(2))  # a third on its way: waits for the gate
+        assert writer.stalled_seconds > 0.1
+        writer.finish()
     assert done == [1, 2]
 
 
@@ -28,11 +28,11 @@ def test_an_error_reaches_the_caller_and_what_follows_is_dropped() -> None:
         raise OSError("disk full")
 
     done: list[int] = []
-    with pytest.raises(OSError, match="disk full"), Beside() as beside:
-        beside.run(fail)
+    with pytest.raises(OSError, match="disk full"), BackgroundWriter() as writer:
+        writer.submit(fail)
         for n in range(5):
-            beside.run(lambda n=n: done.append(n))  # type: ignore[misc]
-        beside.finish()
+            writer.submit(lambda n=n: done.append(n))  # type: ignore[misc]
+        writer.finish()
     assert len(done) <= 2
 
 
@@ -44,8 +44,8 @@ def test_leaving_early_waits_for_the_task_that_runs() -> None:
         threading.Event().wait(0.2)
         done.append(1)
 
-    with pytest.raises(RuntimeError), Beside() as beside:
-        beside.run(slow)
+    with pytest.raises(RuntimeError), BackgroundWriter() as writer:
+        writer.submit(slow)
         started.wait()
         raise RuntimeError
     assert done == [1]

@@ -132,12 +132,25 @@ def test_the_same_dump_is_the_same_directory(cache: Path, teacher: Path, corpus:
     assert files(again) == files(cache)
 
 
+def give_batches_ahead(monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    """Let the engine have so many batches before the first is waited for, as a GPU has."""
+    from kdcache.teacher.engines.transformers import TransformersEngine
+
+    built = TransformersEngine.__init__
+
+    def build(self: Any, *given: Any) -> None:
+        built(self, *given)
+        self.lookahead = ahead
+
+    monkeypatch.setattr(TransformersEngine, "__init__", build)
+
+
 @pytest.mark.parametrize("ahead", [1, 2, 9])
 def test_batches_on_their_way_come_back_in_order(
     cache: Path, teacher: Path, corpus: Path, tmp_path: Path, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU has the next batch before this one is waited for."""
-    monkeypatch.setattr("kdcache.teacher.engines.transformers._AHEAD", {"cpu": ahead})
+    give_batches_ahead(monkeypatch, ahead)
     dump(dump_options(teacher, corpus, tmp_path / "c"))
     assert files(tmp_path / "c") == files(cache)
 
@@ -155,6 +168,7 @@ def test_any_workers_in_any_order_make_the_same_cache(
 def test_a_stopped_dump_goes_on_with_what_is_missing(cache: Path, teacher: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
     shutil.copytree(cache, out)
+    (out / "seal.arrow").unlink()
     (out / "commits/00002.json").unlink()  # stopped between data and commit
     (out / "commits/00001.json").unlink()
     (out / "shards/00001.arrow").unlink()
@@ -194,7 +208,7 @@ def test_a_remade_shard_is_the_same_whoever_makes_it(
     dump(dump_options(teacher, corpus, whole, **rule))
     for i in (1, 0):
         dump(dump_options(teacher, corpus, parts, worker=f"{i}/2", **rule))
-    (parts / "commits/00001.json").unlink()  # stopped between data and commit, then tried again
+    (parts / "commits/00001.json").unlink()  # made again, though the cache was sealed
     dump(dump_options(teacher, corpus, parts, **rule))
     assert files(parts) == files(whole)
     dump(dump_options(teacher, corpus, other, batch_rows=3, **rule))
@@ -213,13 +227,14 @@ def test_a_remade_shard_is_the_same_whoever_makes_it(
     assert positions > 500 and differing <= 0.002 * positions + 1
 
 
-def test_the_same_documents_in_another_file_go_on(cache: Path, teacher: Path, corpus: Path, tmp_path: Path) -> None:
-    import datasets
-
-    other = tmp_path / "same.parquet"
-    datasets.Dataset.from_dict({"body": TEXTS}).to_parquet(str(other))
+def test_the_same_documents_elsewhere_go_on(cache: Path, teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    """A corpus may lie in another folder on another machine; its files have the same names and sizes."""
+    (tmp_path / "there").mkdir()
+    other = Path(shutil.copy(corpus, tmp_path / "there"))
     shutil.copytree(cache, tmp_path / "c")
-    assert dump(dump_options(teacher, other, tmp_path / "c", text_column="body"))["complete"]
+    (tmp_path / "c/commits/00002.json").unlink()
+    assert dump(dump_options(teacher, other, tmp_path / "c"))["complete"]
+    assert files(tmp_path / "c") == files(cache)
 
 
 def test_chat_targets_lie_on_the_assistants_tokens(teacher: Path, tmp_path: Path) -> None:
@@ -278,6 +293,7 @@ def test_two_writers_of_one_shard(cache: Path, teacher: Path, corpus: Path, tmp_
         return None if shard == 0 and asked.count(0) == 1 else read(Commit, folder, shard, sha256)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdcache.teacher.dump.committed", lambda *_: [1, 3])
         patch.setattr(Commit, "read", late)
         summary = dump(dump_options(teacher, corpus, out))
     assert summary["complete"] and summary["shards"]["by_this_worker"] == 1
@@ -298,7 +314,7 @@ def test_poisoned_logits_name_the_document(
     corpus = tmp_path / "ids.jsonl"
     documents = ([1, 2, 3], [4, 5, 6, 7, 8, 9], [*range(10, 19)], [7, *range(10, 18)])  # a batch of two, two of one
     corpus.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in documents))
-    monkeypatch.setattr("kdcache.teacher.engines.transformers._AHEAD", {"cpu": ahead})
+    give_batches_ahead(monkeypatch, ahead)
     with pytest.raises(LogitsError, match=r"document 1 of the corpus, 3 tokens into its piece"):
         dump(dump_options(sick, corpus, tmp_path / "c", seq_len=10, batch_rows=1))
     assert not list(tmp_path.glob("c/commits/*"))
@@ -308,17 +324,17 @@ Change = Callable[[Path], dict[str, Any]]
 
 BAD: dict[str, tuple[type[KdcacheError], str, dict[str, Any]]] = {
     "no teacher": (ModelError, "does not exist", {"teacher": "/nowhere/at/all"}),
-    "k 0": (ConfigError, "--k is 0", {"k": 0}),
-    "k too large": (ConfigError, "--k is 321, above the vocabulary of 320", {"k": 321}),
+    "k 0": (ConfigError, "k is 0", {"k": 0}),
+    "k too large": (ConfigError, "k is 321, above the vocabulary of 320", {"k": 321}),
     "row too long": (ConfigError, "--seq-len is 200, above the 128 positions", {"seq_len": 200}),
     "no corpus": (CorpusError, "does not exist", {"corpus": "/nowhere.txt"}),
     "no column": (CorpusError, "has no column 'body'; it has text", {"text_column": "body"}),
     "all dropped": (CorpusError, "every one of the 108 documents was dropped", {"min_chars": 10**6}),
     "temperatures": (ConfigError, "--temperatures", {"temperatures": "1,x"}),
     "negative temperature": (ConfigError, "--temperatures", {"temperatures": "1,-2"}),
-    "precision": (ConfigError, "--precision float8", {"precision": "float8"}),
-    "selection": (ConfigError, "--select best", {"select": "best"}),
-    "device": (ConfigError, "--device quantum", {"device": "quantum"}),
+    "precision": (ConfigError, "precision is float8", {"precision": "float8"}),
+    "selection": (ConfigError, "kind best", {"select": "best"}),
+    "device": (ConfigError, "device quantum", {"device": "quantum"}),
     "cold": (ConfigError, "lie in 0.01 to 100", {"temperatures": "1,1e-40"}),
     "strange device": (ConfigError, "is not a cpu, cuda or mps device", {"device": "meta"}),
     "worker": (ConfigError, "I must lie in 0 to N-1", {"worker": "5/5"}),
@@ -367,14 +383,18 @@ def test_a_cache_of_another_configuration_is_not_touched(
     out = tmp_path / "c"
     shutil.copytree(cache, out)
     before = files(out)
-    changes = {"seq_len": 32, "k": 4, "temperatures": "1", "precision": "float16", "docs_per_shard": 7}
+    changes = {"seq_len": 32, "k": 4, "temperatures": "1", "precision": "float16", "min_chars": 3}
     for name, value in changes.items():
         with pytest.raises(CacheMismatchError, match="another configuration") as caught:
             dump(dump_options(teacher, corpus, out, **{name: value}))
-        assert ("selection" if name == "k" else name) in str(caught.value)
+        assert {"k": "selection", "min_chars": "filters"}.get(name, name) in str(caught.value)
+    with pytest.raises(CacheMismatchError, match="its shards have docs_per_shard 30, not docs_per_shard 7"):
+        dump(dump_options(teacher, corpus, out, docs_per_shard=7))
+    with pytest.raises(CacheMismatchError, match="its shards have docs_per_shard 30, not chars_per_shard 5,000"):
+        dump(dump_options(teacher, corpus, out, docs_per_shard=None, chars_per_shard=5000))
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"text": "something else"}) + "\n")
-    with pytest.raises(CacheMismatchError, match="corpus_sha256"):
+    with pytest.raises(CorpusError, match=r"it has a file other\.jsonl where that had texts\.jsonl"):
         dump(dump_options(teacher, other, out))
     make_tokenizer(tmp_path / "t")
     make_model(tmp_path / "t", scale=2.0)
@@ -431,7 +451,7 @@ def test_a_teacher_without_a_tokenizer(teacher: Path, corpus: Path, tmp_path: Pa
 def test_data_of_a_writer_that_stopped_is_not_called_ours(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
     dump(dump_options(teacher, corpus, out, dtype="bfloat16"))
-    for path in (out / "commits").iterdir():
+    for path in [*(out / "commits").iterdir(), out / "seal.arrow"]:
         path.unlink()
     dump(dump_options(teacher, corpus, out, dtype="float32"))
     assert verify_cache(out).ok
@@ -450,6 +470,13 @@ def test_settings_are_frozen_and_checked(teacher: Path, corpus: Path, tmp_path: 
     config = dump_options(teacher, corpus, tmp_path)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.k = 3
-    for changes in ({"seq_len": 1}, {"batch_rows": 0}, {"docs_per_shard": 0}, {"dtype": "int8"}, {"device_map": "gpu"}):
+    for changes in (
+        {"seq_len": 1},
+        {"batch_rows": 0},
+        {"docs_per_shard": 0},
+        {"chars_per_shard": 5},
+        {"dtype": "int8"},
+        {"device_map": "gpu"},
+    ):
         with pytest.raises(ConfigError):
             dataclasses.replace(config, **changes)

@@ -21,12 +21,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from kdcache import Selection, SparseTargets, open_cache
 from kdcache.errors import LogitsError, ModelError
 from kdcache.isolation import packed_forward
-from kdcache.position_filter import Positions
-from kdcache.rows import PackedRow
+from kdcache.rows import PackedRow, RowSpec
 from kdcache.selection import draws
+from kdcache.teacher import opened_teacher
 from kdcache.teacher.dump import dump
-from kdcache.teacher.engines import transformers
-from kdcache.teacher.engines.transformers import Teacher, TiledHead, logit_tiles, require_same_logits
+from kdcache.teacher.engines.base import HiddenStates, TargetRequest
+from kdcache.teacher.engines.tiled_head import TiledHead, require_same_logits
+from kdcache.teacher.open_teacher import open_teacher
+from kdcache.teacher.opened_teacher import OpenedTeacher, tile_slices
 from tests.making import TEACHER, dump_options
 from tests.processes import PATIENCE
 
@@ -77,7 +79,9 @@ def batch(rows: int = 3, slots: int = 20) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.inference_mode()
 def in_tiles(model: Any, tokens: Tensor, positions: Tensor, slots: Tensor) -> list[Tensor]:
-    return list(logit_tiles(model, TiledHead(model, "cpu"), tokens, positions, slots))
+    head = TiledHead(model, "cpu")
+    given = HiddenStates(head.hidden(tokens, positions)[slots[:, 0], slots[:, 1]], head.logits)
+    return [given.logits(part) for part in tile_slices(len(given), 384, torch.device("cpu"))]
 
 
 @torch.inference_mode()
@@ -88,8 +92,8 @@ def in_one_piece(model: Any, tokens: Tensor, positions: Tensor, slots: Tensor) -
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of at most 4 positions."""
-    monkeypatch.setitem(transformers.TILE_LOGITS, "cpu", 4 * 384)
-    monkeypatch.setattr(transformers, "_LEAST_POSITIONS", 1)
+    monkeypatch.setitem(opened_teacher.TILE_LOGITS, "cpu", 4 * 384)
+    monkeypatch.setattr(opened_teacher, "_LEAST_POSITIONS", 1)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -111,11 +115,12 @@ def test_logits_in_tiles_are_the_models_own(kind: str, tied: bool) -> None:
 
 def test_tiles_of_a_gpu_are_few_and_not_too_large() -> None:
     """523 positions are 2^26 logits, 2,092 are 2^28; on a CPU a tile has 128."""
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=128_256)))
     expected = {0: 1, 523: 1, 524: 2, 3138: 6, 8192: 6, 12_552: 6, 20_920: 10, 262_144: 126}
     for positions, tiles in expected.items():
-        assert transformers._tiles(model, positions, torch.device("cuda")) == tiles
-        assert transformers._tiles(model, positions, torch.device("cpu")) == max(1, -(-positions // 128))
+        for device, count in (("cuda", tiles), ("cpu", max(1, -(-positions // 128)))):
+            slices = tile_slices(positions, 128_256, torch.device(device))
+            assert len(slices) == count
+            assert [i for part in slices for i in range(part.start, part.stop)] == list(range(positions))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -211,11 +216,14 @@ def test_hooks_of_accelerate_keep_working() -> None:
     torch.testing.assert_close(torch.cat(tiles), own)
 
 
-def open_teacher(folder: Path, seq_len: int = 24, **changes: Any) -> tuple[Teacher, Any]:
-    """A teacher, and the part of a manifest that its runs look at."""
-    config = dump_options(folder, folder, folder, seq_len=seq_len, **changes)
-    manifest = SimpleNamespace(vocab_size=320, seq_len=seq_len, temperatures=(1.0, 2.0), choice=Positions())
-    return Teacher(config, folder, manifest), manifest  # type: ignore[arg-type]
+def opened(folder: Path, **changes: Any) -> OpenedTeacher:
+    """A teacher of rows of 24 slots."""
+    spec = dump_options(folder, folder, folder, **changes).teacher_spec
+    return open_teacher(spec, RowSpec(vocab_size=320, seq_len=24))
+
+
+def asking(rule: Selection, seed: int = 0) -> TargetRequest:
+    return TargetRequest(selection=rule, temperatures=(1.0, 2.0), seed=seed)
 
 
 def some_rows(rows: int = 3, length: int = 22) -> list[PackedRow]:
@@ -241,19 +249,18 @@ def assert_same(some: SparseTargets, others: SparseTargets) -> None:
 def test_targets_in_tiles_are_those_of_whole_logits(teacher: Path, kind: str) -> None:
     """Of a padded vocabulary: the model has 384 ids, its tokenizer 320."""
     rule, rows = Selection(kind), some_rows()
-    (tiled, manifest), (whole, _) = open_teacher(teacher), open_teacher(teacher, tile_head=False)
-    assert tiled.head is not None and whole.head is None
+    tiled, whole = opened(teacher), opened(teacher, tile_head=False)
     assert [t.compute["tile_head"] for t in (tiled, whole)] == [True, False]
-    (some, counts, _), (others, also, _) = tiled.run(rows, manifest, rule), whole.run(rows, manifest, rule)
-    assert counts == also == [20, 20, 20]
-    assert some.ids.max() < 320
-    assert_same(some, others)
+    some, others = (model.targets(rows, asking(rule)) for model in (tiled, whole))
+    assert some.counts == others.counts == [20, 20, 20]
+    assert some.targets.ids.max() < 320
+    assert_same(some.targets, others.targets)
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kind", ["topk", "ipps"])
 def test_logits_of_one_tile_at_a_time(teacher: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, manifest = open_teacher(teacher)
+    model = opened(teacher)
     real, made, alive = TiledHead.logits, [], []
 
     def listen(self: TiledHead, hidden: Tensor) -> Tensor:
@@ -263,21 +270,21 @@ def test_logits_of_one_tile_at_a_time(teacher: Path, kind: str, monkeypatch: pyt
         return logits
 
     monkeypatch.setattr(TiledHead, "logits", listen)
-    model.run(some_rows(), manifest, Selection(kind=kind, k=8))
+    model.targets(some_rows(), asking(Selection(kind=kind, k=8)))
     assert len(alive) > 1 and not any(alive)
 
 
 @pytest.mark.usefixtures("small_tiles")
 def test_draws_are_keyed_by_shard_row_and_slot(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, manifest = open_teacher(teacher)
+    model = opened(teacher)
     asked: list[tuple[int, Tensor]] = []
 
     def listen(rule: Selection, seed: int, keys: Tensor) -> Tensor | None:
         asked.append((seed, keys))
         return draws(rule, seed, keys)
 
-    monkeypatch.setattr(transformers, "draws", listen)
-    model.run(some_rows(2), manifest, Selection(k=8), shard=7, first_row=40, seed=3)
+    monkeypatch.setattr(opened_teacher, "draws", listen)
+    model.targets(some_rows(2), asking(Selection(k=8), seed=3), shard=7, first_row=40)
     ((seed, keys),) = asked
     assert seed == 3 and keys.dtype == torch.int64
     slots = [*range(8), *range(9, 21)]  # two pieces, of 9 and 13 tokens
@@ -286,26 +293,26 @@ def test_draws_are_keyed_by_shard_row_and_slot(teacher: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("tile_head", [True, False])
 def test_rows_without_a_target(teacher: Path, tile_head: bool) -> None:
-    model, manifest = open_teacher(teacher, tile_head=tile_head)
+    model = opened(teacher, tile_head=tile_head)
     row = PackedRow(
         tokens=np.arange(9, dtype=np.int32), piece_lengths=np.array([9], np.int32), piece_documents=np.zeros(1, int),
         supervised=np.zeros(9, bool),
     )  # fmt: skip
-    targets, labels, entropy = model.run([row, row], manifest, Selection(k=8))
-    assert labels == [0, 0] and entropy.shape == (0,) and targets.ids.shape == (0, 8)
+    found = model.targets([row, row], asking(Selection(k=8)))
+    assert found.counts == [0, 0] and found.targets.entropy.shape == (0,) and found.targets.ids.shape == (0, 8)
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("tile_head", [True, False])
 def test_bad_logits_in_a_later_tile_are_named(teacher: Path, tile_head: bool) -> None:
-    model, manifest = open_teacher(teacher, tile_head=tile_head)
+    model = opened(teacher, tile_head=tile_head)
     rows = some_rows()
     rows[1].tokens[12] = 7  # the fourth token of the second piece
     with torch.no_grad():
-        model.model.get_input_embeddings().weight[7] = torch.nan
+        model.engine.model.get_input_embeddings().weight[7] = torch.nan  # type: ignore[attr-defined]
     with pytest.raises(LogitsError, match="in document 3 of the corpus, 3 tokens into its piece") as caught:
-        model.run(rows, manifest, Selection(k=8))
-    assert caught.value.position == 20  # the first of the row, all of which is bad: see `_blame`
+        model.targets(rows, asking(Selection(k=8)))
+    assert caught.value.position == 20  # the first of the row, all of which is bad: see `_find_bad`
 
 
 def test_a_dump_can_be_told_to_hold_whole_logits(teacher: Path, corpus: Path, tmp_path: Path) -> None:
@@ -320,15 +327,14 @@ def test_a_dump_can_be_told_to_hold_whole_logits(teacher: Path, corpus: Path, tm
 
 PEAK = """
 import resource, sys
-from types import SimpleNamespace
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from kdcache import Selection
-from kdcache.position_filter import Positions
-from kdcache.rows import PackedRow
+from kdcache.rows import PackedRow, RowSpec
+from kdcache.teacher import open_teacher as door
 from kdcache.teacher.engines import transformers
-from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.engines.base import TargetRequest, TeacherSpec
 
 vocab, length, rows = 152_064, 1024, 4
 model = LlamaForCausalLM(LlamaConfig(
@@ -336,14 +342,15 @@ model = LlamaForCausalLM(LlamaConfig(
     max_position_embeddings=length, tie_word_embeddings=True,
 ))
 transformers.load_model = lambda *_: model
-config = DumpConfig(teacher="", corpus="", out="", seq_len=length, device="cpu", tile_head=sys.argv[1] == "tiled")
-manifest = SimpleNamespace(vocab_size=vocab, seq_len=length, temperatures=(1.0,), choice=Positions())
+door.model_folder = lambda *_: None
+spec = TeacherSpec(model="", device="cpu", tile_head=sys.argv[1] == "tiled")
 tokens = np.random.default_rng(0).integers(0, vocab, length).astype(np.int32)
 row = PackedRow(tokens=tokens, piece_lengths=np.array([length], np.int32), piece_documents=np.zeros(1, int))
 with torch.inference_mode():  # what a forward pass of the body takes, and libraries on first use
     model.model(input_ids=torch.from_numpy(np.stack([tokens] * rows)).long(), use_cache=False)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-transformers.Teacher(config, None, manifest).run([row] * rows, manifest, Selection(k=64))
+teacher = door.open_teacher(spec, RowSpec(vocab_size=vocab, seq_len=length))
+teacher.targets([row] * rows, TargetRequest(selection=Selection(k=64)))
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print((after - before) * 1024 / (4 * vocab * length * rows))
 """

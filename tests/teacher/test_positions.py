@@ -155,7 +155,7 @@ def test_adaptive_means_k_over_the_chosen(sure_teacher: Path, corpus: Path, tmp_
         assert found["entries"] / found["positions"] == pytest.approx(6, abs=0.3)
         taus[positions] = open_cache(tmp_path / positions).manifest.tau
     assert taus["entropy>2"] > 1.2 * taus["all"]  # unsure positions alone need a higher one for as few entries
-    with pytest.raises(ConfigError, match="entropy>9 leaves none of the first 5544 positions to --adaptive"):
+    with pytest.raises(ConfigError, match="entropy>9 leaves none of the first 5544 positions to find tau by"):
         dump(dump_options(sure_teacher, corpus, tmp_path / "none", positions="entropy>9", **options))
     assert not (tmp_path / "none").exists()
 

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from kdcache.selection import scan_triton
 
 TYPES = {
-    "x": "*bf16", "scales": "*fp32", "sums": "*fp32", "surprise": "*fp32", "values": "*fp32", "outside": "*i64",
+    "x": "*bf16", "scales": "*fp32", "sums": "*fp32", "entropy_terms": "*fp32", "values": "*fp32", "outside": "*i64",
     "peaks": "*i32", "chosen": "*i32", "borders": "*i32", "near": "*i32", "near_ids": "*i32", "centres": "*i32",
 }  # fmt: skip
 SIZES: dict[str, tuple[dict[str, int], int]] = {  # and the warps of a program

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdcache.codec import Layout
+from kdcache.entry_form import EntryForm
+from kdcache.known import Known
 from kdcache.targets import SparseTargets
 
 KINDS = ("topk", "topp", "full", "sample", "sample+label", "sample+power", "ipps", "ipps+label")
@@ -31,17 +35,31 @@ def width_of(kind: str, k: int, vocab: int) -> int:
     return min(vocab, DRAWS + (kind == "sample+label")) if kind.startswith("sample") else k
 
 
-def codec_options(kind: str, k: int = 12, vocab: int = 500, **changes: Any) -> dict[str, Any]:
+def is_sampled(kind: str) -> bool:
+    return kind.startswith(("sample", "ipps"))
+
+
+def form_of(kind: str) -> EntryForm:
+    if not is_sampled(kind):
+        return EntryForm(ragged=kind == "topp", every_id=kind == "full")
+    drawn = kind.startswith("sample")
+    most = int(kind.endswith("+label")) if drawn else None
+    draws, free = DRAWS if drawn else None, kind.endswith("+power")
+    return EntryForm(sampled=True, ragged=True, most_heavies=most, draws=draws, free_weights=free)
+
+
+def layout_of(kind: str, k: int = 12, vocab: int = 500, draws: int | None = None, **changes: Any) -> Layout:
+    """The layout of `make_targets` of a kind."""
+    form, temperatures = form_of(kind), changes.pop("temperatures", (1.0, 2.0))
+    if draws is not None:
+        form = dataclasses.replace(form, draws=draws)
+    tails = () if form.sampled else temperatures
+    known = Known(partitions=temperatures, tails=tails, tail_sum="complement" if tails else None)
     options: dict[str, Any] = {
-        "kind": kind.split("+")[0],
-        "width": width_of(kind, k, vocab),
-        "vocab_size": vocab,
-        "temperatures": (1.0, 2.0),
-        "force_label": kind.endswith("+label"),
-        "draws": DRAWS if kind.startswith("sample") else None,
-        "weighted": kind.endswith("+power"),
-    }
-    return {**options, **changes}
+        "kind": kind.split("+")[0], "form": form, "width": width_of(kind, k, vocab), "vocab_size": vocab,
+        "temperatures": temperatures, "known": known,
+    }  # fmt: skip
+    return Layout(**{**options, **changes})
 
 
 def make_targets(
@@ -63,7 +81,7 @@ def make_targets(
     width = width_of(kind, k, vocab)
     rows = []
     for i in range(n):
-        if kind.startswith(("sample", "ipps")):
+        if is_sampled(kind):
             p = (logp[i] / sample_temperature).softmax(-1)
             if kind.endswith("+power"):
                 rows.append(_weighted(p, generator))
@@ -83,7 +101,7 @@ def make_targets(
         size = len(chosen)
         ids[i, :size], weights[i, :size] = chosen, weight.float()
         logprobs[i, :size] = torch.where(known, logp[i][chosen], torch.nan).float()
-        if not kind.startswith(("sample", "ipps")):
+        if not is_sampled(kind):
             rest = logp[i].clone()
             rest[chosen] = -torch.inf
             for c, t in enumerate(temperatures):
@@ -94,7 +112,7 @@ def make_targets(
         weights=weights,
         count=torch.tensor([len(chosen) for chosen, _, _ in rows]),
         log_partition=torch.where(torch.tensor(temperatures) == 1, 0.0, partition).float(),
-        log_tail=tails,
+        log_tail=None if is_sampled(kind) else tails,
         entropy=-(logp.exp() * logp).sum(-1).float(),
         label_logprob=logp.gather(-1, labels[:, None])[:, 0].float(),
         temperatures=temperatures,

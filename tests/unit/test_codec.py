@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from kdcache.codec import Codec, deflate, inflate, make_codec
 from kdcache.errors import ConfigError, CorruptCacheError, TargetError
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
-from tests.unit.made_targets import DRAWS, KINDS, codec_options, logits, make_targets
+from kdcache.known import Known
+from kdcache.targets import SparseTargets
+from tests.unit.made_targets import DRAWS, KINDS, layout_of, logits, make_targets
 
 PRECISIONS = ("float32", "float16", "4", "6", "8", "12", "16")
 SHAPES = ("random", "flat", "peaked", "wide")
@@ -24,7 +25,7 @@ Streams = dict[str, NDArray[Any]]
 
 
 def codec(kind: str, precision: str, **changes: Any) -> Codec:
-    return make_codec(**codec_options(kind, **changes), precision=precision)
+    return make_codec(layout_of(kind, **changes), precision=precision)
 
 
 def frozen(how: Codec, streams: Streams, positions: int) -> Streams:
@@ -94,8 +95,8 @@ def test_what_is_decoded_has_the_shape_that_losses_expect(kind: str, precision: 
     assert torch.isneginf(again.logprobs[past]).all()
     assert torch.equal(by_id(again).logprobs.isnan(), by_id(whole).logprobs.isnan())
     assert (again.weights[again.valid] > 0).all() or kind.endswith("+label") or kind == "full"
-    if whole.kind in SAMPLED_KINDS:
-        assert again.log_tail.isnan().all()
+    if whole.sampled:
+        assert again.log_tail is None
         total = whole.weights.sum(-1) if kind == "sample+power" else torch.ones(len(whole.count))
         torch.testing.assert_close(again.weights.sum(-1), total, rtol=2e-6, atol=2e-6)
     assert all(isinstance(value, float) for value in how.error_bound.values())
@@ -245,27 +246,50 @@ def test_weights_that_are_no_draws_are_not_packed(precision: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("kind", "changes", "message"),
     (
-        ({"kind": "tops"}, "tops"),
-        ({"vocab_size": 0}, "vocabulary"),
-        ({"vocab_size": 1 << 31}, "vocabulary"),
-        ({"width": 0}, "entries"),
-        ({"width": 501}, "entries"),
-        ({"kind": "full", "width": 12}, "entries"),
-        ({"temperatures": (2.0,)}, "must store temperature 1"),
-        ({"kind": "ipps", "sample_temperature": 3.0}, "--sample-temperature"),
-        ({"kind": "sample"}, "--draws"),
-        ({"draws": 20}, "only --select sample"),
-        ({"kind": "sample", "draws": 65536}, "--draws"),
-        ({"precision": "float8"}, "--precision float8"),
-        ({"precision": "3"}, "--precision 3"),
-        ({"precision": "17"}, "--precision 17"),
+        ("topk", {"vocab_size": 0}, "vocabulary"),
+        ("topk", {"vocab_size": 1 << 31}, "vocabulary"),
+        ("topk", {"width": 0}, "entries"),
+        ("topk", {"width": 501}, "entries"),
+        ("full", {"width": 12}, "entries"),
+        ("topk", {"temperatures": (2.0,)}, "must store temperature 1"),
+        ("ipps", {"sample_temperature": 3.0}, "sample_temperature"),
+        ("sample", {"draws": 65536}, "draws is 65536"),
+        ("topk", {"known": Known()}, "know the partition at each"),
+        ("ipps", {"known": Known(partitions=(1.0, 2.0), tails=(1.0,), tail_sum="remainder")}, "the tail at none"),
     ),
 )
-def test_bad_settings(changes: dict[str, Any], message: str) -> None:
+def test_bad_layouts(kind: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_codec(**{**codec_options("topk"), "precision": "float32", **changes})
+        layout_of(kind, **changes)
+
+
+@pytest.mark.parametrize("precision", ("float8", "3", "17"))
+def test_bad_precisions(precision: str) -> None:
+    with pytest.raises(ConfigError, match=f"precision is {precision}, but must be"):
+        make_codec(layout_of("topk"), precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unknown", (("entropy",), ("label_logprob",), ("entropy", "label_logprob")), ids=str)
+def test_what_is_unknown_takes_no_bytes(kind: str, precision: str, unknown: tuple[str, ...]) -> None:
+    whole, known = make_targets(kind, logits()), layout_of(kind).known
+    everything = codec(kind, precision)
+    how = codec(kind, precision, known=dataclasses.replace(known, **dict.fromkeys(unknown, False)))
+    less = dataclasses.replace(whole, **dict.fromkeys(unknown))
+    size = [sum(s.nbytes for s in each.encode(t).values()) for each, t in ((everything, whole), (how, less))]
+    assert size[0] - size[1] == 60 * len(unknown) * (2 if precision.isdecimal() else 4)
+    again, reference = there_and_back(how, less), there_and_back(everything, whole)
+    for name in ("ids", "weights", "log_partition", "log_tail", "entropy", "label_logprob"):
+        expected = None if name in unknown else getattr(reference, name)
+        found = getattr(again, name)
+        assert (found is None) == (expected is None) and (found is None or torch.equal(found, expected))
+    assert not set(unknown) & set(how.error_bound)
+    for wrong in (whole, dataclasses.replace(less, label_logprob=torch.full((60,), torch.nan))):
+        with pytest.raises(TargetError, match=r"entropy|label_logprob"):
+            how.encode(wrong)
 
 
 # Reading trusts nothing.

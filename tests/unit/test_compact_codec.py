@@ -20,8 +20,8 @@ from kdcache.codec import deflate, make_codec
 from kdcache.codec.compact import CompactCodec
 from kdcache.codec.quantizer import Levels
 from kdcache.errors import CorruptCacheError, TargetError
-from kdcache.targets import SAMPLED_KINDS, SparseTargets
-from tests.unit.made_targets import DRAWS, KINDS, codec_options, logits, make_targets
+from kdcache.targets import SparseTargets
+from tests.unit.made_targets import DRAWS, KINDS, layout_of, logits, make_targets
 
 OWN_KINDS = tuple(kind for kind in KINDS if kind != "sample+power")  # that one is packed as another
 
@@ -31,7 +31,7 @@ Streams = dict[str, NDArray[Any]]
 
 def codec(kind: str = "topk", bits: int = 6, **changes: Any) -> CompactCodec:
     order = {"id_order": changes.pop("id_order", ())}
-    how = make_codec(**codec_options(kind, **changes), precision=str(bits), **order)
+    how = make_codec(layout_of(kind, **changes), precision=str(bits), **order)
     assert isinstance(how, CompactCodec)
     return how
 
@@ -90,7 +90,7 @@ def test_measures_keep_the_stated_bounds(kind: str, shape: str) -> None:
         assert (getattr(again, name) - getattr(whole, name)).abs().max() <= bound[name] + 1e-5
     if kind == "full":
         assert torch.isneginf(again.log_tail).all() and "log_odds" not in bound
-    elif whole.kind in SAMPLED_KINDS:
+    elif whole.sampled:
         error = (again.log_partition - whole.log_partition).abs()
         assert (error <= bound["renyi_entropy"] * 0.5 + 1e-5).all()  # log Z is half of it at T = 2
     else:
@@ -160,11 +160,10 @@ def test_a_forced_label_below_the_cut_is_kept_at_the_cut() -> None:
     assert (again.weights[:, -1] > 0).all()
 
 
-def test_a_label_that_is_not_known_stays_unknown() -> None:
+def test_a_label_of_no_probability_has_the_least_that_is_stored() -> None:
     whole = make_targets("topk", logits(n=4))
-    whole = dataclasses.replace(whole, label_logprob=torch.tensor([-1.0, torch.nan, -600.0, 0.0]))
-    stored = there_and_back(codec(), whole).label_logprob
-    assert stored[[0, 3]].tolist() == [-1.0, 0.0] and stored[1].isnan() and stored[2] == -65534 / 128
+    whole = dataclasses.replace(whole, label_logprob=torch.tensor([-1.0, -torch.inf, -600.0, 0.0]))
+    assert there_and_back(codec(), whole).label_logprob.tolist() == [-1.0, -65534 / 128, -65534 / 128, 0.0]
 
 
 def test_the_scale_is_that_of_its_description() -> None:
@@ -227,13 +226,13 @@ def test_an_id_twice_is_not_packed() -> None:
 
 def reference(how: CompactCodec, streams: Streams, positions: int) -> list[dict[str, Any]]:
     layout, bound, out = how.layout, how.error_bound, []
-    sampled, ipps = layout.kind in SAMPLED_KINDS, layout.kind == "ipps"
+    sampled, ipps = layout.sampled, layout.kind == "ipps"
     measures = ([] if layout.kind == "full" else [f"odds{t:g}" for t in layout.temperatures]) if not sampled else []
     if sampled:
-        measures = ["odds"] * (ipps or layout.force_label) + [f"renyi{t:g}" for t in layout.temperatures if t != 1]
+        measures = ["odds"] * (ipps or layout.heavies) + [f"renyi{t:g}" for t in layout.temperatures if t != 1]
     measures += ["entropy", "label"]
     counts = [name for name, there in (
-        ("count", layout.kind not in ("topk", "full")), ("heavies", ipps or (sampled and layout.force_label)),
+        ("count", layout.kind not in ("topk", "full")), ("heavies", ipps or (sampled and layout.heavies)),
         ("floor", not sampled),
     ) if there]  # fmt: skip
     most = {"count": layout.width, "heavies": layout.width if ipps else 1, "floor": (1 << how.bits) - 1}
@@ -346,9 +345,9 @@ def golden_targets(kind: str) -> SparseTargets:
         weights=weights.float(),
         count=torch.full((3,), 4),
         log_partition=torch.tensor([[0.0, 0.75]] * 3),
-        log_tail=torch.stack([tail, tail / 2], -1).float() if kind == "topk" else torch.full((3, 2), torch.nan),
+        log_tail=torch.stack([tail, tail / 2], -1).float() if kind == "topk" else None,
         entropy=torch.tensor([1.5, 0.25, 3.0]),
-        label_logprob=torch.tensor([-0.5, -12.0, torch.nan]),
+        label_logprob=torch.tensor([-0.5, -12.0, -2.0]),
         temperatures=(1.0, 2.0),
         kind=kind,
     )
@@ -358,20 +357,20 @@ GOLDEN: dict[str, dict[str, str]] = {
     "topk": {
         "ids": "000005ff04f5f9ff0000000002007df3",
         "values": "000d16061100053f00030303",
-        "scalars": "29003c7f7f7f7f7f7f0000010006ff",
-        "scalars_low": "537344baceb0c020804000ff",
+        "scalars": "29003c7f7f7f7f7f7f000001000601",
+        "scalars_low": "537344baceb0c02080400000",
     },
     "ipps": {
         "ids": "010500ff04fffaf902000000020284e3",
         "values": "2b3f263f383f",
-        "scalars": "0404040202027f7f7f0000000000010006ff",
-        "scalars_low": "ca73cac0c0c0c020804000ff",
+        "scalars": "0404040202027f7f7f000000000001000601",
+        "scalars_low": "ca73cac0c0c0c02080400000",
     },
     "sample": {
         "ids": "070000ffff04f5f903000000020283e8",
         "values": "040a060a0505040808",
-        "scalars": "0404040101018080800000000000010006ff",
-        "scalars_low": "0059adc0c0c0c020804000ff",
+        "scalars": "040404010101808080000000000001000601",
+        "scalars_low": "0059adc0c0c0c02080400000",
     },
 }
 
@@ -379,12 +378,12 @@ GOLDEN: dict[str, dict[str, str]] = {
 @pytest.mark.parametrize("kind", ("topk", "ipps", "sample"))
 def test_golden_streams(kind: str) -> None:
     """Bytes that this format has written once are written and read for ever."""
-    options = {"width": 4, "vocab_size": 1000, "force_label": kind == "sample"}
-    how = codec(kind, **options, id_order=(4, 3, 2, 1))
+    how = codec("sample+label" if kind == "sample" else kind, width=4, vocab=1000, id_order=(4, 3, 2, 1))
     streams = how.encode(golden_targets(kind))
     assert {name: stream.tobytes().hex() for name, stream in streams.items()} == GOLDEN[kind]
     again = how.decode({name: np.frombuffer(bytes.fromhex(text), np.uint8) for name, text in GOLDEN[kind].items()}, 3)
-    torch.testing.assert_close(again.weights.sum(-1) + again.log_tail[:, 0].exp().nan_to_num(), torch.ones(3))
+    tail = 0.0 if again.log_tail is None else again.log_tail[:, 0].exp()
+    torch.testing.assert_close(again.weights.sum(-1) + tail, torch.ones(3))
 
 
 # Lies, by name.
@@ -442,7 +441,9 @@ def test_counts_that_cannot_be(kind: str, plane: int, value: int, message: str) 
         how.decode({**streams, "scalars": scalars.reshape(-1)}, 60)
 
 
-@pytest.mark.parametrize(("kind", "word"), (("topk", 2), ("full", 0), ("ipps", 1), ("ipps", 2), ("sample", 0)))
+@pytest.mark.parametrize(
+    ("kind", "word"), (("topk", 2), ("topk", 3), ("full", 0), ("ipps", 1), ("ipps", 2), ("sample", 0))
+)
 def test_an_entropy_is_a_number(kind: str, word: int) -> None:
     how = codec(kind)
     streams = {name: stream.copy() for name, stream in how.encode(make_targets(kind, logits())).items()}

@@ -17,12 +17,16 @@ import kdcache.student
 
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
-    {"errors", "options", "rows", "compiled"},
-    {"position_filter", "targets", "worker"},
-    {"selection", "losses", "codec", "isolation"},
-    {"store", "corpus"},
+    {"errors", "options", "rows", "compiled", "entry_form"},
+    {"plugins", "known"},
+    {"registry"},
+    {"extras", "targets", "worker"},
+    {"position_filter", "selection", "losses", "codec", "isolation"},
+    {"corpus"},
+    {"store"},
+    {"file_hashes"},
     {"pretrained"},
-    {"cache", "verify"},
+    {"cache", "cache_writer", "verify"},
     {"convert"},
     {"teacher", "student"},
     {"report"},

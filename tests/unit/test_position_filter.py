@@ -7,7 +7,7 @@ import torch
 
 from kdcache.errors import ConfigError
 from kdcache.position_filter import Positions
-from kdcache.store.commit import LEVELS, MOST_BINS, added, histogram, quantiles
+from kdcache.store.commit import LEVELS, MOST_BINS, add_histograms, histogram, quantiles
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_quantiles_are_right_within_their_bin() -> None:
     """Peaked at 0 with a long tail, as teachers are; in parts, as shards are."""
     generator = torch.Generator().manual_seed(0)
     entropy = torch.randn(20_000, generator=generator).exp().mul(torch.rand(20_000, generator=generator) ** 4)
-    found = quantiles(added([histogram(part) for part in entropy.split(7_001)]))
-    assert added([histogram(part) for part in entropy.split(300)]) == histogram(entropy)
+    found = quantiles(add_histograms([histogram(part) for part in entropy.split(7_001)]))
+    assert add_histograms([histogram(part) for part in entropy.split(300)]) == histogram(entropy)
     assert found is not None and set(found) == {f"{level:g}" for level in LEVELS}
     for level in LEVELS:
         exact = float(entropy.double().quantile(level))
@@ -60,7 +60,8 @@ def test_quantiles_are_right_within_their_bin() -> None:
 
 
 def test_histograms_of_the_least_and_the_most() -> None:
-    assert histogram(torch.zeros(0)) == [] and quantiles([]) is None and quantiles([0, 0]) is None and added([]) == []
+    assert histogram(torch.zeros(0)) == [] and add_histograms([]) == []
+    assert quantiles([]) is None and quantiles([0, 0]) is None
     assert histogram(torch.tensor([0.0, 1e-9, -1e-9])) == [3]
     assert len(histogram(torch.tensor([21.4875626]))) == MOST_BINS - 1  # the entropy of 2^31 equally likely tokens
     assert len(histogram(torch.tensor([1e9]))) == MOST_BINS

@@ -1,4 +1,4 @@
-"""Which way logits are visited, and when kernels are not trusted; that nothing waits for a device."""
+"""Which code scans logits, and when kernels are not trusted; that nothing waits for a device."""
 
 from __future__ import annotations
 
@@ -67,15 +67,15 @@ def test_kernels_are_trusted_where_nothing_weighs_enough_to_compare() -> None:
 def test_kernels_that_say_something_else_are_not_trusted(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from kdcache.selection import scan_triton
 
-    real = scan_triton.visit
+    real = scan_triton.scan_rows
 
     def wrong(x: Tensor, *rest: object) -> tuple[Tensor, ...]:
         found = real(x, *rest)  # type: ignore[arg-type]
         found[part][-1, ..., -2] = found[part][-1, ..., -2] * 2 + 1
         return found
 
-    monkeypatch.setattr(scan_triton, "visit", wrong)
-    name = ("values", "ids", "sums", "surprise")[part]
+    monkeypatch.setattr(scan_triton, "scan_rows", wrong)
+    name = ("values", "ids", "sums", "entropy_terms")[part]
     with pytest.warns(UserWarning, match=f"instead of kernels, which is slower: their {name} differ"):
         assert not scan_dispatch.trusted(*about(given()[0][::8]))
 
@@ -87,7 +87,7 @@ def test_kernels_that_do_not_run_are_not_trusted(monkeypatch: pytest.MonkeyPatch
     def broken(*_: object) -> None:
         raise RuntimeError("no compiler\nand much more")
 
-    monkeypatch.setattr(scan_triton, "visit", broken)
+    monkeypatch.setattr(scan_triton, "scan_rows", broken)
     with pytest.warns(UserWarning, match="slower: RuntimeError: no compiler$"):
         assert not scan_dispatch.trusted(*about(given()[0]))
 

@@ -226,7 +226,10 @@ RULES = [
         {"kind": "sample", "draws": 50, "sample_temperature": 2.0},
     ),
     (Selection(kind="ipps", k=12), {"kind": "ipps", "k": 12}),
-    (Selection(kind="ipps", k=12, min_k=2, tau=0.01), {"kind": "ipps", "k": 12, "min_k": 2, "tau": 0.01}),
+    (
+        Selection(kind="ipps", k=12, min_k=2, tau=0.01),
+        {"kind": "ipps", "k": 12, "min_k": 2, "adaptive": True, "tau": 0.01},
+    ),
     (Selection(kind="full"), {"kind": "full"}),
 ]
 
@@ -255,39 +258,50 @@ def test_widths() -> None:
         assert rule.width(40) == width
         found = select(torch.randn(5, 40), rule, labels=torch.arange(5))
         assert found.ids.shape == (5, width) and found.count.max() <= width
-        assert rule.ragged or (found.count == width).all()
+        assert rule.form.ragged or (found.count == width).all()
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Selection(kind="best"), "--select best is not one of"),
-        (lambda: Selection(k=0), "--k is 0"),
-        (lambda: Selection(k=2.5), "--k is 2.5"),  # type: ignore[arg-type]
-        (lambda: Selection(kind="topp", k=5), "--top-p is not given, but --select topp needs"),
-        (lambda: Selection(kind="topp", k=5, top_p=float("nan")), "--top-p is nan"),
-        (lambda: Selection(kind="topp", k=5, top_p=1.1), "--top-p is 1.1"),
-        (lambda: Selection(kind="topp", k=5, top_p=0.5, min_k=6), "--min-k is 6, above --k 5"),
-        (lambda: Selection(k=5, min_k=2), "--min-k is 2, but --select topk has a fixed number"),
-        (lambda: Selection(k=5, top_p=0.5), "--top-p is 0.5, but only --select topp"),
-        (lambda: Selection(kind="sample"), "--draws is not given, but --select sample needs at least 1"),
-        (lambda: Selection(kind="sample", draws=0), "--draws is 0"),
-        (lambda: Selection(kind="sample", draws=9, k=5), "--k is 5, but --select sample has --draws instead"),
-        (lambda: Selection(kind="full", k=5), "--k is 5, but --select full keeps every token"),
-        (lambda: Selection(draws=5), "--draws is 5, but only --select sample has it, not topk"),
-        (lambda: Selection(tau=0.5), "tau is 0.5, but only --select ipps"),
-        (lambda: Selection(kind="ipps", tau=0.0), "tau is 0, outside 0 to 1"),
-        (lambda: Selection(kind="ipps", proposal_power=0.8), "--proposal-power is 0.8, but only --select sample"),
-        (lambda: Selection(kind="sample", draws=5, proposal_power=3.0), "--proposal-power is 3, outside 0.5 to 2"),
-        (lambda: Selection(sample_temperature=2.0), "--sample-temperature is 2, but --select topk does not sample"),
-        (lambda: Selection(kind="ipps", sample_temperature=1e9), "--sample-temperature is 1e.09, outside"),
+        (lambda: Selection(kind="best"), "kind best is not one of"),
+        (lambda: Selection(k=0), "k is 0, but must be at least 1"),
+        (lambda: Selection(k=2.5), "k is 2.5, but must be a whole number"),  # type: ignore[arg-type]
+        (lambda: Selection(kind="topp", k=5), "top_p is not given, but kind topp needs"),
+        (lambda: Selection(kind="topp", k=5, top_p=float("nan")), "top_p is nan"),
+        (lambda: Selection(kind="topp", k=5, top_p=1.1), "top_p is 1.1"),
+        (lambda: Selection(kind="topp", k=5, top_p=0.5, min_k=6), "min_k is 6, above k, which is 5"),
+        (lambda: Selection(k=5, min_k=2), "min_k is 2, but kind topk has no such setting"),
+        (lambda: Selection(k=5, top_p=0.5), "top_p is 0.5, but kind topk has no such"),
+        (lambda: Selection(kind="sample"), "draws is not given, but kind sample needs it"),
+        (lambda: Selection(kind="sample", draws=0), "draws is 0"),
+        (lambda: Selection(kind="sample", draws=9, k=5), "k is 5, but kind sample has no such setting"),
+        (lambda: Selection(kind="full", k=5), "k is 5, but kind full has no such setting"),
+        (lambda: Selection(draws=5), "draws is 5, but kind topk has no such setting"),
+        (lambda: Selection(tau=0.5), "tau is 0.5, but kind topk"),
+        (lambda: Selection(kind="ipps", tau=0.0), "tau is 0, but must be above 0 and at most 1"),
+        (lambda: Selection(kind="ipps", proposal_power=0.8), "proposal_power is 0.8, but kind ipps"),
+        (
+            lambda: Selection(kind="sample", draws=5, proposal_power=3.0),
+            "proposal_power is 3, but must",
+        ),
+        (lambda: Selection(sample_temperature=2.0), "sample_temperature is 2.0, but kind topk"),
+        (
+            lambda: Selection(kind="ipps", sample_temperature=1e9),
+            "sample_temperature is 1e.09, but must be",
+        ),
         (
             lambda: Selection(kind="ipps", k=1, force_label=True),
-            "--force-label with --select ipps needs",
+            "force_label needs k to be at least 2",
         ),
-        (lambda: Selection(force_label=1), "--force-label is 1"),  # type: ignore[arg-type]
-        (lambda: select(torch.zeros(1, 5), Selection(kind="ipps", k=6)), "--k is 6, above the vocabulary of 5"),
-        (lambda: select(torch.zeros(1, 5), Selection(k=6)), "--k is 6, above the vocabulary of 5"),
+        (lambda: Selection(force_label=1), "force_label is 1, but must be true or false"),  # type: ignore[arg-type]
+        (lambda: select(torch.zeros(1, 5), Selection(kind="ipps", k=6)), "k is 6, above the vocabulary of 5"),
+        (lambda: select(torch.zeros(1, 5), Selection(k=6)), "k is 6, above the vocabulary of 5"),
+        (
+            lambda: select(torch.zeros(1, 5), Selection(kind="ipps", k=2, adaptive=True)),
+            "tau of kind ipps",
+        ),
+        (lambda: Selection(k=2, colour="red"), "colour is red, but kind topk has no such setting"),
         (lambda: select(torch.zeros(1, 5), Selection(k=2), temperatures=()), "temperatures"),
         (lambda: select(torch.zeros(1, 5), Selection(k=2), temperatures=(0.0,)), "temperature 0"),
         (lambda: select(torch.zeros(1, 5), Selection(k=2), temperatures=(1e-40, 1.0)), "temperature 1e-40"),

@@ -168,25 +168,25 @@ def test_narrowing_is_a_function_of_seed_and_key() -> None:
 
 
 REFUSED = [
-    (Selection(k=4), Selection(k=5), "--k is 5, but the entries were kept with 4; it can be lowered, not raised"),
-    (Selection(kind="ipps", k=4), Selection(kind="ipps", k=5), "--k is 5"),
-    (Selection(kind="sample", draws=4), Selection(kind="sample", draws=5), "--draws is 5"),
-    (Selection(kind="topp", k=4, top_p=0.5), Selection(kind="topp", k=4, top_p=0.6), "--top-p is 0.6"),
-    (Selection(kind="topp", k=4, top_p=0.5), Selection(kind="topp", k=4, top_p=0.5, min_k=2), "--min-k is 2"),
-    (Selection(kind="topp", k=4, top_p=0.5), Selection(k=2), "--select topk cannot be made from the entries of topp"),
-    (Selection(k=4), Selection(kind="ipps", k=2), "--select ipps cannot be made from the entries of topk"),
-    (Selection(k=4), Selection(kind="full"), "--select full cannot be made"),
-    (Selection(k=4), Selection(k=2, force_label=True), "--force-label cannot be changed"),
-    (Selection(k=4, force_label=True), Selection(k=2), "--force-label cannot be changed"),
+    (Selection(k=4), Selection(k=5), "k is 5, but the entries were kept with 4; it can be lowered, not raised"),
+    (Selection(kind="ipps", k=4), Selection(kind="ipps", k=5), "k is 5"),
+    (Selection(kind="sample", draws=4), Selection(kind="sample", draws=5), "draws is 5"),
+    (Selection(kind="topp", k=4, top_p=0.5), Selection(kind="topp", k=4, top_p=0.6), "top_p is 0.6"),
+    (Selection(kind="topp", k=4, top_p=0.5), Selection(kind="topp", k=4, top_p=0.5, min_k=2), "min_k is 2"),
+    (Selection(kind="topp", k=4, top_p=0.5), Selection(k=2), "kind topk cannot be made from the entries of topp"),
+    (Selection(k=4), Selection(kind="ipps", k=2), "kind ipps cannot be made from the entries of topk"),
+    (Selection(k=4), Selection(kind="full"), "kind full cannot be made"),
+    (Selection(k=4), Selection(k=2, force_label=True), "force_label cannot be changed"),
+    (Selection(k=4, force_label=True), Selection(k=2), "force_label cannot be changed"),
     (
         Selection(kind="ipps", k=4),
         Selection(kind="ipps", k=2, sample_temperature=2.0),
-        "--sample-temperature is 2, but the entries were drawn at 1",
+        "sample_temperature is 2, but the entries were drawn at 1",
     ),
     (
         Selection(kind="ipps", k=4),
         Selection(kind="ipps", k=2, tau=0.4),
-        "tau is 0.4, but the entries were kept with --k",
+        "tau is 0.4, but the entries were kept with k",
     ),
     (Selection(kind="ipps", k=4, tau=0.3), Selection(kind="ipps", k=2, tau=0.2), "kept with tau 0.3; it can only be"),
 ]
@@ -203,7 +203,7 @@ def test_damaged_or_missing_facts_are_refused() -> None:
     logits, labels = logits_of("random", 50, 3), torch.tensor([1, 2, 3])
     forced = Selection(k=9, force_label=True)
     wide = select(logits, forced, labels=labels)
-    with pytest.raises(ConfigError, match="--force-label needs the true next tokens"):
+    with pytest.raises(ConfigError, match="force_label needs the true next tokens"):
         narrow(wide, Selection(k=4, force_label=True), source=forced)
     absent = next(i for i in range(50) if i not in wide.ids[1].tolist())
     with pytest.raises(TargetError, match="the label of position 1 is not among its entries"):

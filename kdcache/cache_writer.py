@@ -1,0 +1,407 @@
+"""The public way to write a cache: rows of tokens and targets in; shards, commits and fingerprints out.
+
+For whoever has a teacher of their own (Megatron, JAX, a server). `dump-teacher` writes through it, too.
+
+    writer = create_cache("cache", vocab_size=256, seq_len=512, selection=Selection(k=64), shards=64, teacher="mine-7b")
+    for number in writer.missing():
+        with writer.shard(number) as shard:
+            shard.write(tokens, targets)
+    writer.finish()
+
+Guarantee: nothing of a shard can be seen before its `with` block ends well, and then all of it can. A process that is
+killed leaves nothing behind that a reader sees; the same call to `create_cache` goes on with the shards that are
+missing. Any number of processes on any machines may do so at once: if two write the same shard, one commit stands.
+Cost: encoding, compression and one write of each row; in memory one row.
+
+Shapes: n tokens of a row, P pieces, N labelled slots of a row, L slots a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from kdcache.corpus.plan import Plan
+from kdcache.errors import ConfigError, TargetError
+from kdcache.extras import ExtraSpec
+from kdcache.known import Known
+from kdcache.pretrained import load_tokenizer, tokenizer_fingerprint
+from kdcache.rows import IGNORE, PackedRow
+from kdcache.selection import Selection
+from kdcache.selection.target_faults import find_fault
+from kdcache.store import publish
+from kdcache.store.commit import Commit, add_histograms, histogram
+from kdcache.store.commits import committed
+from kdcache.store.manifest import Manifest, today
+from kdcache.store.open_storage import open_storage
+from kdcache.store.row_format import Extras
+from kdcache.store.seal import seal_cache, unseal
+from kdcache.store.shards import ShardWriter
+from kdcache.store.storage import Storage
+from kdcache.targets import SparseTargets
+
+
+def create_cache(
+    path: str | os.PathLike[str],
+    *,
+    vocab_size: int,
+    seq_len: int,
+    selection: Selection,
+    shards: int,
+    teacher: str,
+    corpus: str = "",
+    documents: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    temperatures: Sequence[float] = (1.0,),
+    known: Known | None = None,
+    isolate: bool = True,
+    positions: str = "all",
+    seed: int = 0,
+    store: str = "arrow",
+    precision: str | None = None,
+    extras: Mapping[str, ExtraSpec] | None = None,
+    frequent_ids: Sequence[int] = (),
+    origin: Mapping[str, Any] | None = None,
+) -> CacheWriter:
+    """Create a cache, or go on with one that was created with the same arguments.
+
+    Args:
+        path: folder or URL of the cache.
+        vocab_size: token ids lie below it; ids that a model pads beyond it are to be dropped before any softmax.
+        seq_len: slots a row, the most tokens that a row may have.
+        selection: how the targets' entries were picked.
+        shards: units of work and of commit. A shard is best a few megabytes to a gigabyte of targets.
+        teacher: says which teacher it is: the sha256 of its weights, or any text that names them without doubt.
+            Caches of one teacher, and only those, are to say the same.
+        corpus: says in the same way which documents the rows are made of.
+        documents: how many those are; a piece names one below it. By default the number of shards.
+        tokenizer: folder of a Hugging Face tokenizer, copied into the cache. Without it nothing can be shown as text,
+            and a student is saved without a tokenizer; training needs none.
+        temperatures: the T whose partition and tail the targets hold, in the targets' order.
+        known: what the targets know; by default all that the selection can. Targets of `SparseTargets.from_topk` know
+            `Known(entropy=False, tails=(1.0,), tail_sum="remainder")`.
+        isolate: whether a teacher's prediction in one piece was made without sight of the row's other pieces.
+        positions: which labelled positions carry a target: `all`, or `entropy>X` (the others are dropped when written).
+        seed: of the draws of a sampling selection.
+        store: `arrow` or `zarr`.
+        precision: `float32`, `float16`, or 4 to 16 bits a value; by default the kind's own (6 bits; 8 where
+                every token is kept).
+        extras: further arrays of each row, by name; every row must then come with all of them.
+        frequent_ids: ids by falling frequency among the entries, which makes precisions of some bits a fifth smaller;
+            `kdcache.codec.id_ranks.FrequencyOrder` counts them over sample targets.
+        origin: names and versions for people, as plain JSON values; caches that differ in nothing else are the same.
+
+    Returns:
+        A writer of its shards.
+
+    Raises:
+        ConfigError: a setting out of range, or settings that contradict each other.
+        CacheMismatchError: a cache that was created with other arguments stands there; each difference is named.
+        CacheError: other files lie there, or the place cannot be written.
+        ModelError: the folder of the tokenizer holds none.
+    """
+    if shards < 1:
+        raise ConfigError(f"shards is {shards}, but must be at least 1")
+    if documents is None:
+        documents = shards
+    if documents < shards:
+        raise ConfigError(f"documents is {documents}, fewer than the {shards} shards")
+    files, tokenizer_sha256 = _read_tokenizer(tokenizer)
+    stored = tuple(float(t) for t in temperatures)
+    fields: dict[str, Any] = {
+        "teacher_sha256": _fingerprint(teacher),
+        "tokenizer_sha256": tokenizer_sha256,
+        "tokenizer_files": {},
+        "corpus_sha256": _fingerprint(corpus),
+        "filters": {},
+        "documents": documents,
+        "shards": shards,
+        "plan": {},
+        "date": today(),
+        "on_bad_record": "stop",
+        "vocab_size": vocab_size,
+        "seq_len": seq_len,
+        "isolate": isolate,
+        "selection": selection.to_fields(),
+        "known": selection.known(stored) if known is None else known,
+        "positions": positions,
+        "seed": 0 if selection.random_shape is None else seed,
+        "temperatures": stored,
+        "precision": precision or selection.precision,
+        "id_order": tuple(int(i) for i in frequent_ids),
+        "store": store,
+        "extras": {name: spec.to_fields() for name, spec in sorted((extras or {}).items())},
+        "origin": {"teacher": teacher, "corpus": corpus, **(origin or {})},
+    }
+    manifest = Manifest(**fields, error_bound={})
+    manifest.require_sound()
+    manifest = Manifest(**fields, error_bound=manifest.codec.error_bound)
+    storage = open_storage(path)
+    return CacheWriter.create(storage, publish.require_free_or_same(storage, manifest) or manifest, files)
+
+
+class CacheWriter:
+    """Writes the shards of one cache; `create_cache` makes it. It may be sent to other processes.
+
+    Attributes:
+        storage: where the cache lies.
+        manifest: what the cache is.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self.storage, self.manifest = storage, manifest
+
+    @classmethod
+    def create(
+        cls, storage: Storage, manifest: Manifest, tokenizer: dict[str, bytes], plan: Plan | None = None
+    ) -> Self:
+        """The writer of a cache of this manifest, which is created unless it stands there.
+
+        Args:
+            storage: where the cache lies.
+            manifest: what it is.
+            tokenizer: the content of its tokenizer's files, by name.
+            plan: of the shards; None where the rows come from no corpus of kdcache.
+
+        Raises:
+            CacheMismatchError: a cache of another configuration stands there.
+            CacheError: it cannot be written.
+        """
+        writer = cls(storage, publish.create_cache(storage, manifest, tokenizer, plan))
+        publish.sweep(storage, writer.manifest)
+        return writer
+
+    def missing(self) -> list[int]:
+        """The shards that nobody has committed yet."""
+        done = set(committed(self.storage, self.manifest))
+        return [shard for shard in range(self.manifest.shards) if shard not in done]
+
+    @contextmanager
+    def shard(self, number: int) -> Iterator[NewShard]:
+        """Write one shard: it is committed when the `with` block ends, and not if an exception ends it.
+
+        Of a shard that somebody else has committed already, or commits meanwhile, what is written here is dropped.
+
+        Args:
+            number: of the shard, from 0.
+
+        Raises:
+            ConfigError: there is no such shard.
+            CacheError: it cannot be written.
+        """
+        if not 0 <= number < self.manifest.shards:
+            raise ConfigError(f"shard is {number}, but the cache has the shards 0 to {self.manifest.shards - 1}")
+        if Commit.read(self.storage, number, self.manifest.sha256) is not None:
+            yield NewShard(self.manifest, number, None)
+            return
+        unseal(self.storage)
+        with publish.new_shard(self.storage, self.manifest, number) as data:
+            shard = NewShard(self.manifest, number, data)
+            yield shard
+            shard.committed = publish.publish_shard(
+                self.storage, self.manifest, data, documents=shard.documents, dropped=shard.dropped,
+                entropies=shard.entropies, compute=shard.compute,
+            )  # fmt: skip
+
+    def finish(self) -> dict[str, Any]:
+        """Remove what writers that died have left, seal the cache if it is complete, and count.
+
+        Returns:
+            `cache`, `complete`, `shards{planned, committed}`, `rows`, `labels`, `positions`, `entries`, `documents`,
+            `dropped`, `bytes`, `bytes_per_position`, `entropy_quantiles` of all that is committed, by anyone.
+        """
+        publish.sweep(self.storage, self.manifest)
+        seal_cache(self.storage)
+        return publish.totals(self.storage)
+
+
+class NewShard:
+    """A shard that is being written; `CacheWriter.shard` makes it. One thread at a time may write.
+
+    Attributes:
+        number: its number.
+        rows, labels: rows, and labelled slots, written so far.
+        documents: how many documents the shard covers; set it if they are not the shard's share of all.
+        dropped: how many of them were left out.
+        compute: how the numbers were made, as plain JSON values: what may make them differ in the last bits.
+        committed: after the `with` block, whether this writer committed the shard; False if another one did.
+    """
+
+    def __init__(self, manifest: Manifest, number: int, data: ShardWriter | None) -> None:
+        self.number, self.rows, self.labels = number, 0, 0
+        self.documents, self.dropped = _share(manifest, number), 0
+        self.compute: dict[str, Any] = {}
+        self.committed = False
+        self.entropies: list[int] | None = [] if manifest.known.entropy else None
+        self._manifest, self._data = manifest, data
+
+    def write(
+        self,
+        tokens: ArrayLike,
+        targets: SparseTargets,
+        *,
+        piece_lengths: ArrayLike | None = None,
+        documents: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        supervised: ArrayLike | None = None,
+        extras: Extras | None = None,
+    ) -> None:
+        """Append a row.
+
+        Args:
+            tokens: `[n]` token ids, without padding, 1 <= n <= seq_len.
+            targets: `[N]`, of the row's labelled slots in order. Slot t is labelled if token t + 1 is of the same piece
+                and may be a label; its target is the teacher's distribution over what follows tokens 0 to t. Targets
+                `[n]` of every token's slot are taken as well, those of unlabelled slots being dropped.
+            piece_lengths: `[P]` tokens of each piece, all of the row together; by default the row is one piece.
+            documents: `[P]` the document of each piece; by default 0.
+            labels: `[n]` or `[L]` the true next token of each slot, -100 where there is none, as it is in a batch.
+            supervised: `[n]` bool, whether each token may be a label; another way to say what `labels` says.
+            extras: `[n, width]` by name, a vector for each token (`[N, width]`, one for each labelled slot, where the
+                extra is per position).
+
+        Raises:
+            TargetError: targets that are not of the cache's selection and temperatures, or hold values that no targets
+                can have.
+            ConfigError: tokens, pieces, documents or labels that no row can have.
+        """
+        where = f"row {self.rows} of shard {self.number}"
+        row = _pack(self._manifest, where, tokens, piece_lengths, documents, labels, supervised)
+        labelled = row.labels(self._manifest.seq_len) != IGNORE
+        wanted, given = int(labelled.sum()), len(targets.count) if targets.count.ndim == 1 else -1
+        if given == len(row.tokens):
+            targets = targets[torch.from_numpy(labelled[: len(row.tokens)])]
+        elif given != wanted:
+            raise TargetError(f"{where} has targets of shape {tuple(targets.count.shape)} for {wanted} labelled slots")
+        targets = _as_known(targets.to("cpu"), self._manifest.known, where)
+        fault = find_fault(targets, self._manifest.rule, self._manifest.temperatures, self._manifest.vocab_size)
+        if fault is not None:
+            position, what = fault
+            at = "" if position is None else f" at slot {np.flatnonzero(labelled)[position]}"
+            raise TargetError(f"{where} has{at} {what}")
+        self.write_row(row, targets, extras)
+
+    def write_row(self, row: PackedRow, targets: SparseTargets, extras: Extras | None = None) -> None:
+        """Append a packed row, the targets `[N]` of its labelled slots, which are not checked, and its extras.
+
+        Those that the cache's `positions` do not choose are dropped; the entropies of all are counted.
+        """
+        self.rows, self.labels = self.rows + 1, self.labels + len(targets.count)
+        if self._data is None:
+            return
+        if self.entropies is not None:
+            entropy = targets.require("entropy", "a cache that knows it")
+            self.entropies = add_histograms([self.entropies, histogram(entropy)])
+        self._data.write(row, self._manifest.choice.apply(targets), extras=extras)
+
+
+def _as_known(targets: SparseTargets, known: Known, where: str) -> SparseTargets:
+    """Targets that say what their cache knows and no more."""
+    for name in ("entropy", "label_logprob"):
+        if not getattr(known, name):
+            targets = dataclasses.replace(targets, **{name: None})  # type: ignore[arg-type]
+        elif getattr(targets, name) is None:
+            raise TargetError(
+                f"{where} has targets without {name}, which the cache knows; give it, or create the cache with "
+                f"known=dataclasses.replace(selection.known(temperatures), {name}=False)"
+            )
+    return targets
+
+
+def _share(manifest: Manifest, shard: int) -> int:
+    """Documents of a shard, where all shards have as many as others or one more."""
+    return (shard + 1) * manifest.documents // manifest.shards - shard * manifest.documents // manifest.shards
+
+
+def _pack(
+    manifest: Manifest,
+    where: str,
+    tokens: ArrayLike,
+    piece_lengths: ArrayLike | None,
+    documents: ArrayLike | None,
+    labels: ArrayLike | None,
+    supervised: ArrayLike | None,
+) -> PackedRow:
+    """A row, checked."""
+    ids = _integers(tokens, where, "tokens")
+    n, seq_len = len(ids), manifest.seq_len
+    if not 1 <= n <= seq_len:
+        raise ConfigError(f"{where} has {n} tokens, but must have 1 to {seq_len}")
+    if ids.min() < 0 or ids.max() >= manifest.vocab_size:
+        raise ConfigError(f"{where} has a token outside the vocabulary of {manifest.vocab_size}")
+    lengths = np.array([n]) if piece_lengths is None else _integers(piece_lengths, where, "piece_lengths")
+    if lengths.min(initial=n) < 1 or int(lengths.sum()) != n:
+        raise ConfigError(f"{where} has pieces of {lengths.sum()} tokens together, but {n} tokens")
+    sources = np.zeros(len(lengths), np.int64) if documents is None else _integers(documents, where, "documents")
+    if len(sources) != len(lengths) or sources.min() < 0 or sources.max() >= manifest.documents:
+        raise ConfigError(
+            f"{where} must name one document of the {manifest.documents} for each of {len(lengths)} pieces"
+        )
+    if labels is not None and supervised is not None:
+        raise ConfigError(f"{where} has both labels and supervised, which say the same")
+    mask = None if supervised is None else np.asarray(supervised)
+    if mask is not None and (mask.shape != (n,) or mask.dtype != np.bool_):
+        raise ConfigError(f"{where} has supervised {mask.dtype} of shape {mask.shape}, but must be bool [{n}]")
+    if labels is not None:
+        mask = _supervised(_integers(labels, where, "labels"), n, seq_len, where)
+    row = PackedRow(
+        tokens=ids.astype(np.int32), piece_lengths=lengths.astype(np.int32), piece_documents=sources, supervised=mask
+    )
+    if labels is not None:
+        given = _integers(labels, where, "labels")
+        wrong = np.flatnonzero(row.labels(seq_len)[: len(given)] != given)
+        if len(wrong):
+            raise ConfigError(
+                f"{where} has the label {given[wrong[0]]} at slot {wrong[0]}, which does not follow there"
+            )
+    return row
+
+
+def _supervised(labels: NDArray[np.int64], n: int, seq_len: int, where: str) -> NDArray[np.bool_]:
+    """Which tokens are labels."""
+    if len(labels) not in (n, seq_len):
+        raise ConfigError(f"{where} has {len(labels)} labels for {n} tokens")
+    mask = np.zeros(n, bool)
+    mask[1:] = labels[: n - 1] != IGNORE
+    return mask
+
+
+def _integers(values: ArrayLike, where: str, name: str) -> NDArray[np.int64]:
+    array = np.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ConfigError(
+            f"{where} has {name} {array.dtype} of shape {array.shape}, but must be integers in one dimension"
+        )
+    return array.astype(np.int64)
+
+
+def _fingerprint(text: str) -> str:
+    """A sha256 as it is; of other text, its own."""
+    return text if re.fullmatch("[0-9a-f]{64}", text) else hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_tokenizer(folder: str | os.PathLike[str] | None) -> tuple[dict[str, bytes], str]:
+    """The files of a tokenizer as its library saves them, and its fingerprint."""
+    if folder is None:
+        return {}, _fingerprint("")
+    tokenizer = load_tokenizer(Path(folder))
+    return tokenizer_files(tokenizer), tokenizer_fingerprint(tokenizer)
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """The content of the files that a tokenizer saves, by name."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        return {p.name: p.read_bytes() for p in sorted(Path(scratch).rglob("*")) if p.is_file()}

@@ -1,0 +1,207 @@
+"""Extras: further dense arrays of a row, by name, one vector a token or a position.
+
+A cache may hold more than targets: hidden states of a layer, for example. The manifest names each extra and gives its
+`ExtraSpec`. The row format stores its streams behind those of the targets, under the same seals and hashes.
+
+Streams of an extra of N vectors, little-endian, vector after vector:
+
+    float32, float16   values [N, width]
+    bfloat16           [N, width] uint16: the upper half of each float32, rounded to the nearest even
+    int8               [N, width] int8, from -127 to 127; and a float32 scale a vector: its max|x| / 127
+
+Guarantee: `float32` loses nothing; `int8` is off by half a scale at most. NaN and infinity are refused when written,
+and whatever is read is finite. Decoding trusts nothing.
+Cost: a few vectorised passes.
+
+Shapes: N vectors, W their width, L slots a row, n tokens of a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcache.errors import ConfigError, CorruptCacheError, TargetError
+
+Floats = NDArray[np.float32]
+Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+Streams = dict[str, NDArray[Any]]
+
+PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+"""How values can be stored."""
+
+OWNERS = ("token", "position")
+"""What can have a vector: each token of a row, or each labelled position."""
+
+MOST_EXTRAS = 64
+
+_NAME = re.compile(r"[a-z0-9_.:-]{1,80}")
+_TYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "int8": np.dtype("i1"),
+}
+_SINGLE = np.dtype("<f4")
+_LEVELS = 127
+_LARGEST_SCALE = np.nextafter(np.float32(np.finfo(np.float32).max / _LEVELS), np.float32(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtraSpec:
+    """What one extra holds, and how it is stored.
+
+    Attributes:
+        width: W, numbers of a vector.
+        dtype: of the numbers that a reader gets; `float32`.
+        precision: how they are stored: `float32`, `float16`, `bfloat16`, or `int8` with one float32 scale a vector.
+        per: `token`: a vector for each of a row's n tokens; `position`: one for each labelled slot, in slot order.
+
+    Raises:
+        ConfigError: a width below 1, or a dtype, a precision or an owner that does not exist.
+    """
+
+    width: int
+    dtype: str = "float32"
+    precision: str = "float32"
+    per: str = "token"
+
+    def __post_init__(self) -> None:
+        if type(self.width) is not int or not 1 <= self.width < 1 << 31:
+            raise ConfigError(f"width of an extra is {self.width!r}, outside 1 to 2^31 - 1")
+        if self.dtype != "float32":
+            raise ConfigError(f"dtype of an extra is {self.dtype!r}, but must be float32")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision of an extra is {self.precision!r}, not one of {', '.join(PRECISIONS)}")
+        if self.per not in OWNERS:
+            raise ConfigError(f"per of an extra is {self.per!r}, not one of {', '.join(OWNERS)}")
+
+    def to_fields(self) -> dict[str, Any]:
+        """The JSON object that stands in a manifest."""
+        return dataclasses.asdict(self)
+
+    def shapes(self, vectors: int) -> Shapes:
+        """Type and largest shape of each stream of so many vectors, in order; `values` is the first."""
+        shapes: Shapes = {"values": (_TYPES[self.precision], (vectors, self.width))}
+        if self.precision == "int8":
+            shapes["scale"] = (_SINGLE, (vectors,))
+        return shapes
+
+    def encode(self, values: NDArray[Any] | torch.Tensor) -> Streams:
+        """Pack vectors `[N, W]` of any float type into 1-D streams.
+
+        Raises:
+            TargetError: another shape, a number that is not finite, or one that the precision cannot hold.
+        """
+        single = _as_single(values)
+        if single.ndim != 2 or single.shape[1] != self.width:
+            raise TargetError(f"it has the shape {list(single.shape)}, not [vectors, {self.width}]")
+        if not np.isfinite(single).all():
+            raise TargetError("it holds NaN or an infinite number")
+        if self.precision == "int8":
+            return _encode_int8(single)
+        stored = _to_bfloat16(single) if self.precision == "bfloat16" else _cast(single, _TYPES[self.precision])
+        if not np.isfinite(self._widen(stored)).all():
+            largest = np.abs(single).max()
+            raise TargetError(f"it holds a number of size {largest:g}, which {self.precision} cannot hold")
+        return {"values": stored.reshape(-1)}
+
+    def decode(self, streams: Mapping[str, NDArray[Any]], vectors: int) -> Floats:
+        """Unpack vectors; nothing in `streams` is trusted.
+
+        Returns:
+            `[N, W]` finite float32.
+
+        Raises:
+            CorruptCacheError: a stream of another length or type, a scale that is negative or huge, or a number that
+                is not finite.
+        """
+        for name, (dtype, shape) in self.shapes(vectors).items():
+            found, size = streams[name], int(np.prod(shape))
+            if found.dtype != dtype or found.shape != (size,):
+                raise CorruptCacheError(f"its {name} are {found.size} numbers, not {size}")
+        stored = streams["values"].reshape(vectors, self.width)
+        if self.precision == "int8":
+            scale = streams["scale"]
+            if not ((scale >= 0) & (scale <= _LARGEST_SCALE)).all():  # a comparison with NaN is false
+                raise CorruptCacheError("its scale is negative, too large or no number")
+            if (stored == -128).any():
+                raise CorruptCacheError("its values go below -127")
+            return np.asarray(stored * scale[:, None], np.float32)
+        values = self._widen(stored)
+        if not np.isfinite(values).all():
+            raise CorruptCacheError("its values are not all finite")
+        return values
+
+    def _widen(self, stored: NDArray[Any]) -> Floats:
+        if self.precision == "bfloat16":
+            return (stored.astype(np.uint32) << 16).view(np.float32)
+        return stored.astype(np.float32)
+
+
+def read_specs(fields: Mapping[str, Any]) -> dict[str, ExtraSpec]:
+    """The extras that a manifest names, in order of name.
+
+    Raises:
+        ConfigError: a name with other characters than `a-z 0-9 _ . : -`, an unknown field, or see `ExtraSpec`.
+    """
+    if len(fields) > MOST_EXTRAS:
+        raise ConfigError(f"{len(fields)} extras are above the limit of {MOST_EXTRAS}")
+    found = {}
+    for name in sorted(fields):
+        require_name(name)
+        spec = fields[name]
+        if not isinstance(spec, dict) or set(spec) != {field.name for field in dataclasses.fields(ExtraSpec)}:
+            raise ConfigError(f"extra {name} does not have the fields of an extra")
+        found[name] = ExtraSpec(**spec)
+    return found
+
+
+def require_name(name: str) -> None:
+    """Refuse what cannot name an extra.
+
+    Raises:
+        ConfigError: it is empty, longer than 80 characters, or has others than `a-z 0-9 _ . : -`.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{name[:100]!r} cannot name an extra; a name has 1 to 80 characters of a-z 0-9 _ . : -")
+
+
+def stream_names(name: str, spec: ExtraSpec) -> dict[str, str]:
+    """What the streams of an extra are called in a row: `extra.NAME`, and `scale.NAME` of `int8`.
+
+    Zarr stores make folders of these names, so `:`, which some file systems refuse, is written `~`.
+    """
+    safe = name.replace(":", "~")
+    return {part: f"{'extra' if part == 'values' else part}.{safe}" for part in spec.shapes(0)}
+
+
+def _as_single(values: NDArray[Any] | torch.Tensor) -> Floats:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().to("cpu", torch.float32).numpy()
+    return _cast(np.asarray(values), _SINGLE)
+
+
+def _cast(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    with np.errstate(over="ignore"):  # what becomes infinite is refused by the caller
+        return np.ascontiguousarray(values, dtype)
+
+
+def _to_bfloat16(values: Floats) -> NDArray[np.uint16]:
+    bits = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy()
+    return bits.view(np.uint16).astype("<u2")
+
+
+def _encode_int8(values: Floats) -> Streams:
+    largest = np.abs(values).max(-1, initial=0).astype(np.float64)
+    scale = np.minimum((largest / _LEVELS).astype(_SINGLE), _LARGEST_SCALE)
+    steps = np.where(scale > 0, scale, 1).astype(np.float64)[:, None]
+    levels = np.rint(values / steps).clip(-_LEVELS, _LEVELS)
+    return {"values": levels.astype(np.int8).reshape(-1), "scale": scale}

@@ -1,0 +1,123 @@
+"""A batch of packed rows as an engine is given it: padded rows, or one piece at a time.
+
+Everything follows from the rows, so engines cannot disagree on which slots are labelled, in which order, or on the keys
+of their random numbers. Nothing is computed before it is asked for.
+
+Shapes: R rows, L slots a row, N labelled slots of the batch, n tokens of a piece, m of its slots that are labelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.rows import IGNORE, PackedRow, RowSpec, position_ids
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One context of a batch: tokens that see each other and nothing else.
+
+    Attributes:
+        tokens: `[n]` int64.
+        slots: `[m]` int64, those of its tokens that are labelled: what is wanted is the distribution after each.
+        first: index, among the labelled slots of the batch, of the first of them; the others follow it.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    first: int
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Packed rows of one shard.
+
+    Attributes:
+        rows: the rows.
+        spec: their common shape.
+        shard: theirs.
+        first_row: number of the first of them in the shard.
+        every_slot: take every token's slot for labelled; `labels` is then -100 where there is none.
+    """
+
+    rows: Sequence[PackedRow]
+    spec: RowSpec
+    shard: int = 0
+    first_row: int = 0
+    every_slot: bool = False
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """`[R, L]` int64, 0 where padded."""
+        return torch.from_numpy(np.stack([row.padded_tokens(self.spec.seq_len) for row in self.rows]))
+
+    @cached_property
+    def segments(self) -> Tensor:
+        """`[R, L]` int64, the piece of each token, -1 where padded."""
+        return torch.from_numpy(np.stack([row.segments(self.spec.seq_len) for row in self.rows]))
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """`[R, L]` int64, restarting where a context begins: at each piece, or once a row if rows are not isolated."""
+        segments = self.segments.numpy()
+        return torch.from_numpy(position_ids(segments if self.spec.isolate else np.zeros_like(segments)))
+
+    @cached_property
+    def _labels(self) -> Tensor:
+        return torch.from_numpy(np.stack([row.labels(self.spec.seq_len) for row in self.rows]))  # [R, L]
+
+    @cached_property
+    def _wanted(self) -> Tensor:
+        return self.segments >= 0 if self.every_slot else self._labels != IGNORE  # [R, L]
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """`[N, 2]` int64, row and slot of each labelled slot, row after row."""
+        return self._wanted.nonzero()
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """`[N]` int64, the true next token at each."""
+        return self._labels[self._wanted]
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """`[N, 3]` int64, shard, row and slot of each, which its random numbers are drawn from."""
+        slots = self.slots
+        return torch.cat([torch.full_like(slots[:, :1], self.shard), slots + torch.tensor([self.first_row, 0])], -1)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Labelled slots of each row."""
+        return [int(count) for count in self._wanted.sum(-1)]
+
+    @cached_property
+    def token_counts(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(row.tokens) for row in self.rows]
+
+    def pieces(self) -> Iterator[Piece]:
+        """The contexts in order, those without a labelled slot left out. Their slots together are the batch's."""
+        first = 0
+        for row, wanted in zip(self.rows, self._wanted, strict=True):
+            lengths = row.piece_lengths.tolist() if self.spec.isolate else [len(row.tokens)]
+            start = 0
+            for length in lengths:
+                slots = wanted[start : start + length].nonzero()[:, 0]
+                if len(slots):
+                    tokens = torch.from_numpy(row.tokens[start : start + length].astype(np.int64))
+                    yield Piece(tokens=tokens, slots=slots, first=first)
+                first, start = first + len(slots), start + length
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A copy on a device, which nobody waits for."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

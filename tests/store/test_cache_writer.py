@@ -1,0 +1,225 @@
+"""The public writer: what it takes, what it refuses, and what a reader sees while it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kdcache import CacheWriter, Selection, SparseTargets, create_cache, open_cache, select, verify_cache
+from kdcache.errors import CacheMismatchError, ConfigError, ModelError, TargetError
+from kdcache.extras import ExtraSpec
+from kdcache.testing.example_rows import everything
+from tests.teacher.test_dump import files
+
+RULE = Selection(kind="topk", k=4)
+VOCAB, LENGTH = 50, 12
+
+
+def writer(path: Path, **changes: Any) -> CacheWriter:
+    options: dict[str, Any] = {
+        "vocab_size": VOCAB, "seq_len": LENGTH, "selection": RULE, "shards": 3, "teacher": "t", "temperatures": (1.0,
+        2.0), "precision": "float32",
+    }  # fmt: skip
+    return create_cache(path, **{**options, **changes})
+
+
+def some(
+    tokens: int = 10, seed: int = 0, rule: Selection = RULE, positions: int | None = None
+) -> tuple[Any, SparseTargets]:
+    """Tokens, and a target for every slot or for so many positions."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCAB, (tokens,), generator=g)
+    logits = 3 * torch.randn(tokens if positions is None else positions, VOCAB, generator=g)
+    labels = torch.randint(0, VOCAB, (len(logits),), generator=g)
+    return ids.numpy(), select(logits, rule, labels=labels, temperatures=(1.0, 2.0))
+
+
+def write_all(made: CacheWriter) -> None:
+    for number in made.missing():
+        with made.shard(number) as shard:
+            for seed in range(2):
+                shard.write(*some(seed=10 * number + seed))
+
+
+@pytest.mark.parametrize("store", ["arrow", "zarr"])
+def test_what_is_written_is_read(tmp_path: Path, store: str) -> None:
+    """Targets of every slot, or of the labelled ones; two pieces; a mask, as labels and as flags."""
+    made = writer(tmp_path / "c", store=store, documents=30, extras={"h": ExtraSpec(width=3)}, shards=1)
+    tokens, targets = some(10)
+    mask = np.array([True] * 4 + [False] + [True] * 5)
+    labels = np.append(tokens[1:], -100)
+    labels[[3, 5]] = -100  # token 4 is none, and token 6 begins a piece
+    extra = {"h": torch.arange(30.0).reshape(10, 3)}
+    pieces: dict[str, Any] = {"piece_lengths": [6, 4], "documents": [7, 29], "extras": extra}
+    kept = torch.from_numpy(np.flatnonzero(labels != -100))
+    with made.shard(0) as shard:
+        shard.compute = {"machine": "mine"}
+        shard.write(tokens, targets, labels=labels, **pieces)
+        shard.write(tokens, targets[kept], supervised=mask, **pieces)
+        shard.write(tokens.astype(np.uint8), targets, labels=np.append(labels, [-100, -100]), **pieces)
+        assert (shard.rows, shard.labels) == (3, 3 * len(kept))
+    assert shard.committed and made.missing() == []
+    summary = made.finish()
+    assert summary["complete"] and summary["labels"] == 3 * len(kept) and summary["documents"] == 30
+    assert verify_cache(tmp_path / "c").ok
+    cache = open_cache(tmp_path / "c")
+    assert cache.commits[0].compute == {"machine": "mine"}
+    for read in cache:
+        assert read.labels.tolist() == [*labels.tolist(), -100, -100]
+        assert read.tokens.tolist() == [*tokens.tolist(), 0, 0] and read.documents.tolist() == [7, 29]
+        assert read.segments.tolist() == [0] * 6 + [1] * 4 + [-1] * 2
+        assert torch.equal(read.extras["h"][:10], extra["h"])
+        for name in ("ids", "logprobs", "weights", "entropy", "label_logprob", "log_tail", "log_partition"):
+            torch.testing.assert_close(getattr(read.targets[kept], name), getattr(targets[kept], name).to(
+                getattr(read.targets, name).dtype), atol=1e-6, rtol=1e-6)  # fmt: skip
+
+
+def test_committed_shards_are_skipped_and_the_same_arguments_go_on(tmp_path: Path) -> None:
+    one = writer(tmp_path / "c")
+    with one.shard(1) as shard:
+        shard.write(*some(seed=10))
+        shard.write(*some(seed=11))
+    again = writer(tmp_path / "c", origin={"note": "another day"})
+    assert again.missing() == [0, 2] and again.manifest == one.manifest
+    before = files(tmp_path / "c")
+    with again.shard(1) as shard:
+        shard.write(*some(seed=5))
+    assert not shard.committed and files(tmp_path / "c") == before
+    write_all(again)
+    write_all(writer(tmp_path / "d"))
+    assert files(tmp_path / "c") == files(tmp_path / "d")
+
+
+def test_two_writers_of_a_shard_leave_one_commit(tmp_path: Path) -> None:
+    one, two = writer(tmp_path / "c", shards=1), writer(tmp_path / "c", shards=1)
+    with one.shard(0) as first:
+        first.write(*some(seed=1))
+        with two.shard(0) as second:
+            second.write(*some(seed=2))
+        assert second.committed
+    assert not first.committed
+    one.finish()
+    assert verify_cache(tmp_path / "c").ok and len(everything(one.storage)) == 3
+    assert open_cache(tmp_path / "c")[0].tokens[:10].tolist() == some(seed=2)[0].tolist()
+
+
+def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    made = writer(tmp_path / "c")
+    with pytest.raises(ZeroDivisionError), made.shard(0) as shard:
+        shard.write(*some())
+        _ = 1 / 0
+    assert made.missing() == [0, 1, 2] and list(files(tmp_path / "c")) == ["kdcache.json"]
+
+
+KILLED = """
+import os, sys
+from tests.store.test_cache_writer import some, writer
+from pathlib import Path
+made = writer(Path(sys.argv[1]))
+with made.shard(0) as shard:
+    shard.write(*some())
+with made.shard(1) as shard:
+    for seed in range(100):
+        shard.write(*some(seed=seed))
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_writer_leaves_its_whole_shards(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "c")], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(open_cache(tmp_path / "c", partial=True)) == 1
+    made = writer(tmp_path / "c")
+    assert made.missing() == [1, 2]
+    for path in (tmp_path / "c/shards").iterdir():
+        os.utime(path, (0, 0))  # what a dead writer left is deleted when it is old enough
+    write_all(made)
+    assert made.finish()["complete"] and verify_cache(tmp_path / "c").ok
+    assert sorted(p.name for p in (tmp_path / "c/shards").iterdir()) == [f"0000{i}.arrow" for i in range(3)]
+
+
+def test_positions_that_are_not_chosen_are_dropped(tmp_path: Path) -> None:
+    made = writer(tmp_path / "c", positions="entropy>2", shards=1)
+    tokens, targets = some()
+    with made.shard(0) as shard:
+        shard.write(tokens, targets)
+    kept = open_cache(tmp_path / "c")[0].targets.count[:9] > 0
+    assert torch.equal(kept, targets.entropy[:9] > 2) and 0 < kept.sum() < 9
+    assert made.finish()["labels"] == 9
+
+
+BAD: dict[str, tuple[type[Exception], str, Callable[[Any, Any], dict[str, Any]]]] = {
+    "no token": (ConfigError, "row 1 of shard 2 has 0 tokens, but must have 1 to 12", lambda t, x: {"tokens": t[:0]}),
+    "long": (ConfigError, "has 13 tokens", lambda t, x: {"tokens": np.zeros(13, int)}),
+    "foreign": (ConfigError, "a token outside the vocabulary of 50", lambda t, x: {"tokens": t + 50}),
+    "float": (ConfigError, "has tokens float64 of shape", lambda t, x: {"tokens": t / 2}),
+    "square": (ConfigError, r"has tokens int64 of shape \(2, 5\)", lambda t, x: {"tokens": t.reshape(2, 5)}),
+    "pieces": (ConfigError, "has pieces of 9 tokens together, but 10", lambda t, x: {"piece_lengths": [4, 5]}),
+    "empty piece": (ConfigError, "has pieces of 10 tokens", lambda t, x: {"piece_lengths": [0, 10]}),
+    "no pieces": (ConfigError, "has pieces of 0 tokens", lambda t, x: {"piece_lengths": np.zeros(0, int)}),
+    "documents": (ConfigError, "one document of the 3 for each of 1", lambda t, x: {"documents": [3]}),
+    "more documents": (ConfigError, "one document of the 3 for each of 1", lambda t, x: {"documents": [0, 1]}),
+    "shifted": (ConfigError, "has the label .* at slot 0, which does not follow there", lambda t, x: {"labels": t}),
+    "short mask": (ConfigError, r"has supervised bool of shape \(9,\)", lambda t, x: {"supervised": np.ones(9, bool)}),
+    "both": (ConfigError, "both labels and supervised", lambda t, x: {"labels": t, "supervised": t > 0}),
+    "few targets": (TargetError, r"targets of shape \(8,\) for 9 labelled slots", lambda t, x: {"targets": x[:8]}),
+    "other kind": (TargetError, "targets of kind topp", lambda t, x: {"targets": dataclasses.replace(x, kind="topp")}),
+    "wide": (TargetError, "targets of width 5, but 4 is asked", lambda t, x: {"targets": x.widen(5)}),
+    "NaN": (
+        TargetError, "row 1 of shard 2 has at slot 3 a weight that is not finite",
+        lambda t, x: {"targets": dataclasses.replace(x, weights=x.weights.index_fill(0, torch.tensor(3), torch.nan))},
+    ),
+    "no extra": (TargetError, "a row comes with the extras h", lambda t, x: {"extras": {"h": torch.zeros(10, 2)}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_rows_that_cannot_be_are_one_sentence(tmp_path: Path, case: str) -> None:
+    error, words, change = BAD[case]
+    made, (tokens, targets) = writer(tmp_path / "c"), some()
+    with pytest.raises(error, match=words) as caught, made.shard(2) as shard:
+        shard.write(tokens, targets)
+        shard.write(**{"tokens": tokens, "targets": targets, **change(tokens, targets)})
+    assert "\n" not in str(caught.value) and made.missing() == [0, 1, 2]
+
+
+def test_caches_that_cannot_be_are_one_sentence(tmp_path: Path) -> None:
+    bad: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+        "shards is 0": (ConfigError, {"shards": 0}),
+        "documents is 2, fewer than the 3 shards": (ConfigError, {"documents": 2}),
+        "above the vocabulary": (ConfigError, {"selection": Selection(k=51)}),
+        "outside 0.01 to 100": (ConfigError, {"temperatures": (0.001,)}),
+        "precision": (ConfigError, {"precision": "float8"}),
+        "has no tokenizer": (ModelError, {"tokenizer": tmp_path}),
+    }
+    for words, (error, changes) in bad.items():
+        with pytest.raises(error, match=words):
+            writer(tmp_path / "c", **changes)
+    assert not (tmp_path / "c").exists()
+    made = writer(tmp_path / "c")
+    before = files(tmp_path / "c")
+    for changes in ({"teacher": "u"}, {"seq_len": 13}, {"shards": 4}, {"selection": Selection(k=5)}, {"corpus": "x"}):
+        with pytest.raises(CacheMismatchError, match="another configuration"):
+            writer(tmp_path / "c", **changes)
+    with pytest.raises(ConfigError, match="shard is 3, but the cache has the shards 0 to 2"), made.shard(3):
+        pass
+    assert files(tmp_path / "c") == before
+
+
+def test_a_tokenizer_goes_along(tmp_path: Path, teacher: Path) -> None:
+    made = writer(tmp_path / "c", tokenizer=teacher, vocab_size=320)
+    write_all(made)
+    from kdcache.report.inspect import inspect_row
+
+    assert inspect_row(str(tmp_path / "c"), 0)["tokens"][0]["text"]
