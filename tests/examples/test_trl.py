@@ -52,7 +52,7 @@ def test_its_loss_is_that_of_its_rows(cache: Path, student_config: Path, tmp_pat
     batch = next(iter(trainer.get_train_dataloader()))
     model = load_student(str(student_config), opened, torch.device("cpu"), 0)
     own = compute_loss(model, fuse_head(model, "cpu"), batch, Objective(soft_weight=0.9), vocab_size=320)
-    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(own.item(), rel=1e-6)
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(own.item(), rel=5e-6)
 
 
 def test_adapters(cache: Path, student_config: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.making import TEXTS, make_model, make_tokenizer
-from tests.processes import kdcache
+from tests.processes import PATIENCE, kdcache
 
 BATCH = Path(__file__).parents[2] / "examples" / "slurm" / "dump.sbatch"
 SHARDS = ("--docs-per-shard", "100")
@@ -28,12 +28,12 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         any(shutil.which(name, path=PATH) is None for name in ("munged", "slurmctld", "slurmd", "sbatch")),
-        reason="SLURM is not installed (slurmctld, slurmd, munge)",
+        reason="SLURM is not installed (slurmctld, slurmd, munge): tests/faults/install_slurm.sh",
     ),
 ]
 
 
-def until(true: Callable[[], bool], what: str, seconds: float = 240) -> None:
+def until(true: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, what
@@ -85,7 +85,7 @@ def cluster() -> Iterator[dict[str, str]]:
                 daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
                 time.sleep(0.5)
             try:
-                until(lambda: said(environment, "sinfo", "-h", "-o", "%t") == "idle", (folder / "log").read_text(), 60)
+                until(lambda: said(environment, "sinfo", "-h", "-o", "%t") == "idle", (folder / "log").read_text(), 300)
                 yield environment
             finally:
                 subprocess.run(["scancel", "-f", "-u", getpass.getuser()], env=environment, check=False)

@@ -229,7 +229,7 @@ def test_a_teacher_may_choose_its_positions(
     cache, model = open_cache(second), AutoModelForCausalLM.from_pretrained(tmp_path / "s")
     alone = measure(model, cache, split_heldout(len(cache), 0.1)[1], torch.device("cpu"))
     for name in ("kl", "teacher_nll", "targets"):
-        assert after["teachers"][1][name] == pytest.approx(alone[name], rel=1e-6), name
+        assert after["teachers"][1][name] == pytest.approx(alone[name], rel=5e-6), name
     line = metrics(tmp_path / "s")[0]
     rows = split_heldout(len(open_cache(first)), 0.1)[0]
     pool = pooled((first, second), (1.0, 3.0))

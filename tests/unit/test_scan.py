@@ -96,9 +96,9 @@ def test_sums_are_as_exact_as_float32(scan_rows: ScanRows) -> None:
     values, _, sums, _ = scan_rows(x, 1, nobody(x), [1.0])
     exact = in_blocks((x.double() - values[:, 1:].double()).scatter(-1, x.argmax(-1, keepdim=True), -torch.inf).exp())
     error = (sums[:, 0].double() - exact).abs() / exact.clamp(min=1e-30)
-    assert error.max() < 4e-7
+    assert error.max() < 8e-7  # a quarter of it is usual
     total = (sums[:, 0].double().sum(-1) - exact.sum(-1)).abs() / exact.sum(-1)
-    assert total.max() < 3e-8  # errors of a hundred blocks, which do not lean to one side
+    assert total.max() < 6e-8  # errors of a hundred blocks, which do not lean to one side: a third of it is usual
 
 
 @SCANS
