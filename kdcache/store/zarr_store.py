@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -32,6 +33,9 @@ from kdcache.store.storage import NewData, Readable, Sink, Storage
 
 if TYPE_CHECKING:
     import zarr
+
+Indexes = dict[str, NDArray[np.uint64]]
+"""`[rows of a block, 2]` start and size of each row's chunk in an object, by array."""
 
 _ENTRY = struct.Struct("<QQ")
 _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -258,7 +262,10 @@ class ZarrShard(Shard):
         for name, file in files.items():
             if file.size > most[name]:
                 raise CorruptCacheError(f"{file.name} is larger than it can be in a shard of {self.rows} rows")
-        found = dict(zip(names, self.storage.read_ranges([(f, 0, f.size) for f in files.values()]), strict=True))
+        first = self._chunks(0) if self.rows else {}
+        requests = [(f, 0, f.size) for f in files.values()] + self._index_requests(first)
+        read = self.storage.read_ranges(requests)
+        found = dict(zip(names, read, strict=False))
         for name, fields in metadata.items():
             if not _says(found[name], fields):
                 raise CorruptCacheError(
@@ -269,10 +276,10 @@ class ZarrShard(Shard):
                 read_stream(_unsealed(found[tables_at[name]], name), _U4, shape).reshape(shape)
                 for name, shape in tables.items()
             ]
+            self._indexes = {0: _read_indexes(first, read[len(names) :])} if first else {}
         except (CorruptCacheError, ValueError) as error:
             raise CorruptCacheError(f"{self.storage.where(root)}: {error}") from None
         self._lengths, self._seals = numbers or [np.zeros(0, _U4)] * 2
-        self._indexes: dict[int, dict[str, NDArray[np.uint64]]] = {}
         return root
 
     def _file(self, name: str) -> Readable:
@@ -284,18 +291,19 @@ class ZarrShard(Shard):
     def _chunks(self, block: int) -> dict[str, Readable]:
         return {name: self._file(_chunk_name(name, 1 + len(shape), block)) for name, (_, shape) in self._shapes.items()}
 
-    def _index(self, block: int, files: dict[str, Readable]) -> dict[str, NDArray[np.uint64]]:
-        """`[rows of a block, 2]` start and size of each row's chunk in an object, by array; kept once it is read."""
+    def _index_requests(self, files: dict[str, Readable]) -> list[tuple[Readable, int, int]]:
+        """Where the indexes of the objects of a block lie."""
+        end = _ENTRY.size * self._block + 4
+        for file in files.values():
+            if file.size < end:
+                raise CorruptCacheError(f"{file.name} has no index of {self._block} rows")
+        return [(file, file.size - end, end) for file in files.values()]
+
+    def _index(self, block: int, files: dict[str, Readable]) -> Indexes:
+        """The indexes of a block, kept once they are read."""
         if block not in self._indexes:
-            end = _ENTRY.size * self._block + 4
-            for file in files.values():
-                if file.size < end:
-                    raise CorruptCacheError(f"{file.name} has no index of {self._block} rows")
-            found = self.storage.read_ranges([(file, file.size - end, end) for file in files.values()])
-            self._indexes[block] = {
-                name: np.frombuffer(_unsealed(data, f"the index of {name}"), "<u8").reshape(-1, 2)
-                for name, data in zip(files, found, strict=True)
-            }
+            found = self.storage.read_ranges(self._index_requests(files))
+            self._indexes[block] = _read_indexes(files, found)
         return self._indexes[block]
 
     def record(self, row: int) -> Record:
@@ -320,6 +328,13 @@ class ZarrShard(Shard):
         if int(self._seals[row]) != row_seal(self.shard, row, positions, streams.values()):
             raise CorruptCacheError("its crc32c does not match")
         return Record(positions=positions, streams=streams)
+
+
+def _read_indexes(names: Iterable[str], found: Iterable[bytes]) -> Indexes:
+    return {
+        name: np.frombuffer(_unsealed(data, f"the index of {name}"), "<u8").reshape(-1, 2)
+        for name, data in zip(names, found, strict=True)
+    }
 
 
 _SILENT = {"attributes": {}, "storage_transformers": [], "dimension_names": None}
