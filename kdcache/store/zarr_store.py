@@ -337,7 +337,7 @@ def _read_indexes(names: Iterable[str], found: Iterable[bytes]) -> Indexes:
     }
 
 
-_SILENT = {"attributes": {}, "storage_transformers": [], "dimension_names": None}
+_SILENT: dict[str, Any] = {"attributes": {}, "storage_transformers": [], "dimension_names": None}
 """What versions of zarr-python write or leave out."""
 
 
