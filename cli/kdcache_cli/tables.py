@@ -19,7 +19,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     state = "complete" if summary["complete"] else "incomplete"
     selection = summary["selection"]
     rule = " ".join([selection["kind"], *(f"{name}={value}" for name, value in selection.items() if name != "kind")])
-    temperatures = ", ".join(f"{t:g}" for t in summary["temperatures"])
+    temperatures, extras = ", ".join(f"{t:g}" for t in summary["temperatures"]), summary["extras"]
     for name, value in (
         ("cache", f"{where} ({state}, {shards['committed']} of {shards['planned']} shards)"),
         ("teacher", str(summary["teacher"])),
@@ -34,6 +34,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("entropy", _mean_nats(summary["mean_entropy"])),
         ("of all labels", quantiles(summary["entropy_quantiles"]) if summary["entropy_quantiles"] else "unknown"),
         ("teacher nll", _mean_nats(summary["teacher_nll"])),
+        *(("extra", f"{x['name']}: {x['width']} a {x['per']}, {x['precision']}, {x['bytes']:,} bytes") for x in extras),
     ):
         table.add_row(Text(name, style="bold"), Text(value))
     return table

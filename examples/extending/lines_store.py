@@ -19,10 +19,8 @@ class LinesWriter(ShardWriter):
     def append(self, record: Record) -> None:
         if not self.tally.rows:
             self.sink = self.data.part("")
-        streams = record.streams
-        seal = row_seal(self.shard, self.tally.rows, record.positions, streams.values())
-        fields = [record.positions, seal, *(stream.tobytes().hex() for stream in streams.values())]
-        self.sink.write(json.dumps(fields).encode() + b"\n")
+        text = json.dumps([record.positions, *(s.tobytes().hex() for s in record.streams.values())]).encode()
+        self.sink.write(b"%08x %s\n" % (row_seal(self.shard, self.tally.rows, record.positions, [text]), text))
 
     def finish(self) -> list[dict[str, Any]]:
         return [(self.sink if self.tally.rows else self.data.part("")).record()]
@@ -37,11 +35,12 @@ class LinesShard(Shard):
         return name
 
     def record(self, row: int) -> Record:
-        positions, seal, *streams = json.loads(self.lines[row])
+        seal, text = self.lines[row][:9], self.lines[row][9:-1]
+        positions, *streams = json.loads(text)
+        if seal != b"%08x " % row_seal(self.shard, row, positions, [text]):
+            raise CorruptCacheError("its crc32c does not match")
         shapes = self.form.shapes(positions)
         found = {n: np.frombuffer(bytes.fromhex(s), shapes[n][0]) for n, s in zip(shapes, streams, strict=True)}
-        if seal != row_seal(self.shard, row, positions, found.values()) or not self.lines[row].endswith(b"]\n"):
-            raise CorruptCacheError("its crc32c does not match")
         return Record(positions=positions, streams=found)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -32,6 +33,9 @@ from kdcache.store.storage import NewData, Readable, Sink, Storage
 
 if TYPE_CHECKING:
     import zarr
+
+Indexes = dict[str, NDArray[np.uint64]]
+"""`[rows of a block, 2]` start and size of each row's chunk in an object, by array."""
 
 _ENTRY = struct.Struct("<QQ")
 _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -238,42 +242,43 @@ class ZarrShard(Shard):
         self._root, self._objects = root, {str(x["name"]).removeprefix(f"{root}/"): x for x in objects}
         self._shapes, self._block = self.form.shapes(self.form.seq_len), rows_per_block(self.form, self.rows)
         blocks = -(-self.rows // self._block)
-        if blocks > _MOST_OBJECTS:
-            raise CorruptCacheError(f"shard {self.shard} is committed as other objects than a shard of its rows has")
         metadata = _metadata(self.rows, self._block, self._shapes)
-        tables = _tables(self.rows, self._shapes) if self.rows else {}
-        tables_at = {name: _chunk_name(name, len(shape)) for name, shape in tables.items()}
-        chunks = [
-            _chunk_name(name, 1 + len(shape), block)
-            for name, (_, shape) in self._shapes.items()
-            for block in range(blocks)
-        ]
-        names = [*metadata, *tables_at.values()]
-        if len(objects) != len(self._objects) or set(self._objects) != {*names, *chunks}:
+        tables = {
+            _chunk_name(name, len(shape)): shape
+            for name, shape in (_tables(self.rows, self._shapes) if self.rows else {}).items()
+        }
+        if blocks * len(self._shapes) > _MOST_OBJECTS or set(self._objects) != {
+            *metadata,
+            *tables,
+            *self._names(blocks),
+        }:
             raise CorruptCacheError(f"shard {self.shard} is committed as other objects than a shard of its rows has")
         most = {name: 4 * len(json.dumps(fields, indent=2)) for name, fields in metadata.items()}
-        most |= {tables_at[name]: 1024 + 8 * math.prod(shape) for name, shape in tables.items()}
-        opened = self.storage.map(self._file, names)
-        files: dict[str, Readable] = dict(zip(names, opened, strict=True))
+        most |= {name: 1024 + 8 * math.prod(shape) for name, shape in tables.items()}
+        files: dict[str, Readable] = dict(zip(most, self.storage.map(self._file, most), strict=True))
         for name, file in files.items():
             if file.size > most[name]:
                 raise CorruptCacheError(f"{file.name} is larger than it can be in a shard of {self.rows} rows")
-        found = dict(zip(names, self.storage.read_ranges([(f, 0, f.size) for f in files.values()]), strict=True))
+        first = self._chunks(0) if self.rows else {}
+        requests = [(file, 0, file.size) for file in files.values()] + self._index_requests(first)
+        read = self.storage.read_ranges(requests)  # all at once: over a network each is a request
+        found, indexes = dict(zip(files, read, strict=False)), read[len(files) :]
         for name, fields in metadata.items():
             if not _says(found[name], fields):
-                raise CorruptCacheError(
-                    f"{files[name].name} does not describe a shard of {self.rows} rows of this cache"
-                )
+                what = f"does not describe a shard of {self.rows} rows of this cache"
+                raise CorruptCacheError(f"{files[name].name} {what}")
         try:
-            numbers = [
-                read_stream(_unsealed(found[tables_at[name]], name), _U4, shape).reshape(shape)
-                for name, shape in tables.items()
-            ]
+            numbers = [read_stream(_unsealed(found[n], n), _U4, s).reshape(s) for n, s in tables.items()]
+            self._indexes = {0: _read_indexes(first, indexes)} if first else {}
         except (CorruptCacheError, ValueError) as error:
             raise CorruptCacheError(f"{self.storage.where(root)}: {error}") from None
         self._lengths, self._seals = numbers or [np.zeros(0, _U4)] * 2
-        self._indexes: dict[int, dict[str, NDArray[np.uint64]]] = {}
         return root
+
+    def _names(self, blocks: int) -> Iterator[str]:
+        """The objects that hold the streams."""
+        for name, (_, shape) in self._shapes.items():
+            yield from (_chunk_name(name, 1 + len(shape), block) for block in range(blocks))
 
     def _file(self, name: str) -> Readable:
         """An object, open as long as it is among those that were read last."""
@@ -284,18 +289,19 @@ class ZarrShard(Shard):
     def _chunks(self, block: int) -> dict[str, Readable]:
         return {name: self._file(_chunk_name(name, 1 + len(shape), block)) for name, (_, shape) in self._shapes.items()}
 
-    def _index(self, block: int, files: dict[str, Readable]) -> dict[str, NDArray[np.uint64]]:
-        """`[rows of a block, 2]` start and size of each row's chunk in an object, by array; kept once it is read."""
+    def _index_requests(self, files: dict[str, Readable]) -> list[tuple[Readable, int, int]]:
+        """Where the indexes of the objects of a block lie."""
+        end = _ENTRY.size * self._block + 4
+        for file in files.values():
+            if file.size < end:
+                raise CorruptCacheError(f"{file.name} has no index of {self._block} rows")
+        return [(file, file.size - end, end) for file in files.values()]
+
+    def _index(self, block: int, files: dict[str, Readable]) -> Indexes:
+        """The indexes of a block, kept once they are read."""
         if block not in self._indexes:
-            end = _ENTRY.size * self._block + 4
-            for file in files.values():
-                if file.size < end:
-                    raise CorruptCacheError(f"{file.name} has no index of {self._block} rows")
-            found = self.storage.read_ranges([(file, file.size - end, end) for file in files.values()])
-            self._indexes[block] = {
-                name: np.frombuffer(_unsealed(data, f"the index of {name}"), "<u8").reshape(-1, 2)
-                for name, data in zip(files, found, strict=True)
-            }
+            found = self.storage.read_ranges(self._index_requests(files))
+            self._indexes[block] = _read_indexes(files, found)
         return self._indexes[block]
 
     def record(self, row: int) -> Record:
@@ -320,6 +326,13 @@ class ZarrShard(Shard):
         if int(self._seals[row]) != row_seal(self.shard, row, positions, streams.values()):
             raise CorruptCacheError("its crc32c does not match")
         return Record(positions=positions, streams=streams)
+
+
+def _read_indexes(names: Iterable[str], found: Iterable[bytes]) -> Indexes:
+    return {
+        name: np.frombuffer(_unsealed(data, f"the index of {name}"), "<u8").reshape(-1, 2)
+        for name, data in zip(names, found, strict=True)
+    }
 
 
 _SILENT: dict[str, Any] = {"attributes": {}, "storage_transformers": [], "dimension_names": None}
