@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 from kdcache.targets import SparseTargets
 
+_LEAST = -500.0
+"""Nats; a smaller log p counts as this, since 4 to 16 bits do not tell it from others below -512."""
+
 
 class TargetSums:
     """Sums over the positions of a shard that carry a target. A quantity that is not finite somewhere is unknown."""
@@ -35,7 +38,7 @@ class TargetSums:
         for name in ("entropy", "label_logprob"):
             known = getattr(targets, name)
             if known is not None:
-                columns[name] = known.double().numpy()[has][:, None]
+                columns[name] = known.double().clamp(min=_LEAST).numpy()[has][:, None]
         if targets.log_tail is not None:
             columns["tail_mass"] = np.exp(targets.log_tail.double().numpy()[has])
         for name, values in columns.items():
