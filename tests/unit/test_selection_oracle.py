@@ -19,8 +19,8 @@ TEACHERS = {512: ("stories260K", "tinystories.txt"), 32_000: ("lab32k", "gsm8k-t
 
 
 def close(found: Tensor, exact: Tensor, error: float = 1e-7) -> None:
-    """Within an error and the rounding to float32."""
-    torch.testing.assert_close(found.double(), exact, atol=error, rtol=2**-24)
+    """Within an error and twice the rounding to float32, which alone takes nearly all of one."""
+    torch.testing.assert_close(found.double(), exact, atol=error, rtol=2**-23)
 
 
 def is_largest(x: Tensor, ids: Tensor) -> Tensor:
