@@ -13,15 +13,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numba
-
 F = TypeVar("F", bound=Callable[..., Any])
+
+_LOCK = threading.Lock()
+"""Held while numba's setting is changed."""
 
 
 def compiled(function: F) -> F:
@@ -40,17 +42,40 @@ def compiled_reordered(function: F) -> F:
 
 
 def _compiled(function: F, fastmath: bool | set[str]) -> F:
-    compile_ = partial(numba.njit, nogil=True, error_model="numpy", fastmath=fastmath)
-    try:
-        with _kept_for(Path(function.__code__.co_filename).parent):
-            return cast(F, compile_(function, cache=True))
-    except RuntimeError:  # no folder can be written: compile in every process
-        return cast(F, compile_(function))
+    return cast(F, functools.update_wrapper(_Loop(function, fastmath), function))
+
+
+class _Loop:
+    """A function that is compiled when it is first called, by Python or by another loop; numba is imported then."""
+
+    def __init__(self, function: Callable[..., Any], fastmath: bool | set[str]) -> None:
+        self._function, self._fastmath = function, fastmath
+
+    def __call__(self, *values: Any) -> Any:
+        return self._dispatcher(*values)
+
+    @property
+    def _numba_type_(self) -> Any:
+        """What numba takes this for where another loop calls it."""
+        return self._dispatcher._numba_type_
+
+    @cached_property
+    def _dispatcher(self) -> Any:
+        import numba
+
+        compile_ = functools.partial(numba.njit, nogil=True, error_model="numpy", fastmath=self._fastmath)
+        try:
+            with _LOCK, _kept_for(Path(self._function.__code__.co_filename).parent):
+                return compile_(self._function, cache=True)
+        except RuntimeError:  # no folder can be written: compile in every process
+            return compile_(self._function)
 
 
 @contextmanager
 def _kept_for(folder: Path) -> Iterator[None]:
     """Loops that are decorated inside are kept apart for these very sources, where the folder can be written."""
+    import numba
+
     before = numba.config.CACHE_DIR
     beside = folder / "__pycache__"
     if before or os.access(beside if beside.exists() else folder, os.W_OK):
