@@ -176,7 +176,7 @@ class CacheWriter:
             CacheMismatchError: a cache of another configuration stands there.
             CacheError: it cannot be written.
         """
-        writer = cls(storage, publish.create_cache(storage, manifest, tokenizer, plan))
+        writer = cls(storage, publish.publish_manifest(storage, manifest, tokenizer, plan))
         publish.sweep(storage, writer.manifest)
         return writer
 
@@ -302,7 +302,7 @@ class NewShard:
         if self.entropies is not None:
             entropy = targets.require("entropy", "a cache that knows it")
             self.entropies = add_histograms([self.entropies, histogram(entropy)])
-        self._data.write(row, self._manifest.choice.apply(targets), extras=extras)
+        self._data.write(row, self._manifest.position_filter.apply(targets), extras=extras)
 
 
 def _share(manifest: Manifest, shard: int) -> int:

@@ -30,8 +30,8 @@ from kdcache.store.open_storage import open_storage
 from kdcache.store.plan import read_plan
 from kdcache.store.publish import (
     TOKENIZER,
-    create_cache,
     new_shard,
+    publish_manifest,
     publish_shard,
     require_free_or_same,
     sweep,
@@ -81,7 +81,7 @@ def convert(
     standing = require_free_or_same(storage, wanted)
     if standing is None:
         wanted = dataclasses.replace(wanted, id_order=_id_order(source, wanted))
-    manifest = create_cache(
+    manifest = publish_manifest(
         storage, standing or wanted, _tokenizer_files(source), read_plan(source.storage, source.manifest)
     )
     sweep(storage, manifest)
@@ -161,5 +161,5 @@ def _tokenizer_files(source: Cache) -> dict[str, bytes]:
     for name, sha256 in source.manifest.tokenizer_files.items():
         files[name] = source.storage.read(f"{TOKENIZER}/{name}", _MOST_TOKENIZER)
         if hashlib.sha256(files[name]).hexdigest() != sha256:
-            raise CorruptCacheError(f"{source.storage.where(f'{TOKENIZER}/{name}')} is not what the manifest names")
+            raise CorruptCacheError(f"{source.storage.path_of(f'{TOKENIZER}/{name}')} is not what the manifest names")
     return files

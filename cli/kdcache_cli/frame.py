@@ -103,7 +103,7 @@ def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str
             given.pop("config")
             output = Output(json=given.pop("json"), quiet=given.pop("quiet"))
             plugins = given.pop("plugin")
-            with _manners(functools.partial(in_options, names=names)):
+            with _command_errors(functools.partial(in_options, names=names)):
                 load_plugins(plugins)  # before the options are checked: they may name what a plug-in registers
                 function(options(**given), output)
 
@@ -237,9 +237,9 @@ def in_options(message: str, names: Sequence[str]) -> str:
 
 
 @contextmanager
-def _manners(worded: Callable[[str], str]) -> Iterator[None]:
+def _command_errors(worded: Callable[[str], str]) -> Iterator[None]:
     """One sentence for bad input, a traceback for defects, and a clean end for signals."""
-    _settle()
+    _set_library_defaults()
 
     def stop(number: int, _: Any) -> None:
         raise _Stopped(number)
@@ -267,7 +267,7 @@ class _Stopped(BaseException):
         self.number = number
 
 
-def _settle() -> None:
+def _set_library_defaults() -> None:
     """Set, before the libraries are loaded, what they read from the environment.
 
     Their bars and advice stay out of our output. Idle OpenMP threads sleep instead of spinning: with

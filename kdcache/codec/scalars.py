@@ -35,7 +35,7 @@ _BYTE = np.dtype("u1")
 
 
 @dataclass(frozen=True)
-class Numbers:
+class ScalarLayout:
     """Which numbers a position has, in their order.
 
     Attributes:

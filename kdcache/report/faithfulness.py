@@ -63,7 +63,7 @@ def check_faithfulness(
         KdcacheError: see the exception tree.
     """
     if rows < 1:
-        raise ConfigError(f"--rows is {rows}, but must be at least 1")
+        raise ConfigError(f"rows is {rows}, but must be at least 1")
     cache = open_cache(path, partial=True)
     spec = TeacherSpec(model=teacher, engine=engine, device=device, dtype=dtype)
     with open_teacher_of(spec, cache.manifest, path) as opened:
@@ -73,17 +73,17 @@ def check_faithfulness(
 def _compare(
     cache: Cache, teacher: OpenedTeacher, rows: int, seed: int, on_progress: Callable[[int, int], None] | None
 ) -> dict[str, Any]:
-    require_answerable(teacher.engine, TargetRequest.of(cache.manifest), cache.manifest.choice)
+    require_answerable(teacher.engine, TargetRequest.of(cache.manifest), cache.manifest.position_filter)
     chosen = sorted(np.random.default_rng(seed).permutation(len(cache))[:rows].tolist())
     found: dict[str, list[dict[str, Tensor]]] = {"stored": [], "control": []}
     for done, index in enumerate(chosen):
         if on_progress:
             on_progress(done, len(chosen))
         stored, fresh, again = _three_targets(cache, teacher, index)
-        told, choice = stored.count > 0, cache.manifest.choice
-        wanted, mine_again = (choice.chosen(each.require("entropy", "a choice")) for each in (fresh, again))
-        for name, one, mine in (("stored", stored, told), ("control", again, mine_again)):
-            part = differences(one[told], fresh[told], cache.manifest.vocab_size)
+        has_target, rule = stored.count > 0, cache.manifest.position_filter
+        wanted, mine_again = (rule.mask(each.require("entropy", "a position filter")) for each in (fresh, again))
+        for name, one, mine in (("stored", stored, has_target), ("control", again, mine_again)):
+            part = differences(one[has_target], fresh[has_target], cache.manifest.vocab_size)
             if mine is not None and wanted is not None:
                 part["choice"] = (mine != wanted).float()
             found[name].append(part)
@@ -100,7 +100,7 @@ def _compare(
 def _three_targets(
     cache: Cache, teacher: OpenedTeacher, index: int
 ) -> tuple[SparseTargets, SparseTargets, SparseTargets]:
-    """The stored targets of a row's labelled slots, and two fresh ones of them all, chosen or not."""
+    """The stored targets of a row's labelled slots, and two fresh ones of all of them, whatever the position filter."""
     (shard, row), request = cache.locate(index), dataclasses.replace(TargetRequest.of(cache.manifest), extras=())
     packed, stored = cache.read_packed(index)
     fresh, again = (teacher.targets([packed], request, shard=shard, first_row=row).targets for _ in range(2))
@@ -108,7 +108,7 @@ def _three_targets(
 
 
 def differences(one: SparseTargets, two: SparseTargets, vocab_size: int) -> dict[str, Tensor]:
-    """How far two targets of the same positions are apart, `[N]` each."""
+    """How much two targets of the same positions differ, `[N]` each."""
     step, parts = max(1, _TILE_LOGITS // vocab_size), []
     for start in range(0, len(one.count), step):
         dense = [

@@ -193,7 +193,7 @@ def inspect_position(
         return {**found, "no_target": "the next token is not in this piece, or is masked"}
     label = {**named(label_id), "logprob": None}
     if not value.targets.count[position]:
-        above = cache.manifest.choice.above or 0.0
+        above = cache.manifest.position_filter.above or 0.0
         why = f"the teacher's entropy here is not above {above:g} nats (--positions {cache.manifest.positions})"
         return {**found, "label": label, "no_target": why}
     targets = value.targets[position : position + 1]

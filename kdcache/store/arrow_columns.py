@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from kdcache.codec.streams import deflate
 from kdcache.errors import CorruptCacheError
-from kdcache.store.arrow_layout import Batch
+from kdcache.store.arrow_layout import RecordBatch
 from kdcache.store.row_format import RowFormat, Shapes, read_stream
 
 Stored = memoryview | bytes | NDArray[Any]
@@ -57,7 +57,7 @@ class Columns(Protocol):
     def columns(self, rows: Sequence[list[Stored]]) -> list[pa.Array]:
         """The columns of the streams of several rows."""
 
-    def find(self, batch: Batch, at: int) -> list[Stored]:
+    def find(self, batch: RecordBatch, at: int) -> list[Stored]:
         """The streams of the row `at` of a batch as its seal covers them.
 
         Raises:
@@ -74,10 +74,10 @@ class Columns(Protocol):
 
 def columns_of(form: RowFormat) -> Columns:
     """The columns of the rows of a cache."""
-    return Numbers(form) if form.typed else Frames(form)
+    return TypedColumns(form) if form.typed else Frames(form)
 
 
-def tally_of(columns: Columns, batch: Batch, at: int) -> tuple[int, int]:
+def tally_of(columns: Columns, batch: RecordBatch, at: int) -> tuple[int, int]:
     """`positions` and `crc32c` of the row `at` of a batch."""
     positions, seal = (
         struct.unpack_from("<I", batch.buffer(columns.buffers - back, 4 * batch.rows), 4 * at)[0] for back in (3, 1)
@@ -109,11 +109,11 @@ class Frames:
     def columns(self, rows: Sequence[list[Stored]]) -> list[pa.Array]:
         return [pa.array(column, pa.binary()) for column in zip(*rows, strict=True)]
 
-    def find(self, batch: Batch, at: int) -> list[Stored]:
+    def find(self, batch: RecordBatch, at: int) -> list[Stored]:
         return [self._frame(batch, 3 * column, at) for column in range(self.nodes - 2)]
 
     @staticmethod
-    def _frame(batch: Batch, first: int, at: int) -> memoryview:
+    def _frame(batch: RecordBatch, first: int, at: int) -> memoryview:
         offsets, data = batch.buffer(first + 1), batch.buffer(first + 2)
         start, end = struct.unpack_from("<ii", offsets, 4 * at)
         if not 0 <= start <= end <= len(data):
@@ -124,7 +124,7 @@ class Frames:
         return {n: read_stream(s, *shapes[n]) for n, s in zip(shapes, stored, strict=True)}  # type: ignore[arg-type]
 
 
-class Numbers:
+class TypedColumns:
     """Each stream a list column of its numbers; the seal covers the plain numbers, as in zarr."""
 
     compressed = True
@@ -148,14 +148,14 @@ class Numbers:
             made.append(pa.ListArray.from_arrays(pa.array(ends), pa.array(numbers.astype(_wide(numbers.dtype)))))
         return made
 
-    def find(self, batch: Batch, at: int) -> list[Stored]:
+    def find(self, batch: RecordBatch, at: int) -> list[Stored]:
         return [
             self._numbers(batch, 4 * column, at, dtype, math.prod(shape))
             for column, (dtype, shape) in enumerate(self._shapes.values())
         ]
 
     @staticmethod
-    def _numbers(batch: Batch, first: int, at: int, dtype: np.dtype[Any], most: int) -> NDArray[Any]:
+    def _numbers(batch: RecordBatch, first: int, at: int, dtype: np.dtype[Any], most: int) -> NDArray[Any]:
         wide = _wide(dtype)
         offsets = batch.buffer(first + 1, 4 * (batch.rows + 1))
         data = batch.buffer(first + 3, most * batch.rows * wide.itemsize)

@@ -131,7 +131,7 @@ class NewFolder:
         self._files.append(file)
         return file
 
-    def settle(self, file: BinaryIO) -> None:
+    def sync(self, file: BinaryIO) -> None:
         """Flush a file of it to the device and close it, unless that is done."""
         if not file.closed:
             with storage_errors(self.path):
@@ -143,7 +143,7 @@ class NewFolder:
         """Give the folder its name. False, and nothing changed, if that name is taken."""
         with storage_errors(self.path):
             for file in self._files:
-                self.settle(file)
+                self.sync(file)
             for inner in [p for p in self._temporary.rglob("*") if p.is_dir()] + [self._temporary]:
                 sync_folder(inner)
             try:

@@ -137,7 +137,7 @@ class Commit:
         Raises:
             CorruptCacheError: damaged, or the commit of another shard or cache.
         """
-        path = storage.where(commit_name(shard))
+        path = storage.path_of(commit_name(shard))
         try:
             fields = read_record(storage, commit_name(shard))
         except FileNotFoundError:

@@ -293,7 +293,7 @@ def read_commits(storage: Storage, manifest: Manifest, shards: Sequence[int] | N
         mass = None if commit is None else commit.sums["tail_mass"]
         if mass is not None and len(mass) != temperatures:
             raise CorruptCacheError(
-                f"{storage.where(commit_name(shard))} does not describe a shard: its sums of tail mass are not of "
+                f"{storage.path_of(commit_name(shard))} does not describe a shard: its sums of tail mass are not of "
                 f"{temperatures} temperature(s)"
             )
         return commit

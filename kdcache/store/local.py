@@ -164,7 +164,7 @@ class _FolderData(NewData):
 
     def part(self, name: str) -> Sink:
         file = self._folder.file(name)
-        return Sink(f"{self.name}/{name}", file, lambda: self._folder.settle(file))
+        return Sink(f"{self.name}/{name}", file, lambda: self._folder.sync(file))
 
     def publish(self) -> bool:
         return self._folder.publish()

@@ -22,7 +22,7 @@ from kdcache.codec.streams import deflate, id_dtype
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
 from kdcache.extras import ExtraSpec, read_specs
 from kdcache.known import Known
-from kdcache.position_filter import Positions
+from kdcache.position_filter import PositionFilter
 from kdcache.rows import RowSpec
 from kdcache.selection import Selection, check_temperatures
 from kdcache.store.registry import find_store
@@ -123,9 +123,9 @@ class Manifest:
         return Selection.from_fields(self.selection)
 
     @property
-    def choice(self) -> Positions:
+    def position_filter(self) -> PositionFilter:
         """Which labelled positions carry a target."""
-        return Positions(self.positions)
+        return PositionFilter(self.positions)
 
     @property
     def row_spec(self) -> RowSpec:
@@ -168,7 +168,7 @@ class Manifest:
             CacheError: no cache there, or one of a format that this version does not know.
             CorruptCacheError: damaged.
         """
-        path = storage.where(NAME)
+        path = storage.path_of(NAME)
         try:
             fields = read_record(storage, NAME)
         except FileNotFoundError:
@@ -200,10 +200,10 @@ class Manifest:
             CorruptCacheError: an order of ids that repeats one, or a tokenizer file that is not a plain name.
         """
         _require_vocabulary(self.vocab_size)
-        if self.choice.rule != self.positions:
-            raise ConfigError(f"positions {self.positions!r} must be spelled {self.choice.rule!r}")
-        if self.choice.above is not None:
-            self.known.require("entropy", f"the choice of positions {self.positions}")
+        if self.position_filter.rule != self.positions:
+            raise ConfigError(f"positions {self.positions!r} must be spelled {self.position_filter.rule!r}")
+        if self.position_filter.above is not None:
+            self.known.require("entropy", f"the position filter {self.positions}")
         if self.rule.needs_pilot:
             raise ConfigError(f"{', '.join(self.rule.pilot_settings)} of kind {self.rule.kind} is missing")
         check_temperatures(self.temperatures)
@@ -245,7 +245,8 @@ class Manifest:
         """How rows become streams."""
         return RowFormat(
             codec=self.codec, seq_len=self.seq_len, vocab_size=self.vocab_size, documents=self.documents,
-            chooses=self.choice.above is not None, extras=self.extra_specs, typed=self.precision in PRECISIONS,
+            filtered=self.position_filter.above is not None, extras=self.extra_specs,
+            typed=self.precision in PRECISIONS,
         )  # fmt: skip
 
     def create(self, storage: Storage) -> Manifest:

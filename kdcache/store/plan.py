@@ -71,7 +71,7 @@ def create_plan(storage: Storage, plan: Plan) -> dict[str, Any]:
     if not storage.create(PLAN, data):
         standing = storage.read(PLAN, 2 * len(data) + (1 << 20))
         if standing != data and not _is(standing, plan):  # another version of Arrow may write it in other bytes
-            raise CacheError(f"{storage.where(PLAN)} is of another plan; delete it, or choose another folder")
+            raise CacheError(f"{storage.path_of(PLAN)} is of another plan; delete it, or choose another folder")
         data = standing
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -91,7 +91,7 @@ def read_plan(storage: Storage, manifest: Manifest) -> Plan | None:
     """
     if not manifest.plan:
         return None
-    where = storage.where(PLAN)
+    where = storage.path_of(PLAN)
     try:
         data = storage.read(PLAN, manifest.plan["bytes"])
     except FileNotFoundError:

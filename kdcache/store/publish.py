@@ -58,13 +58,11 @@ def require_free_or_same(storage: Storage, manifest: Manifest) -> Manifest | Non
     if NAME in strangers:  # another worker was quick
         return require_free_or_same(storage, manifest)
     if strangers:
-        raise CacheError(
-            f"--out {storage} holds no cache but other files, such as {strangers[0]}; choose another folder"
-        )
+        raise CacheError(f"{storage} holds no cache but other files, such as {strangers[0]}; choose another folder")
     return None
 
 
-def create_cache(
+def publish_manifest(
     storage: Storage, manifest: Manifest, tokenizer: dict[str, bytes], plan: Plan | None = None
 ) -> Manifest:
     """Write the tokenizer's files, the plan and then the manifest, or take those that another worker has written.
@@ -83,11 +81,13 @@ def create_cache(
             path = f"{TOKENIZER}/{name}"
             if not storage.create(path, data) and storage.read(path, _MOST_BYTES) != data:
                 raise CacheError(
-                    f"{storage.where(path)} is of another tokenizer; delete {TOKENIZER}, or choose another --out"
+                    f"{storage.path_of(path)} is of another tokenizer; delete {TOKENIZER}, or choose another folder"
                 )
         strays = sorted(set(storage.names(TOKENIZER)) - {f"{TOKENIZER}/{name}" for name in tokenizer})
         if strays and storage.size(NAME) is None:
-            raise CacheError(f"{storage.where(strays[0])} is a stray file; delete {TOKENIZER}, or choose another --out")
+            raise CacheError(
+                f"{storage.path_of(strays[0])} is a stray file; delete {TOKENIZER}, or choose another folder"
+            )
         sums = {name: hashlib.sha256(data).hexdigest() for name, data in tokenizer.items()}
         planned = {} if plan is None else create_plan(storage, plan)
     else:

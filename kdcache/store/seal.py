@@ -75,7 +75,7 @@ def open_commits(storage: Storage, manifest: Manifest) -> Commits:
     commits = read_commits(storage, manifest) if sealed is None else sealed
     if manifest.plan and len(commits) == manifest.shards and commits.total("documents") != manifest.documents:
         raise CorruptCacheError(
-            f"{storage.where(NAME)} plans {manifest.documents:,} documents, but its shards hold "
+            f"{storage.path_of(NAME)} plans {manifest.documents:,} documents, but its shards hold "
             f"{commits.total('documents'):,}"
         )
     return commits
@@ -106,7 +106,7 @@ def read_seal(storage: Storage, manifest: Manifest) -> Commits | None:
     Raises:
         CorruptCacheError: the seal is damaged, is of another cache, or says what commits cannot say.
     """
-    path = storage.where(SEAL)
+    path = storage.path_of(SEAL)
     try:
         data = storage.read(SEAL, _MOST_BYTES + manifest.shards * _MOST_PER_SHARD)
     except FileNotFoundError:

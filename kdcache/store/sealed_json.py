@@ -75,7 +75,7 @@ def read_record(storage: Storage, name: str) -> dict[str, Any]:
         FileNotFoundError: there is none.
         CorruptCacheError: it is not JSON, or not what it was when it was sealed.
     """
-    data, path = storage.read(name, _MOST_BYTES), storage.where(name)
+    data, path = storage.read(name, _MOST_BYTES), storage.path_of(name)
     try:
         fields = parse(data)
     except ValueError as error:

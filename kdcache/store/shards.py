@@ -230,7 +230,7 @@ class Shard(ABC):
             record = self.record(row)
             return (*self.form.unpack(record), record)
         except _DAMAGE as error:
-            what = f"{self.storage.where(self.name)}, row {row}: {error}{self.storage.damage_note}"
+            what = f"{self.storage.path_of(self.name)}, row {row}: {error}{self.storage.damage_note}"
             raise CorruptCacheError(what) from None
 
     def count(self) -> Tally:
@@ -244,7 +244,7 @@ class Shard(ABC):
         """An object of the commit, opened; its size is the one committed."""
         promised = [x for x in objects if x["name"] == name]
         if len(promised) != 1:
-            raise CorruptCacheError(f"{self.storage.where(name)} is not among the objects that were committed")
+            raise CorruptCacheError(f"{self.storage.path_of(name)} is not among the objects that were committed")
         opened, size = self.storage.open(name, promised[0]), promised[0]["bytes"]
         if opened.size != size:
             raise CorruptCacheError(f"{opened.name} has {opened.size} bytes, not the {size} that were committed")

@@ -196,7 +196,7 @@ class _Parts:
             return
         self._sinks[name] = sink = self._data.part(name)
         sink.write(value)
-        sink.settle()
+        sink.sync()
 
     def finish(self) -> list[dict[str, Any]]:
         """Write the metadata; the records of all objects."""
@@ -271,7 +271,7 @@ class ZarrShard(Shard):
             numbers = [read_stream(_unsealed(found[n], n), _U4, s).reshape(s) for n, s in tables.items()]
             self._indexes = {0: _read_indexes(first, indexes)} if first else {}
         except (CorruptCacheError, ValueError) as error:
-            raise CorruptCacheError(f"{self.storage.where(root)}: {error}") from None
+            raise CorruptCacheError(f"{self.storage.path_of(root)}: {error}") from None
         self._lengths, self._seals = numbers or [np.zeros(0, _U4)] * 2
         return root
 
@@ -360,5 +360,5 @@ def open_group(storage: Storage, root: str) -> zarr.Group:
 
     if isinstance(storage, LocalStorage):
         return zarr.open_group(zarr.storage.LocalStore(storage.folder / root, read_only=True), mode="r")
-    store = zarr.storage.FsspecStore.from_url(storage.where(root), read_only=True)
+    store = zarr.storage.FsspecStore.from_url(storage.path_of(root), read_only=True)
     return zarr.open_group(store, mode="r")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kdcache.errors import ConfigError
 from kdcache.options import option
-from kdcache.position_filter import Positions
+from kdcache.position_filter import PositionFilter
 from kdcache.teacher.engines.base import TeacherSpec, require_engine
 
 EXTRA_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
@@ -105,7 +105,7 @@ class DumpConfig:
                 "--no-tile-head"
             )
         require_engine(self.engine)
-        object.__setattr__(self, "positions", Positions(self.positions).rule)
+        object.__setattr__(self, "positions", PositionFilter(self.positions).rule)
         _ = self.stored_temperatures
 
     @property

@@ -50,7 +50,7 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     inputs = open_inputs(config, storage)
     planned = inputs.manifest
     request = TargetRequest.of(planned)
-    require_answerable(find_engine(config.engine), request, planned.choice)
+    require_answerable(find_engine(config.engine), request, planned.position_filter)
     standing = require_free_or_same(storage, planned)
     done = set(committed(storage, standing)) if standing else set()
     if standing:

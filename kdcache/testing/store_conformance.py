@@ -29,7 +29,7 @@ from kdcache.store.commit import Commit, commit_name
 from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, Manifest
-from kdcache.store.publish import create_cache, new_shard, open_shard, publish_shard
+from kdcache.store.publish import new_shard, open_shard, publish_manifest, publish_shard
 from kdcache.store.registry import register_store, registered_stores
 from kdcache.store.row_format import RowFormat
 from kdcache.store.shards import FOLDER, Shard, ShardWriter, shard_stem
@@ -68,14 +68,14 @@ class StoreConformance:
         store: as manifests name it.
         writer, reader: the classes that write and read its shards.
         flips: bits that are flipped in each stretch of a row, about.
-        apart: damage every n-th object of a shard; raise it, and lower `flips`, where requests are slow.
+        damage_every: damage every n-th object of a shard; raise it, and lower `flips`, where requests are slow.
     """
 
     store: ClassVar[str]
     writer: ClassVar[type[ShardWriter]]
     reader: ClassVar[type[Shard]]
     flips: ClassVar[int] = 6
-    apart: ClassVar[int] = 3
+    damage_every: ClassVar[int] = 3
 
     def streams(self, storage: Storage, objects: Objects, form: RowFormat) -> list[dict[str, NDArray[Any]]]:
         """The streams of each row, `[rows]`, as a library of others reads them."""
@@ -209,7 +209,7 @@ class StoreConformance:
 
     def test_two_writers_that_race_leave_one_sound_shard(self, storage: Storage, plain: Manifest) -> None:
         """Both write before either publishes; one commit stands and its data is there."""
-        standing = create_cache(storage, plain, {})
+        standing = publish_manifest(storage, plain, {})
         rows, done = example_rows(plain, 5), []
         with new_shard(storage, standing, 0) as one, new_shard(storage, standing, 0) as two:
             for writer in (one, two):
@@ -236,7 +236,7 @@ class StoreConformance:
     def test_a_sound_leftover_is_adopted(self, storage: Storage, plain: Manifest) -> None:
         """Of the same tokens, perhaps with the values of other hardware: it stays, and the commit speaks of it."""
         data = self.leftover(storage, plain, example_rows(plain, 6, values=1))
-        standing = create_cache(storage, plain, {})
+        standing = publish_manifest(storage, plain, {})
         assert write_shard(storage, standing, example_rows(plain, 6, values=2))
         assert {k: v for k, v in everything(storage).items() if k in data} == data
         commit = read_commits(storage, standing)[0]
@@ -246,7 +246,7 @@ class StoreConformance:
     def test_a_leftover_of_other_tokens_is_replaced(self, storage: Storage, plain: Manifest) -> None:
         """It is sound, but it is not this shard."""
         self.leftover(storage, plain, example_rows(plain, 6, seed=1))
-        standing = create_cache(storage, plain, {})
+        standing = publish_manifest(storage, plain, {})
         rows = example_rows(plain, 6, seed=2)
         assert write_shard(storage, standing, rows)
         self.require_rows(storage, standing, rows)
@@ -255,7 +255,7 @@ class StoreConformance:
         """Cut short, emptied, deleted, flipped or with something strange beside it, object by object."""
         rows = example_rows(plain, 6)
         data = self.leftover(storage, plain, rows)
-        standing = create_cache(storage, plain, {})
+        standing = publish_manifest(storage, plain, {})
         for name, change in [(n, c) for n in list(data)[::9] for c in ("stranger", *_DAMAGE[:5], "folder")]:
             if change == "stranger":
                 if not self.writer.folder:
@@ -319,7 +319,7 @@ class StoreConformance:
         honest = [plain.row_format.unpack(plain.row_format.pack(*row)) for row in rows]
         twins = dict(zip([x["name"] for x in commits[0].objects], [x["name"] for x in commits[1].objects], strict=True))
         data = everything(storage)
-        for name, twin in list(twins.items())[:: 1 if len(twins) < 4 else self.apart]:
+        for name, twin in list(twins.items())[:: 1 if len(twins) < 4 else self.damage_every]:
             if change not in ("swap", "copy"):
                 damage(storage, name, data[name], change)
             elif data[name] == data[twin]:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kdcache.known import Known
-    from kdcache.position_filter import Positions
+    from kdcache.position_filter import PositionFilter
     from kdcache.rows import RowSpec
     from kdcache.selection import Selection
     from kdcache.store.manifest import Manifest
@@ -273,7 +273,7 @@ def find_engine(name: str) -> type[Engine]:
 
 
 def require_answerable(
-    engine: type[Engine] | Engine, request: TargetRequest, positions: Positions | None = None
+    engine: type[Engine] | Engine, request: TargetRequest, positions: PositionFilter | None = None
 ) -> None:
     """Refuse a request that needs more than an engine knows.
 
