@@ -83,7 +83,7 @@ def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device 
     finally:
         model.train(training)
     if not torch.isfinite(reference).all():
-        raise ModelError(f"{type(model).__name__} gives NaN or infinite logits for plain tokens; try another --dtype")
+        raise ModelError(f"{type(model).__name__} gives NaN or infinite logits for plain tokens; try another dtype")
     allowed = 4 * noise + 0.25 * rounding(model) * reference.abs().max().item()
     name = type(model).__name__
     if backward > allowed:
@@ -92,7 +92,7 @@ def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device 
         raise IsolationError(
             f"{name} lets packed pieces see each other: changing one piece moved the next one's logits by {moved:.2g} "
             f"(noise allows {allowed:.2g}); it needs attention that honours position_ids, or a cache dumped with "
-            "--no-isolate, whose rows are one context each"
+            "isolate=False, whose rows are one context each"
         )
 
 

@@ -194,7 +194,7 @@ def inspect_position(
     label = {**named(label_id), "logprob": None}
     if not value.targets.count[position]:
         above = cache.manifest.position_filter.above or 0.0
-        why = f"the teacher's entropy here is not above {above:g} nats (--positions {cache.manifest.positions})"
+        why = f"the teacher's entropy here is not above {above:g} nats (positions {cache.manifest.positions})"
         return {**found, "label": label, "no_target": why}
     targets = value.targets[position : position + 1]
     logprobs, log_tail = _at(targets, temperature)

@@ -65,22 +65,20 @@ def next_tokens(
         KdcacheError: see the exception tree.
     """
     if top < 1:
-        raise ConfigError(f"--top is {top}, but must be at least 1")
+        raise ConfigError(f"top is {top}, but must be at least 1")
     require_students(students)
-    if top < 1:
-        raise ConfigError(f"--top is {top}, but must be at least 1")
     twice = [name for i, name in enumerate(students) if name in students[:i]]
     if twice:
         raise ConfigError(f"the student {twice[0]} is named twice")
     if not text:
-        raise ConfigError("--prompt is empty, but must hold at least one token")
+        raise ConfigError("prompt is empty, but must hold at least one token")
     opened, where = open_cache(cache, local_copy=local_copy, local_limit=local_limit), find_device(device)
     tokenizer = opened.load_tokenizer()
     tokens = tokenise_prompt(tokenizer, text)
     if not tokens:
-        raise ConfigError(f"--prompt {text!r} holds no token of the cache's tokenizer")
+        raise ConfigError(f"the prompt {text!r} holds no token of the cache's tokenizer")
     if len(tokens) > opened.manifest.seq_len:
-        raise ConfigError(f"--prompt has {len(tokens)} tokens, but a row of the cache has {opened.manifest.seq_len}")
+        raise ConfigError(f"the prompt has {len(tokens)} tokens, but a row of the cache has {opened.manifest.seq_len}")
 
     def shown(found: _Entries) -> list[dict[str, Any]]:
         return [{"id": i, "text": added_text(tokenizer, tokens, i), "probability": p} for i, p in found]

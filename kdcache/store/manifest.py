@@ -232,7 +232,7 @@ class Manifest:
             )
         if self.row_format.most_bytes > _MOST_ROW:
             raise ConfigError(
-                f"a row of --seq-len {self.seq_len} slots may hold {self.row_format.most_bytes:,} bytes, above the "
+                f"a row of seq_len {self.seq_len} slots may hold {self.row_format.most_bytes:,} bytes, above the "
                 f"limit of {_MOST_ROW:,}; make rows shorter, or keep fewer entries or extras"
             )
         find_store(self.store)
@@ -280,7 +280,7 @@ class Manifest:
         if differences:
             raise CacheMismatchError(
                 f"{storage} holds a cache of another configuration; it differs in {', '.join(differences)}; "
-                "choose another --out or the same options"
+                "choose another folder, or the same options"
             )
 
 

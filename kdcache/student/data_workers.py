@@ -28,7 +28,7 @@ _REMOTE = 2
 
 
 def how_many(wished: int | None, remote: bool) -> int:
-    """`--readers`, or what suits the place: none for a folder."""
+    """`readers`, or what suits the storage: none for a folder."""
     return wished if wished is not None else _REMOTE * remote
 
 
@@ -93,9 +93,7 @@ def translate_worker_errors() -> Iterator[None]:
             if isinstance(error, KdcacheError):
                 raise type(error)(str(error).rstrip().rpartition(f"{type(error).__name__}: ")[2]) from None
             if killed:
-                raise CacheError(
-                    f"a reader was killed ({killed}), perhaps for its memory: use fewer --readers"
-                ) from None
+                raise CacheError(f"a reader was killed ({killed}), perhaps for its memory: use fewer readers") from None
             raise
 
 

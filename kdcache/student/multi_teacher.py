@@ -102,7 +102,7 @@ def require_lined_up(first: TeacherCache, other: TeacherCache) -> None:
     both = f"{first.name} and {other.name}"
     mine, theirs = first.cache.manifest, other.cache.manifest
     if mine.sha256 == theirs.sha256:
-        raise ConfigError(f"{both} are one cache; --pool takes that of another teacher")
+        raise ConfigError(f"{both} are one cache; a pool takes that of another teacher")
     one, two = _rows_of(mine), _rows_of(theirs)
     differing = [f"{what} ({one[what]} and {two[what]})" for what in one if one[what] != two[what]]
     if differing:

@@ -23,7 +23,7 @@ from kdcache.isolation import finite_tokens, packed_forward, rounding
 from kdcache.pretrained import one_line
 
 _CHECKED_TOKENS = 48
-_REMEDY = "use --no-tile-head, which holds the logits of a whole batch in memory"
+_REMEDY = "use tile_head=False, which holds the logits of a whole batch in memory"
 
 
 class TiledHead:
