@@ -68,7 +68,7 @@ class Cache:
     """A cache of teacher targets, read by row.
 
     Attributes:
-        storage: where it lies.
+        storage: where it is.
         manifest: what it is.
         commits: the commit of each shard that exists.
     """
@@ -91,15 +91,15 @@ class Cache:
         Empty if the cache was written without a tokenizer.
 
         Raises:
-            CorruptCacheError: a file is missing, is not the one that the manifest names, or is named by nobody.
+            CorruptCacheError: a file is missing, is not the one that the manifest names, or is not named by it.
         """
         if self._tokenizer is not None:
             return self._tokenizer
         files = {name: self._tokenizer_file(name) for name in self.manifest.tokenizer_files}
         if isinstance(self.storage, LocalStorage):
-            strays = set(self.storage.names(TOKENIZER)) - {f"{TOKENIZER}/{name}" for name in files}
-            if strays:  # the library that loads a tokenizer takes whatever lies beside it
-                raise CorruptCacheError(f"{self.storage.path_of(min(strays))} is not named by the manifest")
+            unnamed = set(self.storage.names(TOKENIZER)) - {f"{TOKENIZER}/{name}" for name in files}
+            if unnamed:  # the library that loads a tokenizer takes any other file in its folder
+                raise CorruptCacheError(f"{self.storage.path_of(min(unnamed))} is not named by the manifest")
             if files:
                 return self.storage.folder / TOKENIZER
         folder = Path(tempfile.mkdtemp(prefix="kdcache-"))
@@ -149,7 +149,7 @@ class Cache:
                 )
 
     def only(self, shards: Iterable[int]) -> Cache:
-        """The same cache as if these shards alone were committed: its rows are theirs, numbered from 0.
+        """The same cache as if only these shards were committed; their rows are numbered from 0.
 
         Raises:
             IncompleteCacheError: one of them is not committed.

@@ -1,12 +1,12 @@
 """Faithfulness: whether a cache says what its teacher says, on rows drawn at random.
 
 The teacher reads the stored tokens of a row and its targets are made again, twice: once to compare with the
-stored ones, once as the control, which shows how far two runs of the same rows are apart on this machine.
+stored ones, once as the control, which shows how much two runs of the same rows differ on this machine.
 
     total_variation  sum |w - w'| / 2 over all ids, at each position: 0 for the same target, 1 for disjoint ones.
                      A token shifted by one or the targets of another row give values near 1.
     entropy, label_logprob  absolute difference, nats; absent where the cache does not know them
-    choice           1 where one of the two chooses a labelled position to carry a target and the other does not; the
+    choice           1 where one of the two gives a labelled slot a target and the other does not; the
                      other figures are over those that carry one
 
 Storage in few bits and other hardware move the stored targets a little; `agrees` allows the mean total variation and

@@ -126,7 +126,7 @@ def _range_of_entries(commits: Commits) -> dict[str, int]:
 
 
 def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]:
-    """A row as text: each token with the probability that the teacher gave it, where a target tells it."""
+    """A row as text: each token with the probability that the teacher gave it, where there is a target."""
 
     cache, shard, row, value = _find(path, row, shard)
     tokenizer = cache.load_tokenizer()
@@ -136,8 +136,8 @@ def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]
     ]
     tokens = []
     for slot in range(len(ids)):
-        told = slot > 0 and int(value.targets.count[slot - 1]) > 0
-        logprob = _number(value.targets.label_logprob, slot - 1) if told else None
+        has_target = slot > 0 and int(value.targets.count[slot - 1]) > 0
+        logprob = _number(value.targets.label_logprob, slot - 1) if has_target else None
         segment = int(value.segments[slot])
         tokens.append({
             "position": slot, "id": ids[slot], "text": added_text(tokenizer, ids[starts[segment] : slot], ids[slot]),

@@ -1,12 +1,12 @@
-"""Arrow columns: the two ways in which the streams of rows stand in a record batch.
+"""Arrow columns: the two layouts of the streams of rows in a record batch.
 
 Numbers (`float32` and `float16` caches): each stream is a list column of plain numbers, and Arrow's own zstd
-compresses the buffers of a batch. pyarrow, polars and duckdb read them. A float16 stream stands as float32, which holds
-it exactly, because duckdb reads no float16; zstd takes nearly all of the difference away (docs/decisions/0015).
+compresses the buffers of a batch. pyarrow, polars and duckdb read them. A float16 stream is stored as float32, which
+holds it exactly, because duckdb reads no float16; zstd removes nearly all of the difference (docs/decisions/0015).
 
-Frames (4 to 16 bits): each stream is a binary column, a zstd frame a row. Only kdcache gives them a meaning.
+Frames (4 to 16 bits): each stream is a binary column, a zstd frame a row. Only kdcache can decode them.
 
-Either way `positions` and `crc32c` stand beside the streams, one uint32 a row each.
+Either way `positions` and `crc32c` are columns next to the streams, one uint32 a row each.
 Nothing is allocated that is larger than the manifest allows, whatever a buffer claims.
 """
 
@@ -36,7 +36,7 @@ _HALF, _SINGLE = np.dtype("<f2"), np.dtype("<f4")
 
 
 class Columns(Protocol):
-    """How the streams of rows stand in a record batch.
+    """The layout of the streams of rows in a record batch.
 
     Attributes:
         schema: the columns: the streams, then `positions` and `crc32c`.
@@ -170,7 +170,7 @@ class TypedColumns:
         with np.errstate(over="ignore"):
             narrow = found.astype(dtype)
         if narrow.astype(wide).tobytes() != found.tobytes():
-            raise CorruptCacheError("a number that stands for a float16 is none")
+            raise CorruptCacheError("a number of a float16 stream is no float16")
         return narrow
 
     def unpack(self, stored: Sequence[Stored], shapes: Shapes) -> dict[str, NDArray[Any]]:
@@ -178,5 +178,5 @@ class TypedColumns:
 
 
 def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """How a number stands in a column."""
+    """The type of a number in a column."""
     return _SINGLE if dtype == _HALF else dtype

@@ -79,7 +79,7 @@ class _Table:
 
 
 class RecordBatch:
-    """One record batch, read as it lies; what is unpacked of it is kept.
+    """One record batch, read without a copy; buffers that were unpacked are kept.
 
     Args:
         rows: in it.

@@ -23,7 +23,7 @@ from kdcache.store.row_format import Record, RowFormat, row_seal
 from kdcache.store.shards import Shard, ShardWriter
 from kdcache.store.storage import Storage
 
-_LEVEL = 3  # of Arrow's zstd: at 1 float16 values that stand as float32 take an eighth more
+_LEVEL = 3  # of Arrow's zstd: at 1 float16 values that are stored as float32 take an eighth more
 
 
 class ArrowShardWriter(ShardWriter):

@@ -2,7 +2,7 @@
 
 A file is written under a temporary name in its own folder, flushed to the device, and then linked to its final name,
 which fails if that exists. A folder of files is renamed instead, which fails if the target holds anything. A writer
-holds a lock on its temporary file while it lives, so `sweep` can tell the files of writers that died.
+holds a lock on its temporary file while it lives, so `sweep` recognises the files of writers that died.
 """
 
 from __future__ import annotations
@@ -167,14 +167,14 @@ class NewFolder:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no reader looks at."""
+    """A name in the folder of `path` that no reader looks at."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY}")
 
 
 def sweep(folder: Path) -> None:
     """Delete temporary files and folders in a folder, if it exists, whose writers have died.
 
-    A writer takes its lock just after it created the file, so files younger than two seconds are left alone.
+    A writer takes its lock just after it created the file, so files younger than two seconds are not touched.
     """
     for path in folder.glob(f".*{_TEMPORARY}"):
         with contextlib.suppress(OSError):

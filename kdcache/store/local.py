@@ -79,7 +79,7 @@ class LocalStorage(Storage):
     def new_data(self, stem: str, suffix: str, folder: bool) -> NewData:
         return (_FolderData if folder else _FileData)(self.folder, f"{stem}{suffix}")
 
-    def alone(self, folder: str) -> AbstractContextManager[None]:
+    def exclusive(self, folder: str) -> AbstractContextManager[None]:
         return locked(self.folder / folder)
 
     def delete(self, name: str) -> None:

@@ -1,7 +1,7 @@
 """The manifest: what a cache is, written once by whoever creates it.
 
 Everything a reader needs and everything that a worker must agree on before it adds a shard.
-Where things came from (paths, hub names, versions) is recorded beside it and may differ.
+Where things came from (paths, hub names, versions) is recorded in further fields, and may differ.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NAME = "kdcache.json"
 
 PLAN = "plan.arrow"
 _OF_THE_CREATOR = ("origin", "tokenizer_files", "id_order", "error_bound", "plan", "date")
-"""Fields that everyone else takes from the manifest that stands."""
+"""Fields that all other workers take from the existing manifest."""
 
 ON_BAD_RECORD = ("stop", "skip")
 
@@ -139,13 +139,13 @@ class Manifest:
 
     @cached_property
     def codec(self) -> Codec:
-        """How targets are laid out."""
+        """The layout of targets."""
         layout = Layout.of(self.rule, self.vocab_size, self.temperatures, self.known)
         return make_codec(layout, self.precision, self.id_order)
 
     @cached_property
     def sha256(self) -> str:
-        """The checksum that commits name; of a manifest that was read, the one that stands in it."""
+        """The checksum that commits name; of a manifest that was read, the one that it holds."""
         return checksum(self.to_fields())
 
     def exact_at(self, temperature: float) -> bool:
@@ -250,18 +250,18 @@ class Manifest:
         )  # fmt: skip
 
     def create(self, storage: Storage) -> Manifest:
-        """Write the manifest unless another worker has; return the one that stands.
+        """Write the manifest unless another worker has; return the one that is there.
 
         Raises:
             ConfigError: see `require_sound`.
-            CacheMismatchError: the one that stands is of another configuration.
+            CacheMismatchError: the one that is there is of another configuration.
         """
         self.require_sound()
         if storage.create(NAME, seal(self.to_fields())):
             return self
-        standing = Manifest.read(storage)
-        standing.require_same(self, storage)
-        return standing
+        existing = Manifest.read(storage)
+        existing.require_same(self, storage)
+        return existing
 
     def require_same(self, other: Manifest, storage: Storage) -> None:
         """Refuse to add to a cache that was made otherwise.

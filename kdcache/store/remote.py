@@ -33,7 +33,7 @@ _CONNECTIONS = 64
 _TRIES = 2
 """Tries of s3fs, each around botocore's own (five, or AWS_MAX_ATTEMPTS). With its default of five, an endpoint that
 accepts connections and never answers would block for half an hour."""
-_PAUSES = (0.1, 0.5, 2.0)  # seconds between tries of a put that met another one
+_PAUSES = (0.1, 0.5, 2.0)  # seconds between tries of a put that came at the same time as another
 
 
 class RemoteStorage(Storage):
@@ -163,7 +163,7 @@ class RemoteStorage(Storage):
                     self._fs.pipe_file(self._path(name), data, mode="create")
                 except FileExistsError:
                     return False
-                except OSError as error:  # stores have several words for "it exists", and for "two puts met: try again"
+                except OSError as error:  # stores word "it exists" and "two puts at once" in many ways
                     _require_bucket(error, self.url)
                     if self.size(name) is not None:
                         return False

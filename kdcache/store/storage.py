@@ -4,7 +4,7 @@ Names are relative to the cache, with `/` between their parts. Small objects (re
 read whole and created only if absent. The data of a shard is one file or one folder of files, which appears whole or
 not at all, and is read by ranges.
 
-Two helpers stand here because every storage uses them: `map_ahead` computes results in threads before they are asked
+Two helpers are here because every storage uses them: `map_ahead` computes results in threads before they are asked
 for, in order; `LastUsed` keeps the values that were used last; each is made once, however many threads ask for it.
 """
 
@@ -194,7 +194,7 @@ class Storage(ABC):
         """Bytes of all objects under a folder, by name."""
         return {name: size for name in self.names(folder) if (size := self.size(name)) is not None}
 
-    def alone(self, folder: str) -> AbstractContextManager[None]:  # noqa: ARG002  for storages where names collide
+    def exclusive(self, folder: str) -> AbstractContextManager[None]:  # noqa: ARG002  for storages where names collide
         """A lock on a folder between writers that replace data in it."""
         return nullcontext()
 
@@ -265,7 +265,7 @@ class Sink:
             self._file.flush()
 
     def sync(self) -> None:
-        """Nothing more comes: make the bytes durable and let go of the file. Not needed; it saves open files."""
+        """Make the bytes durable and close the file: nothing more is written. Optional; it saves open files."""
         if self._sync is not None:
             self._sync()
 

@@ -85,7 +85,7 @@ def _poison(dtype: np.dtype[Any]) -> Any:
 
 
 def _tables(rows: int, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """The small arrays beside the streams, and their shapes."""
+    """The small arrays next to the streams, and their shapes."""
     return {"lengths": (rows, len(shapes) + 1), "crc32c": (rows,)}
 
 
@@ -353,7 +353,7 @@ def open_group(storage: Storage, root: str) -> zarr.Group:
     """The group of a shard as zarr-python opens it, read-only.
 
     Args:
-        storage: where the cache lies; a folder, or a URL that fsspec knows.
+        storage: where the cache is; a folder, or a URL that fsspec knows.
         root: the shard's name.
     """
     import zarr

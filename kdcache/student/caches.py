@@ -45,7 +45,7 @@ class CacheSource:
 
     @property
     def teachers(self) -> tuple[TeacherCache, ...]:
-        """All whose targets are pooled, the first of them that of `cache`; one, if there is nothing to pool."""
+        """The teachers whose targets are pooled, first that of `cache`; only that one if there is no pool."""
         return TeacherCache(self.name, self.cache, 1.0 if self.weight is None else self.weight), *self.partners
 
     @property
@@ -116,13 +116,13 @@ def _with_partners(source: CacheSource, config: TrainConfig) -> CacheSource:
 
 
 def agree(sources: tuple[CacheSource, ...]) -> tuple[CacheSource, ...]:
-    """The sources with the shards that the first process of the run saw; others may have looked a moment later."""
+    """The sources with the shards that the first process of the run found; others may have looked a moment later."""
     commits = distributed.agree([[teacher.cache.commits for teacher in source.teachers] for source in sources])
     found = []
-    for source, seen in zip(sources, commits, strict=True):
+    for source, found_there in zip(sources, commits, strict=True):
         first, *others = (
             dataclasses.replace(teacher, cache=Cache(teacher.cache.storage, teacher.cache.manifest, shards))
-            for teacher, shards in zip(source.teachers, seen, strict=True)
+            for teacher, shards in zip(source.teachers, found_there, strict=True)
         )
         found.append(dataclasses.replace(source, cache=first.cache, partners=tuple(others)))
     return tuple(found)

@@ -77,7 +77,7 @@ def _arrived(batch: dict[str, Any], each: list[dict[str, Any]], weights: tuple[f
 
 @contextlib.contextmanager
 def translate_worker_errors() -> Iterator[None]:
-    """What readers say, without the traceback that DataLoader puts before it; and they end before the error is told.
+    """Raise the errors of readers without the traceback that DataLoader adds; the readers end first.
 
     Raises:
         CacheError: a reader was killed.
@@ -99,7 +99,7 @@ def translate_worker_errors() -> Iterator[None]:
 
 def _who_was_killed(error: BaseException) -> str:
     """What DataLoader, or the pipe to a reader, says of its end; empty for other errors."""
-    told = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+    known = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
     if isinstance(error, ConnectionError | EOFError):
-        told = "multiprocessing" in traceback.extract_tb(error.__traceback__)[-1].filename
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ") if told else ""
+        known = "multiprocessing" in traceback.extract_tb(error.__traceback__)[-1].filename
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ") if known else ""

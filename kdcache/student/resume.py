@@ -143,7 +143,7 @@ def hold_folder(out: Path) -> Iterator[None]:
         ConfigError: another process holds it.
         CacheError: it cannot be made.
     """
-    if out.exists() and not out.is_dir():  # refused in due course
+    if out.exists() and not out.is_dir():  # refused later, by `require_free_or_same`
         yield
         return
     new = not out.exists()

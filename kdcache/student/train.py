@@ -1,4 +1,4 @@
-"""One training run, from caches to a checkpoint that stands on its own.
+"""One training run, from caches to a checkpoint that needs nothing else to be loaded.
 
 What a run leaves in its folder:
 

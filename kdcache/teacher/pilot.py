@@ -1,4 +1,4 @@
-"""The pilot: what must be known before the first shard, from the first rows of the corpus alone.
+"""The pilot: what must be known before the first shard, from the first rows of the corpus only.
 
 Run by whoever creates the cache and kept in its manifest; everyone else reads it there.
 """

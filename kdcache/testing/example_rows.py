@@ -148,11 +148,11 @@ def same_records(one: Record, two: Record) -> bool:
 
 
 def write_cache(storage: Storage, manifest: Manifest, rows: list[Example]) -> Manifest:
-    """A complete cache that has these rows in each of its shards; the manifest that stands."""
-    standing = publish_manifest(storage, manifest, {"tokenizer.json": b"{}"}, example_plan(manifest))
+    """A complete cache that has these rows in each of its shards; the manifest as written."""
+    created = publish_manifest(storage, manifest, {"tokenizer.json": b"{}"}, example_plan(manifest))
     for shard in range(manifest.shards):
-        assert write_shard(storage, standing, rows, shard)
-    return standing
+        assert write_shard(storage, created, rows, shard)
+    return created
 
 
 def write_shard(storage: Storage, manifest: Manifest, rows: list[Example], shard: int = 0) -> bool:
