@@ -24,7 +24,7 @@ from kdcache.cache import Cache
 from kdcache.rows import PackedRow
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
-from kdcache.store.publish import create_cache, new_shard, publish_shard
+from kdcache.store.publish import new_shard, publish_manifest, publish_shard
 from kdcache.targets import SparseTargets
 
 SHARDS = 8
@@ -47,7 +47,7 @@ def make(folder: Path, store: str, targets: list[SparseTargets], rows: int, voca
         id_order=tuple(order) if precision.isdecimal() else (), store=store, origin={},
     )  # fmt: skip
     storage, random = LocalStorage(folder), np.random.default_rng(0)
-    create_cache(storage, manifest, {})
+    publish_manifest(storage, manifest, {})
     for shard in range(SHARDS):
         with new_shard(storage, manifest, shard) as writer:
             for row in range(rows // SHARDS):

@@ -30,7 +30,7 @@ import numpy as np
 from kdcache.corpus.sources import open_corpus
 from kdcache.corpus.survey import shard_rule, survey
 from kdcache.store.open_storage import open_storage
-from kdcache.store.publish import create_cache
+from kdcache.store.publish import publish_manifest
 from kdcache.teacher.config import DumpConfig
 from kdcache.teacher.inputs import open_inputs
 from kdcache.worker import available_cores
@@ -125,7 +125,7 @@ def report(folder: Path, form: str, megabytes: int, options: argparse.Namespace)
     hashing = path.stat().st_size / 1e6 / wall
     out = folder / f"cache-{path.name}"
     inputs = open_inputs(config(options.teacher, path, out))
-    create_cache(open_storage(out), inputs.manifest, {"tokenizer.json": b"{}"}, inputs.plan)
+    publish_manifest(open_storage(out), inputs.manifest, {"tokenizer.json": b"{}"}, inputs.plan)
     code = ["-m", "benchmarks.survey", "--start", options.teacher, str(path), str(out), "--repeats", options.repeats]
     done = subprocess.run([sys.executable, *map(str, code)], capture_output=True, text=True, check=True)
     begun, begun_cpu = json.loads(done.stdout)

@@ -31,7 +31,7 @@ from kdcache.store.open_storage import mirror, open_storage, parse_size
 from kdcache.store.publish import TOKENIZER, open_shard
 from kdcache.store.seal import open_commits
 from kdcache.store.shards import FOLDER, Shard
-from kdcache.store.storage import Recent, Storage
+from kdcache.store.storage import LastUsed, Storage
 from kdcache.store.zarr_store import open_group
 from kdcache.targets import SparseTargets
 
@@ -50,7 +50,8 @@ class Row:
         labels: `[L]` int64, labels[t] = tokens[t+1] inside a piece, already shifted, else -100.
         segments: `[L]` int64, piece of each token, -1 where padded.
         documents: `[P]` int64, the document that each piece comes from.
-        targets: SparseTargets over L slots; `count` is 0 where the label is -100 and where the cache chose none.
+        targets: SparseTargets over L slots; `count` is 0 where the label is -100, and where the position filter
+            left the slot out.
         extras: `[L, width]` float32 of each extra of the cache, by name; NaN where a slot has none: padded slots, and
             slots without a label in an extra of positions.
     """
@@ -67,7 +68,7 @@ class Cache:
     """A cache of teacher targets, read by row.
 
     Attributes:
-        storage: where it lies.
+        storage: where it is.
         manifest: what it is.
         commits: the commit of each shard that exists.
     """
@@ -75,7 +76,7 @@ class Cache:
     def __init__(self, storage: Storage, manifest: Manifest, commits: Commits) -> None:
         self.storage, self.manifest, self.commits = storage, manifest, commits
         self._ends = np.cumsum(commits.column("rows"))
-        self._open: Recent[Shard] = Recent(storage.open_shards)
+        self._open: LastUsed[Shard] = LastUsed(storage.open_shards)
         self._tokenizer: Path | None = None
 
     @property
@@ -90,15 +91,15 @@ class Cache:
         Empty if the cache was written without a tokenizer.
 
         Raises:
-            CorruptCacheError: a file is missing, is not the one that the manifest names, or is named by nobody.
+            CorruptCacheError: a file is missing, is not the one that the manifest names, or is not named by it.
         """
         if self._tokenizer is not None:
             return self._tokenizer
         files = {name: self._tokenizer_file(name) for name in self.manifest.tokenizer_files}
         if isinstance(self.storage, LocalStorage):
-            strays = set(self.storage.names(TOKENIZER)) - {f"{TOKENIZER}/{name}" for name in files}
-            if strays:  # the library that loads a tokenizer takes whatever lies beside it
-                raise CorruptCacheError(f"{self.storage.where(min(strays))} is not named by the manifest")
+            unnamed = set(self.storage.names(TOKENIZER)) - {f"{TOKENIZER}/{name}" for name in files}
+            if unnamed:  # the library that loads a tokenizer takes any other file in its folder
+                raise CorruptCacheError(f"{self.storage.path_of(min(unnamed))} is not named by the manifest")
             if files:
                 return self.storage.folder / TOKENIZER
         folder = Path(tempfile.mkdtemp(prefix="kdcache-"))
@@ -121,7 +122,7 @@ class Cache:
         return load_tokenizer(self.tokenizer_path)
 
     def _tokenizer_file(self, name: str) -> bytes:
-        where = self.storage.where(f"{TOKENIZER}/{name}")
+        where = self.storage.path_of(f"{TOKENIZER}/{name}")
         try:
             data = self.storage.read(f"{TOKENIZER}/{name}", _MOST_TOKENIZER)
         except FileNotFoundError:
@@ -143,12 +144,12 @@ class Cache:
         for name, size in self.commits.object_sizes():
             if sizes.get(name) != size:
                 raise CorruptCacheError(
-                    f"{self.storage.where(name)} has {sizes.get(name, 0)} bytes, not the {size} that were committed; "
+                    f"{self.storage.path_of(name)} has {sizes.get(name, 0)} bytes, not the {size} that were committed; "
                     "`kdcache verify` reports all that is wrong"
                 )
 
     def only(self, shards: Iterable[int]) -> Cache:
-        """The same cache as if these shards alone were committed: its rows are theirs, numbered from 0.
+        """The same cache as if only these shards were committed; their rows are numbered from 0.
 
         Raises:
             IncompleteCacheError: one of them is not committed.
@@ -207,7 +208,7 @@ class Cache:
     def read_packed(self, index: int) -> tuple[PackedRow, SparseTargets]:
         """A row without padding, with its extras, and the targets of its labelled slots.
 
-        `count` is 0 where the cache chose no target.
+        `count` is 0 where the position filter left the slot out.
         """
         shard, row = self.locate(index)
         return self.shard(shard).read(row)

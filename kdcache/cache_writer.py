@@ -8,9 +8,9 @@ For whoever has a teacher of their own (Megatron, JAX, a server). `dump-teacher`
             shard.write(tokens, targets)
     writer.finish()
 
-Guarantee: nothing of a shard can be seen before its `with` block ends well, and then all of it can. A process that is
-killed leaves nothing behind that a reader sees; the same call to `create_cache` goes on with the shards that are
-missing. Any number of processes on any machines may do so at once: if two write the same shard, one commit stands.
+Guarantee: a reader sees nothing of a shard before its `with` block ends without an error, and all of it after that. A
+process that is killed leaves nothing that a reader sees; the same call to `create_cache` continues with the shards that
+are missing. Any number of processes on any machines may write at once: if two write the same shard, one commit wins.
 Cost: encoding, compression and one write of each row; in memory one row.
 
 Shapes: n tokens of a row, P pieces, N labelled slots of a row, L slots a row.
@@ -72,7 +72,7 @@ def create_cache(
     frequent_ids: Sequence[int] = (),
     origin: Mapping[str, Any] | None = None,
 ) -> CacheWriter:
-    """Create a cache, or go on with one that was created with the same arguments.
+    """Create a cache, or continue one that was created with the same arguments.
 
     Args:
         path: folder or URL of the cache.
@@ -105,7 +105,7 @@ def create_cache(
 
     Raises:
         ConfigError: a setting out of range, or settings that contradict each other.
-        CacheMismatchError: a cache that was created with other arguments stands there; each difference is named.
+        CacheMismatchError: there is a cache that was created with other arguments; each difference is named.
         CacheError: other files lie there, or the place cannot be written.
         ModelError: the folder of the tokenizer holds none.
     """
@@ -153,7 +153,7 @@ class CacheWriter:
     """Writes the shards of one cache; `create_cache` makes it. It may be sent to other processes.
 
     Attributes:
-        storage: where the cache lies.
+        storage: where the cache is.
         manifest: what the cache is.
     """
 
@@ -164,24 +164,24 @@ class CacheWriter:
     def create(
         cls, storage: Storage, manifest: Manifest, tokenizer: dict[str, bytes], plan: Plan | None = None
     ) -> Self:
-        """The writer of a cache of this manifest, which is created unless it stands there.
+        """The writer of a cache of this manifest, which is created unless it exists.
 
         Args:
-            storage: where the cache lies.
+            storage: where the cache is.
             manifest: what it is.
             tokenizer: the content of its tokenizer's files, by name.
             plan: of the shards; None where the rows come from no corpus of kdcache.
 
         Raises:
-            CacheMismatchError: a cache of another configuration stands there.
+            CacheMismatchError: there is a cache of another configuration.
             CacheError: it cannot be written.
         """
-        writer = cls(storage, publish.create_cache(storage, manifest, tokenizer, plan))
+        writer = cls(storage, publish.publish_manifest(storage, manifest, tokenizer, plan))
         publish.sweep(storage, writer.manifest)
         return writer
 
     def missing(self) -> list[int]:
-        """The shards that nobody has committed yet."""
+        """The shards that are not committed yet."""
         done = set(committed(self.storage, self.manifest))
         return [shard for shard in range(self.manifest.shards) if shard not in done]
 
@@ -294,7 +294,7 @@ class NewShard:
     def write_row(self, row: PackedRow, targets: SparseTargets, extras: Extras | None = None) -> None:
         """Append a packed row, the targets `[N]` of its labelled slots, which are not checked, and its extras.
 
-        Those that the cache's `positions` do not choose are dropped; the entropies of all are counted.
+        Those that the cache's position filter leaves out are dropped; the entropies of all are counted.
         """
         self.rows, self.labels = self.rows + 1, self.labels + len(targets.count)
         if self._data is None:
@@ -302,7 +302,7 @@ class NewShard:
         if self.entropies is not None:
             entropy = targets.require("entropy", "a cache that knows it")
             self.entropies = add_histograms([self.entropies, histogram(entropy)])
-        self._data.write(row, self._manifest.choice.apply(targets), extras=extras)
+        self._data.write(row, self._manifest.position_filter.apply(targets), extras=extras)
 
 
 def _share(manifest: Manifest, shard: int) -> int:

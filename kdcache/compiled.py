@@ -1,11 +1,11 @@
 """Compiled: how loops over numbers become machine code.
 
 numba, not C: it has wheels for every platform that torch has, and asks for no compiler where kdcache is installed. A
-loop is compiled for the types of its first call, about a second each, and kept beside the source, or in the user's
+loop is compiled for the types of its first call, about a second each, and kept next to the source, or in the user's
 cache folder where that cannot be written. Loops release the interpreter's lock, so threads run them side by side.
 
 Guarantee: a loop is compiled anew when any file of its folder changes, so loops may call loops of other files there.
-numba alone looks at a loop's own file, and would go on with an old callee.
+numba itself looks only at a loop's own file, and would use an old callee.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ class _Loop:
 
 @contextmanager
 def _kept_for(folder: Path) -> Iterator[None]:
-    """Loops that are decorated inside are kept apart for these very sources, where the folder can be written."""
+    """Loops that are decorated inside are kept in a folder for these sources only, where it can be written."""
     import numba
 
     before = numba.config.CACHE_DIR
-    beside = folder / "__pycache__"
-    if before or os.access(beside if beside.exists() else folder, os.W_OK):
-        numba.config.CACHE_DIR = str(Path(before or beside) / f"loops-{_digest(folder)}")
+    pycache = folder / "__pycache__"
+    if before or os.access(pycache if pycache.exists() else folder, os.W_OK):
+        numba.config.CACHE_DIR = str(Path(before or pycache) / f"loops-{_digest(folder)}")
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 Between stores the streams of every row are carried over as they are, so the content is the same bit for bit and so
 is its hash. Fewer entries are the business of the kind of selection (`kdcache.selection.narrow`): the largest stay and
 the rest moves into every tail, or sampled weights are drawn again without bias. Shard by shard, create-only, any number
-of workers: a run that stops goes on where it was.
+of workers: a run that stops is resumed where it was.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from kdcache.store.open_storage import open_storage
 from kdcache.store.plan import read_plan
 from kdcache.store.publish import (
     TOKENIZER,
-    create_cache,
     new_shard,
+    publish_manifest,
     publish_shard,
     require_free_or_same,
     sweep,
@@ -60,10 +60,10 @@ def convert(
 
     Args:
         cache: folder or URL of the cache.
-        out: folder or URL of the new cache; made, or gone on with.
+        out: folder or URL of the new cache; created, or resumed if it is the same conversion.
         store: `arrow`, `zarr` or a registered one; None leaves it as it is.
         k: entries a position, or draws; None leaves them as they are.
-        precision: of the values; None leaves the stored streams alone where k does.
+        precision: of the values; None leaves the stored streams unchanged, unless k changes them.
         worker: `I/N`; None takes it from SLURM or torchrun.
         on_progress: called with (shards done, shards to do).
 
@@ -78,11 +78,11 @@ def convert(
     me = find_worker(worker, os.environ)
     source, storage = open_cache(cache), open_storage(out)
     wanted = _plan(source, store, k, precision)
-    standing = require_free_or_same(storage, wanted)
-    if standing is None:
+    existing = require_free_or_same(storage, wanted)
+    if existing is None:
         wanted = dataclasses.replace(wanted, id_order=_id_order(source, wanted))
-    manifest = create_cache(
-        storage, standing or wanted, _tokenizer_files(source), read_plan(source.storage, source.manifest)
+    manifest = publish_manifest(
+        storage, existing or wanted, _tokenizer_files(source), read_plan(source.storage, source.manifest)
     )
     sweep(storage, manifest)
     done = set(committed(storage, manifest))
@@ -130,7 +130,7 @@ def _plan(source: Cache, store: str | None, k: int | None, precision: str | None
 
 
 def _id_order(source: Cache, manifest: Manifest) -> tuple[int, ...]:
-    """The order that stands, or one from the first rows of the cache where a compact codec has none yet."""
+    """The order of the manifest, or one from the first rows of the cache where a compact codec has none yet."""
     if manifest.id_order or not manifest.codec.orders_ids:
         return manifest.id_order
     order = FrequencyOrder(manifest.vocab_size)
@@ -161,5 +161,5 @@ def _tokenizer_files(source: Cache) -> dict[str, bytes]:
     for name, sha256 in source.manifest.tokenizer_files.items():
         files[name] = source.storage.read(f"{TOKENIZER}/{name}", _MOST_TOKENIZER)
         if hashlib.sha256(files[name]).hexdigest() != sha256:
-            raise CorruptCacheError(f"{source.storage.where(f'{TOKENIZER}/{name}')} is not what the manifest names")
+            raise CorruptCacheError(f"{source.storage.path_of(f'{TOKENIZER}/{name}')} is not what the manifest names")
     return files

@@ -84,7 +84,7 @@ class ExtraSpec:
             raise ConfigError(f"per of an extra is {self.per!r}, not one of {', '.join(OWNERS)}")
 
     def to_fields(self) -> dict[str, Any]:
-        """The JSON object that stands in a manifest."""
+        """The JSON object in a manifest."""
         return dataclasses.asdict(self)
 
     def shapes(self, vectors: int) -> Shapes:

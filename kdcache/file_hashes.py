@@ -56,7 +56,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _identity(path: Path) -> dict[str, Any]:
-    """What tells whether a file is still the same."""
+    """What shows whether a file is still the same."""
     found = path.stat()
     return {
         "path": str(path), "size": found.st_size, "mtime_ns": found.st_mtime_ns, "inode": found.st_ino,
@@ -69,7 +69,7 @@ def _entry(path: Path) -> Path | None:
     named = os.environ.get("XDG_CACHE_HOME")
     try:
         folder = Path(named) if named else Path.home() / ".cache"
-    except RuntimeError:  # nobody's home is known
+    except RuntimeError:  # no home folder is known
         return None
     return folder / "kdcache/sha256" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
 

@@ -3,8 +3,8 @@
 Teacher and student both run through `packed_forward`, the only place that decides how a model
 is called. In transformers, position ids that restart build the block mask only with
 `attention_mask=None` and `use_cache=False`; a default cache or any 2-D mask silently lets the
-neighbour in. Because that is a promise of someone else's code, `probe` checks it on the model
-at hand: it changes one piece and looks whether the logits of the next one move.
+neighbour in. transformers may change this, so `probe` checks each model: it changes one
+piece and looks whether the logits of the next one move.
 
 Cost of a probe: five forward passes over two rows of at most 96 tokens, and one over 64 single tokens.
 """
@@ -83,7 +83,7 @@ def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device 
     finally:
         model.train(training)
     if not torch.isfinite(reference).all():
-        raise ModelError(f"{type(model).__name__} gives NaN or infinite logits for plain tokens; try another --dtype")
+        raise ModelError(f"{type(model).__name__} gives NaN or infinite logits for plain tokens; try another dtype")
     allowed = 4 * noise + 0.25 * rounding(model) * reference.abs().max().item()
     name = type(model).__name__
     if backward > allowed:
@@ -92,7 +92,7 @@ def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device 
         raise IsolationError(
             f"{name} lets packed pieces see each other: changing one piece moved the next one's logits by {moved:.2g} "
             f"(noise allows {allowed:.2g}); it needs attention that honours position_ids, or a cache dumped with "
-            "--no-isolate, whose rows are one context each"
+            "isolate=False, whose rows are one context each"
         )
 
 
@@ -103,7 +103,7 @@ def rounding(model: nn.Module) -> float:
 
 
 def finite_tokens(model: nn.Module, vocab_size: int, device: torch.device | str) -> Tensor:
-    """`[<= 64]` some token ids, in a fixed order, after which alone the model's logits are finite."""
+    """`[<= 64]` token ids, in a fixed order; the model's logits are finite after each of them, taken alone."""
     ids = torch.from_numpy(np.random.default_rng(1).permutation(vocab_size)[:_PROBE_TOKENS])
     logits = packed_forward(
         model, ids[:, None].to(device), torch.zeros(len(ids), 1, dtype=torch.long, device=device)

@@ -34,7 +34,7 @@ class Known:
         entropy: whether the entropy of the whole distribution at T = 1.
         label_logprob: whether log p of the true next token.
         partitions: T of each log-partition.
-        tails: T of each tail; none for sampled kinds, whose weights stand for the whole distribution.
+        tails: T of each tail; none for sampled kinds, whose weights estimate the whole distribution.
         tail_sum: `complement` or `remainder`, see `TAIL_SUMS`; None without tails.
 
     Raises:

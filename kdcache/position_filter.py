@@ -1,4 +1,4 @@
-"""Positions: which of the labelled positions carry a target.
+"""PositionFilter: which of the labelled positions carry a target.
 
     all          every one
     entropy>X    those where the entropy of the teacher's distribution at T = 1 exceeds X nats
@@ -24,7 +24,7 @@ _MOST = 100.0
 
 
 @dataclass(frozen=True)
-class Positions:
+class PositionFilter:
     """The rule, checked when built.
 
     Attributes:
@@ -42,7 +42,7 @@ class Positions:
 
     @property
     def above(self) -> float | None:
-        """The entropy above which a position carries a target, nats; None where all do."""
+        """The entropy above which a labelled slot carries a target, nats; None where all do."""
         if self.rule == "all":
             return None
         name, found, number = self.rule.partition(">")
@@ -57,13 +57,13 @@ class Positions:
             )
         return above + 0.0  # of -0.0 too
 
-    def chosen(self, entropy: Tensor) -> Tensor | None:
-        """`[N]` bool: which of N positions with these entropies carry a target; None for all of them."""
+    def mask(self, entropy: Tensor) -> Tensor | None:
+        """`[N]` bool: which of N labelled slots with these entropies carry a target; None for all of them."""
         return None if self.above is None else entropy > self.above
 
     def apply(self, targets: SparseTargets) -> SparseTargets:
-        """Targets of N labelled positions, emptied (`count` is 0) at those that are to carry none."""
+        """Targets of N labelled slots, emptied (`count` is 0) at those that are to carry none."""
         if self.above is None:
             return targets
-        chosen = targets.require("entropy", f"the choice of positions {self.rule}") > self.above
-        return targets[chosen].spread(chosen.nonzero()[:, 0], len(targets.count))
+        kept = targets.require("entropy", f"the position filter {self.rule}") > self.above
+        return targets[kept].spread(kept.nonzero()[:, 0], len(targets.count))

@@ -138,7 +138,7 @@ def load_model(
 def keep_attention_cap(model: Any) -> None:
     """Run a model that caps its attention logits (Gemma 2) by an attention that does so.
 
-    Up to 5.20, transformers gives such a model `sdpa` unless told otherwise, which silently leaves the cap out.
+    Up to 5.20, transformers gives such a model `sdpa` unless another is named, and that silently leaves the cap out.
     """
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if capped and model.config._attn_implementation == "sdpa":

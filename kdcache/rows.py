@@ -98,7 +98,7 @@ class PackedRow:
 def position_ids(segments: NDArray[np.int64]) -> NDArray[np.int64]:
     """`[..., L]` position of each slot inside its piece; padding counts as a piece of its own.
 
-    Positions that restart are what tells a model where one piece ends and the next begins.
+    Position ids that restart show a model where one piece ends and the next begins.
     """
     slots = np.broadcast_to(np.arange(segments.shape[-1]), segments.shape)
     new = np.ones(segments.shape, bool)

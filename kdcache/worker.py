@@ -32,7 +32,7 @@ class Worker:
 
 
 def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
-    """The worker that `--worker I/N` names, else the one the launcher made this process.
+    """The worker that is named, as I/N, else the one the launcher made this process.
 
     Inside a SLURM array, I is the task's place in the array; under torchrun it is the rank; with
     both, every rank of every task is a worker of its own.
@@ -43,7 +43,7 @@ def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
     if named is not None:
         match = re.fullmatch(r"(\d+)/(\d+)", named.strip())
         if not match:
-            raise ConfigError(f"--worker {named!r} is not of the form I/N, like 0/4")
+            raise ConfigError(f"worker {named!r} is not of the form I/N, like 0/4")
         return Worker(int(match[1]), int(match[2]))
 
     def number(name: str, default: int) -> int:
@@ -58,7 +58,9 @@ def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
         task = (number("SLURM_ARRAY_TASK_ID", 0) - number("SLURM_ARRAY_TASK_MIN", 0)) // max(step, 1)
         tasks = number("SLURM_ARRAY_TASK_COUNT", 1)
         if task >= tasks:
-            raise ConfigError("the SLURM array is not evenly spaced; use one like --array=0-15, or name --worker I/N")
+            raise ConfigError(
+                "the SLURM array is not evenly spaced; use one like --array=0-15, or name the worker, I/N"
+            )
     rank, ranks = 0, 1
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)

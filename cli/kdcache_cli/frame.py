@@ -103,7 +103,7 @@ def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str
             given.pop("config")
             output = Output(json=given.pop("json"), quiet=given.pop("quiet"))
             plugins = given.pop("plugin")
-            with _manners(functools.partial(in_options, names=names)):
+            with _command_errors(functools.partial(in_options, names=names)):
                 load_plugins(plugins)  # before the options are checked: they may name what a plug-in registers
                 function(options(**given), output)
 
@@ -217,16 +217,25 @@ _VERBS = "is|are|has|needs|names|must|cannot|leaves|makes"
 
 
 def in_options(message: str, names: Sequence[str]) -> str:
-    """A message of a layer that names fields, in the words of the command line.
+    """A message that names fields, with the options of the command line instead.
 
-    Names with an underscore are taken for fields wherever they stand, and any name where the message begins with it, or
-    with it and its value, and a verb: `min_k is 3, above k, which is 2` becomes `--min-k is 3, above k, which is 2`.
+    A name with an underscore is taken for a field anywhere in the message. Any other name is taken for one only in
+    `NAME=True`, in `NAME=False`, in `A and B exclude each other`, and where the message begins with it, or with it and
+    its value, and a verb follows:
+
+        min_k is 3, above k, which is 2      --min-k is 3, above k, which is 2
+        steps and epochs exclude each other  --steps and --epochs exclude each other
+        use tile_head=False                  use --no-tile-head
 
     Args:
         message: of an error.
         names: fields of the command's options.
     """
     snakes = [name for name in names if "_" in name]
+    if names:
+        one = "|".join(map(re.escape, names))
+        message = re.sub(rf"(?<![\w./'\"-])({one})=(True|False)\b", _switch, message)
+        message = re.sub(rf"^({one}) and ({one})(?= exclude each other)", _both, message)
     for found, flagged in (
         (rf"^({'|'.join(map(re.escape, names))})(?= (\S+ )?({_VERBS})\b)", names),
         (rf"(?<![\w./'\"-])({'|'.join(map(re.escape, snakes))})(?![\w/'\"]|\.\w)", snakes),
@@ -236,10 +245,18 @@ def in_options(message: str, names: Sequence[str]) -> str:
     return re.sub(r"^kind (?=\S+ is not one of)", "--select ", message) if "select" in names else message
 
 
+def _switch(match: re.Match[str]) -> str:
+    return ("--" if match[2] == "True" else "--no-") + match[1].replace("_", "-")
+
+
+def _both(match: re.Match[str]) -> str:
+    return " and ".join("--" + name.replace("_", "-") for name in match.groups())
+
+
 @contextmanager
-def _manners(worded: Callable[[str], str]) -> Iterator[None]:
+def _command_errors(worded: Callable[[str], str]) -> Iterator[None]:
     """One sentence for bad input, a traceback for defects, and a clean end for signals."""
-    _settle()
+    _set_library_defaults()
 
     def stop(number: int, _: Any) -> None:
         raise _Stopped(number)
@@ -267,7 +284,7 @@ class _Stopped(BaseException):
         self.number = number
 
 
-def _settle() -> None:
+def _set_library_defaults() -> None:
     """Set, before the libraries are loaded, what they read from the environment.
 
     Their bars and advice stay out of our output. Idle OpenMP threads sleep instead of spinning: with

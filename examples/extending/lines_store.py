@@ -31,7 +31,7 @@ class LinesShard(Shard):
         file, name = self.require(objects, objects[0]["name"]), str(objects[0]["name"])
         self.lines = file.read(0, file.size).splitlines(keepends=True)
         if len(objects) != 1 or len(self.lines) != self.rows:
-            raise CorruptCacheError(f"{self.storage.where(name)} is not a shard of {self.rows} rows")
+            raise CorruptCacheError(f"{self.storage.path_of(name)} is not a shard of {self.rows} rows")
         return name
 
     def record(self, row: int) -> Record:

@@ -43,7 +43,7 @@ from kdcache.codec.quantizer import BITS, Levels, merge, pack_levels, split, unp
 from kdcache.codec.scalars import (
     ERROR_BOUND,
     MEASURES,
-    Numbers,
+    ScalarLayout,
     nats_to_words,
     odds_to_words,
     read_count,
@@ -157,7 +157,7 @@ class CompactCodec:
         return tuple(f"odds{column}" for column in self.layout.tails)
 
     @cached_property
-    def _numbers(self) -> Numbers:
+    def _numbers(self) -> ScalarLayout:
         layout = self.layout
         counts = {"count": layout.width} if layout.ragged else {}
         words = self._odds
@@ -169,7 +169,7 @@ class CompactCodec:
         else:
             counts["floor"] = self._levels.top
         measured = [name for name in ("entropy", "label_logprob") if getattr(layout.known, name)]
-        return Numbers(counts, (*words, *measured))
+        return ScalarLayout(counts, (*words, *measured))
 
     def streams(self, positions: int) -> Shapes:
         """Type and largest shape of each stream of a row."""

@@ -49,7 +49,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class PlainCodec:
-    """How the targets of one cache are laid out; everything comes from its manifest.
+    """The layout of the targets of one cache; everything comes from its manifest.
 
     Attributes:
         layout: of the targets.

@@ -93,7 +93,7 @@ class Levels:
 
     @property
     def error_bound(self) -> dict[str, float]:
-        """tau, beta and cut of g, and `step`: neighbouring levels are that far apart on g's axis."""
+        """tau, beta and cut of g, and `step`: the distance of neighbouring levels on g's axis."""
         tau, beta, cut = self._curve
         return {"tau": tau, "beta": beta, "cut": cut, "step": (self._g(0.0) - self._g(cut)) / self.top}
 
@@ -263,7 +263,7 @@ def pack_levels(keys: Keys, starts: Ints, stops: Ints, mask: int, lift: bool, fl
 def _sum_levels(
     values: Values, counts: Ints, floors: Ints, top: int, fixed: Ints, fields: int, unit: float, sums: Doubles
 ) -> int:
-    """`[n, n_T]` sums of what levels stand for; see the module."""
+    """`[n, n_T]` sums of the values of levels; see the module."""
     at, highest = _0, np.uint64(top)
     for i in range(len(counts)):
         count, floor = np.uint64(counts[i]), np.uint64(floors[i])
@@ -318,7 +318,7 @@ def _write_weights(
             weights[base + j] = table[floor + np.uint64(values[at + j])]
         for j in range(count):
             logs[base + j] = log_table[floor + np.uint64(values[at + j])]
-        for j in range(count):  # apart from the look-ups, this is done eight at a time
+        for j in range(count):  # but for the look-ups, this is done eight at a time
             weights[base + j] *= scale
         for j in range(count):
             logs[base + j] += shift

@@ -6,7 +6,8 @@ Counts are stored as they are. Measures are stored as 16-bit words:
     nats         round(128 x) within 0 to 65534; 65535 is none
 
 Two streams, planes of one byte a position: `scalars` has the counts and the high bytes of the words, which compress,
-and `scalars_low` the low bytes, which do not; apart, each finds its own code (5.4 bytes a position instead of 5.8).
+and `scalars_low` the low bytes, which do not. As two streams each gets its own code: 5.4 bytes a
+position instead of 5.8.
 
 Bounds: log-odds within 1/128 up to 511, nats within 1/256 up to 511.
 
@@ -35,7 +36,7 @@ _BYTE = np.dtype("u1")
 
 
 @dataclass(frozen=True)
-class Numbers:
+class ScalarLayout:
     """Which numbers a position has, in their order.
 
     Attributes:
@@ -79,7 +80,7 @@ class Numbers:
 
 
 def odds_to_words(odds: NDArray[np.float64]) -> NDArray[np.uint16]:
-    """Words of log-odds; -inf stays apart from everything finite."""
+    """Words of log-odds; -inf has a word of its own."""
     clipped = np.clip(np.rint(np.maximum(odds, -1e9) * _ODDS), 1 - _MIDDLE, _MIDDLE - 1) + _MIDDLE
     return np.where(np.isneginf(odds), 0, clipped).astype(np.uint16)
 
@@ -113,7 +114,7 @@ NATS[_LAST] = np.nan
 
 
 class MeasureTables(NamedTuple):
-    """What words of measures stand for.
+    """The values of words of measures.
 
     Attributes:
         log_mass, log_rest, nats: `[65536]`.
@@ -140,7 +141,7 @@ def read_count(high: Bytes, plane: int, size: int, out: Ints) -> None:
 
 @compiled
 def read_word(high: Bytes, low: Bytes, plane: int, word: int, table: Floats | Doubles, out: Floats | Doubles) -> bool:
-    """`[n]` what measures stand for, and whether all are numbers; high bytes lie behind the counts, low bytes apart."""
+    """`[n]` values of measures, and whether all are numbers; high bytes follow the counts, low bytes are a stream."""
     known = True
     for i in range(high.shape[1]):
         out[i] = table[np.uint64(high[plane + word, i]) << _8 | np.uint64(low[word, i])]

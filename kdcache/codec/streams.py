@@ -1,7 +1,7 @@
 """Streams: the named arrays that a codec makes of a row, their compression, and how they are read back safely.
 
-The types that compiled loops speak of stand here too, and the problems that they return. Such a loop reads nothing
-before its place is known to lie inside its array. Each stands in the file of its stream, encoding beside decoding.
+The types of compiled loops are here too, and the problems that they return. Such a loop reads nothing before its index
+is known to be inside its array. Each loop is in the file of its stream, encoding next to decoding.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ _MOST = 2.0**40
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedCodec:
-    """How the targets of one cache are laid out; everything comes from its manifest.
+    """The layout of the targets of one cache; everything comes from its manifest.
 
     Attributes:
         layout: of the targets.

@@ -90,14 +90,14 @@ class Plan:
         Raises:
             CorpusError: naming the first difference.
         """
-        told = f"the corpus {name} is not the one that the cache was created from"
+        problem = f"the corpus {name} is not the one that the cache was created from"
         for mine, theirs in zip(self.files, files, strict=False):
             if mine.name != theirs.name:
-                raise CorpusError(f"{told}: it has a file {theirs.name} where that had {mine.name}")
+                raise CorpusError(f"{problem}: it has a file {theirs.name} where that had {mine.name}")
             if mine.size != theirs.size:
-                raise CorpusError(f"{told}: {mine.name} has a size of {theirs.size:,}, not {mine.size:,}")
+                raise CorpusError(f"{problem}: {mine.name} has a size of {theirs.size:,}, not {mine.size:,}")
         if len(self.files) != len(files):
-            raise CorpusError(f"{told}: it has {len(files)} files, not {len(self.files)}")
+            raise CorpusError(f"{problem}: it has {len(files)} files, not {len(self.files)}")
         for field, value in self.reading.items():
             if reading.get(field) != value:
-                raise CorpusError(f"{told}: its {field} is {reading.get(field)!r}, not {value!r}")
+                raise CorpusError(f"{problem}: its {field} is {reading.get(field)!r}, not {value!r}")

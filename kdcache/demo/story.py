@@ -72,11 +72,11 @@ def play(out: str, seconds: float, seed: int, on_progress: Callable[..., None]) 
     """
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--out {out} is not empty; choose a new folder or delete it")
+        raise ConfigError(f"{out} is not empty; choose a new folder or delete it")
     if not seconds > 0:
-        raise ConfigError(f"--budget is {seconds / 60:g} minutes, but must be positive")
+        raise ConfigError(f"budget is {seconds / 60:g} minutes, but must be positive")
     if seed < 0:
-        raise ConfigError(f"--seed is {seed}, but must not be negative")
+        raise ConfigError(f"seed is {seed}, but must not be negative")
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(available_cores())

@@ -88,7 +88,7 @@ class StoredLogits(LogitSource):
         return out.copy_(self._logits[rows])
 
     def require(self, needed: tuple[bool, ...]) -> None:
-        """Zeros, for rows that no tile will visit."""
+        """Zeros, for rows that no tile contains."""
         self._grad = torch.zeros_like(self._logits) if needed[0] else None
 
     def pull(self, rows: Tensor | slice, d_logits: Tensor) -> None:

@@ -8,7 +8,7 @@
                     estimate, which may be negative; absent if they were sampled at another temperature, or do not
                     know the entropy
     has_target      1 where there is a target; `TEACHER_FIGURES` are 0 where there is none
-    kl/2, kl/3, ... the same of the other teachers of a pool, and has_target/2, ...; all else is told of its first
+    kl/2, kl/3, ... the same of the other teachers of a pool, and has_target/2, ...; all else is of its first
 
 Guarantee: no gradient, nothing averaged: sums over positions add up across micro-batches and ranks.
 Cost: operations on `[n, K]`, where the loss is at T = 1 or has a label term; else one more exponential of each tile.
@@ -45,7 +45,7 @@ class Figures:
     """A collector of figures, position by position, in order.
 
     Args:
-        more: further figures, told of the first teacher.
+        more: further figures, of the first teacher.
     """
 
     def __init__(self, more: Sequence[TileMetric] = ()) -> None:
@@ -105,7 +105,7 @@ def divisor_of(figure: str) -> str | None:
 
 
 def _kl_of(targets: SparseTargets) -> TargetLoss | None:
-    """What `kl` is made of, if the targets can tell it."""
+    """What `kl` is made of, if the targets know it."""
     if not targets.sampled:
         return BucketLoss.of(targets, find_divergence("forward-kl"), 1.0)
     return sampled_loss(targets) if targets.sample_temperature == 1 and targets.entropy is not None else None

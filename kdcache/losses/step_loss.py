@@ -11,7 +11,7 @@ out of one pass over the tiles.
 whole distribution there at T = 1, which the targets must know (of several teachers, the mean of theirs by weight):
 
     none                  1
-    confidence            1 - H / log V: 1 where the teacher is certain, 0 where it knows nothing
+    confidence            1 - H / log V: 1 where the teacher is certain, 0 where its distribution is uniform
     entropy-gate:LO:HI    1 where LO <= H <= HI nats, 0 elsewhere; either may be left out
 
 They do not change the divisors, so that sums add up across micro-batches and ranks; the label term is not weighed.
@@ -111,7 +111,7 @@ class Objective:
     """What a step minimises, checked when built.
 
     Attributes:
-        loss: name of a divergence, with its constant if need be: `jsd:0.9`.
+        loss: name of a divergence, with its constant if it has one: `jsd:0.9`.
         tail: what is made of the mass that truncated targets did not keep; see `losses.target_losses`.
         temperature: T of the distillation term.
         soft_weight: weight of the distillation term; the label term gets the rest.

@@ -10,7 +10,7 @@
 
 q is the student, s its mass outside K, W = 1 - r + [label outside K]. `bucket` is a lower bound of the dense loss
 whose kept probabilities and tail mass are exact at the optimum; `label-sample` is unbiased as labels follow p at T = 1;
-`none`, `renormalise`, `label` and `uniform` are biased and say so once. Targets of sampled kinds need no tail:
+`none`, `renormalise`, `label` and `uniform` are biased and warn once. Targets of sampled kinds need no tail:
 weights w that sum to 1, gradient q - w everywhere, unbiased. docs/mathematics.md derives all of them.
 
 All but `bucket` are linear in log q, so one class serves them. Those of several teachers are summed by weight, each on
@@ -102,8 +102,8 @@ class LinearLoss(TargetLoss):
     Attributes:
         weights: `[N, K]` of the entries; 0 past `count`.
         constant: `[N]` added.
-        label_weight: `[N]` of the label, beside what it may have as an entry; or None.
-        spread: `[N]` mass laid evenly over the ids that are not entries; or None.
+        label_weight: `[N]` of the label, added to what it may have as an entry; or None.
+        spread: `[N]` mass spread evenly over the ids that are not entries; or None.
     """
 
     weights: Tensor

@@ -2,7 +2,7 @@
 
 inspect.py            a summary, a row, a position
 evaluate.py      figures of one student or of several, side by side; an evaluation as a file
-live_teacher.py  figures that only the cache's own teacher can tell, run beside a student
+live_teacher.py  figures that need the cache's own teacher, run live on the same rows as a student
 prompt.py        what teacher and students hold to come next
 faithfulness.py  whether a cache says what its teacher says
 plots.py         held-out curves of several students

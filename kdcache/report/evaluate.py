@@ -52,7 +52,7 @@ def require_new(path: str) -> None:
         ConfigError: it does.
     """
     if Path(path).exists():
-        raise ConfigError(f"--out {path} exists already; choose another name")
+        raise ConfigError(f"{path} exists already; choose another name")
 
 
 def write_evaluation(path: str, options: dict[str, Any], figures: dict[str, Any]) -> None:
@@ -140,11 +140,11 @@ def compare(
     """
     require_students(students)
     if rows is not None and rows < 1:
-        raise ConfigError(f"--rows is {rows}, but must be at least 1")
+        raise ConfigError(f"rows is {rows}, but must be at least 1")
     if batch_rows < 1:
-        raise ConfigError(f"--batch-rows is {batch_rows}, but must be at least 1")
+        raise ConfigError(f"batch_rows is {batch_rows}, but must be at least 1")
     if heldout is not None and not 0 < heldout < 1:
-        raise ConfigError(f"--heldout is {heldout}, but must lie between 0 and 1")
+        raise ConfigError(f"heldout is {heldout}, but must lie between 0 and 1")
     opened, where = open_cache(cache, local_copy=local_copy, local_limit=local_limit), find_device(device)
     chosen = _choose(len(opened), heldout, rows)
     if not len(chosen):

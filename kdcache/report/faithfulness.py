@@ -1,12 +1,12 @@
 """Faithfulness: whether a cache says what its teacher says, on rows drawn at random.
 
 The teacher reads the stored tokens of a row and its targets are made again, twice: once to compare with the
-stored ones, once as the control, which shows how far two runs of the same rows are apart on this machine.
+stored ones, once as the control, which shows how much two runs of the same rows differ on this machine.
 
     total_variation  sum |w - w'| / 2 over all ids, at each position: 0 for the same target, 1 for disjoint ones.
                      A token shifted by one or the targets of another row give values near 1.
     entropy, label_logprob  absolute difference, nats; absent where the cache does not know them
-    choice           1 where one of the two chooses a labelled position to carry a target and the other does not; the
+    choice           1 where one of the two gives a labelled slot a target and the other does not; the
                      other figures are over those that carry one
 
 Storage in few bits and other hardware move the stored targets a little; `agrees` allows the mean total variation and
@@ -63,7 +63,7 @@ def check_faithfulness(
         KdcacheError: see the exception tree.
     """
     if rows < 1:
-        raise ConfigError(f"--rows is {rows}, but must be at least 1")
+        raise ConfigError(f"rows is {rows}, but must be at least 1")
     cache = open_cache(path, partial=True)
     spec = TeacherSpec(model=teacher, engine=engine, device=device, dtype=dtype)
     with open_teacher_of(spec, cache.manifest, path) as opened:
@@ -73,17 +73,17 @@ def check_faithfulness(
 def _compare(
     cache: Cache, teacher: OpenedTeacher, rows: int, seed: int, on_progress: Callable[[int, int], None] | None
 ) -> dict[str, Any]:
-    require_answerable(teacher.engine, TargetRequest.of(cache.manifest), cache.manifest.choice)
+    require_answerable(teacher.engine, TargetRequest.of(cache.manifest), cache.manifest.position_filter)
     chosen = sorted(np.random.default_rng(seed).permutation(len(cache))[:rows].tolist())
     found: dict[str, list[dict[str, Tensor]]] = {"stored": [], "control": []}
     for done, index in enumerate(chosen):
         if on_progress:
             on_progress(done, len(chosen))
         stored, fresh, again = _three_targets(cache, teacher, index)
-        told, choice = stored.count > 0, cache.manifest.choice
-        wanted, mine_again = (choice.chosen(each.require("entropy", "a choice")) for each in (fresh, again))
-        for name, one, mine in (("stored", stored, told), ("control", again, mine_again)):
-            part = differences(one[told], fresh[told], cache.manifest.vocab_size)
+        has_target, rule = stored.count > 0, cache.manifest.position_filter
+        wanted, mine_again = (rule.mask(each.require("entropy", "a position filter")) for each in (fresh, again))
+        for name, one, mine in (("stored", stored, has_target), ("control", again, mine_again)):
+            part = differences(one[has_target], fresh[has_target], cache.manifest.vocab_size)
             if mine is not None and wanted is not None:
                 part["choice"] = (mine != wanted).float()
             found[name].append(part)
@@ -100,7 +100,7 @@ def _compare(
 def _three_targets(
     cache: Cache, teacher: OpenedTeacher, index: int
 ) -> tuple[SparseTargets, SparseTargets, SparseTargets]:
-    """The stored targets of a row's labelled slots, and two fresh ones of them all, chosen or not."""
+    """The stored targets of a row's labelled slots, and two fresh ones of all of them, whatever the position filter."""
     (shard, row), request = cache.locate(index), dataclasses.replace(TargetRequest.of(cache.manifest), extras=())
     packed, stored = cache.read_packed(index)
     fresh, again = (teacher.targets([packed], request, shard=shard, first_row=row).targets for _ in range(2))
@@ -108,7 +108,7 @@ def _three_targets(
 
 
 def differences(one: SparseTargets, two: SparseTargets, vocab_size: int) -> dict[str, Tensor]:
-    """How far two targets of the same positions are apart, `[N]` each."""
+    """How much two targets of the same positions differ, `[N]` each."""
     step, parts = max(1, _TILE_LOGITS // vocab_size), []
     for start in range(0, len(one.count), step):
         dense = [

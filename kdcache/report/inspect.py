@@ -125,7 +125,7 @@ def _range_of_entries(commits: Commits) -> dict[str, int]:
 
 
 def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]:
-    """A row as text: each token with the probability that the teacher gave it, where a target tells it."""
+    """A row as text: each token with the probability that the teacher gave it, where there is a target."""
 
     cache, shard, row, value = _find(path, row, shard)
     tokenizer = cache.load_tokenizer()
@@ -135,8 +135,8 @@ def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]
     ]
     tokens = []
     for slot in range(len(ids)):
-        told = slot > 0 and int(value.targets.count[slot - 1]) > 0
-        logprob = _number(value.targets.label_logprob, slot - 1) if told else None
+        has_target = slot > 0 and int(value.targets.count[slot - 1]) > 0
+        logprob = _number(value.targets.label_logprob, slot - 1) if has_target else None
         segment = int(value.segments[slot])
         tokens.append({
             "position": slot, "id": ids[slot], "text": added_text(tokenizer, ids[starts[segment] : slot], ids[slot]),
@@ -192,8 +192,8 @@ def inspect_position(
         return {**found, "no_target": "the next token is not in this piece, or is masked"}
     label = {**named(label_id), "logprob": None}
     if not value.targets.count[position]:
-        above = cache.manifest.choice.above or 0.0
-        why = f"the teacher's entropy here is not above {above:g} nats (--positions {cache.manifest.positions})"
+        above = cache.manifest.position_filter.above or 0.0
+        why = f"the teacher's entropy here is not above {above:g} nats (positions {cache.manifest.positions})"
         return {**found, "label": label, "no_target": why}
     targets = value.targets[position : position + 1]
     logprobs, log_tail = _at(targets, temperature)

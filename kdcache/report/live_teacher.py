@@ -1,4 +1,4 @@
-"""What only the cache's own teacher, run live beside a student, can tell: figures that need the whole distribution.
+"""Figures that need the teacher's whole distribution: the cache's own teacher, run live on the same rows as a student.
 
     acceptance            sum_v min(p_v, q_v): the share of a student's drafts that the teacher accepts in speculative
                           decoding (Leviathan et al. 2023, arXiv 2211.17192, corollary 3.6)

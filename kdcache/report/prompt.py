@@ -1,7 +1,7 @@
 """Prompt: what a teacher and some students hold to come next after a text, side by side.
 
 A live teacher is asked if one is given. Without one the cache may know: if a piece of some row begins with the very
-tokens of the prompt and goes on, its target there is the teacher's answer to this prompt and to no other context.
+tokens of the prompt and continues, its target there is the teacher's answer to this prompt and to no other context.
 
 Probabilities are over the cache's vocabulary, at T = 1 unless a sampled cache was drawn at another.
 """
@@ -65,35 +65,33 @@ def next_tokens(
         KdcacheError: see the exception tree.
     """
     if top < 1:
-        raise ConfigError(f"--top is {top}, but must be at least 1")
+        raise ConfigError(f"top is {top}, but must be at least 1")
     require_students(students)
-    if top < 1:
-        raise ConfigError(f"--top is {top}, but must be at least 1")
     twice = [name for i, name in enumerate(students) if name in students[:i]]
     if twice:
         raise ConfigError(f"the student {twice[0]} is named twice")
     if not text:
-        raise ConfigError("--prompt is empty, but must hold at least one token")
+        raise ConfigError("prompt is empty, but must hold at least one token")
     opened, where = open_cache(cache, local_copy=local_copy, local_limit=local_limit), find_device(device)
     tokenizer = opened.load_tokenizer()
     tokens = tokenise_prompt(tokenizer, text)
     if not tokens:
-        raise ConfigError(f"--prompt {text!r} holds no token of the cache's tokenizer")
+        raise ConfigError(f"the prompt {text!r} holds no token of the cache's tokenizer")
     if len(tokens) > opened.manifest.seq_len:
-        raise ConfigError(f"--prompt has {len(tokens)} tokens, but a row of the cache has {opened.manifest.seq_len}")
+        raise ConfigError(f"the prompt has {len(tokens)} tokens, but a row of the cache has {opened.manifest.seq_len}")
 
     def shown(found: _Entries) -> list[dict[str, Any]]:
         return [{"id": i, "text": added_text(tokenizer, tokens, i), "probability": p} for i, p in found]
 
-    told: dict[str, Any] = {"source": None, "row": None, "position": None, "sampled": False, "temperature": 1.0}
-    told["entries"] = []
+    answer: dict[str, Any] = {"source": None, "row": None, "position": None, "sampled": False, "temperature": 1.0}
+    answer["entries"] = []
     if teacher is not None:
         spec = TeacherSpec(model=teacher, engine=engine, device=device)
         with open_teacher_of(spec, opened.manifest, opened.storage) as live:
-            told.update(source="live", entries=shown(_most_likely(live.next_logits(tokens), top)))
+            answer.update(source="live", entries=shown(_most_likely(live.next_logits(tokens), top)))
     elif (place := find_prompt(opened, tokens, on_progress)) is not None:
         row, position, target = place
-        told.update(
+        answer.update(
             source="cache", row=row, position=position, sampled=target.sampled,
             temperature=target.sample_temperature, entries=shown(_largest(target, top)),
         )  # fmt: skip
@@ -105,7 +103,7 @@ def next_tokens(
         "cache": cache,
         "prompt": text,
         "tokens": [{"id": t, "text": added_text(tokenizer, tokens[:i], t)} for i, t in enumerate(tokens)],
-        "teacher": told,
+        "teacher": answer,
         "students": answers,
     }
 

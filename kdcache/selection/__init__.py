@@ -12,7 +12,7 @@
     scan_torch.py       in torch's operations, for any device
     inverse_cdf.py    points of [0, 1) to ids, without a cumulative sum over the vocabulary
     uniforms.py       the random numbers: a function of (seed, shard, row, position)
-    entries.py        entries side by side, and which of them stay
+    entries.py        entries of several sources joined, and which are kept
     narrow.py         fewer entries from entries
 
 docs/selection.md says what each kind keeps, its bias and its variance, and how a new kind is written.

@@ -1,4 +1,4 @@
-"""Entries: how those of several sources come to stand side by side, and which of them stay.
+"""Entries: how those of several sources are joined, and which of them are kept.
 
 Guarantee: entries are padded at the end, ids by 0, weights by 0 and log-probabilities by -inf; ties go by id.
 
@@ -51,7 +51,7 @@ class Label:
     Attributes:
         ids: -100 where unknown.
         logprobs: log-probability, up to a constant.
-        column: where it stands among the entries, their number if it does not.
+        column: its place among the entries; their number if it is not there.
         forced: whether it must be among them.
     """
 
@@ -152,7 +152,7 @@ class Entries:
 
     Attributes:
         ids, logprobs, weights: `[n, K]`.
-        column: `[n]` where the forced label stands; K for none.
+        column: `[n]` place of the forced label; K for none.
         labels: `[n]` true next tokens, -100 where unknown or not forced.
     """
 

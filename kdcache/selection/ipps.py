@@ -63,7 +63,7 @@ class Ipps(Selection):
     sample_temperature: float = setting(1.0, least=0.01, most=100)
 
     def check(self) -> None:
-        """Refuse bounds that leave no number of entries; a tau alone says that it is adaptive."""
+        """Refuse bounds that leave no number of entries; a tau without more means that it is adaptive."""
         if self.min_k > self.k:
             raise ConfigError(f"min_k is {self.min_k}, above k, which is {self.k}")
         if self.force_label and self.k < 2:
@@ -109,7 +109,7 @@ class Ipps(Selection):
         heavy, light_mass = find_heavies(mass, rest, budget - forced.long())
         lights = torch.where(light_mass > 0, budget - forced.long() - heavy, 0)
         points, used = systematic_points(uniform, lights, width)
-        # In the head, a label that stands among the heavies shifts them by one.
+        # In the head, a label that is among the heavies shifts them by one.
         first = heavy + (tile.label.column < heavy).long()
         drawn = CategoricalSampler(x, tile, first, t).find(points, used)
         each = torch.where(lights > 0, light_mass / lights, 0.0)
@@ -133,7 +133,7 @@ class Ipps(Selection):
         """`[n]` entries of each position, a forced label included; masses in the unit of `total`."""
         if self.tau is None:
             return torch.full_like(forced, width, dtype=torch.int64)
-        least = (1 + forced.long()).clamp(min=self.min_k)  # beside a forced label one entry stands for the rest
+        least = (1 + forced.long()).clamp(min=self.min_k)  # next to a forced label one entry represents the rest
         return expected_count(mass, rest, own, self.tau * total).round().long().maximum(least).clamp(max=width)
 
     def fewer(self, k: int) -> Selection:
@@ -146,8 +146,8 @@ class Ipps(Selection):
         if self.tau is None:
             return {"k": old.k}
         if old.tau is None or self.tau < old.tau:
-            stands = "k, not with tau" if old.tau is None else f"tau {old.tau:g}"
-            raise ConfigError(f"tau is {self.tau:g}, but the entries were kept with {stands}; it can only be raised")
+            by = "k, not with tau" if old.tau is None else f"tau {old.tau:g}"
+            raise ConfigError(f"tau is {self.tau:g}, but the entries were kept with {by}; it can only be raised")
         return {"k": old.k, "min_k": old.min_k}
 
     def narrow(self, targets: SparseTargets, entries: Entries, old: Selection, uniforms: Uniforms) -> SparseTargets:

@@ -37,7 +37,7 @@ class Sample(Selection):
 
     Attributes:
         draws: N.
-        force_label: the true next token is always among the entries, apart from the draws.
+        force_label: the true next token is always among the entries, in addition to the draws.
         sample_temperature: T of the p_T that weights estimate.
         proposal_power: t of the distribution in proportion to p_T^t that is drawn from; where it is not 1, importance
             weights make up for it.

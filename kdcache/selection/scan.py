@@ -1,4 +1,4 @@
-"""Scan: what one pass over a tile of logits tells: its head, and the mass of the complement at each temperature.
+"""Scan: what one pass over a tile of logits gives: its head, and the mass of the complement at each temperature.
 
 The complement is every id but the head and a forced label that is not in it.
 

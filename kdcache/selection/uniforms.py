@@ -3,7 +3,7 @@
 A counter-based generator: the words are absorbed one by one by the finaliser of splitmix64 (Steele, Lea and
 Flood 2014, "Fast splittable pseudorandom number generators", figure 15, variant 13), in wrapping 64-bit integers.
 Guarantee: the same value on any device, in a batch of any size and order; keys that differ in one word only
-never meet in the same state. Cost: eight integer operations a word and a number.
+never reach the same state. Cost: eight integer operations a word and a number.
 
 Shapes: N positions, D draws.
 """

@@ -1,4 +1,4 @@
-"""Store: what lies on disk, and in which order it gets there.
+"""Store: what is on disk, and in which order it is written.
 
 storage.py       the interface to a folder and to an object store; open_storage.py: the storage of a path or URL
 local.py         a folder; remote.py: an object store; mirror.py: one with a bounded local copy

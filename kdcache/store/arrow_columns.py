@@ -1,12 +1,12 @@
-"""Arrow columns: the two ways in which the streams of rows stand in a record batch.
+"""Arrow columns: the two layouts of the streams of rows in a record batch.
 
 Numbers (`float32` and `float16` caches): each stream is a list column of plain numbers, and Arrow's own zstd
-compresses the buffers of a batch. pyarrow, polars and duckdb read them. A float16 stream stands as float32, which holds
-it exactly, because duckdb reads no float16; zstd takes nearly all of the difference away (docs/decisions/0015).
+compresses the buffers of a batch. pyarrow, polars and duckdb read them. A float16 stream is stored as float32, which
+holds it exactly, because duckdb reads no float16; zstd removes nearly all of the difference (docs/decisions/0015).
 
-Frames (4 to 16 bits): each stream is a binary column, a zstd frame a row. Only kdcache gives them a meaning.
+Frames (4 to 16 bits): each stream is a binary column, a zstd frame a row. Only kdcache can decode them.
 
-Either way `positions` and `crc32c` stand beside the streams, one uint32 a row each.
+Either way `positions` and `crc32c` are columns next to the streams, one uint32 a row each.
 Nothing is allocated that is larger than the manifest allows, whatever a buffer claims.
 """
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from kdcache.codec.streams import deflate
 from kdcache.errors import CorruptCacheError
-from kdcache.store.arrow_layout import Batch
+from kdcache.store.arrow_layout import RecordBatch
 from kdcache.store.row_format import RowFormat, Shapes, read_stream
 
 Stored = memoryview | bytes | NDArray[Any]
@@ -36,7 +36,7 @@ _HALF, _SINGLE = np.dtype("<f2"), np.dtype("<f4")
 
 
 class Columns(Protocol):
-    """How the streams of rows stand in a record batch.
+    """The layout of the streams of rows in a record batch.
 
     Attributes:
         schema: the columns: the streams, then `positions` and `crc32c`.
@@ -57,7 +57,7 @@ class Columns(Protocol):
     def columns(self, rows: Sequence[list[Stored]]) -> list[pa.Array]:
         """The columns of the streams of several rows."""
 
-    def find(self, batch: Batch, at: int) -> list[Stored]:
+    def find(self, batch: RecordBatch, at: int) -> list[Stored]:
         """The streams of the row `at` of a batch as its seal covers them.
 
         Raises:
@@ -74,10 +74,10 @@ class Columns(Protocol):
 
 def columns_of(form: RowFormat) -> Columns:
     """The columns of the rows of a cache."""
-    return Numbers(form) if form.typed else Frames(form)
+    return TypedColumns(form) if form.typed else Frames(form)
 
 
-def tally_of(columns: Columns, batch: Batch, at: int) -> tuple[int, int]:
+def tally_of(columns: Columns, batch: RecordBatch, at: int) -> tuple[int, int]:
     """`positions` and `crc32c` of the row `at` of a batch."""
     positions, seal = (
         struct.unpack_from("<I", batch.buffer(columns.buffers - back, 4 * batch.rows), 4 * at)[0] for back in (3, 1)
@@ -109,11 +109,11 @@ class Frames:
     def columns(self, rows: Sequence[list[Stored]]) -> list[pa.Array]:
         return [pa.array(column, pa.binary()) for column in zip(*rows, strict=True)]
 
-    def find(self, batch: Batch, at: int) -> list[Stored]:
+    def find(self, batch: RecordBatch, at: int) -> list[Stored]:
         return [self._frame(batch, 3 * column, at) for column in range(self.nodes - 2)]
 
     @staticmethod
-    def _frame(batch: Batch, first: int, at: int) -> memoryview:
+    def _frame(batch: RecordBatch, first: int, at: int) -> memoryview:
         offsets, data = batch.buffer(first + 1), batch.buffer(first + 2)
         start, end = struct.unpack_from("<ii", offsets, 4 * at)
         if not 0 <= start <= end <= len(data):
@@ -124,7 +124,7 @@ class Frames:
         return {n: read_stream(s, *shapes[n]) for n, s in zip(shapes, stored, strict=True)}  # type: ignore[arg-type]
 
 
-class Numbers:
+class TypedColumns:
     """Each stream a list column of its numbers; the seal covers the plain numbers, as in zarr."""
 
     compressed = True
@@ -148,14 +148,14 @@ class Numbers:
             made.append(pa.ListArray.from_arrays(pa.array(ends), pa.array(numbers.astype(_wide(numbers.dtype)))))
         return made
 
-    def find(self, batch: Batch, at: int) -> list[Stored]:
+    def find(self, batch: RecordBatch, at: int) -> list[Stored]:
         return [
             self._numbers(batch, 4 * column, at, dtype, math.prod(shape))
             for column, (dtype, shape) in enumerate(self._shapes.values())
         ]
 
     @staticmethod
-    def _numbers(batch: Batch, first: int, at: int, dtype: np.dtype[Any], most: int) -> NDArray[Any]:
+    def _numbers(batch: RecordBatch, first: int, at: int, dtype: np.dtype[Any], most: int) -> NDArray[Any]:
         wide = _wide(dtype)
         offsets = batch.buffer(first + 1, 4 * (batch.rows + 1))
         data = batch.buffer(first + 3, most * batch.rows * wide.itemsize)
@@ -170,7 +170,7 @@ class Numbers:
         with np.errstate(over="ignore"):
             narrow = found.astype(dtype)
         if narrow.astype(wide).tobytes() != found.tobytes():
-            raise CorruptCacheError("a number that stands for a float16 is none")
+            raise CorruptCacheError("a number of a float16 stream is no float16")
         return narrow
 
     def unpack(self, stored: Sequence[Stored], shapes: Shapes) -> dict[str, NDArray[Any]]:
@@ -178,5 +178,5 @@ class Numbers:
 
 
 def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """How a number stands in a column."""
+    """The type of a number in a column."""
     return _SINGLE if dtype == _HALF else dtype

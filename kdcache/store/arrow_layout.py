@@ -78,8 +78,8 @@ class _Table:
         return np.frombuffer(self._data, dtype, count, start + 4)
 
 
-class Batch:
-    """One record batch, read as it lies; what is unpacked of it is kept.
+class RecordBatch:
+    """One record batch, read without a copy; buffers that were unpacked are kept.
 
     Args:
         rows: in it.
@@ -188,7 +188,7 @@ def _require_schema(head: bytes, schema: pa.Schema) -> None:
         raise CorruptCacheError("its columns are not those of a shard of this cache")
 
 
-def read_batch(data: bytes, metadata: int, nodes: int, buffers: int, compressed: bool) -> Batch:
+def read_batch(data: bytes, metadata: int, nodes: int, buffers: int, compressed: bool) -> RecordBatch:
     """A record batch from its block's bytes.
 
     Args:
@@ -213,4 +213,4 @@ def read_batch(data: bytes, metadata: int, nodes: int, buffers: int, compressed:
     outer = found["length"][np.r_[0 : nodes - 2 : 2 if compressed else 1, nodes - 2, nodes - 1]]
     if (outer != rows).any():
         raise CorruptCacheError("its columns have other numbers of rows")
-    return Batch(rows, memoryview(data)[metadata:], places, compressed)
+    return RecordBatch(rows, memoryview(data)[metadata:], places, compressed)

@@ -18,12 +18,12 @@ import pyarrow as pa
 
 from kdcache.errors import CorruptCacheError
 from kdcache.store.arrow_columns import Stored, columns_of, record_batch, tally_of
-from kdcache.store.arrow_layout import Batch, read_batch, read_blocks
+from kdcache.store.arrow_layout import RecordBatch, read_batch, read_blocks
 from kdcache.store.row_format import Record, RowFormat, row_seal
 from kdcache.store.shards import Shard, ShardWriter
 from kdcache.store.storage import Storage
 
-_LEVEL = 3  # of Arrow's zstd: at 1 float16 values that stand as float32 take an eighth more
+_LEVEL = 3  # of Arrow's zstd: at 1 float16 values that are stored as float32 take an eighth more
 
 
 class ArrowShardWriter(ShardWriter):
@@ -75,14 +75,14 @@ class ArrowShard(Shard):
             raise CorruptCacheError(f"{self._file.name} is not a shard of {self.rows} rows")
         return name
 
-    def _batch(self, index: int) -> Batch:
+    def _batch(self, index: int) -> RecordBatch:
         start, metadata, _, body = (int(x) for x in self._blocks[index])
 
-        def make() -> Batch:
+        def make() -> RecordBatch:
             data, columns = self._file.read(start, metadata + body), self._columns
             return read_batch(data, metadata, columns.nodes, columns.buffers, columns.compressed)
 
-        found: Batch = self.storage.recent.get((self._file, index), make)
+        found: RecordBatch = self.storage.batches.get((self._file, index), make)
         if found.rows != min(self._columns.batch_rows, self.rows - index * self._columns.batch_rows):
             raise CorruptCacheError("its batch has another number of rows")
         return found

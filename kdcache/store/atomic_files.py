@@ -2,7 +2,7 @@
 
 A file is written under a temporary name in its own folder, flushed to the device, and then linked to its final name,
 which fails if that exists. A folder of files is renamed instead, which fails if the target holds anything. A writer
-holds a lock on its temporary file while it lives, so `sweep` can tell the files of writers that died.
+holds a lock on its temporary file while it lives, so `sweep` recognises the files of writers that died.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class NewFolder:
         self._files.append(file)
         return file
 
-    def settle(self, file: BinaryIO) -> None:
+    def sync(self, file: BinaryIO) -> None:
         """Flush a file of it to the device and close it, unless that is done."""
         if not file.closed:
             with storage_errors(self.path):
@@ -143,7 +143,7 @@ class NewFolder:
         """Give the folder its name. False, and nothing changed, if that name is taken."""
         with storage_errors(self.path):
             for file in self._files:
-                self.settle(file)
+                self.sync(file)
             for inner in [p for p in self._temporary.rglob("*") if p.is_dir()] + [self._temporary]:
                 sync_folder(inner)
             try:
@@ -167,14 +167,14 @@ class NewFolder:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no reader looks at."""
+    """A name in the folder of `path` that no reader looks at."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY}")
 
 
 def sweep(folder: Path) -> None:
     """Delete temporary files and folders in a folder, if it exists, whose writers have died.
 
-    A writer takes its lock just after it created the file, so files younger than two seconds are left alone.
+    A writer takes its lock just after it created the file, so files younger than two seconds are not touched.
     """
     for path in folder.glob(f".*{_TEMPORARY}"):
         with contextlib.suppress(OSError):

@@ -31,7 +31,7 @@ from kdcache.store.shards import shard_stem
 from kdcache.store.storage import Storage, inside
 
 MOST_BINS = 150
-"""Bins of a histogram; the entropy of 2^31 equally likely tokens lies in the last but one."""
+"""Bins of a histogram; the entropy of 2^31 equally likely tokens is in the last but one."""
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
@@ -71,7 +71,7 @@ def quantiles(counts: Sequence[int]) -> dict[str, float] | None:
 
 FOLDER = "commits"
 _LEAST_ROW = 16
-"""Bytes; a row has its offsets and its seal in any store. So a claim of rows is bounded by what lies there."""
+"""Bytes; a row has its offsets and its seal in any store. So a claim of rows is bounded by the bytes that are there."""
 _MOST_ROWS = 1 << 32
 _MOST_TOKENS = 1 << 50
 _MOST_NATS = 22.0
@@ -137,7 +137,7 @@ class Commit:
         Raises:
             CorruptCacheError: damaged, or the commit of another shard or cache.
         """
-        path = storage.where(commit_name(shard))
+        path = storage.path_of(commit_name(shard))
         try:
             fields = read_record(storage, commit_name(shard))
         except FileNotFoundError:

@@ -60,7 +60,7 @@ class Commits(Mapping[int, Commit]):
     Args:
         table: one row a shard, numbers ascending; its content is checked already, see `require_sound`.
         manifest_sha256: of the cache that they belong to.
-        sealed: whether they come from a seal, so that nobody has looked for the objects.
+        sealed: whether they come from a seal, so that the objects were not looked for.
     """
 
     def __init__(self, table: pa.Table, manifest_sha256: str, sealed: bool = False) -> None:
@@ -279,7 +279,7 @@ def read_commits(storage: Storage, manifest: Manifest, shards: Sequence[int] | N
     """The commits themselves, whether or not the cache is sealed.
 
     Args:
-        storage: where the cache lies.
+        storage: where the cache is.
         manifest: of the cache.
         shards: those to read; None for all that are committed.
 
@@ -293,7 +293,7 @@ def read_commits(storage: Storage, manifest: Manifest, shards: Sequence[int] | N
         mass = None if commit is None else commit.sums["tail_mass"]
         if mass is not None and len(mass) != temperatures:
             raise CorruptCacheError(
-                f"{storage.where(commit_name(shard))} does not describe a shard: its sums of tail mass are not of "
+                f"{storage.path_of(commit_name(shard))} does not describe a shard: its sums of tail mass are not of "
                 f"{temperatures} temperature(s)"
             )
         return commit

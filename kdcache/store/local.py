@@ -79,7 +79,7 @@ class LocalStorage(Storage):
     def new_data(self, stem: str, suffix: str, folder: bool) -> NewData:
         return (_FolderData if folder else _FileData)(self.folder, f"{stem}{suffix}")
 
-    def alone(self, folder: str) -> AbstractContextManager[None]:
+    def exclusive(self, folder: str) -> AbstractContextManager[None]:
         return locked(self.folder / folder)
 
     def delete(self, name: str) -> None:
@@ -164,7 +164,7 @@ class _FolderData(NewData):
 
     def part(self, name: str) -> Sink:
         file = self._folder.file(name)
-        return Sink(f"{self.name}/{name}", file, lambda: self._folder.settle(file))
+        return Sink(f"{self.name}/{name}", file, lambda: self._folder.sync(file))
 
     def publish(self) -> bool:
         return self._folder.publish()

@@ -1,7 +1,7 @@
 """The manifest: what a cache is, written once by whoever creates it.
 
 Everything a reader needs and everything that a worker must agree on before it adds a shard.
-Where things came from (paths, hub names, versions) is recorded beside it and may differ.
+Where things came from (paths, hub names, versions) is recorded in further fields, and may differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kdcache.codec.streams import deflate, id_dtype
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
 from kdcache.extras import ExtraSpec, read_specs
 from kdcache.known import Known
-from kdcache.position_filter import Positions
+from kdcache.position_filter import PositionFilter
 from kdcache.rows import RowSpec
 from kdcache.selection import Selection, check_temperatures
 from kdcache.store.registry import find_store
@@ -35,7 +35,7 @@ NAME = "kdcache.json"
 
 PLAN = "plan.arrow"
 _OF_THE_CREATOR = ("origin", "tokenizer_files", "id_order", "error_bound", "plan", "date")
-"""Fields that everyone else takes from the manifest that stands."""
+"""Fields that all other workers take from the existing manifest."""
 
 ON_BAD_RECORD = ("stop", "skip")
 
@@ -123,9 +123,9 @@ class Manifest:
         return Selection.from_fields(self.selection)
 
     @property
-    def choice(self) -> Positions:
+    def position_filter(self) -> PositionFilter:
         """Which labelled positions carry a target."""
-        return Positions(self.positions)
+        return PositionFilter(self.positions)
 
     @property
     def row_spec(self) -> RowSpec:
@@ -139,13 +139,13 @@ class Manifest:
 
     @cached_property
     def codec(self) -> Codec:
-        """How targets are laid out."""
+        """The layout of targets."""
         layout = Layout.of(self.rule, self.vocab_size, self.temperatures, self.known)
         return make_codec(layout, self.precision, self.id_order)
 
     @cached_property
     def sha256(self) -> str:
-        """The checksum that commits name; of a manifest that was read, the one that stands in it."""
+        """The checksum that commits name; of a manifest that was read, the one that it holds."""
         return checksum(self.to_fields())
 
     def exact_at(self, temperature: float) -> bool:
@@ -168,7 +168,7 @@ class Manifest:
             CacheError: no cache there, or one of a format that this version does not know.
             CorruptCacheError: damaged.
         """
-        path = storage.where(NAME)
+        path = storage.path_of(NAME)
         try:
             fields = read_record(storage, NAME)
         except FileNotFoundError:
@@ -200,10 +200,10 @@ class Manifest:
             CorruptCacheError: an order of ids that repeats one, or a tokenizer file that is not a plain name.
         """
         _require_vocabulary(self.vocab_size)
-        if self.choice.rule != self.positions:
-            raise ConfigError(f"positions {self.positions!r} must be spelled {self.choice.rule!r}")
-        if self.choice.above is not None:
-            self.known.require("entropy", f"the choice of positions {self.positions}")
+        if self.position_filter.rule != self.positions:
+            raise ConfigError(f"positions {self.positions!r} must be spelled {self.position_filter.rule!r}")
+        if self.position_filter.above is not None:
+            self.known.require("entropy", f"the position filter {self.positions}")
         if self.rule.needs_pilot:
             raise ConfigError(f"{', '.join(self.rule.pilot_settings)} of kind {self.rule.kind} is missing")
         check_temperatures(self.temperatures)
@@ -232,7 +232,7 @@ class Manifest:
             )
         if self.row_format.most_bytes > _MOST_ROW:
             raise ConfigError(
-                f"a row of --seq-len {self.seq_len} slots may hold {self.row_format.most_bytes:,} bytes, above the "
+                f"a row of seq_len {self.seq_len} slots may hold {self.row_format.most_bytes:,} bytes, above the "
                 f"limit of {_MOST_ROW:,}; make rows shorter, or keep fewer entries or extras"
             )
         find_store(self.store)
@@ -245,22 +245,23 @@ class Manifest:
         """How rows become streams."""
         return RowFormat(
             codec=self.codec, seq_len=self.seq_len, vocab_size=self.vocab_size, documents=self.documents,
-            chooses=self.choice.above is not None, extras=self.extra_specs, typed=self.precision in PRECISIONS,
+            filtered=self.position_filter.above is not None, extras=self.extra_specs,
+            typed=self.precision in PRECISIONS,
         )  # fmt: skip
 
     def create(self, storage: Storage) -> Manifest:
-        """Write the manifest unless another worker has; return the one that stands.
+        """Write the manifest unless another worker has; return the one that is there.
 
         Raises:
             ConfigError: see `require_sound`.
-            CacheMismatchError: the one that stands is of another configuration.
+            CacheMismatchError: the one that is there is of another configuration.
         """
         self.require_sound()
         if storage.create(NAME, seal(self.to_fields())):
             return self
-        standing = Manifest.read(storage)
-        standing.require_same(self, storage)
-        return standing
+        existing = Manifest.read(storage)
+        existing.require_same(self, storage)
+        return existing
 
     def require_same(self, other: Manifest, storage: Storage) -> None:
         """Refuse to add to a cache that was made otherwise.
@@ -279,7 +280,7 @@ class Manifest:
         if differences:
             raise CacheMismatchError(
                 f"{storage} holds a cache of another configuration; it differs in {', '.join(differences)}; "
-                "choose another --out or the same options"
+                "choose another folder, or the same options"
             )
 
 

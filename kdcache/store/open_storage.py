@@ -39,7 +39,7 @@ def mirror(storage: Storage, cache: str, folder: str | os.PathLike[str], limit: 
         ConfigError: the storage is a folder itself.
     """
     if not storage.remote:
-        raise ConfigError(f"--local-copy is for a cache at a URL, but {storage} is a folder")
+        raise ConfigError(f"local_copy is for a cache at a URL, but {storage} is a folder")
     from kdcache.store.mirror import MirroredStorage
 
     return MirroredStorage(storage.url, cache, folder, limit)
@@ -59,4 +59,4 @@ def parse_size(text: str | int) -> int:
     try:
         return int(float(digits.removesuffix(unit)) * units[unit.strip()])
     except (KeyError, ValueError):
-        raise ConfigError(f"--local-limit {text} is not a size such as 20GB or 512MiB") from None
+        raise ConfigError(f"local_limit {text} is not a size such as 20GB or 512MiB") from None

@@ -65,14 +65,14 @@ def create_plan(storage: Storage, plan: Plan) -> dict[str, Any]:
         What the manifest says of it.
 
     Raises:
-        CacheError: another plan lies there, or it cannot be written.
+        CacheError: another plan is there, or it cannot be written.
     """
     data = encode_plan(plan)
     if not storage.create(PLAN, data):
-        standing = storage.read(PLAN, 2 * len(data) + (1 << 20))
-        if standing != data and not _is(standing, plan):  # another version of Arrow may write it in other bytes
-            raise CacheError(f"{storage.where(PLAN)} is of another plan; delete it, or choose another folder")
-        data = standing
+        existing = storage.read(PLAN, 2 * len(data) + (1 << 20))
+        if existing != data and not _is(existing, plan):  # another version of Arrow may write it in other bytes
+            raise CacheError(f"{storage.path_of(PLAN)} is of another plan; delete it, or choose another folder")
+        data = existing
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
@@ -91,7 +91,7 @@ def read_plan(storage: Storage, manifest: Manifest) -> Plan | None:
     """
     if not manifest.plan:
         return None
-    where = storage.where(PLAN)
+    where = storage.path_of(PLAN)
     try:
         data = storage.read(PLAN, manifest.plan["bytes"])
     except FileNotFoundError:
@@ -132,7 +132,7 @@ def decode_plan(data: bytes) -> Plan:
 
 
 def _columns(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The columns of the one batch, and the JSON object that stands in the schema."""
+    """The columns of the one batch, and the JSON object in the schema."""
     if data[:8] != _MARK or data[-6:] != _MARK[:6]:
         raise CorruptCacheError("it is not an Arrow file")
     start = 8 + _message(data, 8)

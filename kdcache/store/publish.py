@@ -49,45 +49,45 @@ def require_free_or_same(storage: Storage, manifest: Manifest) -> Manifest | Non
         CacheError: other files.
     """
     if storage.size(NAME) is not None:
-        standing = Manifest.read(storage)
-        standing.require_same(manifest, storage)
-        return standing
+        existing = Manifest.read(storage)
+        existing.require_same(manifest, storage)
+        return existing
     strangers = [
         name for name in storage.names() if not name.startswith(f"{TOKENIZER}/") and name != PLAN
     ]  # written before the manifest
     if NAME in strangers:  # another worker was quick
         return require_free_or_same(storage, manifest)
     if strangers:
-        raise CacheError(
-            f"--out {storage} holds no cache but other files, such as {strangers[0]}; choose another folder"
-        )
+        raise CacheError(f"{storage} holds no cache but other files, such as {strangers[0]}; choose another folder")
     return None
 
 
-def create_cache(
+def publish_manifest(
     storage: Storage, manifest: Manifest, tokenizer: dict[str, bytes], plan: Plan | None = None
 ) -> Manifest:
     """Write the tokenizer's files, the plan and then the manifest, or take those that another worker has written.
 
     Args:
-        storage: where the cache is to lie.
+        storage: where the cache is to be.
         manifest: all but `tokenizer_files` and `plan`, which follow from what is written here.
         tokenizer: the bytes of each of its files, by name.
         plan: of the shards; None where the cache is not made from a corpus.
 
     Raises:
-        CacheError: the files of another tokenizer lie there, or the storage cannot be written.
+        CacheError: the files of another tokenizer are there, or the storage cannot be written.
     """
     if storage.size(NAME) is None:
         for name, data in tokenizer.items():
             path = f"{TOKENIZER}/{name}"
             if not storage.create(path, data) and storage.read(path, _MOST_BYTES) != data:
                 raise CacheError(
-                    f"{storage.where(path)} is of another tokenizer; delete {TOKENIZER}, or choose another --out"
+                    f"{storage.path_of(path)} is of another tokenizer; delete {TOKENIZER}, or choose another folder"
                 )
         strays = sorted(set(storage.names(TOKENIZER)) - {f"{TOKENIZER}/{name}" for name in tokenizer})
         if strays and storage.size(NAME) is None:
-            raise CacheError(f"{storage.where(strays[0])} is a stray file; delete {TOKENIZER}, or choose another --out")
+            raise CacheError(
+                f"{storage.path_of(strays[0])} is a stray file; delete {TOKENIZER}, or choose another folder"
+            )
         sums = {name: hashlib.sha256(data).hexdigest() for name, data in tokenizer.items()}
         planned = {} if plan is None else create_plan(storage, plan)
     else:
@@ -109,8 +109,8 @@ def publish_shard(
     """Make a written shard appear and commit it. False if another worker was first.
 
     Args:
-        storage: where the cache lies.
-        manifest: the one that stands there.
+        storage: where the cache is.
+        manifest: the one that is there.
         writer: all rows written.
         documents, dropped: documents in its range, and how many the filters dropped.
         entropies: histogram of the teacher's entropy over its labelled positions; None if that is unknown.
@@ -133,10 +133,10 @@ def publish_shard(
     )
     if commit.write(storage):
         return True
-    standing = Commit.read(storage, writer.shard, manifest.sha256)
-    if storage.remote and standing == commit:  # the answer to the first put was lost; its data has a name of its own
+    existing = Commit.read(storage, writer.shard, manifest.sha256)
+    if storage.remote and existing == commit:  # the answer to the first put was lost; its data has a name of its own
         return True
-    if standing is not None and not any(x["name"].startswith(writer.data.name) for x in standing.objects):
+    if existing is not None and not any(x["name"].startswith(writer.data.name) for x in existing.objects):
         storage.delete(writer.data.name)
     return False
 

@@ -1,4 +1,4 @@
-"""Registry: the stores by name, ours and those that somebody adds.
+"""Registry: the stores by name, those of this package and those that are added.
 
 A store keeps the rows of a shard as objects; a cache's manifest names the one that it uses. Whoever adds one registers
 it before a cache of it is written or opened, and runs `kdcache.testing.store_conformance` on it.
@@ -31,7 +31,7 @@ def register_store(name: str, writer: type[ShardWriter], reader: type[Shard]) ->
     """Add a store, so that manifests and `store=` may name it.
 
     Args:
-        name: of lower-case letters, digits and `_`; as it stands in manifests.
+        name: of lower-case letters, digits and `_`; as it is in manifests.
         writer: makes its shards.
         reader: reads them.
 

@@ -33,7 +33,7 @@ _CONNECTIONS = 64
 _TRIES = 2
 """Tries of s3fs, each around botocore's own (five, or AWS_MAX_ATTEMPTS). With its default of five, an endpoint that
 accepts connections and never answers would block for half an hour."""
-_PAUSES = (0.1, 0.5, 2.0)  # seconds between tries of a put that met another one
+_PAUSES = (0.1, 0.5, 2.0)  # seconds between tries of a put that came at the same time as another
 
 
 class RemoteStorage(Storage):
@@ -87,7 +87,7 @@ class RemoteStorage(Storage):
         return f"{self._root}/{name}" if name else self._root
 
     def read(self, name: str, most: int) -> bytes:
-        with _network(self.where(name), "read"):
+        with _network(self.path_of(name), "read"):
             try:
                 data = bytes(self._fs.cat_file(self._path(name), start=0, end=most + 1))
             except FileNotFoundError:
@@ -97,11 +97,11 @@ class RemoteStorage(Storage):
                     raise
                 return b""
         if len(data) > most:
-            raise CorruptCacheError(f"{self.where(name)} is larger than the {most:,} bytes that it can have")
+            raise CorruptCacheError(f"{self.path_of(name)} is larger than the {most:,} bytes that it can have")
         return data
 
     def size(self, name: str) -> int | None:
-        with _network(self.where(name), "read"):
+        with _network(self.path_of(name), "read"):
             try:
                 found = self._fs.info(self._path(name))
             except FileNotFoundError as error:
@@ -112,7 +112,7 @@ class RemoteStorage(Storage):
     def open(self, name: str, promised: dict[str, Any] | None = None) -> Readable:
         size = self.size(name) if promised is None else int(promised["bytes"])
         if size is None:
-            raise CorruptCacheError(f"{self.where(name)} cannot be read: there is no such object")
+            raise CorruptCacheError(f"{self.path_of(name)} cannot be read: there is no such object")
         return RemoteFile(self, name, size)
 
     def read_ranges(self, requests: list[tuple[Readable, int, int]]) -> list[bytes]:
@@ -137,7 +137,7 @@ class RemoteStorage(Storage):
         return list(self.sizes(folder))
 
     def sizes(self, folder: str = "") -> dict[str, int]:
-        with _network(self.where(folder), "read"):
+        with _network(self.path_of(folder), "read"):
             try:
                 found = self._fs.find(self._path(folder), detail=True)
             except FileNotFoundError as error:
@@ -157,13 +157,13 @@ class RemoteStorage(Storage):
         return made
 
     def _put_new(self, name: str, data: bytes) -> bool:
-        with _network(self.where(name), "written"):
+        with _network(self.path_of(name), "written"):
             for pause in (*_PAUSES, None):
                 try:
                     self._fs.pipe_file(self._path(name), data, mode="create")
                 except FileExistsError:
                     return False
-                except OSError as error:  # stores have several words for "it exists", and for "two puts met: try again"
+                except OSError as error:  # stores word "it exists" and "two puts at once" in many ways
                     _require_bucket(error, self.url)
                     if self.size(name) is not None:
                         return False
@@ -179,11 +179,11 @@ class RemoteStorage(Storage):
 
     def put(self, source: Path, name: str) -> None:
         """Upload a local file under a name that only this writer uses."""
-        with _network(self.where(name), "written"):
+        with _network(self.path_of(name), "written"):
             self._fs.put_file(str(source), self._path(name))
 
     def delete(self, name: str) -> None:
-        with _network(self.where(name), "deleted"), contextlib.suppress(FileNotFoundError):
+        with _network(self.path_of(name), "deleted"), contextlib.suppress(FileNotFoundError):
             self._fs.rm(self._path(name), recursive=True)
 
     def sweep(self, committed: dict[str, set[str]]) -> None:
@@ -198,7 +198,7 @@ class RemoteFile:
 
     def __init__(self, storage: RemoteStorage, name: str, size: int) -> None:
         self._place, self.object, self.size = storage, name, size
-        self.name = storage.where(name)
+        self.name = storage.path_of(name)
 
     def read(self, start: int, length: int) -> bytes:
         """Exactly these bytes."""

@@ -3,7 +3,7 @@
     tokens      [n] ids of the row, 1 <= n <= seq_len, without padding
     pieces      [P, 2] int64: the length of each piece, at least 1, summing to n; its document
     supervised  [n] uint8: 1 where a token may be a label; empty when every token may
-    chosen      a bit for each labelled slot: 1 where it carries a target; only in caches that choose positions
+    chosen      a bit for each labelled slot: 1 where it carries a target; only in caches with a position filter
     ...         the streams of the codec: the targets of the slots that carry one, in slot order
     extra.NAME  the values of each extra, in order of name; scale.NAME where its precision needs one
 
@@ -70,7 +70,7 @@ class RowFormat:
         seq_len: slots a row.
         vocab_size: tokens lie below it.
         documents: in the corpus; pieces come from these.
-        chooses: whether a labelled slot may be without a target.
+        filtered: whether there is a position filter, so that a labelled slot may be without a target.
         extras: further arrays of a row, by name, in order of name.
         typed: whether the targets' streams are plain numbers, so that a store can hold them as such for other tools.
     """
@@ -79,7 +79,7 @@ class RowFormat:
     seq_len: int
     vocab_size: int
     documents: int
-    chooses: bool
+    filtered: bool
     extras: dict[str, ExtraSpec] = field(default_factory=dict)
     typed: bool = False
 
@@ -92,7 +92,7 @@ class RowFormat:
             "pieces": (np.dtype("<i8"), (length, 2)),
             "supervised": (np.dtype("u1"), (length,)),
         }
-        if self.chooses:
+        if self.filtered:
             shapes["chosen"] = (np.dtype("u1"), (-(-length // 8),))
         return shapes
 
@@ -124,7 +124,7 @@ class RowFormat:
     def pack(self, row: PackedRow, targets: SparseTargets, extras: Extras | None = None) -> Record:
         """A row, the targets of its labelled slots in slot order, and its extras, as streams.
 
-        In a cache that chooses positions a slot whose target has no entries carries none, and nothing of it is stored.
+        In a cache with a position filter a slot whose target has no entries carries none, and nothing of it is stored.
 
         Args:
             row: the tokens.
@@ -146,10 +146,10 @@ class RowFormat:
         pieces = np.stack([row.piece_lengths, row.piece_documents], -1).astype("<i8")
         supervised = np.zeros(0, np.uint8) if row.supervised is None else row.supervised.astype(np.uint8)
         streams = {"tokens": row.tokens.astype(self.codec.id_dtype), "pieces": pieces.ravel(), "supervised": supervised}
-        if self.chooses:
-            chosen = targets.count > 0
-            streams["chosen"] = np.packbits(chosen.numpy(), bitorder="little")
-            targets = targets[chosen]
+        if self.filtered:
+            carries = targets.count > 0
+            streams["chosen"] = np.packbits(carries.numpy(), bitorder="little")
+            targets = targets[carries]
         return Record(positions=len(targets.count), streams={**streams, **self.codec.encode(targets), **extras})
 
     def _pack_extras(self, row: PackedRow, extras: Extras) -> dict[str, NDArray[Any]]:
@@ -182,9 +182,9 @@ class RowFormat:
         row = self._row(record.streams)
         labelled = row.labels(self.seq_len)[: len(row.tokens)] != IGNORE
         labels = int(labelled.sum())
-        slots = _chosen(record.streams["chosen"], labels) if self.chooses else None
+        slots = _slots_with_target(record.streams["chosen"], labels) if self.filtered else None
         if record.positions != (labels if slots is None else len(slots)):
-            wanted = f"{labels} labels" if slots is None else f"{len(slots)} chosen of {labels} labels"
+            wanted = f"{labels} labels" if slots is None else f"{len(slots)} slots with a target of {labels} labels"
             raise CorruptCacheError(f"it has {record.positions} targets for {wanted}")
         targets = self.codec.decode(record.streams, record.positions)
         extras = {name: self._extra(name, record.streams, labelled) for name in self.extras}
@@ -227,7 +227,7 @@ class RowFormat:
         )
 
 
-def _chosen(stream: NDArray[np.uint8], labels: int) -> NDArray[np.int64]:
+def _slots_with_target(stream: NDArray[np.uint8], labels: int) -> NDArray[np.int64]:
     """Which of a row's labelled slots carry a target."""
     if len(stream) != -(-labels // 8):
         raise CorruptCacheError(f"its stream chosen has {len(stream)} bytes for the bits of {labels} labels")

@@ -6,9 +6,9 @@ and is opened from its commits.
 
 The file is an Arrow IPC file, uncompressed and without dictionaries, that any Arrow reader can map: a row a shard, the
 columns of `commits.commit_schema`. Its schema's metadata says `format`, `manifest_sha256` and `checksum`: `sha256:` and
-64 digits, over the whole file as it is with 64 zeros in their place (they stand there twice, at the beginning and in
+64 digits, over the whole file as it is with 64 zeros in their place (they are there twice, at the beginning and in
 the footer). What it says is checked as commits are: types, counts, sums, every planned shard once. Whether the commits
-say the same, and whether the objects are there, is what `verify` tells. A missing object is an error when it is read.
+say the same, and whether the objects are there, is what `verify` checks. A missing object is an error when it is read.
 
 Cost of opening: one read of the file, sha256 over it, and a few passes over its numbers.
 """
@@ -75,7 +75,7 @@ def open_commits(storage: Storage, manifest: Manifest) -> Commits:
     commits = read_commits(storage, manifest) if sealed is None else sealed
     if manifest.plan and len(commits) == manifest.shards and commits.total("documents") != manifest.documents:
         raise CorruptCacheError(
-            f"{storage.where(NAME)} plans {manifest.documents:,} documents, but its shards hold "
+            f"{storage.path_of(NAME)} plans {manifest.documents:,} documents, but its shards hold "
             f"{commits.total('documents'):,}"
         )
     return commits
@@ -106,7 +106,7 @@ def read_seal(storage: Storage, manifest: Manifest) -> Commits | None:
     Raises:
         CorruptCacheError: the seal is damaged, is of another cache, or says what commits cannot say.
     """
-    path = storage.where(SEAL)
+    path = storage.path_of(SEAL)
     try:
         data = storage.read(SEAL, _MOST_BYTES + manifest.shards * _MOST_PER_SHARD)
     except FileNotFoundError:

@@ -75,14 +75,14 @@ def read_record(storage: Storage, name: str) -> dict[str, Any]:
         FileNotFoundError: there is none.
         CorruptCacheError: it is not JSON, or not what it was when it was sealed.
     """
-    data, path = storage.read(name, _MOST_BYTES), storage.where(name)
+    data, path = storage.read(name, _MOST_BYTES), storage.path_of(name)
     try:
         fields = parse(data)
     except ValueError as error:
         raise CorruptCacheError(f"{path} is damaged: it is not JSON ({error})") from None
     try:
         sound = isinstance(fields, dict) and fields.get("checksum") == checksum(fields)
-    except ValueError:  # an infinite number, or half of a surrogate pair: nobody can have sealed that
+    except ValueError:  # an infinite number, or half of a surrogate pair: no writer can have sealed that
         sound = False
     if not sound:
         raise CorruptCacheError(f"{path} is damaged: its checksum does not match")
@@ -143,7 +143,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "tuple[float, ...]": lambda value: isinstance(value, list) and all(type(v) in (int, float) for v in value),
     "tuple[int, ...]": lambda value: isinstance(value, str),  # folded
 }
-"""How each type of a record's dataclass stands in JSON."""
+"""The JSON type of each type of a record's dataclass."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class ShardWriter(ABC):
     Attributes:
         suffix: with which the name of its object, or of the folder of its objects, ends.
         folder: whether a shard is a folder of objects and not one.
-        storage, shard, form: where the cache lies, the shard's number, and the format of its rows.
+        storage, shard, form: where the cache is, the shard's number, and the format of its rows.
         tally: of what is written so far; `tally.rows` is the number of the row that is appended next.
         data: where it goes.
     """
@@ -141,24 +141,24 @@ class ShardWriter(ABC):
 
         If data of that name exists without a commit, some writer stopped between the two, or is about to
         commit. It appeared whole, so if it holds these tokens it is as good as this and stays; if it is
-        damaged it makes room. Of several writers that find it damaged one replaces it, and the others find
+        damaged it is replaced. Of several writers that find it damaged one replaces it, and the others find
         what that one made.
         """
         objects = self.finish()
         if self.data.publish():
             return objects, True
-        with self.storage.alone(FOLDER):
+        with self.storage.exclusive(FOLDER):
             while not self.data.publish():
-                standing = self._standing()
-                if standing == objects:
+                existing = self._existing()
+                if existing == objects:
                     break
-                if standing and self._adopt(standing, reader):
-                    return standing, False
+                if existing and self._adopt(existing, reader):
+                    return existing, False
                 self.storage.delete(self.data.name)
         return objects, True
 
-    def _standing(self) -> list[dict[str, Any]]:
-        """What lies under the name of this shard; nothing if it cannot be read."""
+    def _existing(self) -> list[dict[str, Any]]:
+        """The objects under the name of this shard; none if they cannot be read."""
         name = self.data.name
         try:
             names = self.storage.names(name) if self.folder else [name]
@@ -167,10 +167,10 @@ class ShardWriter(ABC):
         except CacheError:
             return []
 
-    def _adopt(self, standing: list[dict[str, Any]], reader: type[Shard]) -> bool:
-        """Whether standing data is sound and holds these tokens; its content is then what this shard has."""
+    def _adopt(self, existing: list[dict[str, Any]], reader: type[Shard]) -> bool:
+        """Whether existing data are sound and hold these tokens; their content is then that of this shard."""
         try:
-            found = reader(self.storage, self.shard, self.form, standing, self.tally.rows).count()
+            found = reader(self.storage, self.shard, self.form, existing, self.tally.rows).count()
         except CorruptCacheError:
             return False
         if found.fields()["tokens_sha256"] != self.tally.fields()["tokens_sha256"]:
@@ -189,7 +189,7 @@ class Shard(ABC):
     """Reads one shard. A store implements `open` and `record`, and trusts neither its objects nor their sizes.
 
     Args:
-        storage: where the cache lies.
+        storage: where the cache is.
         shard: its number.
         form: of its rows.
         objects: what its commit says of its objects.
@@ -230,7 +230,7 @@ class Shard(ABC):
             record = self.record(row)
             return (*self.form.unpack(record), record)
         except _DAMAGE as error:
-            what = f"{self.storage.where(self.name)}, row {row}: {error}{self.storage.damage_note}"
+            what = f"{self.storage.path_of(self.name)}, row {row}: {error}{self.storage.damage_note}"
             raise CorruptCacheError(what) from None
 
     def count(self) -> Tally:
@@ -244,7 +244,7 @@ class Shard(ABC):
         """An object of the commit, opened; its size is the one committed."""
         promised = [x for x in objects if x["name"] == name]
         if len(promised) != 1:
-            raise CorruptCacheError(f"{self.storage.where(name)} is not among the objects that were committed")
+            raise CorruptCacheError(f"{self.storage.path_of(name)} is not among the objects that were committed")
         opened, size = self.storage.open(name, promised[0]), promised[0]["bytes"]
         if opened.size != size:
             raise CorruptCacheError(f"{opened.name} has {opened.size} bytes, not the {size} that were committed")

@@ -4,8 +4,8 @@ Names are relative to the cache, with `/` between their parts. Small objects (re
 read whole and created only if absent. The data of a shard is one file or one folder of files, which appears whole or
 not at all, and is read by ranges.
 
-Two helpers stand here because every storage uses them: `map_ahead` computes results in threads before they are asked
-for, in order; `Recent` keeps the last few values, each made once however many threads ask for it.
+Two helpers are here because every storage uses them: `map_ahead` computes results in threads before they are asked
+for, in order; `LastUsed` keeps the values that were used last; each is made once, however many threads ask for it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kdcache.store.atomic_files import storage_errors
 V = TypeVar("V")
 
 
-class Recent(Generic[V]):
+class LastUsed(Generic[V]):
     """A thread-safe cache of at most `most` values; the least recently used one leaves first."""
 
     def __init__(self, most: int) -> None:
@@ -146,16 +146,16 @@ class Storage(ABC):
         return self.url
 
     @cached_property
-    def recent(self) -> Recent[Any]:
-        """The blocks that were read last: neighbouring rows lie in one block."""
-        return Recent(8)
+    def batches(self) -> LastUsed[Any]:
+        """The blocks that were read last: neighbouring rows are in one block."""
+        return LastUsed(8)
 
     @cached_property
-    def files(self) -> Recent[Any]:
+    def files(self) -> LastUsed[Any]:
         """Objects that were opened last and may be read again."""
-        return Recent(self.open_files)
+        return LastUsed(self.open_files)
 
-    def where(self, name: str) -> str:
+    def path_of(self, name: str) -> str:
         """The full path or URL of an object, for messages."""
         return f"{self.url.rstrip('/')}/{name}"
 
@@ -194,7 +194,7 @@ class Storage(ABC):
         """Bytes of all objects under a folder, by name."""
         return {name: size for name in self.names(folder) if (size := self.size(name)) is not None}
 
-    def alone(self, folder: str) -> AbstractContextManager[None]:  # noqa: ARG002  for storages where names collide
+    def exclusive(self, folder: str) -> AbstractContextManager[None]:  # noqa: ARG002  for storages where names collide
         """A lock on a folder between writers that replace data in it."""
         return nullcontext()
 
@@ -247,9 +247,9 @@ class Storage(ABC):
 class Sink:
     """A binary sink that counts and hashes what passes through it."""
 
-    def __init__(self, name: str, file: BinaryIO, settle: Callable[[], None] | None = None) -> None:
+    def __init__(self, name: str, file: BinaryIO, sync: Callable[[], None] | None = None) -> None:
         self.name, self.bytes, self.closed = name, 0, False
-        self._file, self._digest, self._settle = file, hashlib.sha256(), settle
+        self._file, self._digest, self._sync = file, hashlib.sha256(), sync
 
     def write(self, data: Any) -> int:
         """Append bytes."""
@@ -264,10 +264,10 @@ class Sink:
         with storage_errors(Path(self.name)):
             self._file.flush()
 
-    def settle(self) -> None:
-        """Nothing more comes: make the bytes durable and let go of the file. Not needed; it saves open files."""
-        if self._settle is not None:
-            self._settle()
+    def sync(self) -> None:
+        """Make the bytes durable and close the file: nothing more is written. Optional; it saves open files."""
+        if self._sync is not None:
+            self._sync()
 
     def record(self) -> dict[str, Any]:
         """What a commit says of this object."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kdcache.targets import SparseTargets
 
 _LEAST = -500.0
-"""Nats; a smaller log p counts as this, since 4 to 16 bits do not tell it from others below -512."""
+"""Nats; a smaller log p counts as this, since 4 to 16 bits do not distinguish it from others below -512."""
 
 
 class TargetSums:

@@ -85,7 +85,7 @@ def _poison(dtype: np.dtype[Any]) -> Any:
 
 
 def _tables(rows: int, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """The small arrays beside the streams, and their shapes."""
+    """The small arrays next to the streams, and their shapes."""
     return {"lengths": (rows, len(shapes) + 1), "crc32c": (rows,)}
 
 
@@ -196,7 +196,7 @@ class _Parts:
             return
         self._sinks[name] = sink = self._data.part(name)
         sink.write(value)
-        sink.settle()
+        sink.sync()
 
     def finish(self) -> list[dict[str, Any]]:
         """Write the metadata; the records of all objects."""
@@ -271,7 +271,7 @@ class ZarrShard(Shard):
             numbers = [read_stream(_unsealed(found[n], n), _U4, s).reshape(s) for n, s in tables.items()]
             self._indexes = {0: _read_indexes(first, indexes)} if first else {}
         except (CorruptCacheError, ValueError) as error:
-            raise CorruptCacheError(f"{self.storage.where(root)}: {error}") from None
+            raise CorruptCacheError(f"{self.storage.path_of(root)}: {error}") from None
         self._lengths, self._seals = numbers or [np.zeros(0, _U4)] * 2
         return root
 
@@ -353,12 +353,12 @@ def open_group(storage: Storage, root: str) -> zarr.Group:
     """The group of a shard as zarr-python opens it, read-only.
 
     Args:
-        storage: where the cache lies; a folder, or a URL that fsspec knows.
+        storage: where the cache is; a folder, or a URL that fsspec knows.
         root: the shard's name.
     """
     import zarr
 
     if isinstance(storage, LocalStorage):
         return zarr.open_group(zarr.storage.LocalStore(storage.folder / root, read_only=True), mode="r")
-    store = zarr.storage.FsspecStore.from_url(storage.where(root), read_only=True)
+    store = zarr.storage.FsspecStore.from_url(storage.path_of(root), read_only=True)
     return zarr.open_group(store, mode="r")

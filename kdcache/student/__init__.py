@@ -1,14 +1,14 @@
 """Student: everything that learns from a cache. Nothing here imports the teacher's side.
 
     what is asked for   config.py          the options of a training run
-                        row_filter.py      what `rows` and `where` say
+                        row_filter.py      the fields `rows` and `where`, as values
                         preflight.py       what a run needs of the machine and its packages
     rows                caches.py          the caches of a run, their weights, and whether they can be mixed
                         multi_teacher.py   caches of several teachers over the same rows, read as one
                         split.py           which rows are trained on and which are measured
                         row_set.py         sets of rows, a bit each
                         mixture.py         one sequence of rows out of several caches
-                        permutation.py     an order of rows, each of which can be asked for alone
+                        permutation.py     an order of rows, of which any place can be computed by itself
                         data.py            rows of caches as batches, in the order of a run
                         data_workers.py    processes that read batches ahead
     the student         model.py           a student from a checkpoint, a hub name or a config.json; adapters; saving
@@ -16,8 +16,8 @@
     training            train.py           one run, from a cache to a checkpoint
                         schedule.py        the objective of each step
                         trainer.py         transformers.Trainer with our loss and our order of rows
-                        private_api.py     what of transformers and accelerate is used beside their public names
-                        distributed.py     what the ranks of a run tell each other
+                        private_api.py     the private names of transformers and accelerate that are used
+                        distributed.py     what the ranks of a run exchange
                         resume.py          what a run is, so that the same run is resumed or refused
     measuring           evaluation.py      figures over rows: nll, kl, agreement, and those of the next file
                         metrics.py         calibration, and the acceptance of drafts

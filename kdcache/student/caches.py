@@ -1,6 +1,7 @@
 """Sources: the caches that a run learns from, each with its weight, checked against one another.
 
-`--cache PATH` or `--cache PATH:WEIGHT`, and so `--pool`, which adds what other teachers say of the same rows. Only a
+A cache is named as `PATH` or `PATH:WEIGHT`; so is each of `pool`, which adds the targets of other teachers for the
+same rows. Only a
 trailing `:NUMBER` is a weight, and a path or cache of that very name wins over it, so `s3://bucket/c:8` names the
 cache of that name if there is one.
 """
@@ -44,7 +45,7 @@ class CacheSource:
 
     @property
     def teachers(self) -> tuple[TeacherCache, ...]:
-        """All whose targets are pooled, the first of them that of `cache`; one, if there is nothing to pool."""
+        """The teachers whose targets are pooled, first that of `cache`; only that one if there is no pool."""
         return TeacherCache(self.name, self.cache, 1.0 if self.weight is None else self.weight), *self.partners
 
     @property
@@ -87,17 +88,17 @@ def open_sources(config: TrainConfig, resumed: Sequence[dict[str, Any]] = ()) ->
             cache.require_objects()
         sources.append(CacheSource(name, cache, weight, config.partial))
     if len({source.weight is None for source in sources}) > 1:
-        raise ConfigError("--cache PATH:WEIGHT needs a weight for every cache, or for none")
+        raise ConfigError("cache PATH:WEIGHT needs a weight for every cache, or for none")
     for one, other in itertools.combinations(sources, 2):
         require_alike(one, other)
     return (_with_partners(sources[0], config),) if config.pool else tuple(sources)
 
 
 def _with_partners(source: CacheSource, config: TrainConfig) -> CacheSource:
-    """The source with the teachers that `--pool` names, all over the same rows."""
+    """The source with the teachers that `pool` names, all over the same rows."""
     partners = []
     for spelled in config.pool:
-        name, weight = split_weight(spelled, "--pool")
+        name, weight = split_weight(spelled, "pool")
         partners.append(TeacherCache(name, _open(name, config), 1.0 if weight is None else weight))
     for each in partners:
         if each.cache.commits.sealed and not config.partial:
@@ -115,13 +116,13 @@ def _with_partners(source: CacheSource, config: TrainConfig) -> CacheSource:
 
 
 def agree(sources: tuple[CacheSource, ...]) -> tuple[CacheSource, ...]:
-    """The sources with the shards that the first process of the run saw; others may have looked a moment later."""
+    """The sources with the shards that the first process of the run found; others may have looked a moment later."""
     commits = distributed.agree([[teacher.cache.commits for teacher in source.teachers] for source in sources])
     found = []
-    for source, seen in zip(sources, commits, strict=True):
+    for source, found_there in zip(sources, commits, strict=True):
         first, *others = (
             dataclasses.replace(teacher, cache=Cache(teacher.cache.storage, teacher.cache.manifest, shards))
-            for teacher, shards in zip(source.teachers, seen, strict=True)
+            for teacher, shards in zip(source.teachers, found_there, strict=True)
         )
         found.append(dataclasses.replace(source, cache=first.cache, partners=tuple(others)))
     return tuple(found)
@@ -137,8 +138,8 @@ def require_targets(sources: Sequence[CacheSource]) -> None:
     if not any(cache.commits.total("positions") for cache in caches):
         first = sources[0]
         raise ConfigError(
-            f"no position of {first.name} carries a target (--positions {first.cache.manifest.positions}), so there is "
-            "nothing to distil; dump with a lower X, or train on its labels alone with --soft-weight 0"
+            f"no position of {first.name} carries a target (positions {first.cache.manifest.positions}), so there is "
+            "nothing to distil; dump with a lower X, or train on its labels alone with soft_weight 0"
         )
 
 
@@ -148,8 +149,8 @@ def weights(sources: Sequence[CacheSource]) -> list[float] | None:
     return given or None
 
 
-def split_weight(spelled: str, option: str = "--cache") -> tuple[str, float | None]:
-    """`(path, weight)` of what follows `--cache` or `--pool`; no weight is None.
+def split_weight(spelled: str, field: str = "cache") -> tuple[str, float | None]:
+    """`(path, weight)` of an item of `cache` or `pool`; no weight is None.
 
     Raises:
         ConfigError: a weight that is not above 0, or a URL that cannot be used.
@@ -162,7 +163,7 @@ def split_weight(spelled: str, option: str = "--cache") -> tuple[str, float | No
     if len(name) < 2 or Path(spelled).exists() or open_storage(spelled).size(NAME) is not None:  # C:8 is a path
         return spelled, None
     if not 0 < weight < math.inf:
-        raise ConfigError(f"{option} {spelled} has a weight of {tail}, but it must be above 0")
+        raise ConfigError(f"{field} {spelled} has a weight of {tail}, but it must be above 0")
     return name, weight
 
 
@@ -172,21 +173,23 @@ def _open(name: str, config: TrainConfig) -> Cache:
     try:
         return open_cache(name, partial=config.partial, local_copy=copy, local_limit=config.local_limit)
     except IncompleteCacheError as error:
-        raise IncompleteCacheError(f"{error}, or give --partial to train on the shards that are there") from None
+        raise IncompleteCacheError(f"{error}, or give partial=True to train on the shards that are there") from None
 
 
 def require_alike(one: CacheSource, other: CacheSource) -> None:
-    """Refuse two caches whose rows cannot stand in one batch. How many entries they keep may differ.
+    """Refuse two caches whose rows cannot be in one batch. How many entries they keep may differ.
 
     Raises:
         ConfigError: naming both, and what differs.
     """
     if one.cache.manifest.sha256 == other.cache.manifest.sha256:
-        raise ConfigError(f"--cache {one.name} and {other.name} are one cache; name it once, with a greater weight")
+        raise ConfigError(f"the caches {one.name} and {other.name} are one cache; name it once, with a greater weight")
     mine, theirs = _nature(one.cache.manifest), _nature(other.cache.manifest)
     differing = [f"{what} ({mine[what]} and {theirs[what]})" for what in mine if mine[what] != theirs[what]]
     if differing:
-        raise ConfigError(f"--cache {one.name} and {other.name} cannot be mixed: they differ in {', '.join(differing)}")
+        raise ConfigError(
+            f"the caches {one.name} and {other.name} cannot be mixed: they differ in {', '.join(differing)}"
+        )
 
 
 def _nature(manifest: Manifest) -> dict[str, Any]:

@@ -76,11 +76,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache", (self.cache,) if isinstance(self.cache, str) else tuple(self.cache))
         if not self.cache:
-            raise ConfigError("--cache is missing")
+            raise ConfigError("cache is missing")
         object.__setattr__(self, "pool", (self.pool,) if isinstance(self.pool, str) else tuple(self.pool))
         if self.pool and len(self.cache) > 1:
             raise ConfigError(
-                f"--pool goes with one --cache, not with {len(self.cache)}: the rows of a pool are the same for every "
+                f"pool needs one cache, not {len(self.cache)}: the rows of a pool are the same for every "
                 "teacher, those of a mixture are not"
             )
         parse_rows(self.rows)
@@ -88,38 +88,38 @@ class TrainConfig:
         least_of = {"batch_rows": 1, "accumulate": 1, "save_every": 1, "keep": 1, "eval_every": 0, "seed": 0, "lora": 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least {least}")
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if self.readers is not None and self.readers < 0:
-            raise ConfigError(f"--readers is {self.readers}, but must be at least 0")
+            raise ConfigError(f"readers is {self.readers}, but must be at least 0")
         if self.steps is not None and self.epochs is not None:
-            raise ConfigError("--steps and --epochs exclude each other")
+            raise ConfigError("steps and epochs exclude each other")
         object.__setattr__(self, "temperature", str(self.temperature))  # from Python a number will do
         object.__setattr__(self, "temperature", ":".join(f"{t:g}" for t in dict.fromkeys(self.temperature_ends())))
         for name in ("steps", "epochs", "lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ConfigError(f"--{name} is {value}, but must be positive")
+                raise ConfigError(f"{name} is {value}, but must be positive")
         for name in ("soft_weight", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must lie in [0, 1]")
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must lie in [0, 1]")
         if not 0 < self.heldout < 1:
-            raise ConfigError(f"--heldout is {self.heldout}, but must lie between 0 and 1")
+            raise ConfigError(f"heldout is {self.heldout}, but must lie between 0 and 1")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} is not one of {', '.join(known)}")
+                raise ConfigError(f"{name} {getattr(self, name)} is not one of {', '.join(known)}")
         self.trackers()
         if self.lora and self.fsdp:
-            raise ConfigError("--lora and --fsdp exclude each other: adapters are small enough to be copied")
+            raise ConfigError("lora and fsdp exclude each other: adapters are small enough to be copied")
 
     def trackers(self) -> list[str]:
-        """What `--log-to` names.
+        """The trackers that `log_to` names.
 
         Raises:
             ConfigError: a name that is not known.
         """
         names = [] if self.log_to == "none" else [name.strip() for name in self.log_to.split(",")]
         if set(names) - {"tensorboard", "wandb"}:
-            raise ConfigError(f"--log-to {self.log_to} is not none, tensorboard, wandb, or both of them with a comma")
+            raise ConfigError(f"log_to {self.log_to} is not none, tensorboard, wandb, or both of them with a comma")
         return names
 
     def temperature_ends(self) -> tuple[float, float]:
@@ -134,5 +134,5 @@ class TrainConfig:
             first, rest = 0.0, []
         last = rest[0] if rest else first
         if len(rest) > 1 or not all(0 < t < float("inf") for t in (first, last)):  # NaN included
-            raise ConfigError(f"--temperature is {self.temperature}, but must be positive, or two such as 3:1")
+            raise ConfigError(f"temperature is {self.temperature}, but must be positive, or two such as 3:1")
         return first, last

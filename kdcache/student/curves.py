@@ -75,5 +75,5 @@ def _points(pairs: Any) -> list[tuple[float, float]]:
 def _plot(axes: Any, points: Points, colour: str, label: str, marker: str = "") -> None:
     if points:
         steps, values = zip(*points, strict=True)
-        dot = marker or ("o" if len(points) == 1 else "")  # a line of one point is not seen
+        dot = marker or ("o" if len(points) == 1 else "")  # a line of one point is invisible
         axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker=dot, markersize=4)

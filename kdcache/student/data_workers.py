@@ -28,7 +28,7 @@ _REMOTE = 2
 
 
 def how_many(wished: int | None, remote: bool) -> int:
-    """`--readers`, or what suits the place: none for a folder."""
+    """`readers`, or what suits the storage: none for a folder."""
     return wished if wished is not None else _REMOTE * remote
 
 
@@ -77,7 +77,7 @@ def _arrived(batch: dict[str, Any], each: list[dict[str, Any]], weights: tuple[f
 
 @contextlib.contextmanager
 def translate_worker_errors() -> Iterator[None]:
-    """What readers say, without the traceback that DataLoader puts before it; and they end before the error is told.
+    """Raise the errors of readers without the traceback that DataLoader adds; the readers end first.
 
     Raises:
         CacheError: a reader was killed.
@@ -93,15 +93,13 @@ def translate_worker_errors() -> Iterator[None]:
             if isinstance(error, KdcacheError):
                 raise type(error)(str(error).rstrip().rpartition(f"{type(error).__name__}: ")[2]) from None
             if killed:
-                raise CacheError(
-                    f"a reader was killed ({killed}), perhaps for its memory: use fewer --readers"
-                ) from None
+                raise CacheError(f"a reader was killed ({killed}), perhaps for its memory: use fewer readers") from None
             raise
 
 
 def _who_was_killed(error: BaseException) -> str:
     """What DataLoader, or the pipe to a reader, says of its end; empty for other errors."""
-    told = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+    known = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
     if isinstance(error, ConnectionError | EOFError):
-        told = "multiprocessing" in traceback.extract_tb(error.__traceback__)[-1].filename
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ") if told else ""
+        known = "multiprocessing" in traceback.extract_tb(error.__traceback__)[-1].filename
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ") if known else ""

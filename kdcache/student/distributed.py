@@ -1,4 +1,4 @@
-"""What the ranks of one run tell each other beside the training itself. A single process talks to nobody."""
+"""What the ranks of one run exchange, the training itself left out. A single process exchanges nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def world() -> int:
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes of the run; Trainer later finds the group and uses it."""
+    """Join the process group of the run; Trainer later finds the group and uses it."""
     if world() > 1:
         from accelerate import PartialState
 

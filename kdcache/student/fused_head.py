@@ -120,7 +120,7 @@ def _patch(model: Any, head: nn.Linear) -> None:
         made: list[Tensor] = []
 
         def make(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            # In the place of logits [R, L, V], so that the model's code goes on with it. It is this very tensor that
+            # In the place of logits [R, L, V], so that the model's code continues with it. It is this very tensor that
             # FSDP hooks to know when the backward of the head begins, which an in-place change of a view would undo.
             made.append(on_head(hidden, weight, bias).reshape(1, 1, 1).clone())
             return made[-1]

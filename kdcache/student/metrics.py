@@ -1,4 +1,4 @@
-"""Calibration of a model, and the acceptance of its drafts: what reports say beside losses, made a tile at a time.
+"""Calibration of a model, and the acceptance of its drafts: further figures of a report, computed a tile at a time.
 
 **Calibration**: whether a model that says 0.7 is right seven times in ten. The expected calibration error of Guo et al.
 2017 (arXiv 1706.04599, eq. 3): positions are sorted by the largest probability that the model gives any token, its
@@ -9,14 +9,14 @@ confidence, into 15 bins of equal width, and
 where a position counts as right if no token is more likely than the true next one. Even a perfectly calibrated model
 has an ECE above 0, of up to sqrt(bins / 4N): the noise of each bin's accuracy enters with its absolute value.
 
-**Acceptance**: the share of a student's drafts that the teacher takes, as far as stored targets tell. Speculative
+**Acceptance**: the share of a student's drafts that the teacher accepts, as far as stored targets show. Speculative
 decoding accepts a draft with probability sum_v min(p_v, q_v) (Leviathan et al. 2023, arXiv 2211.17192, corollary 3.6).
 Truncated targets know p on the entries and the mass r of the rest, so with s the student's mass there
 
     sum_K min(p, q)  <=  acceptance  <=  sum_K min(p, q) + min(r, s)
 
 and both ends meet where everything is kept. Sampled targets bound nothing: a weight is a random number whose mean is
-p, and min(w, q) is concave in w, so its mean lies below min(p, q) by an amount that nobody knows.
+p, and min(w, q) is concave in w, so its mean lies below min(p, q) by an unknown amount.
 
 Cost: operations on `[n, K]` of a tile; nothing of the size of its logits.
 

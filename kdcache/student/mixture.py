@@ -1,15 +1,15 @@
 """Mixture: one flat sequence of rows out of several caches, each with its share.
 
 Any slot of the sequence is found without those before it: which cache it takes its row from, and the index of that row
-within the cache. A tree of two-way forks says so. A fork with a of n parts on its light side sends slot t there when
-floor((t a + phase) / n) steps up between t and t + 1 (a Sturmian word: any two windows of one length hold numbers of
-light slots that differ by 1 at most), so behind d forks any window holds a cache's share to within d rows. The lightest
-are joined first, so that a heavy cache stands behind few. The same formula counts the steps before t. All is exact in
-integers: after n slots each cache has had its parts exactly, and its next period begins.
+within the cache. A tree of two-way forks decides this. A fork with a of n parts on its light side sends slot t there
+when floor((t a + phase) / n) steps up between t and t + 1 (a Sturmian word: any two windows of one length hold numbers
+of light slots that differ by 1 at most), so behind d forks any window holds a cache's share to within d rows. The
+lightest are joined first, so that a heavy cache is behind few. The same formula counts the steps before t. All is exact
+in integers: after n slots each cache has had its parts exactly, and its next period begins.
 
 Each cache then goes through its own epochs, every one a permutation of its rows (see `permutation`), of which any place
-is answered for alone too. So an order over 10^9 rows takes no memory. Cost: some ten array operations a fork, and the
-permutation, for a block of slots.
+can be computed by itself too. So an order over 10^9 rows takes no memory. Cost: some ten array operations a fork, and
+the permutation, for a block of slots.
 
 Shapes: S slots asked for at once.
 """

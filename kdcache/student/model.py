@@ -1,10 +1,10 @@
 """A student: made from a checkpoint, a hub name, or a config.json with fresh weights; given adapters; and saved.
 
-Refused with a sentence: a vocabulary that does not cover the cache's, a tokenizer that gives the cache's ids other
+Refused: a vocabulary that does not cover the cache's, a tokenizer that gives the cache's ids other
 meanings, a context shorter than a row, and any model that lets packed pieces see each other.
 
-Adapters are low-rank updates beside frozen weights (LoRA, Hu et al. 2021, arXiv 2106.09685), by peft. Saved is a plain
-Hugging Face model with the cache's tokenizer, however it was trained.
+Adapters are low-rank updates added to frozen weights (LoRA, Hu et al. 2021, arXiv 2106.09685), by peft. What is saved
+is always a plain Hugging Face model with the cache's tokenizer.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ADAPTER = "adapter"
 
 
 def save_student(model: Any, cache: Cache, out: Path | str) -> None:
-    """Write a student that stands on its own. Every rank must call it: sharded weights are gathered.
+    """Write a student that needs nothing else to be loaded. Every rank must call it: sharded weights are gathered.
 
     Adapters of peft are merged into the weights, which changes the model, and also written by themselves, into
     `adapter/`.
@@ -58,14 +58,14 @@ def save_student(model: Any, cache: Cache, out: Path | str) -> None:
     Args:
         model: the student, not wrapped; sharded by FSDP2 or not.
         cache: what it learned from.
-        out: a folder; made if need be.
+        out: a folder; created if there is none.
     """
     out = Path(out)
     weights = _gathered(model)
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     if hasattr(model, "merge_and_unload"):
-        # Unless told, peft asks the hub whether the embeddings were changed.
+        # By default peft asks the hub whether the embeddings were changed.
         model.save_pretrained(out / ADAPTER, save_embedding_layers=False)
         model = model.merge_and_unload()
     model.save_pretrained(out, state_dict=weights)

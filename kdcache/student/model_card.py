@@ -1,4 +1,4 @@
-"""Run record: what stays readable of a run when it is over, beside its weights.
+"""Model card: what people read of a run when it is over.
 
     README.md    a model card: from what the student was distilled, how, how well, and the command that repeats it
     curves.png   loss, nll, KL and learning rate over the steps, where matplotlib is installed
@@ -94,7 +94,7 @@ def make_card(
         f"# {_plain(Path(config.out).name or 'student')}",
         f"A language model distilled from {' and '.join(map(_code, teachers))} with kdcache {kdcache.__version__}: it "
         "learned from stored targets, a sparse picture of the teacher's distribution at each token, and no teacher "
-        "ran beside it.",
+        "ran during the training.",
         "## Distilled from",
         _table(["", *(_code(name) for name in caches)], _sources(list(caches.values()))),
         "## How",

@@ -82,7 +82,7 @@ class PooledCache:
             if not _same_labels(row, other):
                 raise ConfigError(
                     f"row {index} of {self.teachers[0].name} and of {teacher.name} have other labels, so their targets "
-                    "do not stand at the same positions; pool caches of one form of the corpus"
+                    "are not at the same positions; pool caches of one form of the corpus"
                 )
         return row, Pool(tuple(targets for _, targets in found), tuple(teacher.weight for teacher in self.teachers))
 
@@ -102,7 +102,7 @@ def require_lined_up(first: TeacherCache, other: TeacherCache) -> None:
     both = f"{first.name} and {other.name}"
     mine, theirs = first.cache.manifest, other.cache.manifest
     if mine.sha256 == theirs.sha256:
-        raise ConfigError(f"{both} are one cache; --pool takes that of another teacher")
+        raise ConfigError(f"{both} are one cache; a pool takes that of another teacher")
     one, two = _rows_of(mine), _rows_of(theirs)
     differing = [f"{what} ({one[what]} and {two[what]})" for what in one if one[what] != two[what]]
     if differing:
@@ -124,7 +124,7 @@ def require_lined_up(first: TeacherCache, other: TeacherCache) -> None:
 
 
 def _rows_of(manifest: Manifest) -> dict[str, Any]:
-    """What decides which tokens stand in which row, for people to read."""
+    """What decides which tokens are in which row, for a message."""
     return {
         "tokenizer": manifest.tokenizer_sha256[:12],
         "vocab_size": manifest.vocab_size,

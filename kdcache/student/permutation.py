@@ -1,4 +1,4 @@
-"""Permutation: a pseudo-random order of any number of rows, whose every place is answered for alone.
+"""Permutation: a pseudo-random order of any number of rows, of which any place can be computed by itself.
 
 A list of 10^9 shuffled rows takes 8 GB. This is a Feistel network over pairs instead: row x is (x // b, x mod b) with
 a b >= n, and each round adds a hash of one half to the other, modulo its range, which can be undone whatever the hash

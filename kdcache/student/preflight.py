@@ -14,7 +14,7 @@ from kdcache.errors import ConfigError
 from kdcache.student.config import TrainConfig
 
 _PLACES = {"TENSORBOARD_LOGGING_DIR": "tensorboard", "WANDB_DIR": "."}
-"""Where the trackers of `--log-to` write, inside --out: the variables that Trainer and wandb read."""
+"""Where the trackers of `log_to` write, inside the folder of the run: the variables that Trainer and wandb read."""
 
 
 def require_environment(config: TrainConfig, device: torch.device) -> None:
@@ -24,21 +24,21 @@ def require_environment(config: TrainConfig, device: torch.device) -> None:
         ConfigError: a package is missing, or there is nothing to shard over.
     """
     for name in config.trackers():
-        _require_package(name, f"--log-to {name}", name)
+        _require_package(name, f"log_to {name}", name)
     if config.lora:
-        _require_package("peft", f"--lora {config.lora}", "kdcache[lora]")
+        _require_package("peft", f"lora {config.lora}", "kdcache[lora]")
         if Path(config.student).suffix == ".json":
             raise ConfigError(
-                f"--lora {config.lora} adapts weights that were trained, but --student {config.student} has none: "
-                "give a checkpoint, or train all weights without --lora"
+                f"lora {config.lora} needs weights that were trained, but the student {config.student} has none: "
+                "give a checkpoint, or train all weights without adapters"
             )
     if config.fsdp and device.type != "cuda":
         raise ConfigError(
-            f"--fsdp shards over GPUs, but the device is {device.type}, where Trainer would silently train copies "
-            "instead: leave --fsdp out, or use fully_shard in a loop of your own (examples/plain_pytorch.py)"
+            f"fsdp needs GPUs, but the device is {device.type}, where Trainer would silently train copies "
+            "instead: leave it out, or use fully_shard in a loop of your own (examples/plain_pytorch.py)"
         )
     if config.fsdp and int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise ConfigError("--fsdp shards over ranks, but there is one: start this command with torchrun")
+        raise ConfigError("fsdp needs several ranks, but there is one: start this command with torchrun")
 
 
 def _require_package(name: str, option: str, installed_by: str) -> None:

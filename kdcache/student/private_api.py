@@ -1,8 +1,8 @@
-"""What a run uses of transformers and accelerate that these do not promise to keep, all in one list.
+"""The private names of transformers and accelerate that a run uses, all in one list: they may change at any time.
 
 A name here is overridden, called or set by `student.trainer`, `student.train`, `student.data_workers`, `student.model`
 or `pretrained`. tests/student/test_private_api.py fails when a signature differs from what is written here, or
-when a name no longer does what it is needed for. The versions between which it was seen to pass are the bounds of
+when a name no longer does what it is needed for. The versions with which it passed are the bounds of
 transformers and accelerate in pyproject.toml. Whoever raises a bound runs that test first.
 """
 

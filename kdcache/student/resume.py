@@ -1,4 +1,4 @@
-"""What a run is, kept in its folder: a folder resumes the same run, or is refused.
+"""What a run is, kept in its folder: a run in that folder resumes the same run, or is refused.
 
 `train-student.json` describes the run: configuration, caches, rows. Files of JSON lines, a line a step, are appended to
 and cut back to the step of the checkpoint from which a run is resumed.
@@ -94,11 +94,11 @@ def require_free_or_same(out: Path, resume: bool, fields: Fields) -> None:
     old = saved_description(out)
     if old is None:
         if out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
-            raise ConfigError(f"--out {out} holds other files and no training run; choose another folder")
+            raise ConfigError(f"{out} holds other files and no training run; choose another folder")
         return
     if not resume:
         raise ConfigError(
-            f"--out {out} already holds a training run; pass --resume to go on with it, or another folder"
+            f"{out} already holds a training run; pass resume=True to continue it, or choose another folder"
         )
     differing = [
         f"{name} (was {old.get(name)}, now {value})"
@@ -106,10 +106,10 @@ def require_free_or_same(out: Path, resume: bool, fields: Fields) -> None:
         if name not in _FREE_TO_CHANGE and old.get(name) != value
     ]
     if differing:
-        raise ConfigError(f"--out {out} holds a run of another configuration; it differs in {', '.join(differing)}")
+        raise ConfigError(f"{out} holds a run of another configuration; it differs in {', '.join(differing)}")
     if old["rows_per_step"] != fields["rows_per_step"]:
         raise ConfigError(
-            f"--batch-rows {fields['batch_rows']} x --accumulate {fields['accumulate']} x {fields['ranks']} rank(s) is "
+            f"batch_rows {fields['batch_rows']} x accumulate {fields['accumulate']} x {fields['ranks']} rank(s) is "
             f"{fields['rows_per_step']} rows a step, but the run in {out} takes {old['rows_per_step']} "
             f"({old['batch_rows']} x {old['accumulate']} x {old['ranks']}); choose numbers whose product is that"
         )
@@ -119,11 +119,11 @@ def require_same_rows(out: Path, split: Split) -> None:
     """Refuse to resume a run with other rows than it began with.
 
     Raises:
-        ConfigError: they are others; what a run keeps of `--where` was changed.
+        ConfigError: they are others; what a run keeps of `where` was changed.
     """
     old = saved_description(out)
     if old is not None and old["training_rows"] != split.record():
-        raise ConfigError(f"--out {out} holds a run over other rows: rows.npz there is not its own any more; delete it")
+        raise ConfigError(f"{out} holds a run over other rows: its rows.npz was changed; delete that file")
 
 
 def write(path: Path, value: Any) -> None:
@@ -137,13 +137,13 @@ def write(path: Path, value: Any) -> None:
 def hold_folder(out: Path) -> Iterator[None]:
     """Hold the folder of a run: a launcher that is killed may leave ranks behind that still write there.
 
-    It is made if need be, and taken away again if nothing came to lie in it.
+    The folder is created if there is none, and removed again if it stays empty.
 
     Raises:
         ConfigError: another process holds it.
         CacheError: it cannot be made.
     """
-    if out.exists() and not out.is_dir():  # refused in due course
+    if out.exists() and not out.is_dir():  # refused later, by `require_free_or_same`
         yield
         return
     new = not out.exists()
@@ -152,7 +152,7 @@ def hold_folder(out: Path) -> Iterator[None]:
         handle = os.open(out, os.O_RDONLY)
     try:
         if taken(handle):
-            raise ConfigError(f"--out {out} is being written by another run; wait until it ends, or end it")
+            raise ConfigError(f"{out} is being written by another run; wait until it ends, or end it")
         yield
     finally:
         os.close(handle)

@@ -1,8 +1,8 @@
-"""What `--rows` and `--where` say, as values. Importing this costs nothing.
+"""The fields `rows` and `where`, as values. Importing this costs nothing.
 
-The two are not alike. `--rows` names the rows that a run may touch: nothing else is read, to train or to measure.
-`--where` picks, among these, what teaches: the rows held out stay, so runs with different `--where` are measured on the
-same rows.
+The two are not alike. `rows` names the rows that a run may read: nothing else is read, to train or to measure.
+`where` picks, among these, the rows to train on: the held-out rows stay, so runs with different `where` are measured
+on the same rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Bound:
 
 
 def parse_rows(text: str | None) -> tuple[slice, ...]:
-    """The ranges of `--rows`, such as `0:1000` or `:100,200:300,-50:`; everything if it was not given.
+    """The ranges of `rows`, such as `0:1000` or `:100,200:300,-50:`; everything if it was not given.
 
     Raises:
         ConfigError: it is no list of ranges.
@@ -40,12 +40,12 @@ def parse_rows(text: str | None) -> tuple[slice, ...]:
         return (slice(None),)
     found = [_RANGE.fullmatch(part.strip()) for part in text.split(",")]
     if not all(found) or "-" in [end for match in found if match for end in match.groups()]:
-        raise ConfigError(f"--rows {text} is not a range of rows such as 0:1000, nor several with commas between")
+        raise ConfigError(f"rows {text} is not a range of rows such as 0:1000, nor several with commas between")
     return tuple(slice(*(int(end) if end else None for end in match.groups())) for match in found if match)
 
 
 def parse_where(text: str | None) -> tuple[Bound, ...]:
-    """The bounds of `--where`, such as `entropy<2.5` or `entropy>0.5,entropy<2.5`.
+    """The bounds of `where`, such as `entropy<2.5` or `entropy>0.5,entropy<2.5`.
 
     Raises:
         ConfigError: it is none of these.
@@ -61,5 +61,5 @@ def _bounds(text: str) -> Iterable[Bound]:
         except ValueError:
             nats = math.nan
         if match is None or not math.isfinite(nats):
-            raise ConfigError(f"--where {text} is not a bound such as entropy<2.5, nor several with commas between")
+            raise ConfigError(f"where {text} is not a bound such as entropy<2.5, nor several with commas between")
         yield Bound(match[1] == ">", nats)

@@ -1,7 +1,7 @@
 """The objective of each optimiser step: fixed, or with a temperature that steps down and a soft weight that moves.
 
 Between stored temperatures a truncated target is not exact, so a schedule from 3 to 1 is a staircase over those that
-are stored, each for an equal share of the run. The soft weight is a factor times `--soft-weight`; at step s of S, with
+are stored, each for an equal share of the run. The soft weight is a factor times `soft_weight`; at step s of S, with
 w steps of warmup and d = S // 5 of descent:
 
     constant   1
@@ -64,8 +64,8 @@ class Schedule:
             if not each.exact_at(t):
                 stored = ", ".join(f"{t:g}" for t in each.temperatures)
                 raise ConfigError(
-                    f"--temperature {t:g} would not be exact: {name} stores temperature(s) {stored}; choose one "
-                    f"of them, or dump again with --temperatures 1,{t:g}"
+                    f"temperature {t:g} is not exact: {name} stores temperature(s) {stored}; choose one "
+                    f"of them, or dump again with temperatures 1,{t:g}"
                 )
         stored_by_any = {t for each in everyone.values() for t in each.temperatures}
         between = {t for t in stored_by_any if all(each.exact_at(t) for each in everyone.values())}
@@ -81,8 +81,8 @@ class Schedule:
             weights.require_known(each.known)
             if config.tail == "label-sample" and rule.labelled:
                 raise ConfigError(
-                    f"--tail label-sample needs labels that are entries only by merit, but {name} was dumped with "
-                    "--force-label, where a label never stands for the tail"
+                    f"tail label-sample needs labels that are entries only where the selection keeps them, but "
+                    f"{name} was dumped with force_label, where a label never stands for the tail"
                 )
         return Schedule(stairs, weights, steps, config.soft_schedule, *ramps(config, steps))
 

@@ -1,12 +1,12 @@
 """Split: which rows of each cache a run trains on, and which it measures on.
 
 Held out are the rows that `split_heldout` names in the whole cache, so a row that one run holds out is never trained on
-by another with the same `--heldout`, whatever else their options say. `--rows` then narrows both sides: what lies
-outside is never read. `--where` narrows the training side only, so runs that differ in it are measured on equal rows.
+by another with the same `heldout`, whatever else their options say. `rows` then narrows both sides: what lies
+outside is never read. `where` narrows the training side only, so runs that differ in it are measured on equal rows.
 
-`--where` reads every training row once, to know its entropy. The ranks share that work, each with its readers; what
-came of it is kept in the run's folder, so that going on does not repeat it. Sets of rows are bits (see `row_set`), so a
-cache of 10^9 rows takes 141 MB on each side.
+`where` reads every training row once, to know its entropy. The ranks share that work, each with its readers; the
+result is kept in the run's folder, so that a resumed run does not repeat it. Sets of rows are bits (see `row_set`), so
+a cache of 10^9 rows takes 141 MB on each side.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Split:
 def split(
     sources: Sequence[CacheSource], config: TrainConfig, on_progress: Callable[[int, int], None] | None = None
 ) -> Split:
-    """The rows of a run. With `--where` every training row is read, unless the run's folder says what came of that.
+    """The rows of a run. With `where` every training row is read, unless the run's folder holds the result.
 
     Args:
         sources: the caches.
@@ -72,7 +72,7 @@ def split(
         train = _where(sources, train, bounds, config, on_progress) if kept is None else kept
     for source, rows in zip(sources, train, strict=True):
         if not len(rows):
-            raise ConfigError(f"--where {config.where} leaves no row of {source.name} to train on")
+            raise ConfigError(f"where {config.where} leaves no row of {source.name} to train on")
     return Split(train, heldout)
 
 
@@ -98,14 +98,14 @@ def _kept(path: Path, totals: Sequence[int]) -> tuple[RowSet, ...] | None:
 
 
 def _within(source: CacheSource, config: TrainConfig, ranges: tuple[slice, ...]) -> tuple[RowSet, RowSet]:
-    """The two sides of a cache, both inside `--rows`."""
+    """The two sides of a cache, both inside `rows`."""
     train, heldout = sides = split_heldout(len(source.cache), config.heldout)
     if config.rows is not None:
         inside = RowSet.of_ranges(len(source.cache), ranges)
         sides = train & inside, heldout & inside
     if not all(map(len, sides)):
         raise ConfigError(
-            f"--rows {config.rows} leaves {len(sides[0])} of {len(train)} rows to train on and {len(sides[1])} of "
+            f"rows {config.rows} leaves {len(sides[0])} of {len(train)} rows to train on and {len(sides[1])} of "
             f"{len(heldout)} held-out rows of {source.name}, but each side needs one; widen it, or hold out more"
         )
     return sides
@@ -119,7 +119,7 @@ def _where(
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[RowSet, ...]:
     for source in sources:
-        source.cache.known.require("entropy", "--where", source.name)
+        source.cache.known.require("entropy", f"the row filter {config.where}", source.name)
     first, step = distributed.rank(), distributed.world()
     mine = [range(first, len(rows), step) for rows in train]
     done, total = 0, sum(map(len, mine))
@@ -171,6 +171,6 @@ def mean_entropies(cache: Cache, rows: Rows, count: int, places: Sequence[int] |
 def _means(items: list[Item]) -> list[float]:
     means = []
     for item in items:
-        entropy = item.targets.require("entropy", "--where")
+        entropy = item.targets.require("entropy", "the row filter")
         means.append(float(entropy[item.targets.count > 0].double().mean()))
     return means

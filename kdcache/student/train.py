@@ -1,15 +1,15 @@
-"""One training run, from caches to a checkpoint that stands on its own.
+"""One training run, from caches to a checkpoint that needs nothing else to be loaded.
 
 What a run leaves in its folder:
 
     train-student.json   the resolved configuration, and fingerprints of the caches and of the rows; written first
-    tensorboard/, wandb/ logs of --log-to
+    tensorboard/, wandb/ logs of `log_to`
     heldout-before.json  the student's figures before the first step
-    rows.npz             the rows that --where chose
-    rows-RANK.jsonl      with --record-rows: which rows each step took
+    rows.npz             the training rows, with `where`
+    rows-RANK.jsonl      with `record_rows`: which rows each step took
     metrics.jsonl        loss, learning rate and the student's figures; held-out ones when measured; a line each
     checkpoint-N/        whole checkpoints to resume from
-    adapter/             what --lora trained, by itself; the model has it merged
+    adapter/             what `lora` trained, by itself; the model has it merged
     model.safetensors, config.json, tokenizer files   the student, a plain Hugging Face model
     README.md, curves.png   a model card, and the curves of the run where matplotlib is installed
     summary.json         what `--json` prints, written last
@@ -63,7 +63,7 @@ def train(
     Args:
         config: what to do.
         on_progress: called after each step.
-        on_reading: called while `--where` reads the caches, with rows read and rows to read.
+        on_reading: called while `where` reads the caches, with rows read and rows to read.
 
     Returns:
         The summary that `kdcache train-student --json` prints.
@@ -96,7 +96,7 @@ def _train(
     after = run.measure(trainer.model)
     if not math.isfinite(after["nll"]):
         raise ModelError(
-            f"the training diverged: the held-out nll is {after['nll']}; lower --lr, then start in another --out"
+            f"the training diverged: the held-out nll is {after['nll']}; lower lr, then start in another folder"
         )
     positions = int(trainer.accelerator.reduce(torch.tensor(trainer.positions, device=run.args.device)).item())
     seconds = time.perf_counter() - started
@@ -148,7 +148,7 @@ def _open_caches(config: TrainConfig) -> tuple[caches.CacheSource, ...]:
 def _make_student(config: TrainConfig, cache: Cache, device: torch.device) -> Any:
     model = load_student(config.student, cache, device, config.seed)
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        raise ModelError(f"the student {type(model).__name__} cannot be trained with --gradient-checkpointing")
+        raise ModelError(f"the student {type(model).__name__} cannot be trained with gradient_checkpointing")
     return with_adapters(model, config.lora, config.seed) if config.lora else model
 
 

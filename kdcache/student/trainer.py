@@ -1,7 +1,7 @@
 """transformers.Trainer with our order of rows, our loss and whole checkpoints.
 
-Everything else (accumulation, precision, optimiser, resuming, logging, distribution) is Trainer's own; what is used of
-it beside its public names stands in `student.private_api`. Each term of the loss is a sum over positions divided by
+Everything else (accumulation, precision, optimiser, resuming, logging, distribution) is Trainer's own; the private
+names that are used of it are listed in `student.private_api`. Each term of the loss is a sum over positions divided by
 those that it has in the whole optimiser step, across accumulation and ranks: labelled ones, which Trainer counts from
 `shift_labels`, and ones with a target. Figures of the student come with it.
 
@@ -205,7 +205,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self._sums[name] = self._sums.get(name, 0.0) + values.sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's figures and ours: means over the positions that the losses of all ranks saw since the last time."""
+        """Trainer's figures, and means of ours over the positions of all ranks since the last call."""
         if "loss" in logs and self._sums:
             names = sorted(self._sums)
             sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]))
@@ -278,7 +278,7 @@ def arguments(config: TrainConfig, steps: int, device: torch.device, remote: boo
         save_steps=config.save_every,
         logging_strategy="steps",
         logging_steps=max(1, min(50, steps // 20)),
-        logging_nan_inf_filter=False,  # a NaN must be seen, not averaged away
+        logging_nan_inf_filter=False,  # a NaN must show, not be averaged away
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         dataloader_num_workers=data_workers.how_many(config.readers, remote),

@@ -1,4 +1,4 @@
-"""A thread that encodes and writes while the device computes: in order, and never far behind.
+"""A thread that encodes and writes while the device computes: in order, with a short queue.
 
 Encoding and writing release the interpreter's lock where it matters, so they cost no time as long as they are faster
 than the forward pass; `stalled_seconds` says for how long they were not.

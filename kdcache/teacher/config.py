@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kdcache.errors import ConfigError
 from kdcache.options import option
-from kdcache.position_filter import Positions
+from kdcache.position_filter import PositionFilter
 from kdcache.teacher.engines.base import TeacherSpec, require_engine
 
 EXTRA_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
@@ -81,31 +81,31 @@ class DumpConfig:
     def __post_init__(self) -> None:
         for name, least in (("seq_len", 2), ("batch_rows", 1)):
             if getattr(self, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least {least}")
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if not 0 <= self.seed < 1 << 63:
-            raise ConfigError(f"--seed is {self.seed}, but must lie in 0 to 2^63 - 1")
+            raise ConfigError(f"seed is {self.seed}, but must lie in 0 to 2^63 - 1")
         for name in ("docs_per_shard", "chars_per_shard"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least 1")
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if self.docs_per_shard is not None and self.chars_per_shard is not None:
-            raise ConfigError("--docs-per-shard and --chars-per-shard exclude each other")
+            raise ConfigError("docs_per_shard and chars_per_shard exclude each other")
         from kdcache.store.registry import find_store  # which loads the libraries that `--help` does without
 
         find_store(self.store)
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ConfigError(f"--dtype {self.dtype} is not one of auto, float32, bfloat16, float16")
+            raise ConfigError(f"dtype {self.dtype} is not one of auto, float32, bfloat16, float16")
         if self.device_map not in (None, "auto"):
-            raise ConfigError(f"--device-map {self.device_map} is not auto")
+            raise ConfigError(f"device_map {self.device_map} is not auto")
         object.__setattr__(self, "extra", (self.extra,) if isinstance(self.extra, str) else tuple(self.extra))
         if self.extra_precision not in EXTRA_PRECISIONS:
-            raise ConfigError(f"--extra-precision {self.extra_precision} is not one of {', '.join(EXTRA_PRECISIONS)}")
+            raise ConfigError(f"extra_precision {self.extra_precision} is not one of {', '.join(EXTRA_PRECISIONS)}")
         if self.extra and not self.tile_head:
             raise ConfigError(
-                f"--extra {self.extra[0]} is what the output head is given, which needs the head in tiles; leave out "
-                "--no-tile-head"
+                f"extra {self.extra[0]} is what the output head is given, so it needs the head in tiles; leave out "
+                "tile_head=False"
             )
         require_engine(self.engine)
-        object.__setattr__(self, "positions", Positions(self.positions).rule)
+        object.__setattr__(self, "positions", PositionFilter(self.positions).rule)
         _ = self.stored_temperatures
 
     @property
@@ -134,9 +134,7 @@ class DumpConfig:
         try:
             named = tuple(float(t) for t in self.temperatures.split(","))
         except ValueError:
-            raise ConfigError(
-                f"--temperatures {self.temperatures!r} is not a comma-separated list of numbers"
-            ) from None
+            raise ConfigError(f"temperatures {self.temperatures!r} is not a comma-separated list of numbers") from None
         if len(set(named)) != len(named) or not all(0.01 <= t <= 100 for t in named):
-            raise ConfigError(f"--temperatures {self.temperatures!r} must be different and lie in 0.01 to 100")
+            raise ConfigError(f"temperatures {self.temperatures!r} must be different and lie in 0.01 to 100")
         return named if 1.0 in named else (*named, 1.0)

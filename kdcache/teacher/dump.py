@@ -1,9 +1,9 @@
 """The dump: shard by shard, from documents to a commit.
 
-Order of a run: look at everything that can be wrong (folders, corpus, options, a cache of another configuration), open
-and probe the teacher, and only then write. Each shard is a function of its documents alone. A run that stops leaves
-whole shards behind; the next run makes those that are not committed. Shards are written through `kdcache.CacheWriter`.
-Encoding and writing run in a thread of their own, beside the forward pass; `waited_seconds` says for how long the
+Order of a run: check everything that can be wrong (folders, corpus, options, a cache of another configuration), open
+and probe the teacher, and only then write. Each shard is a function of its documents only. A run that stops leaves
+whole shards; the next run makes those that are not committed. Shards are written through `kdcache.CacheWriter`.
+Encoding and writing run in a thread of their own, during the forward pass; `waited_seconds` says for how long the
 teacher had to wait for them.
 Cost above the teacher's forward pass: the selection, and one copy of the entries off the device.
 """
@@ -50,17 +50,17 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     inputs = open_inputs(config, storage)
     planned = inputs.manifest
     request = TargetRequest.of(planned)
-    require_answerable(find_engine(config.engine), request, planned.choice)
-    standing = require_free_or_same(storage, planned)
-    done = set(committed(storage, standing)) if standing else set()
-    if standing:
-        read_commits(storage, standing, [s for s in done if worker.owns(s)])  # refuses one that is damaged
+    require_answerable(find_engine(config.engine), request, planned.position_filter)
+    existing = require_free_or_same(storage, planned)
+    done = set(committed(storage, existing)) if existing else set()
+    if existing:
+        read_commits(storage, existing, [s for s in done if worker.owns(s)])  # refuses a damaged one
     mine = [s for s in range(planned.shards) if worker.owns(s) and s not in done]
     tally = _Tally(on_progress, sum(inputs.plan.documents_of(s) for s in mine))
-    writer = CacheWriter(storage, standing or planned)
-    if mine or not standing:
+    writer = CacheWriter(storage, existing or planned)
+    if mine or not existing:
         with open_teacher(config.teacher_spec, planned.row_spec, request) as teacher:
-            wanted = standing or run_pilot(teacher, inputs)
+            wanted = existing or run_pilot(teacher, inputs)
             writer = CacheWriter.create(storage, wanted, tokenizer_files(inputs.tokenizer), inputs.plan)
             for shard in mine:
                 _make_shard(writer, shard, inputs, teacher, tally)

@@ -1,6 +1,6 @@
 """Inputs: everything that a shard is a function of, opened, checked and fingerprinted.
 
-Who creates a cache surveys the corpus and plans its shards. Who adds to one takes the plan that stands, so its start
+Who creates a cache surveys the corpus and plans its shards. Who adds to one reads the plan that is there, so its start
 costs nothing that grows with the corpus; the documents of a shard are checked when the shard is made.
 """
 
@@ -75,7 +75,7 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
 
     Args:
         config: the options.
-        storage: where the cache lies, or will; its plan is taken if there is one. None to plan anew.
+        storage: where the cache is, or will be; its plan is taken if there is one. None to plan anew.
 
     Raises:
         KdcacheError: see the exception tree.
@@ -94,7 +94,7 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
         messages_column=config.messages_column, filters=filters,
     )  # fmt: skip
     asked = shard_rule(corpus, config.docs_per_shard, config.chars_per_shard)
-    plan, corpus_sha256, date = (storage and _standing(storage, corpus, asked)) or _survey(
+    plan, corpus_sha256, date = (storage and _existing_plan(storage, corpus, asked)) or _survey(
         corpus, asked, tokenizer, vocab_size, config.seq_len
     )
     manifest = Manifest(
@@ -151,8 +151,8 @@ def _survey(corpus: Corpus, rule: dict[str, int], tokenizer: Any, vocab_size: in
     return found.plan, found.corpus_sha256, today()
 
 
-def _standing(storage: Storage, corpus: Corpus, rule: dict[str, int]) -> _Planned | None:
-    """The plan of the cache that lies there, if any.
+def _existing_plan(storage: Storage, corpus: Corpus, rule: dict[str, int]) -> _Planned | None:
+    """The plan of the cache that is there, if any.
 
     Raises:
         CorpusError: the corpus has other files, or is read in another way.

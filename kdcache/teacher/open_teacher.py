@@ -1,4 +1,4 @@
-"""The one door to a teacher: the dump, its pilot, `verify --teacher` and `evaluate --teacher` all open theirs here."""
+"""How every teacher is opened: the dump, its pilot, `verify --teacher` and `evaluate --teacher` call this."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A teacher that is open: what its engine gives becomes targets, the same way for every engine.
+"""A teacher that is open: from what its engine gives to targets, the same way for every engine.
 
 Head tiles, selection, checks, and the search for the document whose logits are bad are here and nowhere else. Nothing
 but sparse targets (and the extra arrays that were asked for) leaves the device.
@@ -43,7 +43,7 @@ _LEAST_POSITIONS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTargets:
-    """What a teacher says of a batch; positions are its labelled slots, in order.
+    """What a teacher gives for a batch; positions are its labelled slots, in order.
 
     Attributes:
         targets: of all N positions, on the CPU.
@@ -220,7 +220,7 @@ class OpenedTeacher:
 
     @torch.inference_mode()
     def bad_logits(self, batch: Batch, position: int) -> LogitsError:
-        """The error for bad logits seen first at a labelled slot: it names the document and token at fault."""
+        """The error for bad logits, found first at a labelled slot: it names the document and token at fault."""
         row, slot = batch.slots[position].tolist()
         document, offset = self._find_bad(batch.rows[row:]) or batch.rows[row].locate(slot)
         return LogitsError(
@@ -232,8 +232,8 @@ class OpenedTeacher:
     def _find_bad(self, rows: Sequence[PackedRow]) -> tuple[int, int] | None:
         """The first document and offset whose own tokens give bad logits.
 
-        In a packed row they cannot be told from the logits: a masked neighbour has weight 0, and 0
-        times NaN is NaN. So each piece runs alone, and the first bad one is bisected by prefixes.
+        The logits of a packed row do not show them: a masked neighbour has weight 0, and 0 times NaN is
+        NaN. So each piece is run by itself, and the first bad one is bisected by prefixes.
         """
 
         def bad(tokens: np.ndarray) -> bool:

@@ -1,4 +1,4 @@
-"""The pilot: what must be known before the first shard, from the first rows of the corpus alone.
+"""The pilot: what must be known before the first shard, from the first rows of the corpus only.
 
 Run by whoever creates the cache and kept in its manifest; everyone else reads it there.
 """
@@ -42,25 +42,26 @@ def _rows(inputs: Inputs) -> Iterator[PackedRow]:
 
 
 def _fitted(teacher: OpenedTeacher, inputs: Inputs) -> Selection:
-    """The selection with what it finds by looking at positions that carry a target."""
-    rule, choice = inputs.manifest.rule, inputs.manifest.choice
-    seen = kept = 0
+    """The selection with the settings that its kind finds from positions that carry a target."""
+    rule, positions = inputs.manifest.rule, inputs.manifest.position_filter
+    read = kept = 0
 
     def tiles() -> Iterator[torch.Tensor]:
-        nonlocal seen, kept
+        nonlocal read, kept
         for row in _rows(inputs):
             for logits in teacher.logits([row]):
-                seen += len(logits)
-                entropy = None if choice.above is None else select(logits, _CHEAPEST).require("entropy", "a choice")
-                chosen = None if entropy is None else choice.chosen(entropy)
-                part = logits if chosen is None else logits[chosen]
+                read += len(logits)
+                carries = None
+                if positions.above is not None:
+                    carries = positions.mask(select(logits, _CHEAPEST).require("entropy", "a position filter"))
+                part = logits if carries is None else logits[carries]
                 kept += len(part)
                 yield part
-            if seen >= _POSITIONS:
+            if read >= _POSITIONS:
                 break
-        if seen and not kept:
+        if read and not kept:
             raise ConfigError(
-                f"positions {choice.rule} leaves none of the first {seen} positions to find "
+                f"positions {positions.rule} leaves none of the first {read} positions to find "
                 f"{', '.join(rule.pilot_settings)} by; lower X"
             )
 
@@ -72,6 +73,6 @@ def _id_order(teacher: OpenedTeacher, inputs: Inputs, manifest: Manifest) -> tup
     order = FrequencyOrder(manifest.vocab_size)
     request = dataclasses.replace(TargetRequest.of(manifest), extras=())
     for row in _rows(inputs):
-        if not order.add(manifest.choice.apply(teacher.targets([row], request).targets)):
+        if not order.add(manifest.position_filter.apply(teacher.targets([row], request).targets)):
             break
     return order.ids()

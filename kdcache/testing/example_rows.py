@@ -17,7 +17,7 @@ from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import Selection, select
 from kdcache.store.commit import histogram
 from kdcache.store.manifest import Manifest
-from kdcache.store.publish import create_cache, new_shard, publish_shard
+from kdcache.store.publish import new_shard, publish_manifest, publish_shard
 from kdcache.store.row_format import Record
 from kdcache.store.storage import Storage
 from kdcache.targets import SparseTargets
@@ -111,9 +111,9 @@ def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | No
         labels = labels[labels != IGNORE]
         scores = 4 * torch.randn(len(labels), manifest.vocab_size, generator=logits)
         targets = select(scores, rule, labels=torch.from_numpy(labels), temperatures=manifest.temperatures)
-        chosen = manifest.choice.chosen(targets.require("entropy", "a choice"))
-        if chosen is not None:
-            targets = targets[chosen].spread(chosen.nonzero()[:, 0], len(labels))
+        carries = manifest.position_filter.mask(targets.require("entropy", "a position filter"))
+        if carries is not None:
+            targets = targets[carries].spread(carries.nonzero()[:, 0], len(labels))
         found.append((row, targets))
     return found
 
@@ -148,11 +148,11 @@ def same_records(one: Record, two: Record) -> bool:
 
 
 def write_cache(storage: Storage, manifest: Manifest, rows: list[Example]) -> Manifest:
-    """A complete cache that has these rows in each of its shards; the manifest that stands."""
-    standing = create_cache(storage, manifest, {"tokenizer.json": b"{}"}, example_plan(manifest))
+    """A complete cache that has these rows in each of its shards; the manifest as written."""
+    created = publish_manifest(storage, manifest, {"tokenizer.json": b"{}"}, example_plan(manifest))
     for shard in range(manifest.shards):
-        assert write_shard(storage, standing, rows, shard)
-    return standing
+        assert write_shard(storage, created, rows, shard)
+    return created
 
 
 def write_shard(storage: Storage, manifest: Manifest, rows: list[Example], shard: int = 0) -> bool:

@@ -1,14 +1,14 @@
-"""Testing: one conformance suite that every store passes, ours and anybody's.
+"""Testing: one conformance suite that every store passes, also one of your own.
 
 Guarantee: a store whose tests inherit from `StoreConformance` and pass writes format 1's logical content, loses none of
-it, and never hands out bytes that its records do not vouch for. The suite looks at bytes with another library (the
+it, and never returns bytes that its checksums do not cover. The suite looks at bytes with another library (the
 `streams` hook), not only through the store's own reader, and damages them itself.
 
     class TestMyStore(StoreConformance):
         store, writer, reader = "mine", MyShardWriter, MyShard
 
         def streams(self, place, objects, form): ...   # what another library reads
-        def spans(self, place, objects, row): ...      # where the bytes of a row lie
+        def spans(self, place, objects, row): ...      # where the bytes of a row are
 
 It needs pytest, which nothing else in the package imports. Cost: a few seconds a store.
 """
@@ -29,7 +29,7 @@ from kdcache.store.commit import Commit, commit_name
 from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, Manifest
-from kdcache.store.publish import create_cache, new_shard, open_shard, publish_shard
+from kdcache.store.publish import new_shard, open_shard, publish_manifest, publish_shard
 from kdcache.store.registry import register_store, registered_stores
 from kdcache.store.row_format import RowFormat
 from kdcache.store.shards import FOLDER, Shard, ShardWriter, shard_stem
@@ -68,14 +68,14 @@ class StoreConformance:
         store: as manifests name it.
         writer, reader: the classes that write and read its shards.
         flips: bits that are flipped in each stretch of a row, about.
-        apart: damage every n-th object of a shard; raise it, and lower `flips`, where requests are slow.
+        damage_every: damage every n-th object of a shard; raise it, and lower `flips`, where requests are slow.
     """
 
     store: ClassVar[str]
     writer: ClassVar[type[ShardWriter]]
     reader: ClassVar[type[Shard]]
     flips: ClassVar[int] = 6
-    apart: ClassVar[int] = 3
+    damage_every: ClassVar[int] = 3
 
     def streams(self, storage: Storage, objects: Objects, form: RowFormat) -> list[dict[str, NDArray[Any]]]:
         """The streams of each row, `[rows]`, as a library of others reads them."""
@@ -86,7 +86,7 @@ class StoreConformance:
         raise NotImplementedError
 
     def together(self, form: RowFormat) -> int:  # noqa: ARG002  for those that override it
-        """How many rows are compressed together, so that damage may be seen in a neighbour of the row alone."""
+        """How many rows are compressed together, so that damage may be found only in a neighbour of the row."""
         return 1
 
     @pytest.fixture
@@ -128,8 +128,8 @@ class StoreConformance:
     def test_rows_come_back_in_any_order(self, storage: Storage, manifest: Manifest, count: int) -> None:
         """What is read is what the codec makes of what was written, in whatever order it is read."""
         rows, form = example_rows(manifest, count), manifest.row_format
-        standing = write_cache(storage, manifest, rows)
-        shard = open_shard(storage, standing, read_commits(storage, standing)[1])
+        created = write_cache(storage, manifest, rows)
+        shard = open_shard(storage, created, read_commits(storage, created)[1])
         for i in np.random.default_rng(1).permutation(2 * count) % max(1, count):
             row, targets = rows[int(i)]
             record = form.pack(row, targets, example_extras(manifest, row))
@@ -140,8 +140,8 @@ class StoreConformance:
     def test_another_library_reads_the_same_streams(self, storage: Storage, manifest: Manifest, count: int) -> None:
         """The bytes say it themselves, without our reader."""
         rows = example_rows(manifest, count)
-        standing = write_cache(storage, manifest, rows)
-        found = self.streams(storage, read_commits(storage, standing)[1].objects, manifest.row_format)
+        created = write_cache(storage, manifest, rows)
+        found = self.streams(storage, read_commits(storage, created)[1].objects, manifest.row_format)
         form = manifest.row_format
         expected = [form.pack(row, kept, extras=example_extras(manifest, row)).streams for row, kept in rows]
         assert len(found) == count
@@ -161,8 +161,8 @@ class StoreConformance:
     def test_a_record_may_be_given_instead_of_packed(self, storage: Storage, plain: Manifest) -> None:
         """Conversion carries records over; a shard of them is the same shard."""
         rows, form = example_rows(plain, 5), plain.row_format
-        standing = write_cache(storage, plain, rows)
-        expected = read_commits(storage, standing)[0]
+        created = write_cache(storage, plain, rows)
+        expected = read_commits(storage, created)[0]
         storage.delete(commit_name(0))
         with self.writer(storage, 0, form) as writer:
             for row in rows:
@@ -202,60 +202,60 @@ class StoreConformance:
 
     def test_the_first_commit_stands(self, storage: Storage, plain: Manifest) -> None:
         """Who comes second changes nothing, whatever it brings."""
-        standing = write_cache(storage, plain, example_rows(plain, 5))
+        created = write_cache(storage, plain, example_rows(plain, 5))
         before = everything(storage)
-        assert not write_shard(storage, standing, example_rows(plain, 4, seed=9))
+        assert not write_shard(storage, created, example_rows(plain, 4, seed=9))
         assert everything(storage) == before
 
     def test_two_writers_that_race_leave_one_sound_shard(self, storage: Storage, plain: Manifest) -> None:
-        """Both write before either publishes; one commit stands and its data is there."""
-        standing = create_cache(storage, plain, {})
+        """Both write before either publishes; one commit wins, and its data are there."""
+        created = publish_manifest(storage, plain, {})
         rows, done = example_rows(plain, 5), []
-        with new_shard(storage, standing, 0) as one, new_shard(storage, standing, 0) as two:
+        with new_shard(storage, created, 0) as one, new_shard(storage, created, 0) as two:
             for writer in (one, two):
                 for row in rows:
                     writer.write(*row)
             entropies = histogram_of(rows)
             done += [
-                publish_shard(storage, standing, w, documents=DOCUMENTS, dropped=0, entropies=entropies, compute={})
+                publish_shard(storage, created, w, documents=DOCUMENTS, dropped=0, entropies=entropies, compute={})
                 for w in (two, one)
             ]
         assert done == [True, False]
-        assert open_shard(storage, standing, read_commits(storage, standing)[0]).count().rows == 5
+        assert open_shard(storage, created, read_commits(storage, created)[0]).count().rows == 5
 
     def leftover(self, storage: Storage, plain: Manifest, rows: list[Example]) -> dict[str, bytes]:
         """Data of shard 0 that was never committed."""
         with self.writer(storage, 0, plain.row_format) as writer:
             if writer.data.name not in (f"{shard_stem(0)}{self.writer.suffix}",):
-                pytest.skip("writers never meet here: each has names of its own")
+                pytest.skip("no two writers use one name here")
             for row in rows:
                 writer.write(*row)
             writer.publish(self.reader)
         return everything(storage)
 
     def test_a_sound_leftover_is_adopted(self, storage: Storage, plain: Manifest) -> None:
-        """Of the same tokens, perhaps with the values of other hardware: it stays, and the commit speaks of it."""
+        """Of the same tokens, perhaps with the values of other hardware: it is kept, and the commit describes it."""
         data = self.leftover(storage, plain, example_rows(plain, 6, values=1))
-        standing = create_cache(storage, plain, {})
-        assert write_shard(storage, standing, example_rows(plain, 6, values=2))
+        created = publish_manifest(storage, plain, {})
+        assert write_shard(storage, created, example_rows(plain, 6, values=2))
         assert {k: v for k, v in everything(storage).items() if k in data} == data
-        commit = read_commits(storage, standing)[0]
+        commit = read_commits(storage, created)[0]
         assert commit.compute == {"unknown": "its writer stopped before the commit"}
-        assert open_shard(storage, standing, commit).count().fields().items() <= vars(commit).items()
+        assert open_shard(storage, created, commit).count().fields().items() <= vars(commit).items()
 
     def test_a_leftover_of_other_tokens_is_replaced(self, storage: Storage, plain: Manifest) -> None:
         """It is sound, but it is not this shard."""
         self.leftover(storage, plain, example_rows(plain, 6, seed=1))
-        standing = create_cache(storage, plain, {})
+        created = publish_manifest(storage, plain, {})
         rows = example_rows(plain, 6, seed=2)
-        assert write_shard(storage, standing, rows)
-        self.require_rows(storage, standing, rows)
+        assert write_shard(storage, created, rows)
+        self.require_rows(storage, created, rows)
 
     def test_a_damaged_leftover_is_replaced(self, storage: Storage, plain: Manifest) -> None:
-        """Cut short, emptied, deleted, flipped or with something strange beside it, object by object."""
+        """Cut short, emptied, deleted, flipped or with a foreign object added, object by object."""
         rows = example_rows(plain, 6)
         data = self.leftover(storage, plain, rows)
-        standing = create_cache(storage, plain, {})
+        created = publish_manifest(storage, plain, {})
         for name, change in [(n, c) for n in list(data)[::9] for c in ("stranger", *_DAMAGE[:5], "folder")]:
             if change == "stranger":
                 if not self.writer.folder:
@@ -263,12 +263,12 @@ class StoreConformance:
                 storage.create(f"{name}.stranger", b"1")
             else:
                 damage(storage, name, data[name], change)
-            assert write_shard(storage, standing, rows), (name, change)
-            self.require_rows(storage, standing, rows)
+            assert write_shard(storage, created, rows), (name, change)
+            self.require_rows(storage, created, rows)
             storage.delete(commit_name(0))
 
     def require_rows(self, storage: Storage, manifest: Manifest, rows: list[Example]) -> None:
-        """Shard 0 holds these rows and nothing else lies where it lies."""
+        """Shard 0 holds these rows, and no other object is under its name."""
         commit = read_commits(storage, manifest)[0]
         shard = open_shard(storage, manifest, commit)
         assert commit.rows == len(rows)
@@ -284,8 +284,8 @@ class StoreConformance:
         Of rows that are compressed together each is refused or is what was written, and rarely are they all.
         """
         rows = example_rows(manifest, 5)
-        standing = write_cache(storage, manifest, rows)
-        commit, form = read_commits(storage, standing)[1], manifest.row_format
+        created = write_cache(storage, manifest, rows)
+        commit, form = read_commits(storage, created)[1], manifest.row_format
         honest = [form.unpack(form.pack(row, targets, example_extras(manifest, row))) for row, targets in rows]
         flipped = harmless = 0
         for row in (0, 4):
@@ -297,7 +297,7 @@ class StoreConformance:
                     data[at] ^= 1 << at % 8
                     flipped += 1
                     try:
-                        shard = open_shard(storage, standing, commit)
+                        shard = open_shard(storage, created, commit)
                     except CorruptCacheError as error:
                         assert shard_stem(1) in str(error)
                         continue
@@ -307,19 +307,19 @@ class StoreConformance:
                         harmless += len(self.readable(shard, honest, range(5))) == 5
                 overwrite(storage, name, bytes(data))
         assert flipped > 20 and harmless < flipped / 4, (flipped, harmless)
-        assert open_shard(storage, standing, commit).count().rows == 5
+        assert open_shard(storage, created, commit).count().rows == 5
 
     @pytest.mark.parametrize("change", _DAMAGE)
     def test_damaged_objects_are_named_and_never_believed(self, storage: Storage, plain: Manifest, change: str) -> None:
         """Verify names each damaged object; reading raises or gives what was written."""
         rows = example_rows(plain, 5)
-        standing = write_cache(storage, plain, rows)
+        created = write_cache(storage, plain, rows)
         assert self.problems(storage) == set()
-        commits = read_commits(storage, standing)
+        commits = read_commits(storage, created)
         honest = [plain.row_format.unpack(plain.row_format.pack(*row)) for row in rows]
         twins = dict(zip([x["name"] for x in commits[0].objects], [x["name"] for x in commits[1].objects], strict=True))
         data = everything(storage)
-        for name, twin in list(twins.items())[:: 1 if len(twins) < 4 else self.apart]:
+        for name, twin in list(twins.items())[:: 1 if len(twins) < 4 else self.damage_every]:
             if change not in ("swap", "copy"):
                 damage(storage, name, data[name], change)
             elif data[name] == data[twin]:
@@ -329,7 +329,7 @@ class StoreConformance:
                 overwrite(storage, twin, data[name] if change == "swap" else data[twin])
             assert name in self.problems(storage)
             try:
-                shard = open_shard(storage, standing, commits[0])
+                shard = open_shard(storage, created, commits[0])
             except KdcacheError as error:
                 assert shard_stem(0) in str(error)
             else:
@@ -377,16 +377,16 @@ class StoreConformance:
 
     def test_a_shard_knows_its_number_and_how_many_rows_it_has(self, storage: Storage, plain: Manifest) -> None:
         """Under another number, or with another count, nothing of it is read."""
-        standing = write_cache(storage, plain, example_rows(plain, 5))
-        commit = read_commits(storage, standing)[1]
+        created = write_cache(storage, plain, example_rows(plain, 5))
+        commit = read_commits(storage, created)[1]
         for shard, count in ((0, 5), (1, 4), (1, 6), (1, 1000), (1, 1 << 40)):
             with pytest.raises(CorruptCacheError):
-                self.reader(storage, shard, standing.row_format, commit.objects, count).count()
+                self.reader(storage, shard, created.row_format, commit.objects, count).count()
 
     def test_objects_that_nobody_names_are_reported(self, storage: Storage, plain: Manifest) -> None:
         """A copy of a shard or of a commit under a number beyond the plan, and a file that no commit names."""
-        standing = write_cache(storage, plain, example_rows(plain, 2))
-        commit = read_commits(storage, standing)[1]
+        created = write_cache(storage, plain, example_rows(plain, 2))
+        commit = read_commits(storage, created)[1]
         copy = shard_stem(SHARDS) + commit.objects[0]["name"].removeprefix(shard_stem(1))
         for name, source in ((copy, commit.objects[0]["name"]), (commit_name(SHARDS), commit_name(1))):
             storage.create(name, b"".join(storage.chunks(source)))
@@ -399,8 +399,8 @@ class StoreConformance:
 
     def test_a_commit_of_other_content_is_reported(self, storage: Storage, plain: Manifest) -> None:
         """Hashes and counts that a commit claims are compared with what its rows say, even if its seal is right."""
-        standing = write_cache(storage, plain, example_rows(plain, 3))
-        commit = read_commits(storage, standing)[1]
+        created = write_cache(storage, plain, example_rows(plain, 3))
+        commit = read_commits(storage, created)[1]
         for field in ("labels", "positions", "entries", "documents", "dropped", "tokens_sha256", "content_sha256"):
             lie = "f" * 64 if field.endswith("sha256") else getattr(commit, field) + DOCUMENTS + 1
             storage.delete(commit_name(1))

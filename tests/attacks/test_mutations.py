@@ -65,7 +65,7 @@ class Held(Storage):
     def __init__(self, objects: dict[str, bytes]) -> None:
         self.objects = objects
 
-    def where(self, name: str) -> str:
+    def path_of(self, name: str) -> str:
         return name
 
     def open(self, name: str, promised: dict[str, Any] | None = None) -> HeldObject:

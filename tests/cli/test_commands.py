@@ -150,11 +150,13 @@ def test_a_setting_that_has_no_option_of_its_own(teacher: Path, corpus: Path, tm
 
 
 def test_messages_of_layers_that_name_fields() -> None:
-    names = ("teacher", "k", "min_k", "seq_len", "positions")
+    names = ("teacher", "k", "min_k", "seq_len", "positions", "steps", "epochs", "tile_head")
     for message, worded in (
         ("k is 0, but must be at least 1", "--k is 0, but must be at least 1"),
         ("a row of seq_len 3 slots", "a row of --seq-len 3 slots"),
         ("positions entropy>9 leaves none", "--positions entropy>9 leaves none"),
+        ("steps and epochs exclude each other", "--steps and --epochs exclude each other"),
+        ("use tile_head=False, or steps=True", "use --no-tile-head, or --steps"),
         ("the teacher is not here", "the teacher is not here"),
         ("/data/seq_len/x and min_k.txt are gone", "/data/seq_len/x and min_k.txt are gone"),
     ):

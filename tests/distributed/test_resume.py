@@ -64,7 +64,7 @@ def test_one_rank_then_two_then_one(cache: Path, student_config: Path, tmp_path:
     words = refused.communicate()[1]
     assert refused.returncode != 0
     assert (
-        f"error: --batch-rows 1 x --accumulate 1 x 2 rank(s) is 2 rows a step, but the run in {out} takes 4 "
+        f"error: --batch-rows 1 x accumulate 1 x 2 rank(s) is 2 rows a step, but the run in {out} takes 4 "
         "(2 x 2 x 1); choose numbers whose product is that\n"
     ) in words
     changed = finish(start(2, out, [*arguments, "--resume"]))

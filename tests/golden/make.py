@@ -24,7 +24,7 @@ from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.commit import add_histograms, histogram
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
-from kdcache.store.publish import create_cache, new_shard, publish_shard
+from kdcache.store.publish import new_shard, publish_manifest, publish_shard
 from kdcache.store.seal import seal_cache
 
 FOLDER = Path(__file__).parent
@@ -107,14 +107,14 @@ def write(name: str) -> None:
         store=store, origin={"made by": "tests/golden/make.py"},
     )  # fmt: skip
     manifest = dataclasses.replace(manifest, error_bound=manifest.codec.error_bound)
-    manifest = create_cache(storage, manifest, {"note.txt": b"a golden cache has no tokenizer\n"}, PLAN)
+    manifest = publish_manifest(storage, manifest, {"note.txt": b"a golden cache has no tokenizer\n"}, PLAN)
     for shard in range(manifest.shards):
         entropies: list[list[int]] = []
         with new_shard(storage, manifest, shard) as writer:
             for number, row in enumerate(rows(shard)):
                 found = targets(row, 10 * shard + number, rule)
                 entropies.append(histogram(found.entropy))
-                chosen = manifest.choice.chosen(found.entropy)
+                chosen = manifest.position_filter.mask(found.entropy)
                 if chosen is not None:
                     found = found[chosen].spread(chosen.nonzero()[:, 0], len(chosen))
                 writer.write(row, found)

@@ -12,7 +12,7 @@ from kdcache import open_cache, verify_cache
 from kdcache.errors import ModelError
 from kdcache.report.faithfulness import check_faithfulness, differences
 from kdcache.store.local import LocalStorage
-from kdcache.store.publish import create_cache, new_shard, publish_shard
+from kdcache.store.publish import new_shard, publish_manifest, publish_shard
 from kdcache.teacher.dump import dump
 from tests.making import dump_options, make_model, make_tokenizer
 from tests.processes import kdcache
@@ -32,7 +32,7 @@ def shifted(cache: Path, out: Path) -> None:
     """The same cache with every target one position late, sealed as if it were right."""
     source, storage = open_cache(cache), LocalStorage(out)
     files = {p.name: p.read_bytes() for p in source.tokenizer_path.iterdir()}
-    manifest = create_cache(storage, source.manifest, files)
+    manifest = publish_manifest(storage, source.manifest, files)
     for shard, commit in source.commits.items():
         with new_shard(storage, manifest, shard) as writer:
             for row in range(commit.rows):

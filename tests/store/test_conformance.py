@@ -46,7 +46,7 @@ class InMemory:
 class InBucket(InMemory):
     """The same once more behind a real HTTP endpoint, with less damage of each kind: what differs is how it is met."""
 
-    flips, apart = 2, 5
+    flips, damage_every = 2, 5
 
     @pytest.fixture
     def new_place(self, bucket: Bucket) -> Callable[[str], Storage]:

@@ -115,10 +115,10 @@ def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path, name: str, cha
 def test_an_extra_that_lies_is_damage(tmp_path: Path, store: str, stream: str, change: Any) -> None:
     """Sealed by the store's own writer: what is left to see the lie is the structure."""
     from kdcache.store.commit import histogram
-    from kdcache.store.publish import create_cache, publish_shard
+    from kdcache.store.publish import publish_manifest, publish_shard
 
     manifest, storage = example_manifest(store, extras=EXTRAS), LocalStorage(tmp_path)
-    manifest = create_cache(storage, manifest, {})
+    manifest = publish_manifest(storage, manifest, {})
     (row, targets), form = example_rows(manifest, 1)[0], manifest.row_format
     record = form.pack(row, targets, example_extras(manifest, row))
     streams = {**record.streams, stream: change(record.streams[stream])}

@@ -238,9 +238,9 @@ def test_a_process_killed_while_it_copies_leaves_nothing_that_is_believed(
 
 
 def test_what_cannot_be(cache: Path, url: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--local-copy is for a cache at a URL"):
+    with pytest.raises(ConfigError, match="local_copy is for a cache at a URL"):
         open_cache(cache, local_copy=tmp_path / "m")
-    with pytest.raises(ConfigError, match="--local-limit many"):
+    with pytest.raises(ConfigError, match="local_limit many"):
         open_cache(url, local_copy=tmp_path / "m", local_limit="many")
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match="cannot be written"):

@@ -495,5 +495,5 @@ def test_sizes(text: str | int, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "many", "-1GB", "1 2GB", "nan", "1e3"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="--local-limit"):
+    with pytest.raises(ConfigError, match="local_limit"):
         parse_size(text)

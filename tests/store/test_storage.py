@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from kdcache.store.storage import Recent, map_ahead
+from kdcache.store.storage import LastUsed, map_ahead
 
 
 def test_results_come_in_order_and_the_next_have_begun() -> None:
@@ -51,7 +51,7 @@ def test_an_error_comes_at_its_turn_and_the_rest_is_dropped() -> None:
 
 
 def test_what_many_ask_for_is_made_once() -> None:
-    recent, made, gate = Recent[int](2), Counter[str](), threading.Barrier(8, timeout=30)
+    recent, made, gate = LastUsed[int](2), Counter[str](), threading.Barrier(8, timeout=30)
 
     def make(key: str) -> int:
         made[key] += 1
@@ -75,7 +75,7 @@ def test_what_many_ask_for_is_made_once() -> None:
 
 
 def test_an_error_is_not_kept() -> None:
-    recent = Recent[int](2)
+    recent = LastUsed[int](2)
 
     def fail() -> int:
         raise ValueError

@@ -127,7 +127,7 @@ def test_weights_set_the_shares_and_a_resumed_mixture_is_the_same(
     assert [path.name for path in trainer.complete(again)] == ["checkpoint-4", "checkpoint-6", "checkpoint-12"]
     with pytest.raises(ConfigError, match=r"differs in caches"):
         train(dataclasses.replace(finer, cache=(f"{cache}:1", f"{other}:2")))
-    with pytest.raises(ConfigError, match=r"--batch-rows 4 x --accumulate 2 x 1 rank\(s\) is 8 rows a step"):
+    with pytest.raises(ConfigError, match=r"batch_rows 4 x accumulate 2 x 1 rank\(s\) is 8 rows a step"):
         train(dataclasses.replace(finer, batch_rows=4))
 
 
@@ -147,13 +147,13 @@ def test_caches_that_cannot_be_mixed(
         r"are one cache; name it once, with a greater weight": shutil.copytree(cache, tmp_path / "copy"),
     }
     for words, path in cases.items():
-        with pytest.raises(ConfigError, match=rf"--cache {cache} and {path} .*{words}"):
+        with pytest.raises(ConfigError, match=rf"the caches {cache} and {path} .*{words}"):
             open_sources(options([cache, path], student_config, tmp_path / "s"))
-    with pytest.raises(ConfigError, match=rf"--cache {other} and {other} are one cache"):
+    with pytest.raises(ConfigError, match=rf"the caches {other} and {other} are one cache"):
         open_sources(options([cache, other, other], student_config, tmp_path / "s"))
     with pytest.raises(ConfigError, match="needs a weight for every cache, or for none"):
         open_sources(options([cache, f"{other}:2"], student_config, tmp_path / "s"))
-    with pytest.raises(ConfigError, match="--cache is missing"):
+    with pytest.raises(ConfigError, match="cache is missing"):
         options([], student_config, tmp_path / "s")
 
 
@@ -178,7 +178,7 @@ def test_a_weight_is_a_trailing_number_and_a_path_of_that_name_wins(
     assert split_weight(numbered) == (numbered, None) and split_weight(f"{numbered}:2") == (numbered, 2.0)
     assert split_weight(f"{plain}:9") == (plain, 9.0)
     for wrong in ("0", "-1", "nan", "inf"):
-        with pytest.raises(ConfigError, match=f"--cache a/b:{wrong} has a weight of {wrong}, but it must be above 0"):
+        with pytest.raises(ConfigError, match=f"cache a/b:{wrong} has a weight of {wrong}, but it must be above 0"):
             split_weight(f"a/b:{wrong}")
 
 
@@ -250,7 +250,7 @@ def test_rows_that_leave_nothing_are_refused(cache: Path, student_config: Path, 
     }.items():
         with pytest.raises(ConfigError, match=words):
             train(options(cache, student_config, tmp_path / "s", rows=rows))
-    with pytest.raises(ConfigError, match=rf"--where entropy<0 leaves no row of {cache} to train on"):
+    with pytest.raises(ConfigError, match=rf"where entropy<0 leaves no row of {cache} to train on"):
         train(options(cache, student_config, tmp_path / "s", where="entropy<0"))
     assert not (tmp_path / "s").exists()
 
@@ -261,7 +261,7 @@ def test_a_cache_that_is_still_being_dumped(cache: Path, student_config: Path, t
     sealed = commit.read_bytes()
     commit.unlink()
     (growing / "seal.arrow").unlink()
-    with pytest.raises(IncompleteCacheError, match=r"1 of 4 shards are missing; .*, or give --partial to train on"):
+    with pytest.raises(IncompleteCacheError, match=r"1 of 4 shards are missing; .*, or give partial=True to train on"):
         train(options(growing, student_config, tmp_path / "s"))
     config = options(growing, student_config, tmp_path / "s", partial=True)
     summary = train(config)
@@ -325,7 +325,7 @@ def test_a_folder_that_another_run_writes_is_refused(cache: Path, student_config
         train(config)
     assert not (tmp_path / "s").exists()
     (tmp_path / "s").mkdir()
-    with pytest.raises(ConfigError, match="--cache is missing"), resume.hold_folder(tmp_path / "s"):
+    with pytest.raises(ConfigError, match="cache is missing"), resume.hold_folder(tmp_path / "s"):
         options([], student_config, tmp_path / "s")
     assert (tmp_path / "s").exists()  # it was there before
     assert train(config)["steps"] == 1

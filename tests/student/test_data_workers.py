@@ -162,7 +162,7 @@ def test_what_a_reader_says_is_said_without_its_traceback() -> None:
 def test_how_many_readers(tmp_path: Path, remote: bool, wished: int | None, expected: int) -> None:
     config = options("c", tmp_path, tmp_path / "s", readers=wished)
     assert arguments(config, 3, torch.device("cpu"), remote).dataloader_num_workers == expected
-    with pytest.raises(ConfigError, match="--readers is -1"):
+    with pytest.raises(ConfigError, match="readers is -1"):
         options("c", tmp_path, tmp_path, readers=-1)
 
 
@@ -188,6 +188,6 @@ def test_evaluate_from_a_url(
         there = evaluate(str(run[0]), url, heldout=0.1, device="cpu", local_copy=str(tmp_path / "m"), local_limit="1GB")
         assert there == evaluate(str(run[0]), str(cache), heldout=0.1, device="cpu")
     assert not [path for _, path in endpoint.asked(bucket.url, start) if path.startswith("c/shards/")]
-    with pytest.raises(ConfigError, match="--local-limit"):
+    with pytest.raises(ConfigError, match="local_limit"):
         evaluate(str(run[0]), url, local_copy=str(tmp_path / "m"), local_limit="lots")
     assert len(open_cache(url)) == len(open_cache(cache))

@@ -116,13 +116,13 @@ def test_with_gradient_checkpointing(run: tuple[Path, dict[str, Any]], base: Pat
 def test_what_cannot_be_adapted_is_refused(
     base: Path, student_config: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"--lora 4 adapts weights that were trained, but --student .*json has none"):
+    with pytest.raises(ConfigError, match=r"lora 4 needs weights that were trained, but the student .*json has none"):
         train(options(cache, student_config, tmp_path / "s"))
-    with pytest.raises(ConfigError, match="--lora and --fsdp exclude each other"):
+    with pytest.raises(ConfigError, match="lora and fsdp exclude each other"):
         options(cache, base, tmp_path / "s", fsdp=True)
-    with pytest.raises(ConfigError, match="--lora is -1, but must be at least 0"):
+    with pytest.raises(ConfigError, match="lora is -1, but must be at least 0"):
         options(cache, base, tmp_path / "s", lora=-1)
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"^--lora 4 needs the package peft, .*: pip install 'kdcache\[lora\]'$"):
+    with pytest.raises(ConfigError, match=r"^lora 4 needs the package peft, .*: pip install 'kdcache\[lora\]'$"):
         train(options(cache, base, tmp_path / "s"))
     assert not (tmp_path / "s").exists()

@@ -206,7 +206,7 @@ def test_shards_that_every_teacher_has(caches: Caches, student_config: Path, tmp
     (short / "commits/00001.json").unlink()
     (short / "seal.arrow").unlink()
     config = options((first, short), student_config, tmp_path / "s", steps=2)
-    with pytest.raises(IncompleteCacheError, match="or give --partial"):
+    with pytest.raises(IncompleteCacheError, match="or give partial=True"):
         train(config)
     assert not (tmp_path / "s").exists()
     summary = train(dataclasses.replace(config, partial=True))
@@ -277,7 +277,7 @@ def test_what_does_not_line_up_is_refused(
     for config, error, words in cases:
         with pytest.raises(error, match=words):
             train(config)
-    with pytest.raises(ConfigError, match="--pool goes with one --cache, not with 2"):
+    with pytest.raises(ConfigError, match="pool needs one cache, not 2"):
         options((first, second), student_config, out, cache=(str(first), str(second)))
     assert not out.exists()
 

@@ -105,7 +105,7 @@ def test_a_temperature_steps_through_what_is_stored(cache: Path, student_config:
         assert schedule.at(6).temperature == ladder[-1]
         assert schedule.at(0).soft_weight == 0.9
     for bad in ("5", "3:5", "5:1"):
-        with pytest.raises(ConfigError, match="--temperature 5 would not be exact: the cache stores"):
+        with pytest.raises(ConfigError, match="temperature 5 is not exact: the cache stores"):
             Schedule.of(options(cache, student_config, tmp_path, temperature=bad), stored, 6)
 
 
@@ -117,7 +117,7 @@ def test_a_temperature_has_one_spelling(cache: Path, student_config: Path, tmp_p
 
 @pytest.mark.parametrize("temperature", ["", "x", "0", "-1", "inf", "nan", "1:2:3", "2:", 0.0])
 def test_a_temperature_that_is_none(temperature: Any, cache: Path, student_config: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--temperature is .*must be positive, or two such as 3:1"):
+    with pytest.raises(ConfigError, match=r"temperature is .*must be positive, or two such as 3:1"):
         options(cache, student_config, tmp_path, temperature=temperature)
 
 
@@ -150,7 +150,7 @@ def test_a_student_learns_from_draws(
     if power:
         weights = open_cache(tmp_path / "c")[0].targets.weights.sum(-1)
         assert ((weights - 1).abs() > 1e-3).any()
-        with pytest.raises(ConfigError, match="draws with --proposal-power cannot be thinned out"):
+        with pytest.raises(ConfigError, match="draws with proposal_power cannot be thinned out"):
             convert(tmp_path / "c", tmp_path / "d", k=4)
     config = options(tmp_path / "c", student_config, tmp_path / "s", soft_weight=1.0)
     after = train(config)["heldout"]["after"]

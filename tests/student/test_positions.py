@@ -219,7 +219,7 @@ def test_a_cache_without_targets_teaches_by_its_labels_alone(
     sure_teacher: Path, corpus: Path, student_config: Path, tmp_path: Path
 ) -> None:
     dump(dump_options(sure_teacher, corpus, tmp_path / "c", positions="entropy>9"))
-    with pytest.raises(ConfigError, match=r"no position of .* carries a target \(--positions entropy>9\)"):
+    with pytest.raises(ConfigError, match=r"no position of .* carries a target \(positions entropy>9\)"):
         train(options(tmp_path / "c", student_config, tmp_path / "s"))
     assert not (tmp_path / "s").exists()
     summary = train(options(tmp_path / "c", student_config, tmp_path / "s", soft_weight=0.0, eval_every=3))

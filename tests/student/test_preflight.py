@@ -50,7 +50,7 @@ def test_a_tracker_that_is_not_there(
 ) -> None:
     found = preflight.find_spec
     monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "wandb" else found(name))
-    with pytest.raises(ConfigError, match="--log-to wandb needs the package wandb, which is not installed: pip"):
+    with pytest.raises(ConfigError, match="log_to wandb needs the package wandb, which is not installed: pip"):
         train(options(cache, student_config, tmp_path / "s", log_to="tensorboard,wandb"))
     for name in ("tensorbord", "all", "", "tensorboard,none"):
         with pytest.raises(ConfigError, match="is not none, tensorboard, wandb, or both"):
@@ -84,7 +84,7 @@ def test_a_student_that_cannot_recompute(
     from transformers import LlamaForCausalLM
 
     monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
-    with pytest.raises(ModelError, match="LlamaForCausalLM cannot be trained with --gradient-checkpointing"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM cannot be trained with gradient_checkpointing"):
         train(options(cache, student_config, tmp_path / "s", gradient_checkpointing=True))
     assert not (tmp_path / "s").exists()
 
@@ -94,13 +94,13 @@ def test_sharding_is_refused_where_trainer_would_train_copies(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     config = options(cache, student_config, tmp_path / "s", fsdp=True)
-    with pytest.raises(ConfigError, match="--fsdp shards over GPUs, but the device is cpu, where Trainer would"):
+    with pytest.raises(ConfigError, match="fsdp needs GPUs, but the device is cpu, where Trainer would"):
         train(config)
     assert not (tmp_path / "s").exists()
     gpu = torch.device("cuda")
     preflight.require_environment(config, gpu)
     monkeypatch.delenv("WORLD_SIZE")
-    with pytest.raises(ConfigError, match="--fsdp shards over ranks, but there is one: start this command with"):
+    with pytest.raises(ConfigError, match="fsdp needs several ranks, but there is one: start this command with"):
         preflight.require_environment(config, gpu)
 
 

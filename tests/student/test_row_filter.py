@@ -33,7 +33,7 @@ def test_ranges_are_python_s(text: str | None, expected: list[int]) -> None:
 
 @pytest.mark.parametrize("text", ["", "5", "a:b", "1:2:3", "1:2,", "-:3", "1.5:2", "0:10;20:30"])
 def test_what_is_no_range_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--rows .* is not a range of rows such as 0:1000"):
+    with pytest.raises(ConfigError, match=r"rows .* is not a range of rows such as 0:1000"):
         parse_rows(text)
 
 
@@ -50,5 +50,5 @@ def test_bounds_are_strict_and_all_must_hold(text: str | None, kept: list[float]
 
 @pytest.mark.parametrize("text", ["", "entropy", "entropy=1", "entropy<", "entropy<a", "entropy<nan", "nll<1", "1<a"])
 def test_what_is_no_bound_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--where .* is not a bound such as entropy<2\.5"):
+    with pytest.raises(ConfigError, match=r"where .* is not a bound such as entropy<2\.5"):
         parse_where(text)

@@ -60,7 +60,7 @@ def test_the_soft_weight(cache: Path, student_config: Path, tmp_path: Path) -> N
     for name in ("wsd", "linear", "cosine"):
         for steps in (1, 2, 3):
             assert all(0 <= weight <= 1 for weight in weights(name, steps, warmup=1.0))
-    with pytest.raises(ConfigError, match="--soft-schedule down is not one of constant, wsd, cosine, linear"):
+    with pytest.raises(ConfigError, match="soft_schedule down is not one of constant, wsd, cosine, linear"):
         weights("down")
 
 

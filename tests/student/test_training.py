@@ -87,7 +87,7 @@ def test_evaluate_agrees_with_training(run: tuple[Path, dict[str, Any]], cache: 
     assert 0 < figures["acceptance"] < 1
     with pytest.raises(ModelError, match="is not the one that made"):
         evaluate(str(out), str(cache), teacher=str(out), device="cpu")
-    with pytest.raises(ConfigError, match="--rows is 0"):
+    with pytest.raises(ConfigError, match="rows is 0"):
         evaluate(str(out), str(cache), rows=0)
     assert evaluate(str(out), str(cache), rows=3, device="cpu")["positions"] < figures["positions"] * 5
 
@@ -230,7 +230,7 @@ def test_a_run_is_not_overwritten_and_not_mixed(
 ) -> None:
     out, _ = run
     config = options(cache, student_config, out, temperature=2.0, eval_every=6)
-    with pytest.raises(ConfigError, match="already holds a training run; pass --resume"):
+    with pytest.raises(ConfigError, match="already holds a training run; pass resume=True"):
         train(config)
     with pytest.raises(ConfigError, match=r"differs in lr \(was 0\.005, now 0\.1\)"):
         train(dataclasses.replace(config, lr=0.1, resume=True))
@@ -313,7 +313,7 @@ def test_a_run_is_the_same_under_another_spelling_of_its_paths(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         ConfigError,
-        match=r"--batch-rows 4 x --accumulate 1 x 2 rank\(s\) is 8 rows a step, but the run in .* takes 4 "
+        match=r"batch_rows 4 x accumulate 1 x 2 rank\(s\) is 8 rows a step, but the run in .* takes 4 "
         r"\(4 x 1 x 1\); choose numbers whose product is that",
     ):
         train(options(cache, student_config, tmp_path / "s", steps=2, resume=True))

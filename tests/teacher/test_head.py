@@ -153,7 +153,7 @@ def spoilt(change: Callable[[Tensor], Tensor]) -> Any:
 )
 def test_a_model_whose_logits_depend_on_the_tile_is_refused(change: Callable[[Tensor], Tensor]) -> None:
     model = spoilt(change)
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM .*use --no-tile-head"):
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM .*use tile_head=False"):
         require_same_logits(model, TiledHead(model, "cpu"), 384, 64, "cpu")
 
 
@@ -171,7 +171,7 @@ def test_a_model_that_cannot_be_run_in_tiles_is_refused() -> None:
 
     model = build("llama", SHAPE)
     model.model.register_forward_hook(lambda module, inputs, output: Sealed(seal=True, **output))
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot run .*; use --no-tile-head"):
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot run .*; use tile_head=False"):
         require_same_logits(model, TiledHead(model, "cpu"), 384, 64, "cpu")
 
 
@@ -180,7 +180,7 @@ def test_a_model_without_hidden_states_is_refused() -> None:
         def forward(self, input_ids: Tensor, **rest: Any) -> Any:
             return SimpleNamespace(logits=super().forward(input_ids))
 
-    with pytest.raises(ModelError, match=r"Bigram cannot run .* no part of it returns hidden states; use --no-tile-"):
+    with pytest.raises(ModelError, match=r"Bigram cannot run .* no part of it returns hidden states; use tile_head="):
         TiledHead(Bigram(384, 384), "cpu")
 
 

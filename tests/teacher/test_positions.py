@@ -192,7 +192,7 @@ def test_inspect_says_what_is_not_there_and_why(chosen_cache: Path) -> None:
     told, untold = (row.targets.count > 0), (row.labels != -100) & (row.targets.count == 0)
     slot = int(untold.nonzero()[3])
     at = inspect_position(str(chosen_cache), 0, slot)
-    assert at["no_target"] == "the teacher's entropy here is not above 2 nats (--positions entropy>2)"
+    assert at["no_target"] == "the teacher's entropy here is not above 2 nats (positions entropy>2)"
     assert at["label"]["id"] == int(row.tokens[slot + 1]) and at["label"]["logprob"] is None
     assert at["entries"] == [] and at["entropy"] is None
     assert inspect_position(str(chosen_cache), 0, int(told.nonzero()[0]))["no_target"] is None

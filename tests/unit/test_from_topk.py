@@ -18,7 +18,7 @@ from kdcache.codec import Layout, make_codec
 from kdcache.errors import ConfigError, TargetError
 from kdcache.known import Known
 from kdcache.store.local import LocalStorage
-from kdcache.store.publish import TOKENIZER, create_cache, new_shard, publish_shard
+from kdcache.store.publish import TOKENIZER, new_shard, publish_manifest, publish_shard
 
 KNOWN = Known(entropy=False, label_logprob=False, partitions=(1.0,), tails=(1.0,), tail_sum="remainder")
 PRECISIONS = ("float32", "float16", "4", "6", "12", "16")
@@ -112,7 +112,7 @@ def ready_made(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest = dataclasses.replace(whole.manifest, temperatures=(1.0,), known=KNOWN, precision="6")
     manifest = dataclasses.replace(manifest, error_bound=manifest.codec.error_bound)
     files = {name: whole.storage.read(f"{TOKENIZER}/{name}", 1 << 30) for name in manifest.tokenizer_files}
-    manifest = create_cache(storage, manifest, files)
+    manifest = publish_manifest(storage, manifest, files)
     for shard, commit in whole.commits.items():
         with new_shard(storage, manifest, shard) as writer:
             for row in range(commit.rows):
@@ -175,7 +175,7 @@ def test_a_manifest_cannot_know_what_contradicts_it(ready_made: Path) -> None:
     for changes, words in (
         (
             {"positions": "entropy>1"},
-            "teacher's entropy, which the choice of positions entropy>1 needs",
+            "teacher's entropy, which the position filter entropy>1 needs",
         ),
         ({"temperatures": (1.0, 2.0)}, "know the partition at each of them"),
     ):

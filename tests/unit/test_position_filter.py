@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdcache.errors import ConfigError
-from kdcache.position_filter import Positions
+from kdcache.position_filter import PositionFilter
 from kdcache.store.commit import LEVELS, MOST_BINS, add_histograms, histogram, quantiles
 
 
@@ -19,8 +19,8 @@ from kdcache.store.commit import LEVELS, MOST_BINS, add_histograms, histogram, q
     ],
 )  # fmt: skip
 def test_a_rule_has_one_spelling(given: str, told: str) -> None:
-    assert Positions(given).rule == Positions(told).rule == told
-    assert Positions(given) == Positions(told)
+    assert PositionFilter(given).rule == PositionFilter(told).rule == told
+    assert PositionFilter(given) == PositionFilter(told)
 
 
 @pytest.mark.parametrize(
@@ -30,19 +30,19 @@ def test_a_rule_has_one_spelling(given: str, told: str) -> None:
 )  # fmt: skip
 def test_no_other_rule(rule: str) -> None:
     with pytest.raises(ConfigError, match="is neither all nor entropy>X") as error:
-        Positions(rule)
+        PositionFilter(rule)
     assert repr(rule) in str(error.value)
 
 
 def test_what_is_chosen_lies_strictly_above() -> None:
     entropy = torch.tensor([0.0, 0.5, 0.5000001, 0.1, 3.0])
-    assert Positions().chosen(entropy) is None
+    assert PositionFilter().mask(entropy) is None
     for rule, chosen in (
         ("entropy>0.5", [0, 0, 1, 0, 1]),
         ("entropy>0", [0, 1, 1, 1, 1]),
         ("entropy>0.1", [0, 1, 1, 0, 1]),
     ):
-        found = Positions(rule).chosen(entropy)
+        found = PositionFilter(rule).mask(entropy)
         assert found is not None and found.tolist() == [bool(x) for x in chosen], rule
 
 

@@ -354,6 +354,6 @@ def test_entries_are_the_same_whatever_the_number_of_threads() -> None:
 
 
 def test_a_sampling_temperature_must_be_stored() -> None:
-    with pytest.raises(ConfigError, match=r"--sample-temperature is 2, but the temperatures are 1, 3"):
+    with pytest.raises(ConfigError, match=r"sample_temperature is 2, but the temperatures are 1, 3"):
         select(torch.zeros(1, 9), Selection(kind="ipps", k=2, sample_temperature=2.0), temperatures=(1.0, 3.0))
     assert math.isfinite(select(torch.zeros(1, 9), Selection(kind="ipps", k=2)).entropy.item())

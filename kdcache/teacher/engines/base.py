@@ -4,7 +4,7 @@ An engine is given packed rows. For their labelled slots, in order, it gives one
 
     HiddenStates   the final hidden states, and the head that turns them into logits
     Logits         the logits themselves
-    SparseTargets  ready entries, from an engine that selects by itself or is told only the top k
+    SparseTargets  ready entries, from an engine that selects by itself or is given only the top k
 
 Everything after that is done once for all engines, by `OpenedTeacher`: tiles of the head, the selection, the checks,
 the search for the document whose logits are bad, and the writing. What an engine cannot know it says in `knows`, and
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kdcache.known import Known
-    from kdcache.position_filter import Positions
+    from kdcache.position_filter import PositionFilter
     from kdcache.rows import RowSpec
     from kdcache.selection import Selection
     from kdcache.store.manifest import Manifest
@@ -207,7 +207,7 @@ class Engine(ABC):
 
     @abstractmethod
     def run(self, batch: Batch, request: TargetRequest) -> EngineOutput:
-        """What the teacher says at the labelled slots of a batch.
+        """The teacher's output at the labelled slots of a batch.
 
         An engine may take the batch as padded rows (`batch.tokens`, `batch.position_ids`) or one piece at a time
         (`batch.pieces()`). One that selects by itself follows `request` and `batch.keys`. It need not wait for its
@@ -273,7 +273,7 @@ def find_engine(name: str) -> type[Engine]:
 
 
 def require_answerable(
-    engine: type[Engine] | Engine, request: TargetRequest, positions: Positions | None = None
+    engine: type[Engine] | Engine, request: TargetRequest, positions: PositionFilter | None = None
 ) -> None:
     """Refuse a request that needs more than an engine knows.
 

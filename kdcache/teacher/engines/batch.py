@@ -117,7 +117,7 @@ class Batch:
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A copy on a device, which nobody waits for."""
+    """A copy on a device; the copying may still be under way."""
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -1,9 +1,9 @@
 """The output head of a model on its own: hidden states in, the model's own logits out.
 
-Guarantee: every logit comes out of the model's own forward code, so all that a model does between its hidden states
-and its logits (a bias, soft-capping, scaling, a cast) is done; and `[R, L, V]` never exists. The body runs once;
-then the model's forward runs again for each tile of positions with its body replaced, for that call, by a stub that
-returns the tile's hidden states. No class is changed and nothing stays behind. `require_same_logits` compares the two.
+Guarantee: every logit comes out of the model's own forward code, so all that a model does between its hidden states and
+its logits (a bias, soft-capping, scaling, a cast) is done; and `[R, L, V]` never exists. The body runs once; then the
+model's forward runs again for each tile of positions with its body replaced, for that call, by a stub that returns the
+tile's hidden states. No class is changed, and no forward stays replaced. `require_same_logits` compares the two.
 Cost: the head over the wanted slots only; in memory `[R, L, D]` and the logits of one tile.
 
 Shapes: R rows, L slots, D hidden, V vocabulary of the model (padding included), n slots of a tile.
@@ -23,7 +23,7 @@ from kdcache.isolation import finite_tokens, packed_forward, rounding
 from kdcache.pretrained import one_line
 
 _CHECKED_TOKENS = 48
-_REMEDY = "use --no-tile-head, which holds the logits of a whole batch in memory"
+_REMEDY = "use tile_head=False, which holds the logits of a whole batch in memory"
 
 
 class TiledHead:
@@ -69,7 +69,7 @@ def require_same_logits(model: nn.Module, head: TiledHead, vocab_size: int, seq_
     """Refuse a model whose logits over tiles are not those of its own forward pass.
 
     A row of tokens is run whole, and its slots shuffled in two tiles. They may differ by as much as the logits of
-    a prefix differ when it runs alone (a sum over D is then cut otherwise, too), and by some roundings.
+    a prefix differ when it is the whole input (a sum over D is then cut otherwise, too), and by some roundings.
     Cost: three forward passes over at most 48 tokens, one over 64 single tokens, and the head twice.
 
     Raises:
@@ -128,7 +128,7 @@ def _find_body(model: nn.Module, device: torch.device | str) -> tuple[nn.Module,
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace an instance's forward for a while; a hook of accelerate, which lies in the same place, is put back."""
+    """Replace an instance's forward for a while; a hook of accelerate in the same place is put back."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
