@@ -41,6 +41,7 @@ def test_options_are_the_configuration(command: str, config: type, monkeypatch: 
     _, out, _ = invoke(command, "--help")
     for field in dataclasses.fields(config):
         assert f"--{field.name.replace('_', '-')}" in out
+        assert "[default" not in field.metadata["help"]  # rich would take it for markup and drop it
 
 
 def test_the_whole_loop_in_real_processes(teacher: Path, corpus: Path, student_config: Path, tmp_path: Path) -> None:

@@ -51,16 +51,14 @@ def anchors(text: str) -> set[str]:
 def broken_links(page: Path) -> list[str]:
     """The relative links of a page whose file or heading does not exist."""
     broken = []
-    for _, line in prose(page.read_text(encoding="utf-8")):
-        for target in _LINK.findall(re.sub(r"`[^`]*`", "", line)):
-            if re.match(r"[a-z]+:", target):  # another site
-                continue
-            path, _, anchor = target.partition("#")
-            file = page.parent / path if path else page
-            if not file.exists():
-                broken.append(target)
-            elif anchor and anchor not in anchors(file.read_text(encoding="utf-8")):
-                broken.append(target)
+    text = "\n".join(line for _, line in prose(page.read_text(encoding="utf-8")))
+    for target in _LINK.findall(re.sub(r"`[^`\n]*`", "", text)):
+        if re.match(r"[a-z]+:", target):  # another site
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
+            broken.append(target)
     return broken
 
 
