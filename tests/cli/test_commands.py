@@ -193,7 +193,7 @@ def test_a_config_file_gives_options_and_flags_win(teacher: Path, corpus: Path, 
     assert manifest["selection"]["k"] == 3 and manifest["seq_len"] == 64
     config.write_text("sequence = 3\n")
     code, _, err = invoke("dump-teacher", "--config", config)
-    assert code == 2 and "sets sequence, which dump-teacher does not know" in " ".join(err.replace("│", " ").split())
+    assert code == 2 and "sets sequence, which dump-teacher does not have" in " ".join(err.replace("│", " ").split())
     config.write_text("= 3\n")
     assert invoke("dump-teacher", "--config", config)[0] == 2
 
