@@ -1,11 +1,12 @@
-"""Encode and decode: positions per second, bytes per position and added KL, compared with a torch.save file under zstd-3.
+"""Codec: positions per second, bytes per position and added KL, compared with a torch.save file under zstd-3.
 
     python -m benchmarks.codec [--cache CACHE] [--k 12 64 128] [--ipps 12] [--bits 6] [--rows 40]
 
 One thread. Each time is the least of several, the codec and the baseline in turn, and includes what a store does: the
 codec and the compression of each stream by itself. The baseline is the obvious way: a dictionary of float16
 log-probabilities, the low 16 bits of the ids and their 17th bits packed, saved by torch and compressed by zstd at level
-3, one file a row. Targets come from a float32 cache, or from synthetic logits with a long tail and frequent ids; `ipps` always uses the latter.
+3, one file a row. Targets come from a float32 cache, or from synthetic logits with a long tail and frequent ids; `ipps`
+always uses the latter.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@
                               [--tile-logits N ...] [--no-tile-head] [--json FILE]
     python -m benchmarks.dump --shape 1b --device cuda --rows 32 --seq-len 1024 --batch-rows 8
 
-The bare pass is `model(...).logits` with isolation; the logits are not used. Measured as a ratio to the bare pass of the
-same round: the logits alone, as the dump makes them; `OpenedTeacher.targets_of` with each selection; and the same with
-the shard encoded and written at the same time, as `dump-teacher` does. A round runs all of them once, and the order
-rotates by one each round. Three ratios: of the least times, the least of the rounds, and the median of the rounds.
-Reading and packing the corpus are not included.
-Teacher and text default to those of KDCACHE_ASSETS; `--shape` makes a random teacher of a known shape instead.
+The bare pass is `model(...).logits` with isolation; the logits are not used. Measured as a ratio to the bare pass of
+the same round: the logits alone, as the dump makes them; `OpenedTeacher.targets_of` with each selection; and the same
+with the shard encoded and written at the same time, as `dump-teacher` does. A round runs all of them once, and the
+order rotates by one each round. Three ratios: of the least times, the least of the rounds, and the median of the
+rounds. Reading and packing the corpus are not included. Teacher and text default to those of KDCACHE_ASSETS; `--shape`
+makes a random teacher of a known shape instead.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The fused loss compared with cross-entropy over materialised logits: time and extra peak memory of forward + backward.
+"""The fused loss compared with cross-entropy over materialised logits: time and peak memory of forward + backward.
 
     python -m benchmarks.head [--vocab 32000 128256] [--loss forward-kl] [--repeats 7] [--json FILE]
 
 On a CPU float32, 2 threads, N = 2,048 positions, D = 512; on a GPU (`--device cuda`) bfloat16, N = 16,384, D = 2,048.
-The baseline is `F.cross_entropy(hidden @ weight.T, labels)`; the fused loss has K = 64 entries per position. Both give the gradients
-of the hidden states and of the weight.
+The baseline is `F.cross_entropy(hidden @ weight.T, labels)`; the fused loss has K = 64 entries per position. Both give
+the gradients of the hidden states and of the weight.
 
 Time: the best of several runs, both in turn; the ratio is of those two. Memory: each in a fresh process; `peak` is the
 maximum above what was allocated before, `working` the same minus the two gradients, which both must produce (those of

@@ -1,4 +1,4 @@
-"""Selection: its time compared with one torch.logsumexp over the same logits, and the error of the weights of each kind.
+"""Selection: its time compared with one torch.logsumexp over the same logits, and the error of each kind.
 
     python -m benchmarks.selection [--teacher DIR --corpus FILE] [--vocab 32000] [--positions 512] [--threads 1]
 

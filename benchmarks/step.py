@@ -4,8 +4,9 @@
                               [--shape 200m] [--device cuda] [--json FILE]
 
 The baseline is the student's own loss as transformers makes it, from logits in memory; Trainer, optimiser, rows, their
-order and the reading of the cache are the same. The student has the teacher's shape and random initial weights. A step is timed
-from the end of the one before it, so waiting for rows counts. Each round runs all of them, and the order rotates by one each round; the first step of each is not counted. Ratios are of the medians and of the least.
+order and the reading of the cache are the same. The student has the teacher's shape and random initial weights. A step
+is timed from the end of the one before it, so waiting for rows counts. Each round runs all of them, and the order
+rotates by one each round; the first step of each is not counted. Ratios are of the medians and of the least.
 """
 
 from __future__ import annotations

@@ -36,9 +36,7 @@ def main(cache_path, student, out, steps):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
     cache = open_cache(cache_path)
-    model = load_student(
-        student, cache, torch.device(device), SEED
-    ).train()  # refuses a student that does not fit the cache
+    model = load_student(student, cache, torch.device(device), SEED).train()  # refused if it does not fit the cache
     head = fuse_head(model, device)  # before the model is wrapped or sharded
     if world > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
