@@ -223,11 +223,10 @@ _VERBS = "is|are|has|needs|names|must|cannot|leaves|makes"
 
 
 def in_options(message: str, names: Sequence[str]) -> str:
-    """A message of a lower layer, which names fields, with the names of the options instead.
+    """A message of a layer that names fields, in the words of the command line.
 
-    A name with an underscore is taken for a field wherever it stands. Any other name is taken for one only where the
-    message begins with it, or with it and its value, and a verb follows: `min_k is 3, above k, which is 2` becomes
-    `--min-k is 3, above k, which is 2`.
+    Names with an underscore are taken for fields wherever they stand, and any name where the message begins with it, or
+    with it and its value, and a verb: `min_k is 3, above k, which is 2` becomes `--min-k is 3, above k, which is 2`.
 
     Args:
         message: of an error.
@@ -245,7 +244,7 @@ def in_options(message: str, names: Sequence[str]) -> str:
 
 @contextmanager
 def _manners(worded: Callable[[str], str]) -> Iterator[None]:
-    """One sentence for bad input, a traceback for defects, and a clean exit on signals."""
+    """One sentence for bad input, a traceback for defects, and a clean end for signals."""
     _settle()
 
     def stop(number: int, _: Any) -> None:
@@ -275,10 +274,10 @@ class _Stopped(BaseException):
 
 
 def _settle() -> None:
-    """Set what libraries read from the environment, before they are loaded.
+    """Set, before the libraries are loaded, what they read from the environment.
 
-    Their progress bars and advice stay out of our output. Idle OpenMP threads sleep instead of spinning: with two
-    processes on two cores, spinning made both sixteen times slower (docs/decisions/0004).
+    Their bars and advice stay out of our output. Idle OpenMP threads sleep instead of spinning: with
+    two processes on two cores, spinning made both sixteen times slower (docs/decisions/0004).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -111,7 +111,7 @@ class TrainConfig:
             raise ConfigError(f"--readers is {self.readers}, but must be at least 0")
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("--steps and --epochs exclude each other")
-        object.__setattr__(self, "temperature", str(self.temperature))  # from Python it may be a number
+        object.__setattr__(self, "temperature", str(self.temperature))  # from Python a number will do
         object.__setattr__(self, "temperature", ":".join(f"{t:g}" for t in dict.fromkeys(self.temperature_ends())))
         for name in ("steps", "epochs", "lr"):
             value = getattr(self, name)
@@ -130,14 +130,14 @@ class TrainConfig:
             raise ConfigError("--lora and --fsdp exclude each other: adapters are small enough to be copied")
 
     def trackers(self) -> list[str]:
-        """The loggers that `--log-to` names.
+        """What `--log-to` names.
 
         Raises:
             ConfigError: a name that is not known.
         """
         names = [] if self.log_to == "none" else [name.strip() for name in self.log_to.split(",")]
         if set(names) - {"tensorboard", "wandb"}:
-            raise ConfigError(f"--log-to {self.log_to} is not none, tensorboard, wandb, or tensorboard,wandb")
+            raise ConfigError(f"--log-to {self.log_to} is not none, tensorboard, wandb, or both of them with a comma")
         return names
 
     def temperature_ends(self) -> tuple[float, float]:

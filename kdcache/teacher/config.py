@@ -100,13 +100,13 @@ class DumpConfig:
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least {least}")
         if not 0 <= self.seed < 1 << 63:
-            raise ConfigError(f"--seed is {self.seed}, but must lie between 0 and 2^63 - 1")
+            raise ConfigError(f"--seed is {self.seed}, but must lie in 0 to 2^63 - 1")
         for name in ("docs_per_shard", "chars_per_shard"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least 1")
         if self.docs_per_shard is not None and self.chars_per_shard is not None:
             raise ConfigError("--docs-per-shard and --chars-per-shard exclude each other")
-        from kdcache.store.registry import find_store  # here, because it loads libraries that `--help` does not need
+        from kdcache.store.registry import find_store  # which loads the libraries that `--help` does without
 
         find_store(self.store)
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -118,8 +118,8 @@ class DumpConfig:
             raise ConfigError(f"--extra-precision {self.extra_precision} is not one of {', '.join(EXTRA_PRECISIONS)}")
         if self.extra and not self.tile_head:
             raise ConfigError(
-                f"--extra {self.extra[0]} is the input of the output head, kept only where the head runs on tiles; "
-                "leave out --no-tile-head"
+                f"--extra {self.extra[0]} is what the output head is given, which needs the head in tiles; leave out "
+                "--no-tile-head"
             )
         require_engine(self.engine)
         object.__setattr__(self, "positions", Positions(self.positions).rule)
@@ -155,5 +155,5 @@ class DumpConfig:
                 f"--temperatures {self.temperatures!r} is not a comma-separated list of numbers"
             ) from None
         if len(set(named)) != len(named) or not all(0.01 <= t <= 100 for t in named):
-            raise ConfigError(f"--temperatures {self.temperatures!r} must be different numbers from 0.01 to 100")
+            raise ConfigError(f"--temperatures {self.temperatures!r} must be different and lie in 0.01 to 100")
         return named if 1.0 in named else (*named, 1.0)
