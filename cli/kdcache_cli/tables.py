@@ -24,7 +24,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("cache", f"{where} ({state}, {shards['committed']} of {shards['planned']} shards)"),
         ("teacher", str(summary["teacher"])),
         ("corpus", str(summary["corpus"])),
-        ("target", f"{rule}, T = {temperatures}, {summary['precision']}"),
+        ("target", f"{rule}, T = {temperatures}, precision {summary['precision']}"),
         ("documents", f"{summary['documents']:,} ({summary['dropped']:,} dropped)"),
         ("rows", f"{summary['rows']:,} of {summary['seq_len']} slots, {summary['tokens']:,} tokens"),
         ("positions", f"{count_of_labels(summary)} ({summary['position_choice']})"),
