@@ -1,8 +1,9 @@
 """Compiled: how loops over numbers become machine code.
 
 numba, not C: it has wheels for every platform that torch has, and asks for no compiler where kdcache is installed. A
-loop is compiled for the types of its first call, about a second each, and kept next to the source, or in the user's
-cache folder where that cannot be written. Loops release the interpreter's lock, so threads run them side by side.
+loop is handed to numba at its first call and compiled for the types of that, about a second each, and kept next to
+the source, or in the user's cache folder where that cannot be written. Loops release the interpreter's lock, so
+threads run them side by side.
 
 Guarantee: a loop is compiled anew when any file of its folder changes, so loops may call loops of other files there.
 numba itself looks only at a loop's own file, and would use an old callee.
@@ -16,14 +17,13 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _LOCK = threading.Lock()
-"""Held while numba's setting is changed."""
+"""Held while a loop is handed to numba, which changes a setting of numba's for all threads."""
 
 
 def compiled(function: F) -> F:
@@ -50,22 +50,28 @@ class _Loop:
 
     def __init__(self, function: Callable[..., Any], fastmath: bool | set[str]) -> None:
         self._function, self._fastmath = function, fastmath
+        self._dispatcher: Any = None
 
     def __call__(self, *values: Any) -> Any:
-        return self._dispatcher(*values)
+        return (self._dispatcher or self._dispatched())(*values)
 
     @property
     def _numba_type_(self) -> Any:
         """What numba takes this for where another loop calls it."""
-        return self._dispatcher._numba_type_
+        return self._dispatched()._numba_type_
 
-    @cached_property
-    def _dispatcher(self) -> Any:
+    def _dispatched(self) -> Any:
+        with _LOCK:
+            if self._dispatcher is None:
+                self._dispatcher = self._make()
+            return self._dispatcher
+
+    def _make(self) -> Any:
         import numba
 
         compile_ = functools.partial(numba.njit, nogil=True, error_model="numpy", fastmath=self._fastmath)
         try:
-            with _LOCK, _kept_for(Path(self._function.__code__.co_filename).parent):
+            with _kept_for(Path(self._function.__code__.co_filename).parent):
                 return compile_(self._function, cache=True)
         except RuntimeError:  # no folder can be written: compile in every process
             return compile_(self._function)
