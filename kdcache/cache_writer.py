@@ -185,6 +185,10 @@ class CacheWriter:
         done = set(committed(self.storage, self.manifest))
         return [shard for shard in range(self.manifest.shards) if shard not in done]
 
+    def is_committed(self, number: int) -> bool:
+        """Whether somebody has committed a shard by now; then nothing of it need be made."""
+        return Commit.read(self.storage, number, self.manifest.sha256) is not None
+
     @contextmanager
     def shard(self, number: int) -> Iterator[NewShard]:
         """Write one shard: it is committed when the `with` block ends, and not if an exception ends it.
@@ -200,7 +204,7 @@ class CacheWriter:
         """
         if not 0 <= number < self.manifest.shards:
             raise ConfigError(f"shard is {number}, but the cache has the shards 0 to {self.manifest.shards - 1}")
-        if Commit.read(self.storage, number, self.manifest.sha256) is not None:
+        if self.is_committed(number):
             yield NewShard(self.manifest, number, None)
             return
         unseal(self.storage)
@@ -296,13 +300,13 @@ class NewShard:
 
         Those that the cache's position filter leaves out are dropped; the entropies of all are counted.
         """
+        if self._data is not None:
+            counted = self.entropies
+            if counted is not None:
+                counted = add_histograms([counted, histogram(targets.require("entropy", "a cache that knows it"))])
+            self._data.write(row, self._manifest.position_filter.apply(targets), extras=extras)
+            self.entropies = counted  # a row that was refused counts for nothing
         self.rows, self.labels = self.rows + 1, self.labels + len(targets.count)
-        if self._data is None:
-            return
-        if self.entropies is not None:
-            entropy = targets.require("entropy", "a cache that knows it")
-            self.entropies = add_histograms([self.entropies, histogram(entropy)])
-        self._data.write(row, self._manifest.position_filter.apply(targets), extras=extras)
 
 
 def _share(manifest: Manifest, shard: int) -> int:

@@ -31,8 +31,8 @@ def load_plugins(names: Iterable[str]) -> None:
     Raises:
         ConfigError: one cannot be imported, or what it registers is refused.
     """
-    wanted = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
-    for name in names:
+    wanted: list[str] = []
+    for name in (*(name for name in os.environ.get(VARIABLE, "").split(",") if name), *names):
         full = str(Path(name).expanduser().resolve()) if _is_file(name) else name
         if "," in full:
             raise ConfigError(f"the plug-in {full} has a comma in its name; rename it")

@@ -101,7 +101,7 @@ def verify_cache(path: str | os.PathLike[str], on_progress: Callable[[int, int],
         _check_seal(report, sealed, commit)
         report.shards += 1
         if _check_objects(report, storage, shard, commit.objects):
-            _check_rows(report, storage, manifest, commit)
+            _check_rows(report, storage, manifest, plan, commit)
         content.update(commit.content_sha256.encode())
     if missing > _MOST_MISSING:
         report.add(None, COMMITS, f"{missing - _MOST_MISSING:,} more shards are not committed")
@@ -186,7 +186,7 @@ def _examine(storage: Storage, data: dict[str, Any]) -> tuple[int, object]:
     return size, None if sha256 == data["sha256"] else "its sha256 is not the one recorded"
 
 
-def _check_rows(report: VerifyReport, storage: Storage, manifest: Manifest, commit: Commit) -> None:
+def _check_rows(report: VerifyReport, storage: Storage, manifest: Manifest, plan: Plan | None, commit: Commit) -> None:
     try:
         counted = open_shard(storage, manifest, commit).count()
     except CorruptCacheError as error:
@@ -194,6 +194,14 @@ def _check_rows(report: VerifyReport, storage: Storage, manifest: Manifest, comm
         return
     if any(getattr(commit, name) != value for name, value in counted.fields().items()):
         report.add(commit.shard, commit.objects[0]["name"], "its rows are not the ones that were committed")
+    if plan is not None and counted.rows:
+        first, last = int(plan.first[commit.shard]), int(plan.last[commit.shard])
+        if counted.first_document < first or counted.last_document > last:
+            report.add(
+                commit.shard, commit.objects[0]["name"],
+                f"its rows are of documents {counted.first_document} to {counted.last_document}, but {first} to {last} "
+                "are planned",
+            )  # fmt: skip
     for name, read in counted.sums.fields().items():
         if not _agree(commit.sums[name], read, commit.positions):
             report.add(commit.shard, commit_name(commit.shard), f"its sum of {name} is not that of its rows")

@@ -9,6 +9,7 @@ Shapes: N positions, K entries, n_T temperatures.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -108,6 +109,9 @@ def _values(targets: SparseTargets, selection: Selection, vocab_size: int) -> It
         if known is not None:
             yield ~torch.isfinite(known), f"a value of {name} that is not finite"
     if targets.entropy is not None:
-        yield targets.entropy < -_ROUNDING, "an entropy below 0"
+        most = math.log(vocab_size) + _ROUNDING
+        yield (targets.entropy < -_ROUNDING) | (targets.entropy > most), f"an entropy outside 0 to {most:.2f} nats"
+    if targets.label_logprob is not None:
+        yield targets.label_logprob > _ROUNDING, "a label_logprob above 0"
     if targets.log_tail is not None:
         yield ~(targets.log_tail <= _ROUNDING), "a value of log_tail above 0"  # or NaN; -inf where everything is kept

@@ -23,10 +23,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from kdcache.errors import CorruptCacheError
+from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.lazy_torch import torch
 from kdcache.store.manifest import FORMAT
-from kdcache.store.sealed_json import read_record, require_fields, seal, short
+from kdcache.store.sealed_json import parse, read_record, require_fields, seal, short
 from kdcache.store.shards import shard_stem
 from kdcache.store.storage import Storage, inside
 
@@ -156,6 +156,20 @@ class Commit:
             raise CorruptCacheError(f"{path} is the commit of another shard or of another cache")
         return commit
 
+    def require_readable(self) -> None:
+        """Refuse to write what no reader would accept: a commit is written once and never again.
+
+        Raises:
+            ConfigError: a field of another type, values that are not plain JSON, or numbers that contradict each other.
+        """
+        try:
+            fields = parse(seal({"format": FORMAT, **dataclasses.asdict(self)}))
+            del fields["format"], fields["checksum"]
+            require_fields(fields, type(self))
+            self.require_sound()
+        except (TypeError, ValueError, OverflowError, CorruptCacheError) as error:
+            raise ConfigError(f"shard {self.shard} cannot be committed: {error}") from None
+
     def require_sound(self) -> None:
         """Check what the types of its fields do not say.
 
@@ -222,6 +236,7 @@ RULES: tuple[tuple[Callable[[Mapping[str, Any]], Any], str], ...] = (
     (lambda c: c["rows"] >= _MOST_ROWS, "it claims {rows} rows in {bytes} bytes"),
     (lambda c: c["rows"] * _LEAST_ROW > c["bytes"], "it claims {rows} rows in {bytes} bytes"),
     (lambda c: c["tokens"] >= _MOST_TOKENS, "it claims {tokens} tokens"),
+    (lambda c: c["dropped"] > c["documents"], "it claims {dropped} dropped of {documents} documents"),
     (lambda c: c["tokens"] < c["rows"], "it claims {tokens} tokens in {rows} rows"),
     (lambda c: (c["pieces"] < c["rows"]) | (c["pieces"] > c["tokens"]), "it claims {pieces} pieces of {tokens} tokens"),
     (lambda c: c["labels"] > c["tokens"], "it claims {labels} labels among {tokens} tokens"),

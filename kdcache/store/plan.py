@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from kdcache.corpus.plan import CorpusFile, Plan
-from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.errors import CacheError, CacheMismatchError, CorruptCacheError
 from kdcache.store.arrow_layout import read_batch
 from kdcache.store.manifest import NAME, PLAN, Manifest
 from kdcache.store.sealed_json import canonical, is_count, parse, short
@@ -81,6 +81,32 @@ def _is(data: bytes, plan: Plan) -> bool:
         return decode_plan(data) == plan
     except CorruptCacheError:
         return False
+
+
+def require_plan(storage: Storage, manifest: Manifest, plan: Plan | None) -> None:
+    """Refuse to add shards of one plan to a cache that was created with another.
+
+    Raises:
+        CacheMismatchError: the cache has another plan, or only one of the two has any.
+        CorruptCacheError: the plan of the cache is damaged.
+    """
+    if plan is not None and manifest.plan.get("sha256") == hashlib.sha256(encode_plan(plan)).hexdigest():
+        return
+    existing = read_plan(storage, manifest)
+    if existing != plan:
+        raise CacheMismatchError(
+            f"{storage} holds a cache whose shards have other documents; choose another folder, or the same options"
+        )
+
+
+def require_no_other_plan(storage: Storage, plan: Plan) -> None:
+    """Refuse a plan where another one was written, whose manifest was not.
+
+    Raises:
+        CacheError: another plan is there.
+    """
+    if storage.size(PLAN) is not None and storage.size(NAME) is None:
+        create_plan(storage, plan)
 
 
 def read_plan(storage: Storage, manifest: Manifest) -> Plan | None:

@@ -15,9 +15,10 @@ from kdcache.errors import CacheError
 from kdcache.store.commit import FOLDER, Commit, commit_name, quantiles
 from kdcache.store.commits import read_commits
 from kdcache.store.manifest import NAME, PLAN, Manifest
-from kdcache.store.plan import create_plan
+from kdcache.store.plan import create_plan, require_plan
 from kdcache.store.registry import find_store
 from kdcache.store.seal import open_commits
+from kdcache.store.shards import FOLDER as SHARDS
 from kdcache.store.shards import Shard, ShardWriter, shard_stem
 from kdcache.store.storage import Storage
 
@@ -41,8 +42,13 @@ TOKENIZER = "tokenizer"
 _MOST_BYTES = 1 << 30
 
 
-def require_free_or_same(storage: Storage, manifest: Manifest) -> Manifest | None:
+def require_free_or_same(storage: Storage, manifest: Manifest, but_for: tuple[str, ...] = ()) -> Manifest | None:
     """The manifest of the cache that is there, if it is of this configuration; None where nothing is.
+
+    Args:
+        storage: where the cache is, or will be.
+        manifest: of this configuration.
+        but_for: fields that may differ.
 
     Raises:
         CacheMismatchError: a cache of another configuration.
@@ -50,13 +56,15 @@ def require_free_or_same(storage: Storage, manifest: Manifest) -> Manifest | Non
     """
     if storage.size(NAME) is not None:
         existing = Manifest.read(storage)
-        existing.require_same(manifest, storage)
+        existing.require_same(
+            dataclasses.replace(manifest, **{name: getattr(existing, name) for name in but_for}), storage
+        )
         return existing
     strangers = [
         name for name in storage.names() if not name.startswith(f"{TOKENIZER}/") and name != PLAN
     ]  # written before the manifest
     if NAME in strangers:  # another worker was quick
-        return require_free_or_same(storage, manifest)
+        return require_free_or_same(storage, manifest, but_for)
     if strangers:
         raise CacheError(f"{storage} holds no cache but other files, such as {strangers[0]}; choose another folder")
     return None
@@ -74,6 +82,7 @@ def publish_manifest(
         plan: of the shards; None where the cache is not made from a corpus.
 
     Raises:
+        CacheMismatchError: a cache of another configuration, or of other documents in its shards, is there.
         CacheError: the files of another tokenizer are there, or the storage cannot be written.
     """
     if storage.size(NAME) is None:
@@ -92,7 +101,9 @@ def publish_manifest(
         planned = {} if plan is None else create_plan(storage, plan)
     else:
         sums, planned = manifest.tokenizer_files, manifest.plan
-    return dataclasses.replace(manifest, tokenizer_files=sums, plan=planned).create(storage)
+    existing = dataclasses.replace(manifest, tokenizer_files=sums, plan=planned).create(storage)
+    require_plan(storage, existing, plan)
+    return existing
 
 
 def publish_shard(
@@ -116,6 +127,9 @@ def publish_shard(
         entropies: histogram of the teacher's entropy over its labelled positions; None if that is unknown.
         compute: how its numbers were made.
         sums: of its targets before rounding; None for those of the targets that were written.
+
+    Raises:
+        ConfigError: counts that contradict each other, or a `compute` that is not plain JSON of moderate size.
     """
     if Commit.read(storage, writer.shard, manifest.sha256) is not None:
         return False
@@ -131,6 +145,7 @@ def publish_shard(
         sums=writer.tally.sums.fields() if sums is None else sums,
         compute=compute if ours else {"unknown": "its writer stopped before the commit"},
     )
+    commit.require_readable()
     if commit.write(storage):
         return True
     existing = Commit.read(storage, writer.shard, manifest.sha256)
@@ -142,8 +157,20 @@ def publish_shard(
 
 
 def sweep(storage: Storage, manifest: Manifest) -> None:
-    """Delete what writers that died have left in a cache."""
-    commits = read_commits(storage, manifest).values() if storage.remote else ()  # a folder's names are taken at once
+    """Delete what writers that died have left in a cache.
+
+    Cost: one listing; in an object store the commit of each shard whose data is there twice.
+    """
+    doubtful: list[int] = []
+    if storage.remote:  # in a folder a name is taken at once
+        found: dict[int, set[str]] = {}  # names of data by shard
+        for name in storage.names(SHARDS):
+            data = name.split("/")[1]
+            number = data.partition("-")[0]
+            if number.isdecimal():
+                found.setdefault(int(number), set()).add(data)
+        doubtful = [shard for shard, names in found.items() if len(names) > 1 and shard < manifest.shards]
+    commits = read_commits(storage, manifest, doubtful).values()
     storage.sweep({shard_stem(c.shard): {x["name"] for x in c.objects} for c in commits})
 
 

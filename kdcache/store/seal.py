@@ -32,7 +32,7 @@ SEAL = "seal.arrow"
 
 _CHECKSUM = re.compile(rb"sha256:[0-9a-f]{64}")
 _UNKNOWN = b"sha256:" + b"0" * 64
-_MOST_BYTES, _MOST_PER_SHARD = 1 << 20, 1 << 16
+_MOST_BYTES, _MOST_PER_SHARD = 1 << 20, 1 << 22
 """A seal may have so many bytes, and so many more for each shard."""
 
 _DAMAGE = (pa.ArrowException, OSError, ValueError, TypeError, IndexError, OverflowError, MemoryError, struct.error)

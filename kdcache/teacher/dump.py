@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdcache.cache_writer import CacheWriter, NewShard, tokenizer_files
+from kdcache.errors import CacheMismatchError
 from kdcache.rows import PackedRow
 from kdcache.store.commits import committed, read_commits
 from kdcache.store.open_storage import open_storage
+from kdcache.store.plan import require_no_other_plan
 from kdcache.store.publish import require_free_or_same
 from kdcache.teacher.background_writer import BackgroundWriter
 from kdcache.teacher.config import DumpConfig
@@ -51,7 +53,8 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     planned = inputs.manifest
     request = TargetRequest.of(planned)
     require_answerable(find_engine(config.engine), request, planned.position_filter)
-    existing = require_free_or_same(storage, planned)
+    existing = require_free_or_same(storage, planned, but_for=("known",))  # an open engine may know less than its class
+    require_no_other_plan(storage, inputs.plan)
     done = set(committed(storage, existing)) if existing else set()
     if existing:
         read_commits(storage, existing, [s for s in done if worker.owns(s)])  # refuses a damaged one
@@ -59,7 +62,10 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     tally = _Tally(on_progress, sum(inputs.plan.documents_of(s) for s in mine))
     writer = CacheWriter(storage, existing or planned)
     if mine or not existing:
-        with open_teacher(config.teacher_spec, planned.row_spec, request) as teacher:
+        with open_teacher(config.teacher_spec, planned.row_spec, request, planned.position_filter) as teacher:
+            inputs = inputs.with_known(teacher.engine.knows.known(planned.rule, planned.temperatures))
+            if existing and existing.known != inputs.manifest.known:
+                raise CacheMismatchError(f"{storage} knows other things of its teacher than this engine does")
             wanted = existing or run_pilot(teacher, inputs)
             writer = CacheWriter.create(storage, wanted, tokenizer_files(inputs.tokenizer), inputs.plan)
             for shard in mine:
@@ -83,6 +89,11 @@ class _Tally:
         if self.on_progress:
             self.on_progress(self.documents_done + int(documents), self.documents, self.positions + positions)
 
+    def skip(self, documents: int) -> None:
+        """Count a shard of another worker."""
+        self.documents_done += documents
+        self.show(0, 0)
+
     def finish(self, shard: NewShard, documents: int) -> None:
         """Count a shard; one that another worker committed meanwhile does not count as ours."""
         self.documents_done += documents
@@ -93,7 +104,10 @@ class _Tally:
 
 
 def _make_shard(writer: CacheWriter, number: int, inputs: Inputs, teacher: OpenedTeacher, tally: _Tally) -> None:
-    """Make and commit one shard."""
+    """Make and commit one shard, unless another worker has by now."""
+    if writer.is_committed(number):
+        tally.skip(inputs.plan.documents_of(number))
+        return
     made, request, positions, rows = inputs.shard_rows(number), TargetRequest.of(writer.manifest), 0, 0
     with writer.shard(number) as shard, BackgroundWriter() as background:
         shard.documents, shard.dropped, shard.compute = made.documents, made.dropped, teacher.compute

@@ -18,6 +18,7 @@ from kdcache.corpus.sources import Corpus, Filters, open_corpus
 from kdcache.corpus.survey import shard_rule, survey
 from kdcache.errors import CacheMismatchError, ConfigError, CorpusError
 from kdcache.extras import ExtraSpec
+from kdcache.known import Known
 from kdcache.pretrained import (
     context_length,
     fingerprint,
@@ -60,6 +61,11 @@ class Inputs:
         """
         manifest = self.manifest
         return shard_rows(self.corpus, self.plan, shard, self.tokenizer, manifest.vocab_size, manifest.seq_len)
+
+    def with_known(self, known: Known) -> Inputs:
+        """The same, for targets that know this."""
+        manifest = dataclasses.replace(self.manifest, known=known)
+        return dataclasses.replace(self, manifest=dataclasses.replace(manifest, error_bound=manifest.codec.error_bound))
 
 
 def _extras(config: DumpConfig, folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kdcache.errors import ModelError
+from kdcache.position_filter import PositionFilter
 from kdcache.pretrained import fingerprint, model_folder
 from kdcache.rows import RowSpec
 from kdcache.store.manifest import Manifest
@@ -10,13 +11,20 @@ from kdcache.teacher.engines.base import TargetRequest, TeacherSpec, find_engine
 from kdcache.teacher.opened_teacher import OpenedTeacher
 
 
-def open_teacher(spec: TeacherSpec, rows: RowSpec, request: TargetRequest | None = None) -> OpenedTeacher:
+def open_teacher(
+    spec: TeacherSpec,
+    rows: RowSpec,
+    request: TargetRequest | None = None,
+    position_filter: PositionFilter | None = None,
+) -> OpenedTeacher:
     """Load a teacher with its engine, and let the engine prove what it promises.
 
     Args:
         spec: which teacher, and how it is run.
         rows: the shape of the rows that it will be given.
         request: what will be asked of it, to be refused here if the engine cannot answer it; None for its logits.
+
+        position_filter: which labelled slots will carry a target.
 
     Raises:
         ConfigError: no such engine, or a request that it cannot answer.
@@ -25,12 +33,12 @@ def open_teacher(spec: TeacherSpec, rows: RowSpec, request: TargetRequest | None
     engine = find_engine(spec.engine)
     folder = model_folder(spec.model, "teacher")
     if request is not None:
-        require_answerable(engine, request)
+        require_answerable(engine, request, position_filter)
         require_extras(engine, folder, request.extras)
     opened = engine(spec, folder, rows)
     try:
         if request is not None:
-            require_answerable(opened, request)
+            require_answerable(opened, request, position_filter)  # an open engine may know less than its class
         return OpenedTeacher(opened, rows, spec.batch_rows)
     except BaseException:
         opened.close()

@@ -264,7 +264,7 @@ class _StartedBatch:
 
     _targets: SparseTargets
     _finite: Tensor | None = None
-    _copied: torch.cuda.Event | None = None
+    _copied: Sequence[torch.cuda.Event] = ()
 
     def __init__(self, teacher: OpenedTeacher, batch: Batch, output: EngineOutput, *, to_cpu: bool) -> None:
         self._teacher, self._batch, self._to_cpu = teacher, batch, to_cpu
@@ -296,22 +296,24 @@ class _StartedBatch:
         device = self._finite.device
         if device.type == "cpu":
             return
+        devices = {device, *(values.device for values in self._extras.values())}  # a model may lie on several
         self._targets = self._targets.to("cpu", non_blocking=True)
         self._finite = self._finite.to("cpu", non_blocking=True)
         self._extras = {name: values.to("cpu", non_blocking=True) for name, values in self._extras.items()}
-        self._copied = torch.cuda.current_stream(device).record_event()
+        self._copied = [torch.cuda.current_stream(each).record_event() for each in devices if each.type == "cuda"]
 
     def finish(self) -> BatchTargets:
         """Wait for them, and refuse those of bad logits."""
-        if self._copied:
-            self._copied.synchronize()
+        for copied in self._copied:
+            copied.synchronize()
         try:
             if self._finite is not None:
                 require_finite(self._finite)
         except LogitsError as error:
             raise self._teacher.bad_logits(self._batch, error.position) from None
         extras = {name: values.cpu() for name, values in self._extras.items()}
-        return BatchTargets(targets=self._targets, counts=self._batch.counts, extras=extras)
+        targets = drop_unknown(self._targets, self._teacher.engine.knows)
+        return BatchTargets(targets=targets, counts=self._batch.counts, extras=extras)
 
 
 def tile_slices(positions: int, vocab_size: int, device: torch.device) -> list[slice]:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kdcache import verify_cache
+from kdcache import open_cache, verify_cache
 from kdcache.convert import convert
 from kdcache.corpus.plan import CorpusFile, Plan
 from kdcache.errors import CacheError, CacheMismatchError, CorpusError, CorruptCacheError
@@ -281,3 +281,21 @@ def test_a_cache_that_no_corpus_made_takes_no_dump(small: Path, teacher: Path, c
     assert verify_cache(copy).ok
     with pytest.raises(CacheMismatchError, match="was not made from a corpus"):
         dump(dump_options(teacher, corpus, copy, limit_docs=12, docs_per_shard=6))
+
+
+def test_shards_of_two_plans_do_not_mix(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    """Two caches of one corpus with as many shards, which end elsewhere."""
+    one, two, out = (tmp_path / name for name in ("one", "two", "out"))
+    dump(dump_options(teacher, corpus, one, limit_docs=12, docs_per_shard=6))
+    size, last = 64, 5
+    while last == 5 or len(open_cache(two).commits) != 2:
+        size = size * 5 // 4
+        shutil.rmtree(two, ignore_errors=True)
+        dump(dump_options(teacher, corpus, two, limit_docs=12, docs_per_shard=None, chars_per_shard=size))
+        found = read_plan(LocalStorage(two), open_cache(two).manifest)
+        assert found is not None
+        last = int(found.last[0])
+    convert(one, out, worker="0/2")
+    with pytest.raises(CacheMismatchError, match="shards have other documents"):
+        convert(two, out, worker="1/2")
+    assert convert(one, out)["complete"] and verify_cache(out).ok

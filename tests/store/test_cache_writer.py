@@ -240,3 +240,40 @@ def test_a_tokenizer_goes_along(tmp_path: Path, teacher: Path) -> None:
     from kdcache.report.inspect import inspect_row
 
     assert inspect_row(str(tmp_path / "c"), 0)["tokens"][0]["text"]
+
+
+BAD_SHARDS: dict[str, dict[str, Any]] = {
+    "documents": {"documents": -1},
+    "dropped": {"dropped": 10**9},
+    "not a number": {"compute": {"x": float("nan")}},
+    "too much": {"compute": {"x": [0] * 70_000}},
+}
+
+
+@pytest.mark.parametrize("name", BAD_SHARDS)
+def test_a_commit_that_no_reader_would_take_is_not_written(tmp_path: Path, name: str) -> None:
+    made = writer(tmp_path / "c")
+    with pytest.raises(ConfigError, match="shard 1 cannot be committed"), made.shard(1) as shard:
+        shard.write(*some())
+        vars(shard).update(BAD_SHARDS[name])
+    assert made.missing() == [0, 1, 2]
+    write_all(made)
+    assert made.finish()["complete"] and verify_cache(tmp_path / "c").ok
+
+
+def test_a_row_that_is_refused_counts_for_nothing(tmp_path: Path) -> None:
+    made = writer(tmp_path / "c", extras={"h": ExtraSpec(width=2)}, shards=1)
+    tokens, targets = some()
+    assert targets.label_logprob is not None and targets.entropy is not None
+    with made.shard(0) as shard:
+        with pytest.raises(TargetError, match="extra"):
+            shard.write(tokens, targets, extras={"h": torch.zeros(10, 3)})
+        for field, wrong, words in (
+            ("label_logprob", -targets.label_logprob, "a label_logprob above 0"),
+            ("entropy", targets.entropy + 9, "an entropy outside 0 to 3.91 nats"),
+        ):
+            bad = dataclasses.replace(targets, **{field: wrong})  # type: ignore[arg-type]
+            with pytest.raises(TargetError, match=words):
+                shard.write(tokens, bad, extras={"h": torch.zeros(10, 2)})
+        shard.write(tokens, targets, extras={"h": torch.zeros(10, 2)})
+    assert made.finish()["complete"] and verify_cache(tmp_path / "c").ok and len(open_cache(tmp_path / "c")) == 1

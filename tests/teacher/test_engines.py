@@ -16,6 +16,7 @@ from kdcache import Selection, SparseTargets, open_cache, select
 from kdcache.errors import ConfigError, EngineError, LogitsError
 from kdcache.report.evaluate import evaluate
 from kdcache.rows import PackedRow, RowSpec
+from kdcache.teacher import dump as dump_module
 from kdcache.teacher.dump import dump
 from kdcache.teacher.engines import base
 from kdcache.teacher.engines.base import (
@@ -279,3 +280,45 @@ def test_names(teacher: Path, corpus: Path, tmp_path: Path) -> None:
         "dump-teacher", "--teacher", teacher, "--corpus", corpus, "--out", tmp_path / "c", "--engine", "steam"
     )
     assert done.returncode == 2 and done.stderr.endswith("engine steam is not one of transformers\n"), done.stderr
+
+
+class Changing(Bigram):
+    """Learns, when it opens, that it does not know the entropy."""
+
+    name = "changing"
+
+    def __init__(self, spec: TeacherSpec, folder: Path, rows: RowSpec) -> None:
+        super().__init__(spec, folder, rows)
+        self.knows = EngineKnowledge(entropy=False)  # type: ignore[misc]
+
+
+def test_an_open_engine_may_know_less_than_its_class(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    register_engine(Changing)
+    options = {"engine": "changing", "limit_docs": 30, "docs_per_shard": 10}
+    dump(dump_options(teacher, corpus, tmp_path / "c", worker="1/3", **options))
+    assert dump(dump_options(teacher, corpus, tmp_path / "c", **options))["complete"]
+    cache = open_cache(tmp_path / "c")
+    assert not cache.known.entropy and cache.known.label_logprob and cache[0].targets.entropy is None
+    with pytest.raises(ConfigError, match="needs the teacher's entropy, which the engine changing does not know"):
+        dump(dump_options(teacher, corpus, tmp_path / "d", positions="entropy>1", **options))
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_shard_that_another_worker_commits_meanwhile_is_not_run(
+    teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"engine": "bigram", "limit_docs": 30, "docs_per_shard": 10}
+    dump(dump_options(teacher, corpus, tmp_path / "c", worker="0/3", **options))
+    inner, runs = dump_module.committed, []
+
+    def others_work(*arguments: Any) -> list[int]:
+        before = inner(*arguments)
+        monkeypatch.setattr(dump_module, "committed", inner)
+        dump(dump_options(teacher, corpus, tmp_path / "c", **options))
+        run = Bigram.run
+        monkeypatch.setattr(Bigram, "run", lambda self, *given: runs.append(1) or run(self, *given))
+        return before
+
+    monkeypatch.setattr(dump_module, "committed", others_work)
+    assert dump(dump_options(teacher, corpus, tmp_path / "c", **options))["shards"]["by_this_worker"] == 0
+    assert not runs

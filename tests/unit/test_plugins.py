@@ -68,6 +68,14 @@ def test_a_plug_in_that_is_not_there(tmp_path: Path) -> None:
         load_plugins([str(plugin(tmp_path, "json", ""))])
 
 
+def test_the_variable_may_name_a_file_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin(tmp_path, "from_here", "from kdcache.losses import register_divergence\nregister_divergence('here', max)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(VARIABLE, "./from_here.py")
+    load_plugins(())
+    assert os.environ[VARIABLE] == str(tmp_path / "from_here.py") and "from_here" in sys.modules
+
+
 def test_worker_processes_find_what_their_parent_loaded(tmp_path: Path) -> None:
     plugin(tmp_path, "my_divergence", "from kdcache.losses import register_divergence\nregister_divergence('m', max)")
     code = "from kdcache.losses.divergences import find_divergence; print(find_divergence('m').function is max)"
