@@ -1,1 +1,1 @@
-"""Benchmarks: programs that print what they measured, each figure beside its rival's from the same run."""
+"""Benchmarks: programs that print what they measured, each figure next to that of a baseline from the same run."""

@@ -1,12 +1,12 @@
-"""Encode and decode: positions a second, bytes a position and added KL, beside a torch.save file under zstd-3.
+"""Codec: positions per second, bytes per position and added KL, compared with a torch.save file under zstd-3.
 
     python -m benchmarks.codec [--cache CACHE] [--k 12 64 128] [--ipps 12] [--bits 6] [--rows 40]
 
-One thread; each time is the least of several, ours and the rival's in turn, and counts what a store does: the codec and
-the compression of each stream by itself. The rival is what people write first: a dictionary of float16
+One thread. Each time is the least of several, the codec and the baseline in turn, and includes what a store does: the
+codec and the compression of each stream by itself. The baseline is the obvious way: a dictionary of float16
 log-probabilities, the low 16 bits of the ids and their 17th bits packed, saved by torch and compressed by zstd at level
-3, one file a row. Targets come from a float32 cache, or from synthetic logits with a long tail and popular ids; `ipps`
-always from the latter.
+3, one file a row. Targets come from a float32 cache, or from synthetic logits with a long tail and frequent ids; `ipps`
+always uses the latter.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def added_kl(whole: SparseTargets, again: SparseTargets, t: float) -> torch.Tens
 
 
 def rates(works: Sequence[tuple[Callable[[Any], object], Sequence[Any]]], positions: int, repeats: int) -> list[float]:
-    """Million positions a second of each work over its items, the works taking turns."""
+    """Million positions per second of each function over its items; the functions run in turn."""
     best = [math.inf] * len(works)
     for _ in range(repeats):
         for storage, (work, items) in enumerate(works):

@@ -1,15 +1,15 @@
-"""The dump's arithmetic beside a bare forward pass of the same teacher, on the same batches in one run.
+"""The time of a dump compared with a bare forward pass of the same teacher, on the same batches in one run.
 
     python -m benchmarks.dump [--teacher DIR] [--corpus FILE] [--rows 8] [--seq-len 512] [--batch-rows 4] [--repeats 7]
                               [--tile-logits N ...] [--no-tile-head] [--json FILE]
     python -m benchmarks.dump --shape 1b --device cuda --rows 32 --seq-len 1024 --batch-rows 8
 
-Bare is `model(...).logits` with isolation, and nothing done with them. Beside it, each as a ratio to the bare pass
-of the same round: the logits alone, as the dump makes them; `OpenedTeacher.targets_of` with each selection; and the
-same with the shard encoded and written beside it, as `dump-teacher` does. A round runs all of them once, the order
-turned by one each time. Three ratios: of the least times, the least of the rounds, and the median of the rounds.
-Reading and packing the corpus are not in it.
-Teacher and text default to those of KDCACHE_ASSETS; `--shape` makes a random teacher of a known shape instead.
+The bare pass is `model(...).logits` with isolation; the logits are not used. Measured as a ratio to the bare pass of
+the same round: the logits alone, as the dump makes them; `OpenedTeacher.targets_of` with each selection; and the same
+with the shard encoded and written at the same time, as `dump-teacher` does. A round runs all of them once, and the
+order rotates by one each round. Three ratios: of the least times, the least of the rounds, and the median of the
+rounds. Reading and packing the corpus are not included. Teacher and text default to those of KDCACHE_ASSETS; `--shape`
+makes a random teacher of a known shape instead.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SELECTIONS = {"topk 64": Selection(k=64), "ipps 12": Selection(kind="ipps", k=12
 
 
 def with_order(teacher: OpenedTeacher, inputs: Inputs, batches: Batches, rule: Selection) -> Manifest:
-    """The manifest of a cache of that selection, its ids ordered by these very batches."""
+    """The manifest of a cache of that selection, with an id order from these batches."""
     known = rule.known(inputs.manifest.temperatures)
     manifest = dataclasses.replace(inputs.manifest, selection=rule.to_fields(), known=known)
     order = FrequencyOrder(manifest.vocab_size)

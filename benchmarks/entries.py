@@ -1,11 +1,11 @@
-"""Entries: the squared error of each rule's weights against the bytes that its entries take, on a real teacher.
+"""Entries: the squared error of the weights of each selection against the bytes of its entries, on a real teacher.
 
     python -m benchmarks.entries --teacher DIR --corpus FILE [--rows 16] [--csv FILE] [--plot FILE]
 
 Ids and values are packed and compressed row by row as in an Arrow shard, at the default precision, with an order of
-ids from 16 thousand positions that come before those that are measured. `sample` is shown at its published 24 bits an
-entry (arXiv 2503.16870) too. Left out is what else a position takes: tokens and scalars, the same for all but for the
-mass of the lights, a scalar of `ipps` alone, which takes 1.2 bytes more.
+ids from 16 thousand positions before those that are measured. `sample` is also shown at its published 24 bits per entry
+(arXiv 2503.16870). The other bytes of a position are not included: tokens and scalars. They are the same for all
+selections, except for the mass of the light entries of `ipps`, a scalar of 1.2 bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COLOURS = {"sample, 24 bits an entry": "#555555", "sample": "#4f772d", "ipps": "
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One rule at one size; bytes and entries are means over positions."""
+    """One selection at one size; bytes and entries are means over positions."""
 
     rule: str
     size: int

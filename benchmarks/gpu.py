@@ -1,13 +1,13 @@
-"""All that needs a GPU: the tests with the mark `gpu`, then the benchmarks of dump, head and step. `make gpu` runs it.
+"""All that needs a GPU, for `make gpu`: the tests with the mark `gpu`, then the benchmarks of dump, head and step.
 
     python -m benchmarks.gpu [--json FILE] [--seconds 480] [--only tests dump head step]
 
-Each part is a process of its own with a limit of time, and all of them share `--seconds`. The results go to one JSON
+Each part is a process of its own with a time limit, and all of them share `--seconds`. The results go to one JSON
 file: for each part its exit status and seconds, and what a benchmark measured. A part that fails or runs out of time is
 named there and in the last line, and the exit status is 1. Without a GPU one line says so, and the exit status is 0.
 
-Nothing is installed. Python must have the dependencies of kdcache with a torch that sees the card, and for the tests
-pytest, none of its plugins. Texts come from KDCACHE_ASSETS, or else from this project's own documents.
+Nothing is installed. Python must have the dependencies of kdcache with a torch that supports the GPU and, for the
+tests, pytest; its plugins are not needed. Texts come from KDCACHE_ASSETS, or from the pages of this project.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""The fused loss beside cross-entropy over materialised logits: time and extra peak memory of forward + backward.
+"""The fused loss compared with cross-entropy over materialised logits: time and peak memory of forward + backward.
 
     python -m benchmarks.head [--vocab 32000 128256] [--loss forward-kl] [--repeats 7] [--json FILE]
 
 On a CPU float32, 2 threads, N = 2,048 positions, D = 512; on a GPU (`--device cuda`) bfloat16, N = 16,384, D = 2,048.
-The rival is `F.cross_entropy(hidden @ weight.T, labels)`; ours has K = 64 entries a position. Both give the gradients
-of the hidden states and of the weight.
+The baseline is `F.cross_entropy(hidden @ weight.T, labels)`; the fused loss has K = 64 entries per position. Both give
+the gradients of the hidden states and of the weight.
 
-Time: the best of several runs, ours and the rival's in turn; the ratio is of those two. Memory: each in a fresh
-process; `peak` is the most held at once above what was there before, `working` the same less the two gradients, which
-both must leave behind (ours exist from the forward pass on, and the rival's are not yet there at its own peak).
+Time: the best of several runs, both in turn; the ratio is of those two. Memory: each in a fresh process; `peak` is the
+maximum above what was allocated before, `working` the same minus the two gradients, which both must produce (those of
+the fused loss exist from the forward pass on; those of the baseline do not exist yet at its peak).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def status(field: str) -> int:
 
 def peak_above(run: Callable[[], object]) -> int:
     """Bytes by which the resident memory of this process rises at most while a function runs."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what lies free in the heap would serve the function unseen
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # free memory of the heap would serve the function and not be counted
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     run()
@@ -96,7 +96,7 @@ def peak_above(run: Callable[[], object]) -> int:
 def extra_peak(way: str, device: str, vocab: int, loss: str) -> tuple[int, int]:
     """Bytes of one step above what is there before it: at its peak, and of its gradients. For a fresh process."""
     torch.set_num_threads(2)
-    small = torch.randn(64, 64).requires_grad_()  # what libraries keep from their first use is not the step's
+    small = torch.randn(64, 64).requires_grad_()  # what libraries allocate at their first use does not count
     sparse_kd_loss(small, small, select(torch.randn(64, 64), Selection(k=4))).backward()
     F.cross_entropy(small @ small.T, torch.arange(64)).backward()
     run, gradients = step(way, device, vocab, loss)

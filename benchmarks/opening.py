@@ -2,9 +2,9 @@
 
     python -m benchmarks.opening [--shards 100000] [--positions 100] [--repeats 5]
 
-The commits are made here of one example, without the data of any shard: opening a sealed cache looks at none. Files lie
-in the page cache. `process` is the whole command `kdcache inspect-shard`, its imports included, beside a Python that
-imports torch alone. The ratio is that of medians of one run.
+The commits are made from one example, without the data of any shard, which opening a sealed cache does not read. Files
+are in the page cache. `process` is the whole command `kdcache inspect-shard`, its imports included; for comparison, a
+Python that only imports torch is timed. The ratio is that of the medians of one run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from kdcache.testing.example_rows import example_manifest, example_rows, of_shar
 
 
 def commits(standing: Manifest, positions: int) -> Iterator[Commit]:
-    """One commit a shard, each of so many positions."""
+    """One commit per shard, each with this many positions."""
     small = example_manifest("arrow")
     with tempfile.TemporaryDirectory() as folder:
         storage = LocalStorage(folder)
@@ -92,7 +92,7 @@ def main() -> None:
         (Path(folder) / "commits").mkdir()
         for commit in commits(standing, options.positions):
             fields = {"format": FORMAT, **vars(commit)}
-            data = json.dumps({**fields, "checksum": checksum(fields)})  # a writer's, but for its line breaks
+            data = json.dumps({**fields, "checksum": checksum(fields)})  # as a writer makes it, except for line breaks
             (Path(folder) / commit_name(commit.shard)).write_text(data)
         unsealed = seconds(lambda: open_cache(folder, partial=True), 1)
         storage.create(SEAL, to_bytes(Commits.of(commits(standing, options.positions), standing.sha256)))

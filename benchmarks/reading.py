@@ -1,4 +1,4 @@
-"""Rows a second, in order and shuffled, from both stores: random access should cost nothing.
+"""Rows per second, in order and shuffled, from both stores: random access should not be slower.
 
     python -m benchmarks.reading [--rows 800] [--k 64] [--precision 6] [--repeats 5]
 
@@ -56,7 +56,7 @@ def make(folder: Path, store: str, targets: list[SparseTargets], rows: int, voca
                     tokens=tokens, piece_lengths=np.array([SLOTS], np.int32), piece_documents=np.array([shard])
                 )
                 writer.write(packed, targets[row % len(targets)])
-            entropies = [writer.tally.labels]  # nobody looks at them here
+            entropies = [writer.tally.labels]  # any numbers will do: they are not read here
             publish_shard(storage, manifest, writer, documents=1, dropped=0, entropies=entropies, compute={})
     return open_cache(folder)
 

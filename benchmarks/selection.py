@@ -1,9 +1,9 @@
-"""Selection: its time beside one torch.logsumexp over the same logits, and the error of each rule's weights.
+"""Selection: its time compared with one torch.logsumexp over the same logits, and the error of each kind.
 
     python -m benchmarks.selection [--teacher DIR --corpus FILE] [--vocab 32000] [--positions 512] [--threads 1]
 
 With a teacher, logits are its own over the start of a text, and its forward pass is timed too; otherwise they are
-random. Times are processor seconds, so that what else runs on the machine counts little.
+random. Times are processor seconds, so that other processes on the machine matter little.
 """
 
 from __future__ import annotations

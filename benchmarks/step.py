@@ -1,12 +1,12 @@
-"""A training step from a cache beside the same student's plain cross-entropy step: same Trainer, same rows.
+"""A training step from a cache compared with the same student's plain cross-entropy step: same Trainer, same rows.
 
     python -m benchmarks.step [--teacher DIR] [--corpus FILE] [--limit-docs 150] [--rounds 5] [--steps 5]
                               [--shape 200m] [--device cuda] [--json FILE]
 
-The rival is the student's own loss as transformers makes it, from logits in memory; Trainer, optimiser, rows, their
-order and the reading of the cache are the same. The student has the teacher's shape and fresh weights. A step is timed
-from the end of the one before it, so waiting for rows counts. Rounds go through all ways, the order turned by one each
-time; the first step of each is left out. Ratios are of the medians and of the least.
+The baseline is the student's own loss as transformers makes it, from logits in memory; Trainer, optimiser, rows, their
+order and the reading of the cache are the same. The student has the teacher's shape and random initial weights. A step
+is timed from the end of the one before it, so waiting for rows counts. Each round runs all of them, and the order
+rotates by one each round; the first step of each is not counted. Ratios are of the medians and of the least.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WAYS = {
 
 
 class PlainTrainer(DistillationTrainer):
-    """The same, but for the loss."""
+    """The same Trainer with the student's own loss."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -59,7 +59,7 @@ class PlainTrainer(DistillationTrainer):
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Notes when each step ends."""
+    """Records when each step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -71,7 +71,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
 
 def seconds(way: str, folder: Path, model: Any, config: TrainConfig, steps: int) -> list[float]:
-    """Of each step but the first."""
+    """Seconds of each step except the first."""
     name, soft_weight = WAYS[way]
     cache = open_cache(folder / name)
     config = dataclasses.replace(config, cache=str(folder / name), soft_weight=soft_weight)

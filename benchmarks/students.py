@@ -1,10 +1,10 @@
-"""Students: what one learns from unbiased draws, from everything, and from labels alone, in the same steps.
+"""Students: held-out figures after training on unbiased draws, on everything, and on labels alone, in the same steps.
 
     python -m benchmarks.students --teacher DIR --corpus FILE --work DIR [--seeds 3] [--steps 150] [--csv FILE]
 
 One teacher, one corpus, two caches over the same rows: `ipps` with 12 entries, and `full`. Each student has the same
-size and sees the same rows in the same order; a seed decides that order and the fresh weights. All are measured on
-the held-out rows of the `full` cache, so that their KL is the dense one. What a run has finished is not done again.
+size and the same rows in the same order; a seed decides that order and the initial weights. All are measured on the
+held-out rows of the `full` cache, so that their KL is the dense one. Results that exist already are not computed again.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What a start costs: the survey of whoever creates a cache, and the start of every other worker.
+"""The cost of a start: the survey of the creator of a cache, and the start of every other worker.
 
     python -m benchmarks.survey [--teacher DIR] [--megabytes 10 1000] [--forms text jsonl parquet] [--repeats 3]
 
 A corpus of random words is made of documents of about 700 bytes: as text (a paragraph a document), as JSON lines, and
-as Parquet. The survey is timed with one process and with one a core: megabytes of text a second of wall time, and a
-CPU second of all processes together. The start of a worker is `open_inputs` of a cache that stands, in a process of its
+as Parquet. The survey is timed with one process and with one a core: megabytes of text per second of wall time, and per
+CPU second of all processes together. The start of a worker is `open_inputs` of an existing cache, in a process of its
 own that has imported everything, before any teacher is loaded: the least of the repeats. Files are in the page cache.
-The sha256 of the file in one piece, by one process, is the measure of the machine.
+The time of one sha256 over the whole file, in one process, is the reference for the machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Teachers of the shapes that people use, with random weights: for times, which do not depend on what they say."""
+"""Teachers of common shapes with random weights, for times, which do not depend on the weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES = {
 
 
 def make_teacher(folder: Path, shape: str, corpus: Path) -> None:
-    """Save a random bfloat16 Llama, and a tokenizer of as many ids, which are words of a text and then nothing."""
+    """Save a random bfloat16 Llama, and a tokenizer with as many ids: the words of a text, then unused ids."""
     settings = SHAPES[shape]
     words = ["<s>", "</s>", "<unk>", *dict.fromkeys(corpus.read_text().split())][: settings["vocab_size"]]
     words += [f"<{i}>" for i in range(len(words), settings["vocab_size"])]

@@ -1,9 +1,9 @@
-"""A cache of a teacher that torch does not run: tokens and numpy logits in, a cache of kdcache out.
+"""Write a cache from a teacher that torch does not run: tokens and numpy logits in, a cache out.
 
     python examples/numpy_teacher.py CACHE 0/2 &  python examples/numpy_teacher.py CACHE 1/2
 
-Any number of such processes may run, be killed and be started again: each writes the shards that are missing. Put your
-own model (JAX, Megatron, a server) in place of `logits_of`, and your own token ids in place of `rows_of`.
+Any number of processes may run, be killed and be started again: each writes the shards that are missing. Replace
+`logits_of` by your own model (JAX, Megatron, a server), and `rows_of` by your own token ids.
 """
 
 import sys
@@ -23,7 +23,7 @@ def rows_of(shard):
 
 
 def logits_of(tokens):
-    return WEIGHTS[tokens] + 0.3 * WEIGHTS[np.roll(tokens, 1)]  # [L, VOCAB], a teacher that sees two tokens
+    return WEIGHTS[tokens] + 0.3 * WEIGHTS[np.roll(tokens, 1)]  # [L, VOCAB], a teacher whose context is two tokens
 
 
 def main(path, worker="0/1"):

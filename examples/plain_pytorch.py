@@ -1,9 +1,9 @@
-"""Train a student from a cache in plain PyTorch: alone, or sharded over ranks with FSDP2.
+"""Train a student from a cache in plain PyTorch: in one process, or sharded over ranks with FSDP2.
 
     python examples/plain_pytorch.py CACHE STUDENT OUT STEPS
     torchrun --nproc-per-node 2 examples/plain_pytorch.py CACHE STUDENT OUT STEPS
 
-Prints a line of JSON for each step. Any number of ranks takes the same steps.
+Prints one line of JSON for each step. The steps are the same for any number of ranks.
 """
 
 import json
@@ -36,7 +36,7 @@ def main(cache_path, student, out, steps):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
     cache = open_cache(cache_path)
-    model = load_student(student, cache, torch.device(device), SEED).train()  # refuses one that cannot learn from it
+    model = load_student(student, cache, torch.device(device), SEED).train()  # refused if it does not fit the cache
     head = fuse_head(model, device)  # before the model is wrapped or sharded
     if world > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -51,7 +51,7 @@ def main(cache_path, student, out, steps):
         items = count_items(batch).to(device)  # positions of the whole step, not of this rank
         if world > 1:
             dist.all_reduce(items)
-        loss = compute_loss(  # FSDP averages over the ranks what must be summed, hence items / world
+        loss = compute_loss(  # FSDP takes the mean over ranks where a sum is needed, hence items / world
             model, head, batch, Objective(soft_weight=0.9),
             vocab_size=cache.manifest.vocab_size, num_items=items / world,
         )  # fmt: skip
@@ -65,7 +65,7 @@ def main(cache_path, student, out, steps):
         if rank == 0:
             print(json.dumps({"step": step + 1, "loss": loss.item()}), flush=True)
 
-    save_student(model, cache, out)  # on every rank: it gathers what is sharded
+    save_student(model, cache, out)  # on every rank: it gathers the sharded weights
     return model
 
 

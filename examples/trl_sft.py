@@ -2,7 +2,7 @@
 
     python examples/trl_sft.py CACHE STUDENT OUT STEPS
 
-The dataset is the numbers of the rows; the collator reads them, so targets never become columns of a table.
+The dataset holds the indices of the rows, and the collator reads the rows, so targets never become columns of a table.
 """
 
 import sys
@@ -18,7 +18,7 @@ from kdcache.student import Collator, RowDataset, compute_loss, count_items, fus
 
 
 class DistillingSFTTrainer(SFTTrainer):
-    """SFTTrainer whose loss is a cache's."""
+    """SFTTrainer with the distillation loss of a cache."""
 
     def __init__(self, model, cache, objective, **options):
         rows, collate = RowDataset([cache], [range(len(cache))]), Collator([cache])

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.known import Known
+from kdcache.lazy_torch import torch
 from kdcache.pretrained import load_tokenizer
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.commits import Commits

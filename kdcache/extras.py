@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kdcache.errors import ConfigError, CorruptCacheError, TargetError
+from kdcache.lazy_torch import torch
 
 Floats = NDArray[np.float32]
 Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]

@@ -60,7 +60,7 @@ def probe(model: nn.Module, vocab_size: int, seq_len: int, device: torch.device 
 
     def second_piece(tokens: Tensor) -> Tensor:
         logits = packed_forward(model, tokens.to(device), positions).logits
-        kept: Tensor = logits[0, first:].detach().float().cpu()
+        kept: Tensor = logits[0, first:].detach().float().cpu().clone()  # a view would keep the logits of both rows
         return kept
 
     training = model.training

@@ -13,10 +13,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kdcache.errors import ConfigError, ModelError
 from kdcache.file_hashes import file_sha256
+from kdcache.lazy_torch import torch
 from kdcache.store.sealed_json import canonical
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]

@@ -16,13 +16,14 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import TargetError
 from kdcache.known import describe_unknown
+from kdcache.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ROUNDING = 1e-5
 """By how much a log-probability that somebody else computed may exceed 0, and each adds to a mass above 1."""
@@ -144,7 +145,7 @@ class SparseTargets:
 
     def _tensors(self) -> list[str]:
         """Names of the fields that are known tensors."""
-        return [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), Tensor)]
+        return [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), torch.Tensor)]
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> SparseTargets:
         tensors: dict[str, Any] = {name: f(getattr(self, name)) for name in self._tensors()}

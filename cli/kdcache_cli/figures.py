@@ -1,4 +1,4 @@
-"""Figures: a student's figures, several students side by side, and what they say next, in a terminal."""
+"""How figures of students and their next tokens are shown in a terminal."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _BEST = {
     "nll": min, "delta_nll": min, "kl": min, "top1_agreement": max, "ece": min, "dense_kl": min,
     "dense_top1_agreement": max, "acceptance": max,
 }  # fmt: skip
-"""Which end of a row is the better one."""
+"""Which value of a row is the best: the least or the largest."""
 
 _ROWS = (
     "nll", "teacher_nll", "delta_nll", "kl", "top1_agreement", "dense_kl", "dense_top1_agreement", "acceptance",
     "acceptance_bounds", "ece", "teacher_ece", "nll_difference", "positions", "targets",
 )  # fmt: skip
 _OF_TEACHER = ("teacher_nll", "delta_nll")
-"""Figures that a cache may not know although it has targets."""
+"""Figures that may be unknown in a cache that has targets."""
 
 _WIDTH = 24
 
 
 def figures_table(columns: dict[str, dict[str, Any]], mark_best: bool = False) -> Table:
-    """Figures of one or several students, a column each; with `mark_best`, a star at the best of each row."""
+    """Figures of one or several students, one column for each; `mark_best` puts a star at the best of each row."""
     table = Table("", box=None, pad_edge=False)
     for name in columns:
         table.add_column(Text(name))  # a name may hold brackets, which would be markup
@@ -50,12 +50,12 @@ def _label(name: str, columns: dict[str, dict[str, Any]]) -> str:
         kinds = {figures.get("kl_kind") for figures in columns.values()} - {None}
         return f"kl ({', '.join(sorted(map(str, kinds)))})" if kinds else name
     if name == "nll_difference":
-        return f"nll less that of {next(iter(columns))}"
+        return f"nll minus that of {next(iter(columns))}"
     return name.replace("_", " ")
 
 
 def _cell(name: str, figures: dict[str, Any]) -> str:
-    if name == "acceptance_bounds":  # only where the rate itself is not known
+    if name == "acceptance_bounds":  # only where the rate itself is unknown
         low, high = figures.get("acceptance_low"), figures.get("acceptance_high")
         known = figures.get("acceptance") is not None or low is None or high is None
         return "" if known else f"{low:.4f} - {high:.4f}"
@@ -75,7 +75,7 @@ def _best(name: str, columns: dict[str, dict[str, Any]]) -> float | None:
 
 
 def print_figures(console: Console, student: str, figures: dict[str, Any]) -> None:
-    """Figures of one student, and its bins of confidence."""
+    """Figures of one student, and the bins of its calibration."""
     console.print(figures_table({student: figures}))
     table = Table("confidence", "positions", "mean", "right", "", box=None, pad_edge=False)
     for part in figures["calibration"]["bins"]:
@@ -89,26 +89,30 @@ def print_figures(console: Console, student: str, figures: dict[str, Any]) -> No
 
 
 def print_comparison(console: Console, students: dict[str, dict[str, Any]]) -> None:
-    """Several students, a column each."""
+    """Figures of several students, one column for each."""
     columns = dict(zip(_short(list(students)), students.values(), strict=True))
     console.print(figures_table(columns, mark_best=True))
     console.print("* best of its row   ± standard error of the paired difference")
 
 
 def print_next_tokens(console: Console, answer: dict[str, Any]) -> None:
-    """The most likely next tokens of a teacher and of students, a column each."""
-    told = answer["teacher"]
+    """The most likely next tokens of a teacher and of students, one column for each."""
+    teacher = answer["teacher"]
     names = _short(list(answer["students"]))
     columns = dict(zip(names, (s["entries"] for s in answer["students"].values()), strict=True))
-    if told["source"] is not None:
-        columns = {f"teacher ({told['source']})": told["entries"], **columns}
+    if teacher["source"] is not None:
+        columns = {f"teacher ({teacher['source']})": teacher["entries"], **columns}
     console.print(Text.assemble(("prompt  ", "bold"), repr(answer["prompt"])))
     console.print(Text.assemble(("tokens  ", "bold"), " ".join(repr(t["text"]) for t in answer["tokens"])))
-    if told["source"] is None:
-        console.print("the cache holds no piece that begins with this prompt; --teacher would ask the teacher itself")
-    elif told["source"] == "cache":
-        sampled = f"; sampled at T = {told['temperature']:g}, so its shares are estimates" if told["sampled"] else ""
-        console.print(f"the teacher as stored in row {told['row']}, position {told['position']}{sampled}")
+    if teacher["source"] is None:
+        console.print("the cache holds no piece that begins with this prompt; use --teacher to run the teacher itself")
+    elif teacher["source"] == "cache":
+        sampled = (
+            f"; sampled at T = {teacher['temperature']:g}, so its probabilities are estimates"
+            if teacher["sampled"]
+            else ""
+        )
+        console.print(f"the teacher as stored in row {teacher['row']}, position {teacher['position']}{sampled}")
     table = Table(box=None, pad_edge=False)
     for name in columns:
         table.add_column(Text(name))
@@ -129,12 +133,12 @@ def print_next_tokens(console: Console, answer: dict[str, Any]) -> None:
 
 
 def bar(share: float) -> str:
-    """A bar as long as a share of one."""
+    """A bar for a share between 0 and 1."""
     return "█" * round(share * _WIDTH) or ("▏" if share > 0 else "")
 
 
 def _short(names: list[str]) -> list[str]:
-    """The last parts of paths, as many as tell them apart."""
+    """The last parts of each path, as few as make them different."""
     parts = [Path(name).parts for name in names]
     for count in range(1, max(map(len, parts))):
         short = ["/".join(p[-count:]) for p in parts]

@@ -1,8 +1,8 @@
-"""Frame: what every command has in common.
+"""What every command has in common.
 
-A command is a dataclass of options and a function that takes it. The frame makes the command
-line from the fields, adds `--config`, `--json`, `--quiet` and `--plugin`, turns a KdcacheError into one
-sentence on stderr and exit code 2, and lets any other exception keep its traceback.
+A command is a dataclass of options and a function that takes it. This module makes the command line from the fields
+and adds `--config`, `--json`, `--quiet` and `--plugin`. A `KdcacheError` becomes one sentence on stderr and exit code
+2; any other exception keeps its traceback.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ if typing.TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Where a command's words go: results to stdout, everything else to stderr."""
+    """Where a command writes: results to stdout, everything else to stderr."""
 
     json: bool
     quiet: bool
 
     @property
     def console(self) -> Console:
-        """For people, on stdout."""
+        """The terminal, on stdout."""
         from rich.console import Console
 
         return Console(quiet=self.quiet, highlight=False)
@@ -56,7 +56,7 @@ class Output:
 
     @contextmanager
     def progress(self, what: str, unit: str) -> Iterator[Callable[..., None]]:
-        """A bar with rate and time left, on stderr and only on a terminal.
+        """A progress bar with rate and time left, on stderr and only on a terminal.
 
         Yields a function of (done, total, note).
         """
@@ -118,7 +118,7 @@ def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str
 
 
 class _Command(TyperCommand):
-    """A command whose options of several values take them in a row, `--compare A B C`, or one at a time."""
+    """A command whose repeatable options also take several values at once: `--compare A B C`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         several = {flag for p in self.params if getattr(p, "multiple", False) for flag in p.opts}
@@ -152,10 +152,16 @@ def _parameters(options: type, positional: tuple[str, ...]) -> Iterator[inspect.
             field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, kind]
         )
     shared: tuple[tuple[str, Any, Any, str, dict[str, Any]], ...] = (
-        ("config", Path | None, None, "TOML file of options; flags win", {"is_eager": True, "callback": _read_config}),
-        ("json", bool, False, "print one JSON object on stdout", {}),
+        (
+            "config",
+            Path | None,
+            None,
+            "TOML file of options; the command line wins",
+            {"is_eager": True, "callback": _read_config},
+        ),
+        ("json", bool, False, "print one JSON object on stdout, and nothing else", {}),
         ("quiet", bool, False, "print nothing but errors and --json", {}),
-        ("plugin", list[str], [], "import this module or .py file of yours first; may be given again", {}),
+        ("plugin", list[str], [], "import this Python module or .py file first; may be repeated", {}),
     )
     for name, hint, default, help_text, more in shared:
         flags = () if hint is not bool else (f"--{name}",)
@@ -164,7 +170,7 @@ def _parameters(options: type, positional: tuple[str, ...]) -> Iterator[inspect.
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take the options of a TOML file as defaults, so that flags win."""
+    """Take the options of a TOML file as defaults, so that options on the command line win."""
     if path is None:
         return None
     try:
@@ -180,7 +186,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
             values[key] = ",".join(map(str, value))
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise typer.BadParameter(f"{path} sets {', '.join(unknown)}, which {context.info_name} does not know")
+        raise typer.BadParameter(f"{path} sets {', '.join(unknown)}, which {context.info_name} does not have")
     context.default_map = {**(context.default_map or {}), **values}
     return path
 
@@ -202,9 +208,9 @@ def run_app(app: typer.Typer) -> None:
 
 
 def _leave(code: int) -> None:
-    """Exit; a rank under torchrun without the interpreter's teardown.
+    """Exit; under torchrun without the interpreter's teardown.
 
-    Now and then a rank aborts there, its work done, and torchrun then kills the others.
+    A rank sometimes aborts in that teardown although its work is done, and torchrun then kills the others.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout.flush()
@@ -271,7 +277,7 @@ def _command_errors(worded: Callable[[str], str]) -> Iterator[None]:
         number = signalled.number if isinstance(signalled, _Stopped) else signal.SIGINT
         print("stopped; what is finished is kept", file=sys.stderr)
         raise typer.Exit(128 + number) from None
-    except BrokenPipeError:  # the reader of our output went away
+    except BrokenPipeError:  # whoever read our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     finally:

@@ -1,4 +1,4 @@
-"""`kdcache`: one command for each thing that people do with a cache."""
+"""The commands of `kdcache`: their options, their calls into the library, and how their results are shown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 
 def version(wanted: bool) -> None:
-    """Print the version and leave."""
+    """Print the version and exit."""
     if wanted:
         import kdcache
 
@@ -53,26 +53,26 @@ def dump_teacher(config: DumpConfig, output: Output) -> None:
 
     def show(console: Console) -> None:
         shards = summary["shards"]
-        state = "complete" if summary["complete"] else f"{shards['planned'] - shards['committed']} shards to go"
+        state = "complete" if summary["complete"] else f"{shards['planned'] - shards['committed']} shards missing"
         console.print(
             f"{summary['cache']}: {state}, {shards['committed']} of {shards['planned']} shards "
             f"({shards['by_this_worker']} by this worker)\n"
             f"{summary['documents']:,} documents ({summary['dropped']:,} dropped), {summary['rows']:,} rows, "
             f"{tables.count_of_labels(summary)}, {summary['entries']:,} entries\n"
-            f"{summary['bytes']:,} bytes, {summary['bytes_per_position']:.1f} a position; "
+            f"{summary['bytes']:,} bytes, {summary['bytes_per_position']:.1f} per position; "
             f"{summary['seconds']:.1f} s, {summary['positions_per_second']:,.0f} positions/s"
         )
         if summary["entropy_quantiles"]:
-            console.print(f"the teacher's entropy, nats: {tables.quantiles(summary['entropy_quantiles'])}")
+            console.print(f"entropy of the teacher in nats: {tables.quantiles(summary['entropy_quantiles'])}")
         if summary["waited_seconds"] > 0.05 * summary["seconds"]:
-            console.print(f"the teacher waited {summary['waited_seconds']:.1f} s for encoding and writing to catch up")
+            console.print(f"the teacher waited {summary['waited_seconds']:.1f} s for encoding and writing")
 
     output.result(summary, show)
 
 
 @command(app, "train-student", TrainConfig)
 def train_student(config: TrainConfig, output: Output) -> None:
-    """Train a student from a cache, with no teacher in sight."""
+    """Train a student from a cache; the teacher is not needed."""
     from kdcache.student.train import train
 
     with output.progress("train", "steps") as bar:
@@ -92,7 +92,7 @@ def train_student(config: TrainConfig, output: Output) -> None:
         console.print(
             f"{summary['out']}: {summary['steps']:,} steps, {summary['positions']:,} positions, "
             f"{summary['seconds']:.1f} s, {summary['positions_per_second']:,.0f} positions/s, "
-            f"{summary['data_wait_share']:.1%} of the training spent waiting for rows"
+            f"{summary['data_wait_share']:.1%} of the training time spent waiting for rows"
         )
         if summary.get("curves") is None:
             console.print("no curves.png: matplotlib is not installed (pip install 'kdcache[plots]')", markup=False)
@@ -103,15 +103,15 @@ def train_student(config: TrainConfig, output: Output) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """What `inspect-shard` is asked to show."""
+    """Options of `inspect-shard`."""
 
     cache: str = option("folder or URL of the cache")
-    shard: int | None = option("look at this shard; --row then counts inside it", None)
+    shard: int | None = option("show this shard; --row then counts inside it", None)
     row: int | None = option("show one row as text", None)
     position: int | None = option("show the entries of one position of the row", None)
-    top: int = option("entries to show", 10)
-    temperature: float = option("T of the probabilities shown", 1.0)
-    exact: bool = option("read every row for the summary, not the sums that the commits carry", False)
+    top: int = option("how many entries to show", 10)
+    temperature: float = option("temperature of the probabilities shown", 1.0)
+    exact: bool = option("compute the summary from every row instead of from the sums in the commits", False)
 
 
 @command(app, "inspect-shard", InspectOptions, positional=("cache",))
@@ -143,33 +143,35 @@ def inspect_shard(options: InspectOptions, output: Output) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What `evaluate` is asked to measure."""
+    """Options of `evaluate`."""
 
     cache: str = option("folder or URL of the cache")
     student: str | None = option("checkpoint folder or hub name", None)
     compare: list[str] | None = option("several students instead, side by side: --compare A B C", None)
-    teacher: str | None = option("run this teacher too, for the dense KL, the acceptance rate and its own ECE", None)
-    engine: str = option("what runs the teacher: transformers, or one that a plug-in registers", "transformers")
+    teacher: str | None = option(
+        "run the teacher of the cache too, for the dense KL, the acceptance rate and its own ECE", None
+    )
+    engine: str = option("what runs the teacher: transformers, or the engine of a plug-in", "transformers")
     prompt: str | None = option("show the most likely next tokens after this text instead", None)
-    top: int = option("tokens that --prompt shows", 10)
-    heldout: float | None = option("measure only the rows that train-student holds out at this share", None)
-    rows: int | None = option("measure only so many rows, evenly spread", None)
-    batch_rows: int = option("rows a forward pass", 8)
+    top: int = option("how many tokens --prompt shows", 10)
+    heldout: float | None = option("measure only the rows that train-student holds out with this --heldout", None)
+    rows: int | None = option("measure only this many rows, evenly spread over the cache", None)
+    batch_rows: int = option("rows per forward pass", 8)
     device: str = option("auto, cpu, cuda or mps", "auto")
-    local_copy: str | None = option("keep copies of what is read from a URL in this folder", None)
-    local_limit: str = option("the most that the copies there hold together", "20GB")
-    out: str | None = option("write the configuration, versions and figures into this new JSON file", None)
+    local_copy: str | None = option("folder for local copies of what is read from a URL", None)
+    local_limit: str = option("maximum size of all local copies together", "20GB")
+    out: str | None = option("new JSON file for the configuration, the versions and the figures", None)
 
 
 @command(app, "evaluate", EvaluateOptions)
 def evaluate_students(options: EvaluateOptions, output: Output) -> None:
-    """Measure one student or several on the rows of a cache, or show what they say next."""
+    """Measure one student or several on the rows of a cache, or show their most likely next tokens."""
     from kdcache.errors import ConfigError
 
     if (options.student is None) == (not options.compare):
-        raise ConfigError("evaluate needs one student as --student, or several as --compare A B C, and not both")
+        raise ConfigError("evaluate needs either one --student or several as --compare A B C")
     if options.prompt is not None and (options.heldout is not None or options.rows is not None):
-        raise ConfigError("--prompt measures no rows, so --heldout and --rows do not go with it")
+        raise ConfigError("--prompt measures no rows, so it excludes --heldout and --rows")
     from kdcache.report.evaluate import require_new, write_evaluation
 
     if options.out is not None:
@@ -208,20 +210,20 @@ def _ask_students(options: EvaluateOptions, output: Output) -> tuple[dict[str, A
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """What `verify` is asked to check."""
+    """Options of `verify`."""
 
     cache: str = option("folder or URL of the cache")
-    teacher: str | None = option("run this teacher again over some rows and compare", None)
-    engine: str = option("what runs the teacher: transformers, or one that a plug-in registers", "transformers")
-    rows: int = option("rows that the teacher reads again", 32)
-    seed: int = option("of the choice of rows", 0)
-    device: str = option("auto, cpu, cuda, cuda:1, mps", "auto")
-    dtype: str = option("auto, float32, bfloat16, float16", "auto")
+    teacher: str | None = option("run the teacher of the cache again over some rows, and compare", None)
+    engine: str = option("what runs the teacher: transformers, or the engine of a plug-in", "transformers")
+    rows: int = option("how many rows the teacher runs over again", 32)
+    seed: int = option("seed of the random selection of these rows", 0)
+    device: str = option("auto, cpu, cuda, cuda:1 or mps", "auto")
+    dtype: str = option("auto, float32, bfloat16 or float16", "auto")
 
 
 @command(app, "verify", VerifyOptions, positional=("cache",))
 def verify(options: VerifyOptions, output: Output) -> None:
-    """Re-hash and decode everything in a cache, and report all that is wrong."""
+    """Re-hash and decode everything in a cache, and report every problem."""
     from kdcache.verify import verify_cache
 
     with output.progress("verify", "shards") as bar:
@@ -243,7 +245,7 @@ def verify(options: VerifyOptions, output: Output) -> None:
             )
         value["faithfulness"] = found
         if not found["agrees"]:
-            report.add(None, "shards", "its targets are not what this teacher says of its tokens")
+            report.add(None, "shards", "its targets are not those of this teacher")
             value["ok"] = False
 
     def show(console: Console) -> None:
@@ -265,19 +267,21 @@ def verify(options: VerifyOptions, output: Output) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """What `convert` is asked to do."""
+    """Options of `convert`."""
 
     cache: str = option("folder or URL of the cache")
     out: str = option("folder or URL of the new cache; created, or resumed if it is the same conversion")
-    store: str | None = option("arrow or zarr  [default: as it is]", None)
-    k: int | None = option("keep so many entries a position, or make so many draws of those stored", None)
-    precision: str | None = option("store the values anew: float32, float16, or 4 to 16 bits", None)
-    worker: str | None = option("I/N: this is worker I of N  [default: from SLURM or torchrun, else 0/1]", None)
+    store: str | None = option("arrow, zarr, or the store of a plug-in (default: that of the cache)", None)
+    k: int | None = option("keep this many entries per position, or this many of the stored draws", None)
+    precision: str | None = option(
+        "store the values as float32, float16, or 4 to 16 bits (default: as in the cache)", None
+    )
+    worker: str | None = option("I/N: this process is worker I of N (default: from SLURM or torchrun, else 0/1)", None)
 
 
 @command(app, "convert", ConvertOptions, positional=("cache",))
 def convert_cache(options: ConvertOptions, output: Output) -> None:
-    """Write a cache anew in another store, at another place, or with fewer entries; no teacher is needed."""
+    """Write a cache again in another store, at another place, or with fewer entries; no teacher is needed."""
     from kdcache.convert import convert
 
     with output.progress("convert", "shards") as bar:
@@ -289,7 +293,7 @@ def convert_cache(options: ConvertOptions, output: Output) -> None:
             f"{summary['cache']}: {shards['committed']} of {shards['planned']} shards "
             f"({shards['by_this_worker']} by this worker), {summary['positions']:,} positions, "
             f"{summary['entries']:,} entries\n"
-            f"{summary['bytes']:,} bytes, {summary['bytes_per_position']:.1f} a position"
+            f"{summary['bytes']:,} bytes, {summary['bytes_per_position']:.1f} per position"
         )
 
     output.result(summary, show)
@@ -297,16 +301,16 @@ def convert_cache(options: ConvertOptions, output: Output) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """What `demo` is asked to do."""
+    """Options of `demo`."""
 
-    out: str = option("folder for everything that the demo makes; must be new or empty", "kdcache-demo")
-    budget: float = option("minutes for the whole demo; each stage gets its share", 7.0)
-    seed: int = option("of the corpus split, weights and order", 0)
+    out: str = option("folder for everything that the demo writes; must be new or empty", "kdcache-demo")
+    budget: float = option("minutes for the whole demo; each stage gets a share of them", 7.0)
+    seed: int = option("seed of the corpus split, the initial weights and the order of rows", 0)
 
 
 @command(app, "demo", DemoOptions)
 def demo(options: DemoOptions, output: Output) -> None:
-    """Play the whole story on this machine's own Python manuals: no network, no GPU, minutes."""
+    """Train, dump, inspect and distil on Python's own documentation: no network, no GPU, a few minutes."""
     from kdcache.demo.story import play
 
     with output.progress("demo", "") as bar:

@@ -1,4 +1,4 @@
-"""Tables: how results look in a terminal."""
+"""How summaries, rows, positions and the demo are shown in a terminal."""
 
 from __future__ import annotations
 
@@ -24,24 +24,30 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("cache", f"{where} ({state}, {shards['committed']} of {shards['planned']} shards)"),
         ("teacher", str(summary["teacher"])),
         ("corpus", str(summary["corpus"])),
-        ("target", f"{rule}, T = {temperatures}, {summary['precision']}"),
+        ("target", f"{rule}, T = {temperatures}, precision {summary['precision']}"),
         ("documents", f"{summary['documents']:,} ({summary['dropped']:,} dropped)"),
         ("rows", f"{summary['rows']:,} of {summary['seq_len']} slots, {summary['tokens']:,} tokens"),
         ("positions", f"{count_of_labels(summary)} ({summary['position_choice']})"),
         ("entries", _entries(summary)),
-        ("bytes", f"{summary['bytes']:,}, {summary['bytes_per_position']:.1f} a position"),
+        ("bytes", f"{summary['bytes']:,}, {summary['bytes_per_position']:.1f} per position"),
         ("kept mass", _kept_mass(summary)),
         ("entropy", _mean_nats(summary["mean_entropy"])),
-        ("of all labels", quantiles(summary["entropy_quantiles"]) if summary["entropy_quantiles"] else "unknown"),
+        (
+            "entropy of all labels",
+            quantiles(summary["entropy_quantiles"]) if summary["entropy_quantiles"] else "unknown",
+        ),
         ("teacher nll", _mean_nats(summary["teacher_nll"])),
-        *(("extra", f"{x['name']}: {x['width']} a {x['per']}, {x['precision']}, {x['bytes']:,} bytes") for x in extras),
+        *(
+            ("extra", f"{x['name']}: {x['width']} per {x['per']}, {x['precision']}, {x['bytes']:,} bytes")
+            for x in extras
+        ),
     ):
         table.add_row(Text(name, style="bold"), Text(value))
     return table
 
 
 def count_of_labels(summary: dict[str, Any]) -> str:
-    """How many positions carry a target, and of how many."""
+    """The number of positions with a target and, if it differs, the number of labels."""
     positions, labels = summary["positions"], summary["labels"]
     if positions == labels:
         return f"{positions:,} positions"
@@ -56,23 +62,25 @@ def quantiles(found: dict[str, float]) -> str:
 def _entries(summary: dict[str, Any]) -> str:
     least, most = summary["entries_per_position"]["least"], summary["entries_per_position"]["most"]
     each = f"{most:,}" if least == most else f"{least:,} to {most:,}"
-    return f"{summary['entries']:,}, {each} a position"
+    return f"{summary['entries']:,}, {each} per position"
 
 
 def _mean_nats(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4f} nats in the mean"
+    return "unknown" if value is None else f"{value:.4f} nats on average"
 
 
 def _kept_mass(summary: dict[str, Any]) -> str:
     if summary["mean_tail"] is None:
-        return "an unbiased sample stands for all of it"
-    return f"{summary['mean_kept_mass']:.6f} in the mean, tail {summary['mean_tail']:.2g}"
+        return "none: the entries are an unbiased sample of the whole distribution"
+    return f"{summary['mean_kept_mass']:.6f} on average, tail {summary['mean_tail']:.2g}"
 
 
 def print_row(console: Console, row: dict[str, Any]) -> None:
     """A row as text; each token coloured by the probability that the teacher gave it."""
     console.print(f"shard {row['shard']}, row {row['row']}: {row['pieces']} piece(s), {len(row['tokens'])} tokens")
-    console.print("colour and figure: the teacher's probability of the token, from what came before it\n", style="dim")
+    console.print(
+        "colour and number: the probability that the teacher gave the token, given what precedes it\n", style="dim"
+    )
     piece = None
     line = Text()
     for token in row["tokens"]:
@@ -93,7 +101,7 @@ def _colour(p: float | None) -> str:
 
 
 def print_position(console: Console, at: dict[str, Any]) -> None:
-    """One position: its entries, with a bar each."""
+    """One position: its entries, with a bar for each."""
     console.print(f"shard {at['shard']}, row {at['row']}, position {at['position']}, document {at['document']}")
     console.print(Text.assemble(("context  ", "bold"), repr(at["context"])))
     if at["no_target"] is not None:
@@ -116,7 +124,9 @@ def print_position(console: Console, at: dict[str, Any]) -> None:
     hidden = at["kept"] - len(at["entries"])
     if at["tail"] is None:
         console.print(table)
-        console.print(f"{hidden} more entries; sampled: the weights stand for the whole distribution", style="dim")
+        console.print(
+            f"{hidden} more entries; they are sampled: their weights estimate the whole distribution", style="dim"
+        )
         return
     if hidden:
         rest = 1 - at["tail"] - sum(entry["probability"] for entry in at["entries"])
@@ -130,7 +140,7 @@ def _figure(value: float | None, digits: int) -> str:
 
 
 def print_demo(console: Console, summary: dict[str, Any]) -> None:
-    """The demo's table, and where the plot lies."""
+    """The tables of the demo, and where its plot is."""
     students = summary["students"]
     columns = {"before": students["before"], "distilled": students["distilled"], "labels alone": students["labels"]}
     console.print(figures_table(columns))
@@ -141,15 +151,16 @@ def print_demo(console: Console, summary: dict[str, Any]) -> None:
         steps = stage.get("steps")
         table.add_row(stage["name"], f"{stage['seconds']:.1f}", "" if steps is None else f"{steps:,}")
     console.print(table)
-    console.print(f"\n{summary['verdict']}\nplot: {summary['plot']}\neverything: {summary['out']}")
+    console.print(f"\n{summary['verdict']}\nplot: {summary['plot']}\nfolder: {summary['out']}")
 
 
 def faithfulness_table(found: dict[str, Any]) -> Table:
-    """The stored targets beside the teacher's own, and the control beside itself."""
-    title = f"the teacher again over {found['rows']} rows, {found['positions']:,} positions"
+    """Differences between the stored targets and a new run of the teacher, and between two such runs (the control)."""
+    title = f"teacher run again over {found['rows']} rows, {found['positions']:,} positions"
     table = Table("", "stored: mean", "worst", "control: mean", "worst", title=title, box=None, pad_edge=False)
     for name in ("total_variation", "entropy", "label_logprob", "choice"):
         if name in found["stored"]:
             cells = [found[who][name][what] for who in ("stored", "control") for what in ("mean", "worst")]
-            table.add_row(name.replace("_", " "), *(f"{cell:.2g}" for cell in cells))
+            label = "position filter" if name == "choice" else name.replace("_", " ")
+            table.add_row(label, *(f"{cell:.2g}" for cell in cells))
     return table

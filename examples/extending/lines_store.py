@@ -1,4 +1,4 @@
-"""A store from outside, in 30 lines: a shard is one file of JSON lines, a row each, its streams in hexadecimal."""
+"""A store outside the package: a shard is one text file, a line per row: crc32c, then streams in hexadecimal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A kind of selection outside the package: every token at least so probable as a share of the likeliest."""
+"""A kind of selection outside the package: tokens with at least a given share of the largest probability."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine outside the package: like a server, it knows the k most likely tokens at T = 1 and nothing else."""
+"""An engine outside the package: like a server, it gives the k most likely tokens at T = 1 and nothing else."""
 
 import torch
 
@@ -8,7 +8,7 @@ from kdcache.teacher.engines.base import Engine, EngineKnowledge, EngineOutput
 
 @register_engine
 class TopServer(Engine):
-    """A teacher that sees one token, and says what is likely after it."""
+    """A bigram teacher: its prediction depends on one token."""
 
     name = "top-server"
     knows = EngineKnowledge(whole_vocabulary=False, temperatures=(1.0,), entropy=False, label_logprob=False)
@@ -18,8 +18,8 @@ class TopServer(Engine):
         self.logprobs = logits.log_softmax(-1)
 
     def run(self, batch, request):
-        seen = [piece.tokens[piece.slots] for piece in batch.pieces()]
-        top = self.logprobs[torch.cat([torch.zeros(0, dtype=torch.long), *seen])].topk(request.selection.k)
+        tokens = [piece.tokens[piece.slots] for piece in batch.pieces()]
+        top = self.logprobs[torch.cat([torch.zeros(0, dtype=torch.long), *tokens])].topk(request.selection.k)
         return EngineOutput(positions=SparseTargets.from_topk(top.indices, top.values))
 
     def describe(self):

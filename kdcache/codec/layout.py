@@ -16,13 +16,13 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kdcache.codec.streams import Floats, Ids, Ints, Shapes, Streams
 from kdcache.entry_form import EntryForm
 from kdcache.errors import ConfigError, TargetError
 from kdcache.known import Known
+from kdcache.lazy_torch import torch
 from kdcache.targets import SparseTargets
 
 

@@ -28,13 +28,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kdcache.codec.layout import Layout
 from kdcache.codec.lights import light_odds, multiplicities, unpack_lights
 from kdcache.codec.streams import PROBLEMS, Floats, Ints, Shapes, Streams, id_dtype, take, whole
 from kdcache.errors import ConfigError, CorruptCacheError, TargetError
+from kdcache.lazy_torch import torch
 from kdcache.targets import SparseTargets
 
 PRECISIONS = ("float32", "float16")

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kdcache.codec.layout import Layout
 from kdcache.codec.streams import Shapes, Streams, take
 from kdcache.errors import CorruptCacheError
+from kdcache.lazy_torch import torch
 from kdcache.targets import SparseTargets
 
 if TYPE_CHECKING:

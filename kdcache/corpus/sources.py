@@ -222,6 +222,10 @@ class Corpus:
         Raises:
             CorpusError: a document that cannot be read or is of another form.
         """
+        if self.form == "text" and not self.filters.looks_at_text and isinstance(self._source, TextFiles):
+            found = self._source.digest(*part)
+            if found:
+                return Digests(sha256=found[0], characters=found[1], addresses=found[2], kept=len(found[1]))
         documents, addresses = self._read(part)
         if self.form == "text" and not self.filters.looks_at_text and all(type(text) is str for text in documents):
             kept = len(documents)

@@ -2,7 +2,7 @@
 
 Guarantee: the plan is a function of the documents, their files and the rule alone. How the corpus was cut for
 reading, and how many processes read it, change nothing.
-Method: the corpus is cut into parts of some megabytes at places where documents begin. Processes read them and give
+Method: the corpus is cut into parts of a few megabytes at places where documents begin. Processes read them and give
 back the sha256, length and address of each document; here they are put in order and divided into shards.
 Cost: one read of the corpus; 48 bytes a document on the way; memory for the parts on their way and 68 bytes a shard.
 
@@ -35,7 +35,7 @@ from kdcache.worker import available_cores
 
 _SHARDS_WANTED = 64
 _LEAST_CHARS, _MOST_CHARS = 1 << 18, 1 << 24
-_STEPS = 8
+_STEPS = 2
 """Megabytes of a part, about."""
 
 _WORTH_PROCESSES = 64 << 20

@@ -7,6 +7,7 @@ Cost: reading is one `pread`, one pass of numpy over the bytes, and one Python s
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -112,6 +113,51 @@ class TextFiles:
         if returns:
             texts = [text.replace("\r\n", "\n").replace("\r", "\n") for text in texts]
         return texts, [start + a for a, _ in spans]
+
+    def digest(self, file: int, start: int, stop: int) -> tuple[bytes, NDArray[np.int64], NDArray[np.int64]] | None:
+        """The sha256 of the UTF-8 of each text between two addresses, one behind the other, and lengths and addresses.
+
+        The texts are not kept together, so one stays in a core's own cache while it is looked at. Text of plain files
+        is hashed as it lies there.
+
+        Returns:
+            None for documents that are not texts, or have to be looked at more closely: `read` says what they are.
+        """
+        data = self._bytes(file, start, stop)
+        try:
+            found = self._digest_records(data) if self._document == "record" else self._digest_spans(data)
+        except (UnicodeError, orjson.JSONDecodeError, AttributeError, LookupError, TypeError):
+            return None
+        if found is None:
+            return None
+        sha256, lengths, starts = found
+        return b"".join(sha256), np.array(lengths, np.int64), start + np.array(starts, np.int64)
+
+    def _digest_spans(self, data: bytes) -> tuple[list[bytes], list[int], list[int]] | None:
+        if b"\r" in data:
+            return None
+        spans = [(0, len(data))] if self._document == "file" else _spans(data, self._document, False)
+        ascii_ = data.isascii()
+        lengths = [b - a if ascii_ else len(data[a:b].decode()) for a, b in spans]
+        sha256 = hashlib.sha256
+        return [sha256(data[a:b]).digest() for a, b in spans], lengths, [a for a, _ in spans]
+
+    def _digest_records(self, data: bytes) -> tuple[list[bytes], list[int], list[int]] | None:
+        if len(self._columns) != 1 or not data:
+            return None
+        column, sha256, loads = self._columns[0], hashlib.sha256, orjson.loads
+        view, digests, lengths = memoryview(data), [], []
+        stops = np.flatnonzero(np.frombuffer(data, np.uint8) == 10).tolist()
+        starts = [0, *(stop + 1 for stop in stops)]
+        if starts[-1] == len(data):
+            starts.pop()
+        else:
+            stops.append(len(data))
+        for a, b in zip(starts, stops, strict=True):
+            text = loads(view[a:b])[column]
+            digests.append(sha256(text.encode()).digest())
+            lengths.append(len(text))
+        return digests, lengths, starts
 
     def _read_records(self, file: int, base: int, data: bytes) -> tuple[list[Any], Addresses]:
         lines, columns = data.split(b"\n"), self._columns

@@ -10,10 +10,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from kdcache.cache import Cache, Row, open_cache
 from kdcache.errors import CacheError, TargetError
+from kdcache.lazy_torch import torch
 from kdcache.rows import IGNORE
 from kdcache.store.commit import quantiles
 from kdcache.store.commits import Commits

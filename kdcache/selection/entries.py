@@ -8,14 +8,15 @@ Shapes: n positions, M candidates, K width of the targets, N draws.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import TargetError
+from kdcache.lazy_torch import torch
 from kdcache.rows import IGNORE
 from kdcache.targets import SparseTargets
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def scatter_entries(places: Tensor, values: Tensor, width: int, fill: float) -> Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from kdcache.entry_form import EntryForm
+from kdcache.lazy_torch import torch
 from kdcache.selection.kind import Selection, register_kind
 from kdcache.selection.topk import TopK
 from kdcache.selection.truncated import TruncatedSelection
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register_kind

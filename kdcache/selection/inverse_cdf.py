@@ -12,14 +12,16 @@ Shapes: n positions, V vocabulary, W head, B blocks, D points a position, P poin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from kdcache.lazy_torch import torch
 from kdcache.rows import IGNORE
 from kdcache.selection.scan import Scan
 from kdcache.selection.scan_cpu import BLOCK
 from kdcache.selection.scan_torch import contents
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _POINTS = {"cpu": 1 << 14, "cuda": 1 << 16}
 """Points whose blocks are looked into at once, by device."""

@@ -21,13 +21,11 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from kdcache.entry_form import EntryForm
 from kdcache.errors import ConfigError
+from kdcache.lazy_torch import torch
 from kdcache.selection.entries import Entries, Heavies, Lights, join_entries
 from kdcache.selection.inverse_cdf import CategoricalSampler, locate
 from kdcache.selection.kind import Selection, Uniforms, register_kind, setting
@@ -35,6 +33,9 @@ from kdcache.selection.scan import Scan
 from kdcache.selection.threshold import expected_count, find_heavies, solve_adaptive_tau
 from kdcache.selection.truncated import require_k
 from kdcache.targets import SparseTargets
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register_kind

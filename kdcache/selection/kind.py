@@ -18,8 +18,6 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
-from torch import Tensor
-
 from kdcache.entry_form import EntryForm
 from kdcache.errors import ConfigError
 from kdcache.known import Known
@@ -28,13 +26,16 @@ from kdcache.selection.entries import Entries
 from kdcache.selection.scan import Scan
 from kdcache.targets import SparseTargets
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 COMMON_SETTINGS: dict[str, Any] = {
     "k": 64, "min_k": 1, "top_p": None, "draws": None, "tau": None, "adaptive": False, "force_label": False,
     "sample_temperature": 1.0, "proposal_power": 1.0,
 }  # fmt: skip
 """Settings that several kinds know by one name, and the values at which a kind that lacks one takes no notice."""
 
-Uniforms = Callable[[float, int | None], Tensor]
+Uniforms = Callable[[float, int | None], "Tensor"]
 """Fresh random numbers for narrowing: the size narrowed to, and draws a position or None, to `[n]` or `[n, draws]`."""
 
 _KINDS: Registry[type[Selection]] = Registry("kind")

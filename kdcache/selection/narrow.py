@@ -10,18 +10,20 @@ Shapes: N positions.
 from __future__ import annotations
 
 import struct
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from kdcache.errors import ConfigError
+from kdcache.lazy_torch import no_grad
 from kdcache.selection.entries import Entries
 from kdcache.selection.kind import Selection
 from kdcache.selection.uniforms import NARROW, default_keys, uniforms
 from kdcache.targets import SparseTargets
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-@torch.no_grad()
+
+@no_grad
 def narrow(
     targets: SparseTargets,
     selection: Selection,

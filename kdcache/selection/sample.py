@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from kdcache.entry_form import EntryForm
 from kdcache.errors import ConfigError, TargetError
+from kdcache.lazy_torch import torch
 from kdcache.selection.entries import Entries, count_draws, scatter_entries
 from kdcache.selection.inverse_cdf import CategoricalSampler
 from kdcache.selection.kind import Selection, Uniforms, register_kind, setting
 from kdcache.selection.scan import Scan
 from kdcache.targets import SparseTargets
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register_kind

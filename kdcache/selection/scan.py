@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from kdcache.lazy_torch import torch
 from kdcache.rows import IGNORE
 from kdcache.selection.entries import Label
 from kdcache.selection.scan_dispatch import scan_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

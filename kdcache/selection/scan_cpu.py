@@ -19,13 +19,16 @@ import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kdcache.compiled import compiled, compiled_fused, compiled_reordered
+from kdcache.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 64
 """Ids whose exponentials are summed in float32, before float64 takes over."""

@@ -10,14 +10,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from kdcache.lazy_torch import torch
 from kdcache.selection import scan_cpu, scan_torch
 
-ScanRows = Callable[[Tensor, int, Tensor, list[float]], tuple[Tensor, Tensor, Tensor, Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ScanRows = Callable[["Tensor", int, "Tensor", list[float]], "tuple[Tensor, Tensor, Tensor, Tensor]"]
 """Logits, width, ids outside, temperatures: to values, ids, sums and entropy_terms. See `scan_cpu.scan_rows`."""
 
 _COMPARED_ROWS = 16

@@ -14,11 +14,13 @@ ids), n_T temperatures.
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from kdcache.lazy_torch import torch
 from kdcache.selection.scan_cpu import BLOCK
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LAST = 0x7FFFFFFF
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from kdcache.errors import ConfigError, LogitsError, TargetError
+from kdcache.lazy_torch import no_grad, torch
 from kdcache.rows import IGNORE
 from kdcache.selection.kind import Selection, check_temperatures
 from kdcache.selection.scan import scan
 from kdcache.selection.uniforms import SELECT, default_keys, uniforms
 from kdcache.targets import SparseTargets
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TILE_ELEMENTS = 1 << 22
 """Logits of one tile on a CPU; everything but its scan works on `[n, K]`."""
@@ -107,7 +109,7 @@ def draws(rule: Selection, seed: int, keys: Tensor) -> Tensor | None:
     return None if shape is None else uniforms(seed, keys, SELECT, shape[0] if shape else None)
 
 
-@torch.no_grad()
+@no_grad
 def select_ahead(
     logits: Tensor, rule: Selection, labels: Tensor | None, temperatures: tuple[float, ...], draw: Tensor | None
 ) -> tuple[SparseTargets, Tensor]:

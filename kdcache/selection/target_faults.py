@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
+from kdcache.lazy_torch import torch
 from kdcache.selection.kind import Selection
 from kdcache.targets import SparseTargets
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SCALARS = ("entropy", "label_logprob")
 

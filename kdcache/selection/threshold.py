@@ -10,12 +10,14 @@ Shapes: n positions, V vocabulary, W head.
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from kdcache.errors import ConfigError
+from kdcache.lazy_torch import no_grad, torch
 from kdcache.selection.scan import scan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MARGIN = 1e-5
 """How near to tau, as a part of it, a probability counts as heavy."""
@@ -61,7 +63,7 @@ def expected_count(mass: Tensor, rest: Tensor, own: Tensor, tau: Tensor) -> Tens
     return (torch.cat([mass, own[:, None]], -1) / tau).clamp(max=1).sum(-1) + rest / tau[:, 0]
 
 
-@torch.no_grad()
+@no_grad
 def solve_adaptive_tau(logits: Tensor | Iterable[Tensor], k: float, sample_temperature: float = 1.0) -> float:
     """The tau at which the positions of a pilot get k entries in the mean.
 
@@ -83,7 +85,7 @@ def solve_adaptive_tau(logits: Tensor | Iterable[Tensor], k: float, sample_tempe
     if not k >= 1:
         raise ConfigError(f"k is {k:g}, but a target needs at least 1 entry")
     heads, rests, positions = [], [], 0
-    for part in [logits] if isinstance(logits, Tensor) else logits:
+    for part in [logits] if isinstance(logits, torch.Tensor) else logits:
         rows = max(1, _TILE_ELEMENTS // part.shape[-1])
         for start in range(0, len(part), rows):
             tile = scan(

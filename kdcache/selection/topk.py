@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from kdcache.entry_form import EntryForm
+from kdcache.lazy_torch import torch
 from kdcache.selection.kind import Selection, register_kind, setting
 from kdcache.selection.truncated import TruncatedSelection, require_k
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register_kind

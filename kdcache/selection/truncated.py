@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from kdcache.errors import ConfigError
+from kdcache.lazy_torch import torch
 from kdcache.selection.entries import Entries, keep_prefix
 from kdcache.selection.kind import Selection, Uniforms
 from kdcache.selection.scan import Scan
 from kdcache.targets import SparseTargets
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ANY_VOCABULARY = (1 << 31) - 1
 

@@ -10,8 +10,12 @@ Shapes: N positions, D draws.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from kdcache.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SELECT = 0x73656C656374
 """Domain of the numbers that a dump draws."""

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-import torch
 
 from kdcache.errors import CorruptCacheError
+from kdcache.lazy_torch import torch
 from kdcache.store.manifest import FORMAT
 from kdcache.store.sealed_json import read_record, require_fields, seal, short
 from kdcache.store.shards import shard_stem

@@ -26,18 +26,18 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kdcache.codec import Codec
 from kdcache.codec.streams import inflate
 from kdcache.errors import CorruptCacheError, TargetError
 from kdcache.extras import ExtraSpec, stream_names
+from kdcache.lazy_torch import torch
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.targets import SparseTargets
 
 Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
-Extras = Mapping[str, NDArray[Any] | torch.Tensor]
+Extras = Mapping[str, "NDArray[Any] | torch.Tensor"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a training run is asked to do. Importing this costs nothing: the command line reads its options here."""
+"""Options of a training run. Importing this module loads no large library: the command line reads it."""
 
 from __future__ import annotations
 
@@ -25,53 +25,71 @@ class TrainConfig:
         ConfigError: a value out of range.
     """
 
-    cache: tuple[str, ...] = option("folder or URL of a cache to learn from; PATH:WEIGHT, given again, mixes several")
-    pool: tuple[str, ...] = option("cache of another teacher over the same rows; PATH:WEIGHT, and again for more", ())
-    student: str = option("checkpoint folder, hub name, or config.json (fresh weights)")
+    cache: tuple[str, ...] = option("folder or URL of a cache to learn from; repeat as PATH:WEIGHT to mix several")
+    pool: tuple[str, ...] = option(
+        "cache of another teacher over the same rows, as PATH or PATH:WEIGHT; may be repeated", ()
+    )
+    student: str = option("checkpoint folder, hub name, or a config.json for random initial weights")
     out: str = option("folder of the trained student; created, or resumed with --resume")
     # objective
     loss: str = option(
-        "forward-kl, reverse-kl, skew-kl, skew-reverse-kl, jsd or tvd; jsd:0.9 sets a constant", "forward-kl"
+        "forward-kl, reverse-kl, skew-kl, skew-reverse-kl, jsd, tvd, or that of a plug-in; jsd:0.9 sets its constant",
+        "forward-kl",
     )
-    tail: str = option("what topk leaves out: bucket, none, renormalise, label, label-sample or uniform", "bucket")
-    temperature: str = option("T of the distillation term, one that the cache stores; 3:1 steps down through them", "1")
-    position_weights: str = option("none, confidence, or entropy-gate:LO:HI (nats of the teacher)", "none")
+    tail: str = option(
+        "how the mass outside the entries is treated: bucket, none, renormalise, label, label-sample or uniform",
+        "bucket",
+    )
+    temperature: str = option(
+        "T of the distillation term, one that the cache stores; 3:1 steps through the stored ones from 3 to 1", "1"
+    )
+    position_weights: str = option(
+        "weights in the distillation term: none, confidence, or entropy-gate:LO:HI (teacher entropy, nats)", "none"
+    )
     soft_weight: float = option("weight of the distillation term; the label term gets the rest", 1.0)
-    soft_schedule: str = option("of --soft-weight: constant, wsd (up, level, down), cosine or linear", "constant")
+    soft_schedule: str = option(
+        "schedule of --soft-weight: constant, wsd (warmup, stable, decay), cosine or linear", "constant"
+    )
     # length
-    steps: int | None = option("optimiser steps  [default: one epoch]", None)
+    steps: int | None = option("optimiser steps (default: one epoch)", None)
     epochs: float | None = option("passes over the training rows, instead of --steps", None)
     # optimiser
-    batch_rows: int = option("rows a forward pass, on each device", 8)
-    accumulate: int = option("forward passes an optimiser step", 1)
+    batch_rows: int = option("rows per forward pass on each device", 8)
+    accumulate: int = option("forward passes per optimiser step", 1)
     lr: float = option("peak learning rate", 5e-4)
     warmup: float = option("share of the steps over which the learning rate rises", 0.05)
-    schedule: str = option("cosine, wsd (constant, then down over the last fifth) or constant", "cosine")
-    weight_decay: float = option("of AdamW", 0.1)
+    schedule: str = option(
+        "schedule of the learning rate: cosine, wsd (constant, then decay over the last fifth) or constant", "cosine"
+    )
+    weight_decay: float = option("weight decay of AdamW", 0.1)
     # what is trained, and in which memory
-    lora: int = option("train adapters of this rank (peft) and leave the weights; 0 trains the weights", 0)
-    gradient_checkpointing: bool = option("keep less for the backward pass, and compute it again: slower", False)
-    fsdp: bool = option("shard the student over the GPUs of a torchrun (FSDP2) instead of copying it", False)
+    lora: int = option("train LoRA adapters of this rank (peft) instead of the weights; 0: train the weights", 0)
+    gradient_checkpointing: bool = option("recompute activations in the backward pass: less memory, slower", False)
+    fsdp: bool = option("shard the student over the GPUs of torchrun (FSDP2) instead of copying it", False)
     # measurement
-    heldout: float = option("share of the rows kept for measuring, never trained on", 0.02)
-    eval_every: int = option("steps between measurements; 0 for before and after only", 0)
+    heldout: float = option("share of the rows that are measured and never trained on", 0.02)
+    eval_every: int = option("steps between measurements of the held-out rows; 0: only before and after", 0)
     # which rows
-    rows: str | None = option("touch only these rows of each cache: ranges such as 0:1000 or :100,200:300", None)
-    where: str | None = option("train only on rows of such mean entropy of the teacher, nats: entropy<2.5", None)
-    partial: bool = option("take a cache that is still being dumped: the shards committed when the run begins", False)
+    rows: str | None = option("use only these rows of each cache: ranges such as 0:1000 or :100,200:300", None)
+    where: str | None = option(
+        "train only on rows whose mean teacher entropy (nats) satisfies this, e.g. entropy<2.5", None
+    )
+    partial: bool = option(
+        "accept a cache that is still being dumped: use the shards that are committed when the run begins", False
+    )
     # reading
-    readers: int | None = option("processes that read ahead  [default: 2 for a URL, else 0]", None)
-    local_copy: str | None = option("keep copies of what is read from a URL in this folder", None)
-    local_limit: str = option("the most that the copies there hold together", "20GB")
-    record_rows: bool = option("write the rows that each step took into rows-RANK.jsonl", False)
+    readers: int | None = option("processes that read batches ahead (default: 2 for a URL, else 0)", None)
+    local_copy: str | None = option("folder for local copies of what is read from a URL", None)
+    local_limit: str = option("maximum size of all local copies together", "20GB")
+    record_rows: bool = option("write the rows of each step into rows-RANK.jsonl", False)
     # the run
-    seed: int = option("order of rows and fresh weights", 0)
-    resume: bool = option("go on from the newest complete checkpoint in --out", False)
+    seed: int = option("seed of the order of rows and of random initial weights", 0)
+    resume: bool = option("continue from the newest complete checkpoint in --out", False)
     save_every: int = option("steps between checkpoints", 500)
-    keep: int = option("checkpoints to keep", 2)
-    log_to: str = option("none, or tensorboard, wandb, or both with a comma: where Trainer logs to", "none")
+    keep: int = option("how many checkpoints to keep", 2)
+    log_to: str = option("where Trainer logs: none, tensorboard, wandb, or tensorboard,wandb", "none")
     device: str = option("auto, cpu, cuda or mps", "auto")
-    dtype: str = option("auto (bfloat16 on GPUs that have it), float32 or bfloat16", "auto")
+    dtype: str = option("auto (bfloat16 on GPUs that support it), float32 or bfloat16", "auto")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache", (self.cache,) if isinstance(self.cache, str) else tuple(self.cache))
@@ -123,10 +141,10 @@ class TrainConfig:
         return names
 
     def temperature_ends(self) -> tuple[float, float]:
-        """The first and the last T of the run.
+        """The first and the last temperature of the run.
 
         Raises:
-            ConfigError: not a number, or two of them with a colon between.
+            ConfigError: not a positive number, or two of them separated by a colon.
         """
         try:
             first, *rest = (float(part) for part in self.temperature.split(":"))

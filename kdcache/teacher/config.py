@@ -1,4 +1,4 @@
-"""What a dump is asked to do. Importing this costs nothing: the command line reads its options here."""
+"""Options of a dump. Importing this module loads no large library: the command line takes its options from here."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from kdcache.position_filter import PositionFilter
 from kdcache.teacher.engines.base import TeacherSpec, require_engine
 
 EXTRA_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
-"""Those of `kdcache.extras`, which this file does not import because it would load torch."""
+"""The same as in `kdcache.extras`, which is not imported here because it loads torch."""
 
 if TYPE_CHECKING:
     from kdcache.selection import Selection
 
 _SELECTION = ("k", "min_k", "top_p", "draws", "adaptive", "force_label", "sample_temperature", "proposal_power")
-"""Options that are settings of a kind of selection by the same name."""
+"""Options that are settings of a selection under the same name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,54 +29,71 @@ class DumpConfig:
     """
 
     teacher: str = option("folder or hub name of a causal language model")
-    corpus: str = option(".txt, .jsonl, .parquet, .arrow file or glob, save_to_disk folder, hf:NAME[:CONFIG]")
-    out: str = option("folder or URL (s3://...) of the cache; made, or gone on with")
+    corpus: str = option(".txt, .jsonl, .parquet or .arrow file or glob, save_to_disk folder, or hf:NAME[:CONFIG]")
+    out: str = option("folder or URL of the cache; created, or resumed if it is the same dump")
     # corpus
-    text_column: str | None = option("column of texts  [default: text]", None)
-    messages_column: str | None = option("column of conversations  [default: messages]", None)
-    split: str = option("split of hf: corpora", "train")
-    split_text: str = option("a document of a .txt: paragraph, line or file", "paragraph")
-    min_chars: int = option("drop shorter documents", 0)
+    text_column: str | None = option("column that holds the texts (default: text)", None)
+    messages_column: str | None = option("column that holds the conversations (default: messages)", None)
+    split: str = option("split to read, for hf: and for save_to_disk folders with several", "train")
+    split_text: str = option("what one document of a .txt file is: paragraph, line or file", "paragraph")
+    min_chars: int = option("drop documents of fewer characters", 0)
     drop: str | None = option("drop documents in which this regular expression is found", None)
-    limit_docs: int | None = option("use only the first documents", None)
+    limit_docs: int | None = option("number of documents to take from the start of the corpus", None)
     # rows
-    seq_len: int = option("tokens a row", 512)
-    isolate: bool = option("keep packed pieces from seeing each other", True)
+    seq_len: int = option("tokens per row", 512)
+    isolate: bool = option("keep the pieces packed into one row from attending to each other", True)
     # target
-    select: str = option("which entries to keep: topk, topp, sample, ipps, full, or the kind of a plug-in", "topk")
-    k: int | None = option(
-        "entries a position; the most of them for topp, the mean with --adaptive  [default: 64]", None
+    select: str = option(
+        "selection, the rule for which entries are kept: topk, topp, sample, ipps, full, or the kind of a plug-in",
+        "topk",
     )
-    min_k: int | None = option("the fewest entries, for topp and --adaptive  [default: 1]", None)
-    top_p: float | None = option("mass that topp keeps", None)
-    draws: int | None = option("draws of sample", None)
-    adaptive: bool = option("ipps: one threshold for the whole cache instead of one k", False)
-    force_label: bool = option("the true next token is always among the entries", False)
-    sample_temperature: float | None = option("T of what sample and ipps draw from  [default: 1]", None)
-    proposal_power: float | None = option("sample: draw from p to this power, weighted  [default: 1]", None)
-    set: tuple[str, ...] = option("a setting of the kind of selection that has no option here: --set NAME=VALUE", ())
-    positions: str = option("which labelled positions carry a target: all, or entropy>X (nats, of the teacher)", "all")
-    seed: int = option("of the draws", 0)
-    temperatures: str = option("comma-separated T whose exact tails are kept", "1")
+    k: int | None = option("entries per position; the maximum for topp, the mean with --adaptive (default: 64)", None)
+    min_k: int | None = option("minimum of entries per position, for topp and --adaptive (default: 1)", None)
+    top_p: float | None = option("probability mass that topp keeps", None)
+    draws: int | None = option("number of draws of sample", None)
+    adaptive: bool = option("ipps: one threshold for the whole cache instead of one k; --k is then the mean", False)
+    force_label: bool = option("always keep the true next token among the entries", False)
+    sample_temperature: float | None = option(
+        "temperature of the distribution that sample and ipps draw from (default: 1)", None
+    )
+    proposal_power: float | None = option(
+        "sample: draw from p to this power, with importance weights (default: 1)", None
+    )
+    set: tuple[str, ...] = option(
+        "NAME=VALUE: a setting of the selection that has no option of its own; may be repeated", ()
+    )
+    positions: str = option(
+        "which labelled slots get a target: all, or entropy>X (entropy of the teacher, nats)", "all"
+    )
+    seed: int = option("seed of the draws", 0)
+    temperatures: str = option("comma-separated temperatures at which the exact tail is kept; 1 is always kept", "1")
     # extras
-    extra: tuple[str, ...] = option("keep this too, one vector a token: hidden:-1, what the output head is given", ())
-    extra_precision: str = option("of extras: float32, float16, bfloat16, or int8 with a scale a vector", "float16")
+    extra: tuple[str, ...] = option(
+        "also keep this array, one vector per token: hidden:-1 is the input of the output head; may be repeated", ()
+    )
+    extra_precision: str = option(
+        "precision of the extras: float32, float16, bfloat16, or int8 with one scale per vector", "float16"
+    )
     # store
-    store: str = option("arrow, zarr, or a store that was registered", "arrow")
-    precision: str | None = option("float32, float16, or 4 to 16 bits a value  [default: 6, and 8 for full]", None)
-    docs_per_shard: int | None = option("documents a shard  [default: as many as --chars-per-shard asks for]", None)
+    store: str = option("arrow, zarr, or the store of a plug-in", "arrow")
+    precision: str | None = option(
+        "how values are stored: float32, float16, or 4 to 16 bits (default: 6; 8 for full)", None
+    )
+    docs_per_shard: int | None = option("documents per shard, instead of --chars-per-shard", None)
     chars_per_shard: int | None = option(
-        "characters a shard, at least  [default: a 64th of the corpus, 256 thousand to 16 million]", None
+        "minimum of characters per shard (default: a 64th of the corpus, from 256 thousand to 16 million)", None
     )
     # compute
-    engine: str = option("what runs the teacher: transformers, or one that a plug-in registers", "transformers")
-    device: str = option("auto, cpu, cuda, cuda:1, mps", "auto")
-    device_map: str | None = option("auto spreads the teacher over several GPUs", None)
-    dtype: str = option("auto (float32 on a CPU, the checkpoint's elsewhere), float32, bfloat16, float16", "auto")
-    batch_rows: int = option("rows a forward pass", 8)
-    tile_head: bool = option("run the output head over tiles of positions", True)
+    engine: str = option("what runs the teacher: transformers, or the engine of a plug-in", "transformers")
+    device: str = option("auto, cpu, cuda, cuda:1 or mps", "auto")
+    device_map: str | None = option("auto: spread the teacher over several GPUs", None)
+    dtype: str = option("auto (float32 on a CPU, else that of the checkpoint), float32, bfloat16 or float16", "auto")
+    batch_rows: int = option("rows per forward pass", 8)
+    tile_head: bool = option(
+        "run the output head on tiles of positions, so that the logits of a batch are never all in memory", True
+    )
     # work
-    worker: str | None = option("I/N: this is worker I of N  [default: from SLURM or torchrun, else 0/1]", None)
+    worker: str | None = option("I/N: this process is worker I of N (default: from SLURM or torchrun, else 0/1)", None)
 
     def __post_init__(self) -> None:
         for name, least in (("seq_len", 2), ("batch_rows", 1)):
@@ -130,7 +147,7 @@ class DumpConfig:
 
     @property
     def stored_temperatures(self) -> tuple[float, ...]:
-        """The temperatures to keep, in the order named; 1 is added at the end when it is not among them."""
+        """The temperatures to keep, in the order given; 1 is added at the end if it is missing."""
         try:
             named = tuple(float(t) for t in self.temperatures.split(","))
         except ValueError:

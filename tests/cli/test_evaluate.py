@@ -45,7 +45,7 @@ def test_compare_in_a_real_process(cache: Path, folder: Path) -> None:
         marked = [f"{v:.4f}{' *' if v == best(values) else ''}" for v in values]
         assert lines[name].split() == [*name.split(), *" ".join(marked).split()], name
     assert lines["acceptance bounds"].count(" - ") == 3 and "*" not in lines["teacher nll"]
-    assert f"± {found['B']['nll_difference_standard_error']:.4f}" in lines["nll less that of A"]
+    assert f"± {found['B']['nll_difference_standard_error']:.4f}" in lines["nll minus that of A"]
 
 
 @pytest.mark.parametrize("form", ["row", "repeated", "equals", "toml"])
@@ -105,14 +105,14 @@ def test_an_evaluation_leaves_its_configuration(cache: Path, folder: Path, tmp_p
 
 
 BAD = [
-    ([], "needs one student as --student, or several as --compare"),
-    (["--student", "{A}", "--compare", "{A}"], "and not both"),
+    ([], "needs either one --student or several as --compare"),
+    (["--student", "{A}", "--compare", "{A}"], "either one --student or several"),
     (["--compare", "{A}", "{A}"], "is named twice"),
     (["--compare", "{A}", "nowhere-at-all/"], "does not exist"),
     (["--student", "{A}", "--prompt", ""], "--prompt is empty"),
     (["--student", "{A}", "--prompt", "word " * 200], "but a row of the cache has 64"),
     (["--student", "{A}", "--prompt", "x", "--top", "0"], "--top is 0"),
-    (["--student", "{A}", "--prompt", "x", "--rows", "3"], "--heldout and --rows do not go with it"),
+    (["--student", "{A}", "--prompt", "x", "--rows", "3"], "it excludes --heldout and --rows"),
     (["--compare", "{A}", "{A}", "--prompt", "x"], "is named twice"),
     (["--student", "{A}", "--prompt", "x", "--teacher", "{B}"], "is not the one that made"),
     (["--student", "{A}", "--out", "{A}/config.json"], "exists already"),

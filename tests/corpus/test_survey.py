@@ -256,3 +256,45 @@ def test_conversations_are_the_same_in_any_file(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"messages": filled}).to_parquet(str(tmp_path / "c.parquet"))
     found = [survey(open_corpus(str(tmp_path / f"c.{form}")), {"docs_per_shard": 3}) for form in ("jsonl", "parquet")]
     assert found[0].corpus_sha256 == found[1].corpus_sha256
+
+
+HELD = {
+    "plain.txt": b"one\ntwo\n\nthree\n",
+    "mark.txt": b"\xef\xbb\xbfone\n\ntwo",
+    "beyond-ascii.txt": "zwölf\n\n\u2003\n\nπ < 4, 🦆\n".encode(),
+    "returns.txt": b"one\r\n\r\ntwo\rthree\n",
+    "blank.txt": b"\n\n \n\none\n",
+    "plain.jsonl": b'{"text": "one"}\n{"text": ""}\n{"other": 1, "text": "a\\nb"}',
+    "beyond-ascii.jsonl": '{"text": "zwölf \\u00e4 🦆"}\n'.encode(),
+    "null.jsonl": b'{"text": "one"}\n{"text": null}\n{"other": 1}\n',
+    "blank.jsonl": b'{"text": "one"}\n\n  \n{"text": "two"}\r\n',
+    "repeated.jsonl": b'{"text": "one", "text": "two"}\n',
+}
+
+
+@pytest.mark.parametrize("split_text", ["paragraph", "line", "file"])
+@pytest.mark.parametrize("name", HELD)
+def test_texts_that_are_never_held_have_the_digests_of_those_that_are_read(
+    name: str, split_text: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(HELD[name])
+    corpus = open_corpus(str(tmp_path / name), split_text=split_text)
+    read = [document for part in corpus.parts() for document in corpus.read(part)]
+    examined = [corpus.examine(part) for part in corpus.parts()]
+    contents = [b"\xff" if text is None else text.encode() for text in read]
+    assert b"".join(found.sha256 for found in examined) == b"".join(hashlib.sha256(c).digest() for c in contents)
+    assert [n for found in examined for n in found.characters] == [len(text or "") for text in read]
+    starts = [address for part in corpus.parts() for address in corpus._read(part)[1]]
+    assert [at for found in examined for at in found.addresses] == starts
+    assert sum(found.kept for found in examined) == sum(text is not None for text in read)
+
+
+@pytest.mark.parametrize(
+    "record", [b'{"text": 1}', b'{"text": ["one"]}', b'["text"]', b'{"text": "\\ud800"}', b'{"text']
+)
+def test_a_record_without_a_text_is_refused_by_its_place(record: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "one"}\n' + record + b"\n")
+    with pytest.raises(CorpusError, match=r"document 1\b|byte 16\b|corpus file"):
+        corpus = open_corpus(str(tmp_path / "bad.jsonl"), text_column="text")
+        for part in corpus.parts():
+            corpus.examine(part)

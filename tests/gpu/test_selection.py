@@ -80,6 +80,9 @@ def test_targets_are_those_of_a_cpu(rule: Selection, dtype: torch.dtype, device:
     same = (ours.ids == theirs.ids).all(-1) & (ours.count == theirs.count)
     assert (~same).sum() <= 2
     for name in ("logprobs", "weights", "log_partition", "log_tail", "entropy", "label_logprob"):
+        if getattr(ours, name) is None:  # sampled targets have no tail
+            assert getattr(theirs, name) is None
+            continue
         a, b = getattr(ours, name)[same], getattr(theirs, name)[same]
         torch.testing.assert_close(b, a, atol=4e-6, rtol=8e-6, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}")
 

@@ -50,7 +50,7 @@ def test_a_shift_by_one_is_found(cache: Path, teacher: Path, tmp_path: Path) -> 
     done = kdcache("verify", tmp_path / "c", "--teacher", teacher, "--rows", "4", "--json")
     report = json.loads(done.stdout)
     assert done.returncode == 1 and not report["ok"]
-    assert report["problems"][0]["what"].startswith("its targets are not what this teacher says")
+    assert report["problems"][0]["what"].startswith("its targets are not those of this teacher")
     assert report["faithfulness"]["stored"]["total_variation"]["mean"] > 0.1  # of a random, rather flat teacher
 
 

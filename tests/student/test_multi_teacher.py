@@ -21,6 +21,7 @@ from kdcache.errors import ConfigError, IncompleteCacheError, KdcacheError, Targ
 from kdcache.isolation import packed_forward
 from kdcache.losses import target_losses
 from kdcache.rows import PackedRow
+from kdcache.store.commits import Commits
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import Collator, RowDataset, RunOrder, labelled, split_heldout
 from kdcache.student.data_workers import _ByValue
@@ -290,7 +291,8 @@ def test_the_first_shard_that_differs_is_named(caches: Caches) -> None:
 
     def changed(**fields: Any) -> TeacherCache:
         partner = open_cache(two.name)
-        partner.commits = {**commits, 1: dataclasses.replace(commits[1], **fields)}
+        other = {**commits, 1: dataclasses.replace(commits[1], **fields)}
+        partner.commits = Commits.of(other.values(), partner.manifest.sha256)
         return dataclasses.replace(two, cache=partner)
 
     require_lined_up(one, changed(positions=7))  # a teacher may choose its positions

@@ -150,7 +150,7 @@ def test_a_student_learns_from_draws(
     if power:
         weights = open_cache(tmp_path / "c")[0].targets.weights.sum(-1)
         assert ((weights - 1).abs() > 1e-3).any()
-        with pytest.raises(ConfigError, match="draws with proposal_power cannot be thinned out"):
+        with pytest.raises(ConfigError, match="proposal_power cannot be thinned out"):
             convert(tmp_path / "c", tmp_path / "d", k=4)
     config = options(tmp_path / "c", student_config, tmp_path / "s", soft_weight=1.0)
     after = train(config)["heldout"]["after"]

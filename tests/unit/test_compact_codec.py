@@ -8,6 +8,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -475,12 +476,12 @@ def test_threads_decode_side_by_side() -> None:
 
 
 def test_where_no_folder_can_be_written_loops_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = compiled_module.numba.njit
+    real = numba.njit
 
     def njit(function: Any, **options: Any) -> Any:
         if options.get("cache"):
             raise RuntimeError("cannot cache function: no locator available")
         return real(function, **options)
 
-    monkeypatch.setattr(compiled_module.numba, "njit", njit)
+    monkeypatch.setattr(numba, "njit", njit)
     assert compiled_module.compiled(lambda x: x + 1)(2) == 3

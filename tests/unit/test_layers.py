@@ -17,7 +17,7 @@ import kdcache.student
 
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
-    {"errors", "options", "rows", "compiled", "entry_form"},
+    {"errors", "options", "rows", "compiled", "entry_form", "lazy_torch"},
     {"plugins", "known"},
     {"registry"},
     {"extras", "targets", "worker"},
@@ -131,6 +131,21 @@ from kdcache_cli.main import app
 assert CliRunner().invoke(app, ["--help"]).exit_code == 0
 assert CliRunner().invoke(app, ["train-student", "--help"]).exit_code == 0
 heavy = {"torch", "transformers", "datasets", "pyarrow", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_summary_of_a_cache_imports_nothing_heavy() -> None:
+    cache = Path(__file__).parents[1] / "golden" / "ipps-adaptive-6-arrow"
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from kdcache_cli.main import app
+done = CliRunner().invoke(app, ["inspect-shard", {str(cache)!r}])
+assert done.exit_code == 0 and "ipps" in done.output, done.output
+heavy = {{"torch", "transformers", "datasets", "numba", "zarr", "fsspec"}} & set(sys.modules)
 assert not heavy, heavy
 """
     done = python(code)
