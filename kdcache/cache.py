@@ -1,4 +1,4 @@
-"""Cache: rows by index, in O(1), from a folder or an object store, with no teacher in sight.
+"""Cache: rows by index, in O(1), from a folder or an object store, without the teacher.
 
 Opening a sealed cache reads two objects, the manifest and the seal, whatever the number of shards. Opening any other
 reads the manifest and one small commit a shard, and lists the objects. A row costs one or a few range reads. Memory:

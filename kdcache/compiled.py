@@ -3,7 +3,7 @@
 numba, not C: it has wheels for every platform that torch has, and asks for no compiler where kdcache is installed. A
 loop is handed to numba at its first call and compiled for the types of that, about a second each, and kept next to
 the source, or in the user's cache folder where that cannot be written. Loops release the interpreter's lock, so
-threads run them side by side.
+threads run them at the same time.
 
 Guarantee: a loop is compiled anew when any file of its folder changes, so loops may call loops of other files there.
 numba itself looks only at a loop's own file, and would use an old callee.

@@ -1,7 +1,7 @@
 """Convert: a cache into another store, another place, another precision or fewer entries, without its teacher.
 
 Between stores the streams of every row are carried over as they are, so the content is the same bit for bit and so
-is its hash. Fewer entries are the business of the kind of selection (`kdcache.selection.narrow`): the largest stay and
+is its hash. Fewer entries are made by the kind of selection (`kdcache.selection.narrow`): the largest are kept and
 the rest moves into every tail, or sampled weights are drawn again without bias. Shard by shard, create-only, any number
 of workers: a run that stops is resumed where it was.
 """
@@ -147,12 +147,12 @@ def _row(source: Cache, manifest: Manifest, shard: int, row: int) -> tuple[Packe
     if (manifest.selection, manifest.precision) == (old.selection, old.precision):
         return packed, targets, record
     if manifest.selection != old.selection:
-        chosen = (targets.count > 0).nonzero()[:, 0]  # of the labelled slots
-        slots = np.flatnonzero(packed.labels(manifest.seq_len) != IGNORE)[chosen.numpy()]
+        carries = (targets.count > 0).nonzero()[:, 0]  # of the labelled slots
+        slots = np.flatnonzero(packed.labels(manifest.seq_len) != IGNORE)[carries.numpy()]
         keys = torch.tensor([[shard, row, int(slot)] for slot in slots], dtype=torch.int64).reshape(-1, 3)
         labels = torch.from_numpy(packed.labels(manifest.seq_len)[slots])
-        fewer = narrow(targets[chosen], manifest.rule, source=old.rule, labels=labels, seed=manifest.seed, keys=keys)
-        targets = fewer.spread(chosen, len(targets.count))
+        fewer = narrow(targets[carries], manifest.rule, source=old.rule, labels=labels, seed=manifest.seed, keys=keys)
+        targets = fewer.spread(carries, len(targets.count))
     return packed, targets, manifest.row_format.repack(record, packed, targets)
 
 

@@ -1,6 +1,6 @@
 """Entry form: what a codec must know of the entries that a selection makes, before it reads any.
 
-A selection says it, a codec takes it, and neither knows the other.
+A selection gives it, a codec takes it, and neither imports the other.
 
 Entries of truncated targets have the teacher's own log-probability, and all that is not kept is a tail. Entries of
 sampled targets are heavy or light: a heavy one has a log-probability of its own, a light one (NaN) does not.

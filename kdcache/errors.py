@@ -1,4 +1,4 @@
-"""Every way kdcache says no, in one tree.
+"""The exceptions of kdcache, in one tree.
 
     KdcacheError                 the root: one sentence for a person, exit code 2 on the command line
     ├── ConfigError              an option, or a combination of options, that cannot be honoured
@@ -6,12 +6,12 @@
     ├── ModelError               a teacher or student folder that cannot serve
     │   ├── IsolationError       a model that lets one packed piece see its neighbour
     │   ├── LogitsError          NaN or infinite logits out of the teacher
-    │   └── EngineError          an engine that gives something else than was asked
+    │   └── EngineError          an engine that gives something other than was asked
     ├── TargetError              a sparse target asked for something that it does not hold
     └── CacheError               a cache that is missing or cannot be written
         ├── CacheMismatchError   the folder holds a cache of another configuration
         ├── IncompleteCacheError shards that are planned but not committed
-        └── CorruptCacheError    bytes that do not say what their record promises
+        └── CorruptCacheError    bytes that are not what their record promises
 
 An error names the file or option, the value it got, the limit, and what to do next.
 Anything that is not a KdcacheError is a defect of kdcache and keeps its traceback.
@@ -51,7 +51,7 @@ class LogitsError(ModelError):
 
 
 class EngineError(ModelError):
-    """An engine that gives something else than was asked."""
+    """An engine that gives something other than was asked."""
 
 
 class TargetError(KdcacheError):
@@ -71,4 +71,4 @@ class IncompleteCacheError(CacheError):
 
 
 class CorruptCacheError(CacheError):
-    """Bytes that do not say what their record promises."""
+    """Bytes that are not what their record promises."""

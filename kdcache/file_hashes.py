@@ -1,7 +1,7 @@
-"""File hashes: the sha256 of large files, computed once a machine and remembered.
+"""File hashes: the sha256 of large files, computed once on each machine and remembered.
 
 Guarantee: a hash is taken from memory only for a file of the same path, size, modification time and inode. One that was
-modified in the last seconds is not remembered, as a second change could leave its time as it is. Memory that is
+modified in the last seconds is not remembered, as a second change could leave its time unchanged. Memory that is
 missing, damaged, or cannot be written means hashing again, and nothing else.
 A file of the Hugging Face hub's cache whose name is its sha256 is not read at all.
 

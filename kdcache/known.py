@@ -1,4 +1,4 @@
-"""Known: what the targets of a cache know of the teacher, and what they do not.
+"""Known: what the targets of a cache know of the teacher's distribution, and what they do not.
 
 Selection over whole logits knows everything below. An engine that gives ready entries, such as the k largest
 log-probabilities of a server, knows less. What is unknown is stored nowhere: the fields of SparseTargets are None, and
@@ -71,7 +71,7 @@ class Known:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Known:
-        """What a manifest says; nothing in it is trusted.
+        """From a manifest's fields; nothing in them is trusted.
 
         Raises:
             ConfigError: a field is missing, unknown or of another type.

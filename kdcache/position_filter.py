@@ -1,4 +1,4 @@
-"""PositionFilter: which of the labelled positions carry a target.
+"""Position filter: which labelled slots carry a target.
 
     all          every one
     entropy>X    those where the entropy of the teacher's distribution at T = 1 exceeds X nats

@@ -1,4 +1,4 @@
-"""PackedRow: one row of tokens, and everything that follows from where its pieces lie.
+"""PackedRow: one row of tokens, and everything that follows from where its pieces are.
 
 A row of `seq_len` slots is packed from pieces, each a run of one document, followed by
 padding. Labels, segments and position ids are derived here and nowhere else, so teacher and

@@ -1,14 +1,14 @@
 """Codec: SparseTargets of one row to named streams of numbers, and back. Stores compress each stream by itself.
 
-    layout.py     what is said of targets before any is read, and Codec: what a store may ask
+    layout.py     what is known of all targets of a cache, and Codec: what a store may call
     plain.py      float32 or float16 values
     compact.py    4 to 16 bits a value, ids by rank
     weighted.py   entries with free weights, by either of the two
     id_ranks.py   ids by how often they are proposed
     id_deltas.py  sorted ranks in a byte each
     quantizer.py  values in a few bits
-    scalars.py    what a position has one of
-    streams.py    compression, and reading safely
+    scalars.py    the numbers that a position has one of
+    streams.py    compression, and how streams are checked when read
 
 No codec trusts what it decodes: it raises CorruptCacheError, reads nothing out of bounds, and allocates no more than
 a row of its layout needs.

@@ -1,9 +1,8 @@
-"""Frequency: the order of ids that compresses best, from the first positions that a cache will hold.
+"""Id ranks: the order of ids that compresses best, from the first positions that a cache will hold.
 
-Order: the rank of an id is its place in a list of the ids that the teacher proposes most often.
-
-Ids that are not in the list follow in increasing order. So above the largest id of the list rank and id are equal, and
-the tables end there. Cost: two tables of 4 bytes an id.
+The rank of an id is its place in a list of the ids that the teacher proposes most often. Ids that are not in the list
+follow in increasing order. So above the largest id of the list rank and id are equal, and the tables end there. Cost:
+two tables of 4 bytes an id.
 """
 
 from __future__ import annotations

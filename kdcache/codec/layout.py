@@ -1,9 +1,9 @@
-"""Layout: what is said of targets before any is read, what follows from it, and what a store may ask of a codec.
+"""Layout: what is known of all targets of a cache, what follows from it, and what a store may call of a codec.
 
 An entry of a sampled target is heavy or light. Heavies have a probability of their own: those above tau of `ipps`, and
 the forced label of `sample`. Lights share what the heavies leave: equally in `ipps`, by how often they were drawn in
 `sample`. So a position needs the log-odds of the lights' mass, and neither tau nor the lights' values. Where one of the
-two classes is empty the other has all the mass, and the log-odds say nothing.
+two classes is empty the other has all the mass, and the log-odds have no meaning.
 
 Shapes: n positions, K entries.
 """

@@ -16,7 +16,7 @@ the tail nor a probability near 1 is ever distorted. (A float16 of log p itself 
 by 5e-4 of mass at p near 1.)
 Cost: a handful of vectorised passes.
 
-Decoding trusts nothing: lengths, ids and numbers are checked before use and every lie is a CorruptCacheError.
+Decoding trusts nothing: lengths, ids and numbers are checked before use and every wrong claim is a CorruptCacheError.
 
 Shapes: n positions with a target in the row, K entries, n_T temperatures, F scalars.
 """

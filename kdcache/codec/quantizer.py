@@ -6,8 +6,8 @@ entry has the level round(c (g(x) - g(cut)) / (g(0) - g(cut))), at least 0, wher
     g(x) = tau exp(x / tau) + beta x        tau = 2 min(t, 4), beta = 0.1 / max(2, t), cut = -min(t log 4000K, 60)
 
 and t is the hottest temperature that matters. exp(x / 2t) is the density of levels that spends bits best at one
-temperature (an entry's part of the KL is p_t times the square of its error); the linear term keeps what is small
-apart, which a hotter temperature raises; all K entries at the cut add 1/4000 at t. Nothing is stored as zero.
+temperature (an entry's part of the KL is p_t times the square of its error); the linear term keeps small values
+distinct, which a hotter temperature raises; all K entries at the cut add 1/4000 at t. Nothing is stored as zero.
 
 Bound: |g(x) - g(stored x)| <= (g(0) - g(cut)) / 2c for x >= cut; that is `step` / 2. A level is a place in tables, so
 decoding takes no power and no logarithm of an entry. Sums run in fixed point: in integers the order of additions

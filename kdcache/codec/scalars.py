@@ -1,4 +1,4 @@
-"""Scalars: what a position has one of, in one or two bytes each.
+"""Scalars: the numbers that a position has one of, in one or two bytes each.
 
 Counts are stored as they are. Measures are stored as 16-bit words:
 
@@ -6,8 +6,8 @@ Counts are stored as they are. Measures are stored as 16-bit words:
     nats         round(128 x) within 0 to 65534; 65535 is none
 
 Two streams, planes of one byte a position: `scalars` has the counts and the high bytes of the words, which compress,
-and `scalars_low` the low bytes, which do not. As two streams each gets its own code: 5.4 bytes a
-position instead of 5.8.
+and `scalars_low` the low bytes, which do not. As two streams each gets its own code: 5.4 bytes a position instead of
+5.8.
 
 Bounds: log-odds within 1/128 up to 511, nats within 1/256 up to 511.
 

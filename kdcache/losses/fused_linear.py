@@ -1,8 +1,8 @@
-"""The primitive: log-partition and chosen logits of an output head, without `[positions, vocabulary]` in memory.
+"""The primitive: log-partition of an output head and its logits at given ids, without `[positions, vocabulary]`.
 
-Two functions of autograd walk a source of logits tile by tile. `linear_lse_gather` serves any loss: it learns the
+Two autograd functions go through a source of logits tile by tile. `linear_lse_gather` serves any loss: it learns the
 loss's gradient only in the backward pass and makes each tile again. `fused_loss` knows the loss, so each tile gives its
-gradient at once and is made a single time; the backward pass hands out what is ready.
+gradient at once and is made a single time; the backward pass returns what is ready.
 
 In a `Tile` the entries are taken out first. What is left, the ids that are not entries, is summed on its own, so the
 tail is never one minus the kept mass; and the log-partition of everything is the sum of the two parts. Afterwards the
@@ -113,7 +113,7 @@ class Tile:
 
 
 def _logsumexp(values: Tensor, chosen: Tensor) -> Tensor:
-    """`[n]` log-sum-exp over the chosen ones, of which there is at least one."""
+    """`[n]` log-sum-exp over the values in a mask that has at least one."""
     return torch.where(chosen, values, -torch.inf).logsumexp(-1)
 
 
@@ -285,7 +285,7 @@ class _LseGather(torch.autograd.Function):
 
 @eager
 def linear_lse_gather(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Log-partition of a linear head's logits, and the logits at chosen ids.
+    """Log-partition of a linear head's logits, and the logits at given ids.
 
     Args:
         hidden: `[N, D]`.

@@ -1,4 +1,4 @@
-"""Where logits come from: an output head over hidden states, or logits that exist. The rest of a loss is the same.
+"""Where logits come from: an output head over hidden states, or stored logits. The rest of a loss is the same.
 
 A source makes the logits of one tile of positions, takes the gradient of that tile back before it makes the next, and
 gives the gradients of its own tensors in the end.
@@ -69,7 +69,7 @@ class LogitSource(ABC):
 
 
 class StoredLogits(LogitSource):
-    """Logits `[N, V]` that exist.
+    """Stored logits `[N, V]`.
 
     Raises:
         ConfigError: another shape.

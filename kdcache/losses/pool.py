@@ -4,10 +4,10 @@ The pool of distributions p_m is sum_m w_m p_m, each softened first. What its te
 comes to it:
 
     everything   the pool is made, and any divergence is exact
-    samples      weights are an unbiased estimate of p_m, so theirs, pooled, are one of the pool
-    truncated    the losses to each are summed; where their entries differ, that leads elsewhere
+    samples      weights are an unbiased estimate of p_m, so pooled weights are one of the pool
+    truncated    the losses to each are summed; where their entries differ, the optimum is not the pool
 
-A teacher without a target at a position has no say there, and the others get none of its weight: the position counts
+A teacher without a target at a position is left out there, and the others get none of its weight: the position counts
 as much as the weights of those that have one. docs/mathematics.md derives all of this.
 
 Shapes: N positions, V vocabulary, K entries.

@@ -1,11 +1,11 @@
-"""The loss of each position: what sparse targets ask of a student, by kind of target and by use of the tail.
+"""The loss of each position: by kind of target and by use of the tail.
 
     tail            target outside the entries K; p is exact inside       gradient on K     gradient elsewhere
     bucket          its mass r, as one outcome                            q - p             q (1 - r / s)
     none            nothing                                               (1-r) q - p       (1-r) q
     renormalise     nothing; p / (1-r) inside                             q - p / (1-r)     q
     label           r on the true next token                              q - p             q - r [label]
-    label-sample    1 on the true next token if it lies there             W q - p           W q - [label]
+    label-sample    1 on the true next token if it is there              W q - p           W q - [label]
     uniform         r / (V-K) on each id                                  q - p             q - r / (V-K)
 
 q is the student, s its mass outside K, W = 1 - r + [label outside K]. `bucket` is a lower bound of the dense loss
@@ -145,7 +145,7 @@ class PooledLoss(TargetLoss):
         return any(target_loss.tail_mean for _, _, target_loss in self.parts)
 
     def losses(self, student: StudentTile, rows: slice) -> Tensor:
-        """`[n]` the weighted sum; `student` is what the whole union sees of the tile."""
+        """`[n]` the weighted sum; `student` is what the whole union has of the tile."""
         return torch.stack(
             [
                 weight[rows] * target_loss.losses(self.union.view(member, student, rows), rows)

@@ -1,7 +1,7 @@
-"""Union: the entries of several targets, gathered from a tile once, and what each of the targets sees of them.
+"""Union: the entries of several targets, gathered from a tile once, and what each of the targets uses of them.
 
 A tile takes the union of the entries out of its logits and sums the rest. The tail of one target is that rest and the
-entries that only others have, added up: never one minus anything. What a target sees is made of differentiable
+entries that only others have, added up: never one minus anything. What a target uses is made of differentiable
 operations, so its loss reaches the tile through the union, and there is one pass over the logits for all of them.
 
 Cost: a sort of `[N, U]` ids a step, where there are several targets, and operations on `[n, U]` for each.
@@ -57,7 +57,7 @@ class Union:
         return Union(tuple(members), ids, kept, others, vocab)
 
     def view(self, member: int, student: StudentTile, rows: slice) -> StudentTile:
-        """What one of the targets sees of a tile: its own entries, the label, and its own tail."""
+        """What one of the targets uses of a tile: its own entries, the label, and its own tail."""
         if not self.others:
             return student
         start = sum(targets.ids.shape[-1] for targets in self.members[:member])

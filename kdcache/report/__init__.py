@@ -1,9 +1,9 @@
 """Report: what a cache holds and what a student learned, as plain values for any surface to show.
 
 inspect.py            a summary, a row, a position
-evaluate.py      figures of one student or of several, side by side; an evaluation as a file
-live_teacher.py  figures that need the cache's own teacher, run live on the same rows as a student
-prompt.py        what teacher and students hold to come next
-faithfulness.py  whether a cache says what its teacher says
-plots.py         held-out curves of several students
+evaluate.py           figures of one student or of several, side by side; an evaluation as a file
+live_teacher.py       figures that need the cache's own teacher, run live on the same rows as a student
+prompt.py             the next tokens after a text, of teacher and students
+faithfulness.py       whether a cache holds what its teacher gives
+plots.py              held-out curves of several students
 """

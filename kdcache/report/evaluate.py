@@ -1,6 +1,6 @@
 """Evaluate: figures of one student over a cache, or of several side by side; with a live teacher, the dense ones too.
 
-One walk over the rows serves everyone: a row is read once, the teacher runs once, each student once.
+One pass over the rows serves all: a row is read once, the teacher runs once, each student once.
 
 Students see the same positions, so their figures are paired, and the difference of two is known better than either.
 `nll_difference` is the student's nll less the first student's, and its standard error comes from the spread over rows,
@@ -8,11 +8,10 @@ because positions of one row depend on each other: with d_r the summed differenc
 
     se^2 = R / (R - 1) sum_r (d_r - n_r mean)^2 / (sum_r n_r)^2
 
+`write_evaluation` writes an evaluation as one JSON object that names what was measured: `command`, `options`,
+`cache_sha256`, `teacher_sha256`, `versions` and `figures`.
+
 Shapes: M labelled positions of a batch, R rows, V vocabulary.
-
-Evaluation record: an evaluation as one file that says of what it is.
-
-{"command", "options", "cache_sha256", "teacher_sha256", "versions", "figures"}
 """
 
 from __future__ import annotations
@@ -146,8 +145,8 @@ def compare(
     if heldout is not None and not 0 < heldout < 1:
         raise ConfigError(f"heldout is {heldout}, but must lie between 0 and 1")
     opened, where = open_cache(cache, local_copy=local_copy, local_limit=local_limit), find_device(device)
-    chosen = _choose(len(opened), heldout, rows)
-    if not len(chosen):
+    wanted = _rows_to_measure(len(opened), heldout, rows)
+    if not len(wanted):
         raise ConfigError(f"the cache {cache} has no rows to measure on")
     with ExitStack() as stack:
         live = None
@@ -155,7 +154,7 @@ def compare(
             spec = TeacherSpec(model=teacher, engine=engine, device=device, batch_rows=batch_rows)
             live = _Live(stack.enter_context(open_teacher_of(spec, opened.manifest, opened.storage)))
         measured = [_Measured(name, opened, where, teacher is not None) for name in students]
-        _walk(measured, live, opened, chosen, where, batch_rows, on_progress)
+        _walk(measured, live, opened, wanted, where, batch_rows, on_progress)
     return {
         "students": {
             one.name: {**one.figures(), **({} if live is None else live.means()), **one.less(measured[0])}
@@ -164,11 +163,11 @@ def compare(
     }
 
 
-def _choose(count: int, heldout: float | None, rows: int | None) -> Rows:
-    chosen: Rows = range(count) if heldout is None else split_heldout(count, heldout)[1]
-    if rows is not None and rows < len(chosen):
-        chosen = [chosen[i * len(chosen) // rows] for i in range(rows)]
-    return chosen
+def _rows_to_measure(count: int, heldout: float | None, rows: int | None) -> Rows:
+    wanted: Rows = range(count) if heldout is None else split_heldout(count, heldout)[1]
+    if rows is not None and rows < len(wanted):
+        wanted = [wanted[i * len(wanted) // rows] for i in range(rows)]
+    return wanted
 
 
 class _Live:

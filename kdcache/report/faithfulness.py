@@ -1,4 +1,4 @@
-"""Faithfulness: whether a cache says what its teacher says, on rows drawn at random.
+"""Faithfulness: whether a cache holds what its teacher gives, on rows drawn at random.
 
 The teacher reads the stored tokens of a row and its targets are made again, twice: once to compare with the
 stored ones, once as the control, which shows how much two runs of the same rows differ on this machine.
@@ -74,11 +74,11 @@ def _compare(
     cache: Cache, teacher: OpenedTeacher, rows: int, seed: int, on_progress: Callable[[int, int], None] | None
 ) -> dict[str, Any]:
     require_answerable(teacher.engine, TargetRequest.of(cache.manifest), cache.manifest.position_filter)
-    chosen = sorted(np.random.default_rng(seed).permutation(len(cache))[:rows].tolist())
+    wanted_rows = sorted(np.random.default_rng(seed).permutation(len(cache))[:rows].tolist())
     found: dict[str, list[dict[str, Tensor]]] = {"stored": [], "control": []}
-    for done, index in enumerate(chosen):
+    for done, index in enumerate(wanted_rows):
         if on_progress:
-            on_progress(done, len(chosen))
+            on_progress(done, len(wanted_rows))
         stored, fresh, again = _three_targets(cache, teacher, index)
         has_target, rule = stored.count > 0, cache.manifest.position_filter
         wanted, mine_again = (rule.mask(each.require("entropy", "a position filter")) for each in (fresh, again))
@@ -94,7 +94,7 @@ def _compare(
         for name, control in figures["control"].items()
         if name in ("total_variation", "choice")
     )
-    return {"rows": len(chosen), "positions": positions, "agrees": agrees, **figures}
+    return {"rows": len(wanted_rows), "positions": positions, "agrees": agrees, **figures}
 
 
 def _three_targets(

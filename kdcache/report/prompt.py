@@ -1,4 +1,4 @@
-"""Prompt: what a teacher and some students hold to come next after a text, side by side.
+"""Prompt: the most likely next tokens after a text, of a teacher and some students, side by side.
 
 A live teacher is asked if one is given. Without one the cache may know: if a piece of some row begins with the very
 tokens of the prompt and continues, its target there is the teacher's answer to this prompt and to no other context.

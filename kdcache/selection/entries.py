@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def scatter_entries(places: Tensor, values: Tensor, width: int, fill: float) -> Tensor:
-    """`[n, K]` the `[n, M]` values at their places; a place of K is nowhere."""
+    """`[n, K]` the `[n, M]` values at their places; a place of K is left out."""
     out = values.new_full((len(values), width + 1), fill)
     return out.scatter_(-1, places, values)[:, :width]
 

@@ -175,7 +175,7 @@ class Ipps(Selection):
 
 
 def _head_without_label(tile: Scan) -> tuple[Tensor, Tensor]:
-    """`[n, W]` ids and logits of the head without a forced label; where it stood in the head, the last is -inf."""
+    """`[n, W]` ids and logits of the head without a forced label; where it was in the head, the last is -inf."""
     width = tile.head.shape[-1]
     column = torch.arange(width, device=tile.head.device)
     shifted = column + (column >= tile.label.column[:, None]).long()
@@ -184,7 +184,7 @@ def _head_without_label(tile: Scan) -> tuple[Tensor, Tensor]:
 
 
 def systematic_points(uniform: Tensor, lights: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Points (u + j) / L, j < L, of the line on which the lights lie one behind the other.
+    """Points (u + j) / L, j < L, of the line on which the lights follow one another.
 
     Args:
         uniform: `[n]` u.

@@ -1,8 +1,8 @@
 """Narrow: fewer entries from entries, for `kdcache convert`, without the teacher.
 
-Each kind knows how: truncated ones keep the largest and move the rest into every stored tail, exactly; sampled ones
-draw again, without bias. Fresh random numbers are needed: a number that decided which entries there are would bias
-which of them stay.
+Each kind does it in its own way: truncated ones keep the largest and move the rest into every stored tail, exactly;
+sampled ones draw again, without bias. Fresh random numbers are needed: a number that decided which entries there are
+would bias which of them stay.
 
 Shapes: N positions.
 """

@@ -34,7 +34,7 @@ _trusted: dict[Any, bool] = {}
 def scan_rows(
     x: Tensor, width: int, outside: Tensor, temperatures: list[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scan `[n, V]` logits of any floating dtype, where they lie; see `scan_cpu.scan_rows`."""
+    """Scan `[n, V]` logits of any floating dtype, on their device; see `scan_cpu.scan_rows`."""
     if x.device.type == "cpu":
         return scan_cpu.scan_rows(x, width, outside, temperatures)
     if x.device.type == "cuda" and _kernels_agree(x, width, outside, temperatures):
@@ -45,7 +45,7 @@ def scan_rows(
 
 
 def _kernels_agree(x: Tensor, width: int, outside: Tensor, temperatures: list[float]) -> bool:
-    """Whether kernels may be trusted with such logits: found out once for each shape, on the first that come."""
+    """Whether kernels may be trusted with such logits: found out once for each shape, on the first that are given."""
     shape = (x.device, x.dtype, x.shape[-1], x.stride(0) % 16, width, len(temperatures))
     if shape not in _trusted and len(x):
         few = slice(0, _COMPARED_ROWS)
@@ -70,7 +70,7 @@ def trusted(x: Tensor, width: int, outside: Tensor, temperatures: list[float]) -
 
 
 def _difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str:
-    """What kernels give otherwise, if anything. Positions whose logits are not finite do not count."""
+    """What kernels give differently, if anything. Positions whose logits are not finite do not count."""
     sound = torch.stack([torch.isfinite(part).flatten(1).all(-1) for part in expected]).all(0)
     for name, ours, theirs in zip(("values", "ids"), found, expected, strict=False):
         if not torch.equal(ours[sound], theirs[sound]):

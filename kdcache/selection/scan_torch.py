@@ -95,7 +95,7 @@ _EXCLUDED = -1e5
 
 
 _ELEMENTS = 1 << 24
-"""Logits that operations work on at once, so that what lies between them takes little memory."""
+"""Logits that operations work on at once, so that intermediate results take little memory."""
 
 
 def scan_rows(

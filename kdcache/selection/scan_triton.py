@@ -9,7 +9,7 @@ Each logit is read once from the GPU's memory, in the dtype that it has, and blo
 
 What is chosen is found by halving the integers that order as floats do, 32 times; ties go by id. Nothing is sorted but
 the S, nothing is added up across programs and nothing waits for the CPU, so the same logits give the same bits, if
-they lie in memory alike: a dtype, or a row's stride that is no multiple of 16, may change the order of a block's sum.
+they are stored alike: a dtype, or a row's stride that is no multiple of 16, may change the order of a block's sum.
 
 Guarantee: that of `scan_cpu.scan_rows`, with the GPU's own exponential: within 3e-7 (6e-7 in blocks that
 are not chosen, where it is a product of two), and 2e-7 more for each nat of its argument.

@@ -1,7 +1,7 @@
 """Select: a rule over the logits of many positions, one tile of a few megabytes after another.
 
 Guarantee: log-probabilities are normalised over the whole vocabulary; the tail is summed over the
-complement itself; a target depends on its own logits, label and key alone, whatever batch it lies in, bit for bit.
+complement itself; a target depends on its own logits, label and key only, whatever batch it is in, bit for bit.
 Cost: docs/selection.md has it, in units of torch.logsumexp over the same logits.
 """
 

@@ -1,9 +1,8 @@
 """Sources: the caches that a run learns from, each with its weight, checked against one another.
 
-A cache is named as `PATH` or `PATH:WEIGHT`; so is each of `pool`, which adds the targets of other teachers for the
-same rows. Only a
-trailing `:NUMBER` is a weight, and a path or cache of that very name wins over it, so `s3://bucket/c:8` names the
-cache of that name if there is one.
+A cache is named as `PATH` or `PATH:WEIGHT`; so is each of `pool`, which adds the targets of other teachers for the same
+rows. Only a trailing `:NUMBER` is a weight, and a path or cache of that very name wins over it, so `s3://bucket/c:8`
+names the cache of that name if there is one.
 """
 
 from __future__ import annotations

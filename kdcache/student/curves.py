@@ -1,4 +1,4 @@
-"""Curves: what a run did, step by step, as one PNG. Needs the `plots` extra.
+"""Curves: the figures of a run over its steps, as one PNG. Needs the `plots` extra.
 
 Four panels over the optimiser step: the loss that was minimised, the student's nll and KL (of the training positions
 since the line before, and of the held-out rows), and the learning rate. The file is a pure function of its arguments.

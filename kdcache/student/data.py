@@ -45,7 +45,7 @@ class Item(NamedTuple):
 
 
 class RowDataset(Dataset[Item]):
-    """Chosen rows of one cache or several, numbered through: those of the second follow those of the first."""
+    """Some rows of one cache or several, numbered through: those of the second follow those of the first."""
 
     def __init__(self, caches: Sequence[RowReader], rows: Sequence[Rows]) -> None:
         self.caches, self.rows = caches, rows

@@ -1,7 +1,7 @@
 """Processes that read batches ahead of the training, in the order that it will ask for them.
 
 They are the workers of PyTorch's DataLoader, so order, resume and ranks are as without them; each has two batches
-under way. Batches come through a pipe and not, as DataLoader would have it, through shared memory, of
+under way. Batches come through a pipe and not, as is DataLoader's default, through shared memory, of
 which containers often have little.
 """
 

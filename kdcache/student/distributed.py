@@ -32,7 +32,7 @@ def join(device: torch.device) -> None:
 
 
 def agree(value: T) -> T:
-    """What the first process says."""
+    """The value of the first process, in every process."""
     if world() == 1:
         return value
     box: list[Any] = [value]
@@ -42,7 +42,7 @@ def agree(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """What each process says, by rank."""
+    """The value of each process, by rank."""
     if world() == 1:
         return [value]
     said: list[Any] = [None] * world()

@@ -17,7 +17,7 @@ that carry a target, `targets` of them, and None where there is none.
     teachers        of a pool: kl and teacher_nll of each; the figures above compare with the first
 
 Guarantee: all come from one forward pass, a tile of logits at a time, made inside it as the loss is in training.
-Sums are kept in float64, so neither the order of batches nor their distribution over ranks shows by more than a
+Sums are kept in float64, so neither the order of batches nor their distribution over ranks changes them by more than a
 rounding of float64. The sums of several caches add up to the figures over all.
 Cost: in memory, one tile of logits; in time, a forward pass, shared by the ranks of a run.
 

@@ -82,7 +82,7 @@ class Schedule:
             if config.tail == "label-sample" and rule.labelled:
                 raise ConfigError(
                     f"tail label-sample needs labels that are entries only where the selection keeps them, but "
-                    f"{name} was dumped with force_label, where a label never stands for the tail"
+                    f"{name} was dumped with force_label, where a label is never a sample of the tail"
                 )
         return Schedule(stairs, weights, steps, config.soft_schedule, *ramps(config, steps))
 

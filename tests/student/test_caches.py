@@ -234,7 +234,7 @@ def test_rows_and_where(
         bits = dict(kept)
     bits["0"][0] ^= 2
     np.savez(tmp_path / "s/rows.npz", **bits)
-    with pytest.raises(ConfigError, match=r"rows\.npz there is not its own any more; delete it"):
+    with pytest.raises(ConfigError, match=r"its rows\.npz was changed; delete that file"):
         train(again)
     monkeypatch.undo()
     (tmp_path / "s/rows.npz").write_bytes(b"half a fi")
@@ -245,7 +245,7 @@ def test_rows_that_leave_nothing_are_refused(cache: Path, student_config: Path, 
     count = len(open_cache(cache))
     held = split_heldout(count, 0.1)[1].tolist()
     for rows, words in {
-        f"{count}:": rf"--rows {count}: leaves 0 of {count - len(held)} rows to train on and 0 of {len(held)} held-out",
+        f"{count}:": rf"rows {count}: leaves 0 of {count - len(held)} rows to train on and 0 of {len(held)} held-out",
         f"{held[0]}:{held[0] + 1}": r"leaves 0 of .* rows to train on and 1 of",
     }.items():
         with pytest.raises(ConfigError, match=words):

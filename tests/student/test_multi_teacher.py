@@ -267,11 +267,11 @@ def test_what_does_not_line_up_is_refused(
         (options((first, first), student_config, out), ConfigError, "are one cache"),
         (options((first, second), student_config, out, pool=(str(second), str(second))), ConfigError, "are one cache"),
         (options((first, caches("ipps")[1]), student_config, out), ConfigError, "topk and ipps targets cannot be pool"),
-        (options((first, second), student_config, out, ":0"), ConfigError, "--pool .*:0 has a weight of 0"),
+        (options((first, second), student_config, out, ":0"), ConfigError, "pool .*:0 has a weight of 0"),
         (
             options((first, other_dump(other, corpus, tmp_path / "6", temperatures="1")), student_config, out,
                     temperature=2),
-            ConfigError, f"--temperature 2 would not be exact: {tmp_path / '6'} stores temperature",
+            ConfigError, f"temperature 2 is not exact: {tmp_path / '6'} stores temperature",
         ),
         (options(caches("ipps"), student_config, out, loss="jsd"), TargetError, "loss 'jsd' needs the teacher's"),
     )  # fmt: skip

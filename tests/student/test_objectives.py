@@ -169,7 +169,7 @@ def test_a_cache_of_draws_refuses_what_would_be_biased(cache: Path, student_conf
     with pytest.raises(TargetError, match="ipps targets drawn at temperature 1 say nothing of temperature 2"):
         Schedule.of(options(cache, student_config, tmp_path, temperature=2), drawn, 1)
     forced = manifest(cache, selection={"kind": "topk", "k": 8, "force_label": True})
-    with pytest.raises(ConfigError, match="label-sample needs labels that are entries only by merit"):
+    with pytest.raises(ConfigError, match="label-sample needs labels that are entries only where the selection"):
         Schedule.of(options(cache, student_config, tmp_path, temperature=1, tail="label-sample"), forced, 1)
 
 

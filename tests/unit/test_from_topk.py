@@ -153,7 +153,7 @@ def test_a_student_learns_from_them(ready_made: Path, student_config: Path, tmp_
     shown = run("evaluate", "--student", tmp_path / "s", "--cache", ready_made, "--device", "cpu").stdout
     assert "unknown" in next(line for line in shown.splitlines() if line.startswith("teacher nll"))
     for given, words in (
-        (("--where", "entropy<2"), "does not know the teacher's entropy, which --where needs"),
+        (("--where", "entropy<2"), "does not know the teacher's entropy, which the row filter entropy<2 needs"),
         (("--position-weights", "confidence"), "this cache does not know the teacher's entropy, which the rule of"),
     ):
         refused = run("train-student", *basic, "--out", tmp_path / "t", *given)
