@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kdcache.teacher.engines.base import register_engine
     from kdcache.verify import verify_cache
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Cache",
