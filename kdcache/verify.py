@@ -101,7 +101,7 @@ def verify_cache(path: str | os.PathLike[str], on_progress: Callable[[int, int],
         _check_seal(report, sealed, commit)
         report.shards += 1
         if _check_objects(report, storage, shard, commit.objects):
-            _check_rows(report, storage, manifest, plan, commit)
+            _check_rows(report, storage, manifest, commit)
         content.update(commit.content_sha256.encode())
     if missing > _MOST_MISSING:
         report.add(None, COMMITS, f"{missing - _MOST_MISSING:,} more shards are not committed")
@@ -194,14 +194,6 @@ def _check_rows(report: VerifyReport, storage: Storage, manifest: Manifest, plan
         return
     if any(getattr(commit, name) != value for name, value in counted.fields().items()):
         report.add(commit.shard, commit.objects[0]["name"], "its rows are not the ones that were committed")
-    if plan is not None and counted.rows:
-        first, last = int(plan.first[commit.shard]), int(plan.last[commit.shard])
-        if counted.first_document < first or counted.last_document > last:
-            report.add(
-                commit.shard, commit.objects[0]["name"],
-                f"its rows are of documents {counted.first_document} to {counted.last_document}, but {first} to {last} "
-                "are planned",
-            )  # fmt: skip
     for name, read in counted.sums.fields().items():
         if not _agree(commit.sums[name], read, commit.positions):
             report.add(commit.shard, commit_name(commit.shard), f"its sum of {name} is not that of its rows")

@@ -43,13 +43,11 @@ class Tally:
 
     Attributes:
         rows, labels, positions, entries, tokens, pieces: so far.
-        first_document, last_document: the least and the largest document that a piece comes from.
         sums: over the targets; of what was read back from a shard they are of rounded values.
     """
 
     def __init__(self) -> None:
         self.rows = self.labels = self.positions = self.entries = self.tokens = self.pieces = 0
-        self.first_document, self.last_document = _NO_LEAST, -1
         self.sums = TargetSums()
         self._least, self._most = _NO_LEAST, 0
         self._tokens, self._content = hashlib.sha256(), hashlib.sha256()
@@ -66,8 +64,6 @@ class Tally:
         self.entries += int(targets.count.sum())
         self.tokens += len(row.tokens)
         self.pieces += len(row.piece_lengths)
-        self.first_document = min(self.first_document, int(row.piece_documents.min()))
-        self.last_document = max(self.last_document, int(row.piece_documents.max()))
         counts = targets.count.numpy()
         counts = counts[counts > 0]
         if len(counts):
