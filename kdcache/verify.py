@@ -186,7 +186,7 @@ def _examine(storage: Storage, data: dict[str, Any]) -> tuple[int, object]:
     return size, None if sha256 == data["sha256"] else "its sha256 is not the one recorded"
 
 
-def _check_rows(report: VerifyReport, storage: Storage, manifest: Manifest, plan: Plan | None, commit: Commit) -> None:
+def _check_rows(report: VerifyReport, storage: Storage, manifest: Manifest, commit: Commit) -> None:
     try:
         counted = open_shard(storage, manifest, commit).count()
     except CorruptCacheError as error:

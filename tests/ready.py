@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 
-from kdcache_cli.frame import _settle
+from kdcache_cli.frame import _set_library_defaults
 
 MODULES = (
     "datasets", "matplotlib.backends.backend_agg", "matplotlib.figure", "pydantic.main", "s3fs", "torch._dynamo",
@@ -21,7 +21,7 @@ MODULES = (
 def get_ready() -> None:
     """Import all that a command may import, with what it sets before that."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # the streams of these processes are files
-    _settle()
+    _set_library_defaults()
     for name in MODULES:
         importlib.import_module(name)
     from numba.core.registry import cpu_target

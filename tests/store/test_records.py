@@ -77,7 +77,7 @@ def test_the_hash_of_a_manifest_is_the_one_that_stands_in_it(cache: Path, tmp_pa
     ("changes", "words"),
     [
         ({"documents": 10**8, "shards": 10**7 + 1}, "10,000,001 shards of 100,000,000 documents are above the limit"),
-        ({"seq_len": 1 << 24, "selection": {"kind": "full"}}, "a row of --seq-len 16777216 slots may hold"),
+        ({"seq_len": 1 << 24, "selection": {"kind": "full"}}, "a row of seq_len 16777216 slots may hold"),
         ({"vocab_size": 1 << 31}, "the vocabulary has 2,147,483,648 tokens"),
         ({"temperatures": (1.0, 1000.0)}, "temperature 1000 is outside"),
     ],

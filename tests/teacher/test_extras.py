@@ -92,8 +92,8 @@ def test_targets_and_workers_are_as_without(teacher: Path, corpus: Path, tmp_pat
         ({"extra": ("hidden:3",)}, "extra is hidden:3, but the engine transformers offers hidden:-1"),
         ({"extra": ("attention",)}, "extra is attention, but the engine transformers offers hidden:-1"),
         ({"extra": ("hidden:-1", "hidden:-1")}, "extra names one array twice"),
-        ({"extra": ("hidden:-1",), "extra_precision": "int4"}, "--extra-precision int4 is not one of float32, float16"),
-        ({"extra": ("hidden:-1",), "tile_head": False}, "is what the output head is given, which needs the head in"),
+        ({"extra": ("hidden:-1",), "extra_precision": "int4"}, "extra_precision int4 is not one of float32, float16"),
+        ({"extra": ("hidden:-1",), "tile_head": False}, "is what the output head is given, so it needs the head in"),
     ],
 )
 def test_what_there_is_not(teacher: Path, corpus: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
