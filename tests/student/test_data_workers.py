@@ -112,7 +112,7 @@ def test_readers_of_a_folder_change_nothing_and_their_errors_are_one_sentence(
 
 SPAWNING = """
 from kdcache.student import data_workers
-readers.START = "spawn"  # as usual
+data_workers.START = "spawn"  # as usual
 from kdcache_cli.main import run
 run()
 """
