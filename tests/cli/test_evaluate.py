@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_compare_in_a_real_process(cache: Path, folder: Path) -> None:
     done = kdcache("evaluate", "--compare", "A", "B", "C", "--cache", cache, "--rows", 6, "--json", cwd=folder)
     assert done.returncode == 0 and done.stderr == "", done.stderr

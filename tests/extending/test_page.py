@@ -22,6 +22,7 @@ def test_the_page_has_the_code_of_each_example(path: Path) -> None:
     assert path.read_text() in BLOCKS
 
 
+@pytest.mark.slow
 def test_a_divergence_and_a_store_through_every_command(cache: Path, student_config: Path, tmp_path: Path) -> None:
     lines, loss = (EXAMPLES / "extending" / name for name in ("lines_store.py", "hellinger.py"))
     copy, student = tmp_path / "c", tmp_path / "s"
