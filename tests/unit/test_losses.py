@@ -15,7 +15,7 @@ from kdcache import Selection, SparseTargets, select, sparse_kd_loss, sparse_kd_
 from kdcache.errors import ConfigError, TargetError
 from kdcache.losses import register_divergence, target_losses
 from kdcache.losses.divergences import _FAMILIES, find_divergence
-from tests.bounds import require_close
+from tests.bounds import ROUNDINGS, require_close
 from tests.oracle import COMBINATIONS, DIVERGENCES, STEPS, TAILS, coarse, position_losses, step_loss, targets_of
 
 N, D, V, K = 40, 16, 300, 9
@@ -74,8 +74,11 @@ def require_as_exact_as_naive(given: Problem, targets: SparseTargets, **options:
     value = sparse_kd_loss(leaves[0], leaves[1], targets, labels=given.labels, bias=leaves[2], **options)
     ours = [value.detach().double(), *gradients(value, leaves)]
     exact, naive = textbook(torch.float64), textbook(leaves[0].dtype)
+    # A gradient is a sum over V ids that cancel; some processors add them up one by one, at the cost of V / 2 roundings.
+    single = leaves[0].dtype == torch.float32
+    roundings = max(ROUNDINGS[torch.float32], len(leaves[1]) / 4) if single else None
     for name, mine, plain, true in zip(("value", "hidden", "weight", "bias"), ours, naive, exact, strict=True):
-        require_close(mine, true, leaves[0].dtype, plain, what=name)
+        require_close(mine, true, leaves[0].dtype, plain, roundings, what=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
