@@ -74,7 +74,7 @@ def require_as_exact_as_naive(given: Problem, targets: SparseTargets, **options:
     value = sparse_kd_loss(leaves[0], leaves[1], targets, labels=given.labels, bias=leaves[2], **options)
     ours = [value.detach().double(), *gradients(value, leaves)]
     exact, naive = textbook(torch.float64), textbook(leaves[0].dtype)
-    # A gradient is a sum over V ids that cancel; some processors add them up one by one, at the cost of V / 2 roundings.
+    # A gradient is a sum over V ids that cancel; some processors add them one by one, at the cost of V / 2 roundings.
     single = leaves[0].dtype == torch.float32
     roundings = max(ROUNDINGS[torch.float32], len(leaves[1]) / 4) if single else None
     for name, mine, plain, true in zip(("value", "hidden", "weight", "bias"), ours, naive, exact, strict=True):
