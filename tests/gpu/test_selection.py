@@ -14,6 +14,7 @@ from kdcache.selection import scan_dispatch, scan_torch
 from kdcache.selection.scan_dispatch import ScanRows
 from tests.sampling import KINDS, logits_of
 from tests.unit.test_scan import TEMPERATURES, nobody, require_scanned
+from tests.unit.test_scan_dispatch import RULES as SMALL_RULES
 
 VOCAB = 32_003
 ROOM = 2.0
@@ -24,16 +25,7 @@ if find_spec("triton"):
     from kdcache.selection import scan_triton
 
     SCANS["kernels"] = scan_triton.scan_rows  # on a CPU in Triton's interpreter
-RULES = [
-    Selection(k=9),
-    Selection(k=64, force_label=True),
-    Selection(kind="topp", k=9, top_p=0.8, force_label=True),
-    Selection(kind="full"),
-    Selection(kind="sample", draws=20, force_label=True, sample_temperature=2.0),
-    Selection(kind="sample", draws=20, proposal_power=0.8),
-    Selection(kind="ipps", k=9, force_label=True),
-    Selection(kind="ipps", k=9, tau=0.05),
-]
+RULES = [Selection(k=64, force_label=True), *SMALL_RULES]
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, of Triton's interpreter
 
 
