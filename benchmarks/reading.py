@@ -40,6 +40,7 @@ def make(folder: Path, store: str, targets: list[SparseTargets], rows: int, voca
         teacher_sha256=NOBODY, tokenizer_sha256=NOBODY, tokenizer_files={}, corpus_sha256=NOBODY,
         filters={}, documents=SHARDS,
         shards=SHARDS, plan={}, date="2026-11-28", on_bad_record="stop",
+        eos="auto", pack="best-fit", overlong="auto",
         vocab_size=vocab, seq_len=SLOTS, isolate=True, known=rule.known(targets[0].temperatures),
         positions="all", seed=0,
         selection=rule.to_fields(), temperatures=targets[0].temperatures,

@@ -19,6 +19,7 @@ from kdcache.codec import Codec, Layout, make_codec
 from kdcache.codec.id_ranks import MOST_ORDERED
 from kdcache.codec.plain import PRECISIONS
 from kdcache.codec.streams import deflate, id_dtype
+from kdcache.corpus.rules import require_rules
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
 from kdcache.extras import ExtraSpec, read_specs
 from kdcache.known import Known
@@ -36,8 +37,6 @@ NAME = "kdcache.json"
 PLAN = "plan.arrow"
 _OF_THE_CREATOR = ("origin", "tokenizer_files", "id_order", "error_bound", "plan", "date")
 """Fields that all other workers take from the existing manifest."""
-
-ON_BAD_RECORD = ("stop", "skip")
 
 MOST_SHARDS = 10_000_000
 _PLAN_ROW, _MOST_PLAN = 80, 64 << 20
@@ -70,7 +69,7 @@ class Manifest:
         plan: `bytes` and `sha256` of `plan.arrow`, which says which documents each shard holds; empty where a cache was
             not made from a corpus, and only its commits say how many documents a shard has.
         date: the day, in UTC, on which the cache was created, as `YYYY-MM-DD`; what a chat template may ask for.
-        on_bad_record: what becomes of a document that cannot be used: `stop` ends the dump, `skip` drops the document.
+        on_bad_record, eos, pack, overlong: how documents become rows; see `kdcache.corpus.rules`.
         vocab_size: ids lie below it; that of the tokenizer.
         seq_len: slots a row.
         isolate: whether packed pieces are kept from seeing each other.
@@ -97,6 +96,9 @@ class Manifest:
     plan: dict[str, Any]
     date: str
     on_bad_record: str
+    eos: str
+    pack: str
+    overlong: str
     vocab_size: int
     seq_len: int
     isolate: bool
@@ -226,10 +228,7 @@ class Manifest:
                 raise ValueError
         except ValueError:
             raise ConfigError(f"date is {short(repr(self.date))}, not a day like 2026-11-28") from None
-        if self.on_bad_record not in ON_BAD_RECORD:
-            raise ConfigError(
-                f"on_bad_record is {short(repr(self.on_bad_record))}, not one of {', '.join(ON_BAD_RECORD)}"
-            )
+        require_rules(vars(self))
         if self.row_format.most_bytes > _MOST_ROW:
             raise ConfigError(
                 f"a row of seq_len {self.seq_len} slots may hold {self.row_format.most_bytes:,} bytes, above the "

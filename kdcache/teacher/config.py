@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kdcache.corpus.rules import require_rules
 from kdcache.errors import ConfigError
 from kdcache.options import option
 from kdcache.position_filter import PositionFilter
@@ -34,6 +35,14 @@ class DumpConfig:
     # corpus
     text_column: str | None = option("column that holds the texts (default: text)", None)
     messages_column: str | None = option("column that holds the conversations (default: messages)", None)
+    prompt_column: str | None = option("column that holds the prompts (default: prompt)", None)
+    completion_column: str | None = option("column that holds the completions (default: completion)", None)
+    tools_column: str | None = option("column that holds the tools of a conversation (default: tools)", None)
+    documents_column: str | None = option("column that holds the documents for the template", None)
+    ignore_columns: str | None = option("comma-separated columns that do not count", None)
+    chat_template: str | None = option("file with a chat template to use instead of the tokenizer's own", None)
+    eos: str = option("end-of-sequence token after each text: auto (as the tokenizer does), always or never", "auto")
+    on_bad_record: str = option("a document that cannot be used: skip (left out and counted) or stop", "skip")
     split: str = option("split to read, for hf: and for save_to_disk folders with several", "train")
     split_text: str = option("what one document of a .txt file is: paragraph, line or file", "paragraph")
     min_chars: int = option("drop documents of fewer characters", 0)
@@ -41,6 +50,12 @@ class DumpConfig:
     limit_docs: int | None = option("number of documents to take from the start of the corpus", None)
     # rows
     seq_len: int = option("tokens per row", 512)
+    pack: str = option(
+        "best-fit, or none: a row for each document, for models that cannot keep pieces apart", "best-fit"
+    )
+    overlong: str = option(
+        "a document longer than a row: cut, truncate, drop, or auto (cut text, truncate conversations)", "auto"
+    )
     isolate: bool = option("keep the pieces packed into one row from attending to each other", True)
     # target
     select: str = option(
@@ -88,6 +103,9 @@ class DumpConfig:
     device: str = option("auto, cpu, cuda, cuda:1 or mps", "auto")
     device_map: str | None = option("auto: spread the teacher over several GPUs", None)
     dtype: str = option("auto (float32 on a CPU, else that of the checkpoint), float32, bfloat16 or float16", "auto")
+    attn_implementation: str | None = option(
+        "attention of the teacher: eager, sdpa, flash_attention_2, ... (default: what transformers takes)", None
+    )
     batch_rows: int = option("rows per forward pass", 8)
     tile_head: bool = option(
         "run the output head on tiles of positions, so that the logits of a batch are never all in memory", True
@@ -121,6 +139,7 @@ class DumpConfig:
                 f"extra {self.extra[0]} is what the output head is given, so it needs the head in tiles; leave out "
                 "tile_head=False"
             )
+        require_rules(vars(self))
         require_engine(self.engine)
         object.__setattr__(self, "positions", PositionFilter(self.positions).rule)
         _ = self.stored_temperatures

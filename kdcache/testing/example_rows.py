@@ -56,6 +56,7 @@ def example_manifest(store: str, **changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "teacher_sha256": zero, "tokenizer_sha256": zero, "tokenizer_files": {}, "corpus_sha256": zero, "filters": {},
         "documents": DOCUMENTS * SHARDS, "shards": SHARDS, "plan": {}, "date": "2026-01-31", "on_bad_record": "stop",
+        "eos": "auto", "pack": "best-fit", "overlong": "auto",
         "vocab_size": 50, "seq_len": 12, "isolate": True, "positions": "all", "seed": 0,
         "selection": SELECTIONS["topk"], "temperatures": (1.0, 2.0), "precision": "float32",
         "error_bound": {}, "id_order": (),

@@ -98,7 +98,7 @@ def write(name: str) -> None:
     manifest = Manifest(
         teacher_sha256="1" * 64, tokenizer_sha256="2" * 64, tokenizer_files={}, corpus_sha256="3" * 64,
         filters={"min_chars": 0, "drop": None, "limit_docs": None}, documents=15, shards=2, plan={}, date="2026-11-28",
-        on_bad_record="stop", vocab_size=VOCAB,
+        on_bad_record="stop", eos="auto", pack="best-fit", overlong="auto", vocab_size=VOCAB,
         seq_len=SLOTS, isolate=True, selection=rule.to_fields(), known=rule.known(TEMPERATURES),
         positions=POSITIONS.get(kind, "all"),
         seed=0,

@@ -1,0 +1,26 @@
+"""Records: what stands in a corpus for one document, as a source gives it.
+
+A source gives a `str` for each document of a plain text file, and for everything else a dict of the wanted columns that
+the record has; columns that are null are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Bytes that stand where a record should, and cannot be read as one.
+
+    Attributes:
+        data: the bytes.
+        reason: what is wrong with them, in a few words.
+    """
+
+    data: bytes
+    reason: str
+
+
+Record = str | dict[str, Any] | Unreadable
