@@ -36,25 +36,38 @@ class ShardRows:
     dropped: int
 
 
-def shard_rows(corpus: Corpus, plan: Plan, shard: int, tokenizer: Any, vocab_size: int, seq_len: int) -> ShardRows:
+def shard_rows(
+    corpus: Corpus,
+    plan: Plan,
+    shard: int,
+    tokenizer: Any,
+    vocab_size: int,
+    seq_len: int,
+    *,
+    pack_rule: str = "best-fit",
+    overlong: str = "auto",
+) -> ShardRows:
     """Tokenise and pack the documents of a shard.
 
     Raises:
         CorpusError: they are not those that were planned, or one cannot be tokenised.
     """
     tokeniser = _Tokeniser(corpus, tokenizer, vocab_size)
-    rows = pack((tokens for batch in tokeniser.shard(plan, shard) for tokens in batch), seq_len)
-    return ShardRows(rows=rows, documents=plan.documents_of(shard), dropped=tokeniser.dropped)
+    documents = (tokens for batch in tokeniser.shard(plan, shard) for tokens in batch)
+    packed = pack(documents, seq_len, pack=pack_rule, overlong=overlong)
+    return ShardRows(rows=packed.rows, documents=plan.documents_of(shard), dropped=tokeniser.dropped)
 
 
-def has_label(corpus: Corpus, plan: Plan, tokenizer: Any, vocab_size: int, seq_len: int) -> bool:
+def has_label(
+    corpus: Corpus, plan: Plan, tokenizer: Any, vocab_size: int, seq_len: int, *, overlong: str = "auto"
+) -> bool:
     """Whether any document has a token that carries a target. Documents are read until one has."""
     tokeniser = _Tokeniser(corpus, tokenizer, vocab_size)
     return any(
         (row.labels(seq_len) != IGNORE).any()
         for shard in range(len(plan))
         for batch in tokeniser.shard(plan, shard)
-        for row in pack(batch, seq_len)
+        for row in pack(batch, seq_len, overlong=overlong).rows
     )
 
 

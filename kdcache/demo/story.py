@@ -95,7 +95,7 @@ def play(out: str, seconds: float, seed: int, on_progress: Callable[..., None]) 
     teacher = folder / "teacher"
     with clock.stage("tokenizer"):
         tokenizer = train_tokenizer(texts, teacher)
-        rows = pack(tokenise_texts(tokenizer, range(len(teacher_texts)), teacher_texts), SEQ_LEN)
+        rows = pack(tokenise_texts(tokenizer, range(len(teacher_texts)), teacher_texts), SEQ_LEN).rows
     with clock.stage("teacher") as entry:
         entry["steps"] = train_teacher(
             rows, llama_config(192, 4, SEQ_LEN), teacher, seconds=_SHARES["teacher"] * seconds, most_steps=3000,

@@ -60,7 +60,10 @@ class Inputs:
             CorpusError: its documents are not those that were planned.
         """
         manifest = self.manifest
-        return shard_rows(self.corpus, self.plan, shard, self.tokenizer, manifest.vocab_size, manifest.seq_len)
+        return shard_rows(
+            self.corpus, self.plan, shard, self.tokenizer, manifest.vocab_size, manifest.seq_len,
+            pack_rule=manifest.pack, overlong=manifest.overlong,
+        )  # fmt: skip
 
     def with_known(self, known: Known) -> Inputs:
         """The same, for targets that know this."""
@@ -101,7 +104,7 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
     )  # fmt: skip
     asked = shard_rule(corpus, config.docs_per_shard, config.chars_per_shard)
     plan, corpus_sha256, date = (storage and _existing_plan(storage, corpus, asked)) or _survey(
-        corpus, asked, tokenizer, vocab_size, config.seq_len
+        corpus, asked, tokenizer, vocab_size, config.seq_len, config.overlong
     )
     manifest = Manifest(
         teacher_sha256=fingerprint(folder),
@@ -148,14 +151,16 @@ _Planned = tuple[Plan, str, str]
 """The plan, the fingerprint of the corpus, and the day on which the cache was created."""
 
 
-def _survey(corpus: Corpus, rule: dict[str, int], tokenizer: Any, vocab_size: int, seq_len: int) -> _Planned:
+def _survey(
+    corpus: Corpus, rule: dict[str, int], tokenizer: Any, vocab_size: int, seq_len: int, overlong: str
+) -> _Planned:
     """Plan a new cache.
 
     Raises:
         CorpusError: no document can be used, or no position would carry a target.
     """
     found = survey(corpus, rule)
-    if not has_label(corpus, found.plan, tokenizer, vocab_size, seq_len):
+    if not has_label(corpus, found.plan, tokenizer, vocab_size, seq_len, overlong=overlong):
         raise CorpusError(f"none of the {found.plan.documents} documents has a token to predict")
     return found.plan, found.corpus_sha256, today()
 
