@@ -1,22 +1,23 @@
 """Answers: a conversation to the texts that a teacher reads, and where in them each answer stands.
 
-Guarantee: the content of every message stands in the text; that of each answer that is taught stands inside a span of its
-own; no header, no system prompt and no other message's words stand in any span. A conversation for which this does not
-hold is a `BadDocument`, with the reason.
+Guarantee: the content of every message stands in the text; that of each answer that is taught stands inside a span of
+its own; no header, no system prompt and no other message's words stand in any span. A conversation for which this does
+not hold is a `BadDocument`, with the reason.
 
 What is taught is an answer as the template shows it while it is the last one, for that is what a model is asked to say.
 A span begins where the prompt that invites an answer ends, and ends with what closes the answer: the end-of-turn token,
 or what the template writes in its place.
 
     one text       the answers stand in the whole conversation as they stood while each was the last
-    several texts  the template shows earlier answers otherwise (Qwen3 leaves their thoughts out; gpt-oss closes the last
-                   one with another token): an answer that is not the same later is taught at the end of a text of its own
+    several texts  the template shows earlier answers otherwise (Qwen3 leaves their thoughts out; gpt-oss closes the
+                   last one with another token): an answer that is not the same later has a text of its own, at whose
+                   end it is taught
 
 A template that marks answers by `{% generation %}` is believed, and the same is checked.
 
-Templates differ in what they take. Of a conversation with parts, calls or empty contents, these are tried in order: text
-as a string or as a list of parts; the arguments of calls as they are, as objects or as JSON; an absent content as absent,
-null or empty. The first that keeps the guarantee is taken.
+Templates differ in what they take. These shapes of a conversation are tried in order: text as a string or as a list of
+parts; the arguments of calls as they are, as objects or as JSON; an absent content as absent, null or empty. The first
+that keeps the guarantee is taken.
 
 Cost: four calls of the template for each answer.
 """
@@ -178,8 +179,9 @@ class _Shown:
         if not fits or not content or whole[at : len(whole) - len(after)].strip() != content.strip():
             raise BadDocument(f"answer not found: message {n} cannot be told apart from what stands around it")
         if self._messages[n].get("tool_calls"):
-            raise BadDocument(f"answer not found: message {n} calls a tool, and is refused at the end of a conversation")
-        closing = re.match(r"\s*(" + "|".join([*map(re.escape, self._template.special), r"<[^<>\s]+>|\S*"]) + ")", after)
+            raise BadDocument(f"answer not found: message {n} calls a tool, and may not end a conversation")
+        tokens = "|".join([*map(re.escape, self._template.special), r"<[^<>\s]+>|\S*"])
+        closing = re.match(rf"\s*({tokens})", after)
         assert closing is not None
         invitation = self._invitation()
         found = before.rfind(invitation) if invitation.strip() else -1

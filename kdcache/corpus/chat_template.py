@@ -1,8 +1,8 @@
 """A chat template: messages in, the text that a teacher reads out.
 
 Templates are compiled and run by transformers, in its sandbox. The template is called here and not through
-`apply_chat_template`, for two reasons: what a template asks for as today's date is the day of the manifest, so the clock
-decides no token; and the places that `{% generation %}` marks are kept as places in the text.
+`apply_chat_template`, for two reasons: what a template asks for as today's date is the day of the manifest, so the
+clock decides no token; and the places that `{% generation %}` marks are kept as places in the text.
 Cost: compiling, once; about 0.1 ms a call.
 """
 
@@ -113,10 +113,10 @@ class ChatTemplate:
             marks: list[Span] = []
             with compiled.environment.activate_tracker(blocks, marks):
                 for block in compiled.generate(**variables):
-                    blocks.append(block)
+                    blocks.append(block)  # noqa: PERF402 - one by one: a mark counts what is there so far
             return Rendering("".join(blocks), tuple(marks))
         except Exception as error:  # a template is a program, and raises what it likes
-            meant = type(error).__name__ == "TemplateError"  # `raise_exception`, and not a slip on something else's type
+            meant = type(error).__name__ == "TemplateError"  # `raise_exception`, and no slip on an unexpected type
             raise BadDocument(f"refused by the chat template: {_first_line(error)}", 2 if meant else 0) from error
 
 

@@ -1,8 +1,8 @@
 """Exact tokens: a text and spans of it to token ids, and which of them lie in the spans.
 
-Guarantee: the tokens of a span decode to the span, and to nothing else. Where a token of the whole text would reach over
-the edge of a span (an answer that begins with a line break, behind a prompt that ends with one), the text is tokenised
-in two parts at that edge: these are the ids that a model has read when it begins to answer.
+Guarantee: the tokens of a span decode to the span, and to nothing else. Where a token of the whole text would reach
+over the edge of a span (an answer that begins with a line break, behind a prompt that ends with one), the text is
+tokenised in two parts at that edge: these are the ids that a model has read when it begins to answer.
 
 Places come from the tokenizer's own alignment, with trimming off: a tokenizer that trims offsets says of a token of
 nothing but spaces that it stands nowhere.
@@ -13,6 +13,7 @@ Shapes: n tokens of a text.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -63,7 +64,7 @@ class ExactTokens:
         cuts = [edge for edge in edges if _straddled(starts, ends, edge)]
         if cuts:
             bounds = [0, *cuts, len(text)]
-            parts = [self._encoded(text[a:b], a) for a, b in zip(bounds, bounds[1:], strict=False)]
+            parts = [self._encoded(text[a:b], a) for a, b in itertools.pairwise(bounds)]
             ids, starts, ends = (np.concatenate([part[i] for part in parts]) for i in range(3))
         supervised = np.zeros(len(ids), bool)
         for begin, end in spans:

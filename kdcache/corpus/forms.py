@@ -11,8 +11,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdcache.corpus.documents import MASKS, PACKED, PICTURES, Form
+from kdcache.corpus.record_form import Form
+from kdcache.corpus.token_records import MASKS
 from kdcache.errors import ConfigError, CorpusError
+
+PICTURES = ("image", "images", "audio", "audios", "video", "videos")
+"""Columns that hold what cannot be read as text."""
+
+PACKED = ("position_ids", "seq_lengths", "segment_ids", "cu_seqlens", "document_ids")
+"""Columns that say that several documents were put into one record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +83,12 @@ def _named(corpus: str, names: Sequence[str], columns: Columns) -> Form | None:
         return Form(name="text", columns={"text": columns.text})
     if columns.messages:
         _require(corpus, names, columns.messages)
-        return _chat({"messages": columns.messages}, names, columns)
+        return _chat({"messages": columns.messages}, columns)
     if columns.prompt or columns.completion:
         pair = {"prompt": columns.prompt or "prompt", "completion": columns.completion or "completion"}
         for name in pair.values():
             _require(corpus, names, name)
-        return _chat(pair, names, columns, "completion")
+        return _chat(pair, columns, "completion")
     return None
 
 
@@ -93,15 +100,15 @@ def _usual(names: Sequence[str], columns: Columns) -> Form | None:
         return Form(name="text", columns={"text": "text"})
     for name in ("messages", "conversations", "conversation"):
         if name in names:
-            return _chat({"messages": name}, names, columns)
+            return _chat({"messages": name}, columns)
     if {"prompt", "completion"} <= set(names):
-        return _chat({"prompt": "prompt", "completion": "completion"}, names, columns, "completion")
+        return _chat({"prompt": "prompt", "completion": "completion"}, columns, "completion")
     if {"instruction", "output"} <= set(names):
-        return _chat({"instruction": "instruction", "output": "output"}, names, columns)
+        return _chat({"instruction": "instruction", "output": "output"}, columns)
     return None
 
 
-def _chat(wanted: dict[str, str], names: Sequence[str], columns: Columns, form: str = "chat") -> Form:
+def _chat(wanted: dict[str, str], columns: Columns, form: str = "chat") -> Form:
     """A form of messages, with what may stand beside them.
 
     A column `system` belongs to ShareGPT and Alpaca; beside `messages` it may be anything.
@@ -126,18 +133,16 @@ def _require_honoured(corpus: str, form: Form, names: Sequence[str]) -> None:
     others = [name for name in names if name not in {*form.columns.values(), *form.optional.values()}]
     remedy = "leave it out of the corpus, or name it in ignore_columns if it does not count"
     for name in others:
-        if form.name == "tokenised" and (re.search(r"(^|_)(mask|masks|weight|weights)$", name)):
-            if name != "special_tokens_mask":
-                raise CorpusError(
-                    f"the corpus {corpus} has a column {name!r}, which seems to say which tokens count and cannot be "
-                    f"honoured; {remedy}"
-                )
+        counts = re.search(r"(^|_)(mask|masks|weight|weights)$", name) and name != "special_tokens_mask"
+        if form.name == "tokenised" and counts:
+            raise CorpusError(
+                f"the corpus {corpus} has a column {name!r}, which seems to say which tokens count and cannot be "
+                f"honoured; {remedy}"
+            )
         if form.name == "tokenised" and name in PACKED:
             raise CorpusError(
                 f"the corpus {corpus} has a column {name!r}, so its records seem to hold several documents each; give "
                 f"one record for each document, or name it in ignore_columns if it does not count"
             )
         if form.name in ("chat", "completion") and name in PICTURES:
-            raise CorpusError(
-                f"the corpus {corpus} has a column {name!r}, and only text can be read; {remedy}"
-            )
+            raise CorpusError(f"the corpus {corpus} has a column {name!r}, and only text can be read; {remedy}")

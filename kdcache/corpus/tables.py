@@ -26,6 +26,8 @@ class Table:
         total: bytes of all files, about.
     """
 
+    fills_nulls = True
+
     def __init__(self, files: tuple[CorpusFile, ...]) -> None:
         self.files = files
         self.total = sum(file.size for file in files)
@@ -64,7 +66,10 @@ class Table:
             The value of the column, or a tuple where there are several.
         """
         columns = self._values(file, start, stop)
-        return list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True)), range(start, stop)
+        rows = zip(*columns, strict=True)
+        return [{c: v for c, v in zip(self._columns, row, strict=True) if v is not None} for row in rows], range(
+            start, stop
+        )
 
     def _values(self, file: int, start: int, stop: int) -> list[list[Any]]:
         """The values of each column."""

@@ -48,6 +48,7 @@ class TextFiles:
     """
 
     step = 1 << 20
+    fills_nulls = False
 
     def __init__(self, paths: Sequence[str], files: tuple[CorpusFile, ...], document: str) -> None:
         self._paths, self.files, self._document = paths, files, document
@@ -167,13 +168,13 @@ class TextFiles:
         try:
             records = [orjson.loads(line) for line in lines]
             if len(columns) == 1:
-                return [record.get(columns[0]) for record in records], base + starts
+                key = columns[0]
+                return [{} if (v := record.get(key)) is None else {key: v} for record in records], base + starts
         except (orjson.JSONDecodeError, AttributeError):  # a blank line, or one that has to be named
             found = [(line, start) for line, start in zip(lines, starts.tolist(), strict=True) if line.strip()]
             records = [self._record(file, base + start, line) for line, start in found]
             starts = np.array([start for _, start in found], np.int64)
-        documents = [tuple([record.get(column) for column in columns]) for record in records]
-        return [values[0] for values in documents] if len(columns) == 1 else documents, base + starts
+        return [{c: r[c] for c in columns if r.get(c) is not None} for r in records], base + starts
 
     def _record(self, file: int, at: int, line: bytes) -> dict[str, Any]:
         try:

@@ -64,7 +64,7 @@ class Tokeniser:
             CorpusError: there are conversations, and no chat template.
         """
         texts = [(number, document) for number, document in documents if isinstance(document, str)]
-        encoded = iter(self._texts(texts))
+        encoded = iter(self.texts(texts))
         found: list[list[Tokens] | BadDocument] = []
         for number, document in documents:
             if isinstance(document, str):
@@ -78,9 +78,10 @@ class Tokeniser:
 
     def prompt(self, text: str) -> list[int]:
         """The tokens with which a plain document begins that begins with a text: no special token follows it."""
-        return self._around(self._plain([text])[0], []).tolist()
+        return [int(token) for token in self._around(self._plain([text])[0], [])]
 
-    def _texts(self, texts: Sequence[tuple[int, str]]) -> list[Tokens]:
+    def texts(self, texts: Sequence[tuple[int, str]]) -> list[Tokens]:
+        """Tokenise texts, each with its index in the corpus, in one call."""
         encoded = self._plain([text for _, text in texts]) if texts else []
         return [
             Tokens(document=number, ids=self._around(ids, self._after))
@@ -139,9 +140,9 @@ class Tokeniser:
             bad = ids[(ids < 0) | (ids >= self._vocab_size)][0]
             raise BadDocument(f"id out of range: token id {bad}, of a vocabulary of {self._vocab_size}")
         supervised = document.supervised
-        return Tokens(
-            document=number, ids=ids.astype(np.int32), supervised=supervised, whole=supervised is not None
-        )
+        if supervised is not None and not supervised[1:].any():
+            raise BadDocument("nothing taught: no token is to be a label")
+        return Tokens(document=number, ids=ids.astype(np.int32), supervised=supervised, whole=supervised is not None)
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

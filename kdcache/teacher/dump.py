@@ -110,7 +110,8 @@ def _make_shard(writer: CacheWriter, number: int, inputs: Inputs, teacher: Opene
         return
     made, request, positions, rows = inputs.shard_rows(number), TargetRequest.of(writer.manifest), 0, 0
     with writer.shard(number) as shard, BackgroundWriter() as background:
-        shard.documents, shard.dropped, shard.compute = made.documents, made.dropped, teacher.compute
+        shard.documents, shard.dropped = made.documents, sum(made.dropped.values())
+        shard.compute = teacher.compute
         batches = made.rows.batches(teacher.batch_rows)
         for batch, found in zip(batches, teacher.targets_of(batches, request, shard=number), strict=True):
             background.submit(functools.partial(_write, shard, batch, found))
