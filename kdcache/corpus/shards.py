@@ -102,13 +102,13 @@ def has_label(corpus: Corpus, plan: Plan, shaping: Shaping) -> tuple[bool, Shard
         That, and what was read on the way.
     """
     reading = ShardReading(corpus, shaping.tokeniser)
-    found = any(
-        (row.labels(shaping.seq_len) != IGNORE).any()
-        for shard in range(len(plan))
-        for batch in reading.shard(plan, shard)
-        for row in shaping.packed(batch).rows
-    )
-    return found, reading
+    for shard in range(len(plan)):
+        for batch in reading.shard(plan, shard):
+            packed = shaping.packed(batch)
+            if any((row.labels(shaping.seq_len) != IGNORE).any() for row in packed.rows):
+                return True, reading
+            reading.dropped.update(packed.dropped)
+    return False, reading
 
 
 @dataclass
