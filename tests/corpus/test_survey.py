@@ -108,7 +108,6 @@ TEXTS = [f"Text {n} is this long: {'x' * (n * n % 97)}" for n in range(200)]
 @pytest.mark.parametrize("form", FORMS)
 def test_processes_change_nothing(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = open_corpus(write(tmp_path, form, TEXTS))
-    monkeypatch.setattr("kdcache.corpus.survey._STEPS", 1)
     monkeypatch.setattr(TextFiles, "step", 300)
     alone = survey(corpus, {"chars_per_shard": 500})
     assert len(alone.plan) > 10
@@ -199,7 +198,7 @@ def test_a_file_that_is_garbled_is_named_with_its_shard(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[plan.start(3)[1]] = ord("[")
     path.write_bytes(data)
-    with pytest.raises(CorpusError, match=r"shard 3 in .* are not those .* is not JSON"):
+    with pytest.raises(CorpusError, match=r"shard 3 in .* are not those .*: not JSON: byte \d+ of c\.jsonl"):
         list(corpus.read_shard(plan, 3))
 
 
@@ -224,7 +223,6 @@ def test_a_corpus_of_other_files_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_bad_document_is_named_by_its_number(tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TextFiles, "step", 100)
-    monkeypatch.setattr("kdcache.corpus.survey._STEPS", 1)
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps({"text": 3 if n == 97 else "some text"}) + "\n" for n in range(200)))
     with pytest.raises(CorpusError, match="document 97: column 'text' holds int, not text"):
@@ -234,7 +232,7 @@ def test_a_bad_document_is_named_by_its_number(tmp_path: Path, processes: int, m
 def test_half_of_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "\\ud800"}\n')
-    with pytest.raises(CorpusError, match="is not JSON"):
+    with pytest.raises(CorpusError, match=r"lone surrogate: byte 0 of c\.jsonl, column 'text'"):
         survey(open_corpus(str(path)), {"docs_per_shard": 3})
 
 
@@ -294,7 +292,7 @@ def test_texts_that_are_never_held_have_the_digests_of_those_that_are_read(
 )
 def test_a_record_without_a_text_is_refused_by_its_place(record: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "one"}\n' + record + b"\n")
-    with pytest.raises(CorpusError, match=r"document 1\b|byte 16\b|corpus file"):
+    with pytest.raises(CorpusError, match=r"document 1\b|byte 16\b"):
         corpus = open_corpus(str(tmp_path / "bad.jsonl"), text_column="text")
         for part in corpus.parts():
             corpus.examine(part)
