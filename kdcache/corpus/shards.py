@@ -15,9 +15,13 @@ from dataclasses import dataclass, field
 from kdcache.corpus.documents import BadDocument, Document, TokenIds
 from kdcache.corpus.packing import Packed, PackedRows, Tokens, pack
 from kdcache.corpus.plan import Plan
-from kdcache.corpus.sources import Corpus
+from kdcache.corpus.records import Record, Unreadable
+from kdcache.corpus.sources import Corpus, Part
 from kdcache.corpus.tokenise import Tokeniser
 from kdcache.rows import IGNORE
+
+_MOST_REASON = 200
+"""Characters of a reason."""
 
 _BATCH = 256
 """Documents tokenised at once: what a tokenizer returns for a text takes many times the memory of its ids."""
@@ -152,8 +156,7 @@ class ShardReading:
                     else:
                         kept += found
                 for number in sorted(bad):
-                    place = self.corpus.place(part, addresses[number - first])
-                    self._leave_out(number, f"{bad[number]} ({place})")
+                    self._leave_out(number, str(bad[number]), records[number - first], part, addresses[number - first])
                 yield kept
 
     def _keeps(self, document: Document | None) -> bool:
@@ -165,13 +168,11 @@ class ShardReading:
             self.dropped[reason] += 1
         return reason is None
 
-    def _leave_out(self, number: int, reason: str) -> None:
-        reason = "".join(c if c.isprintable() else " " for c in reason)
-        if len(reason) > _MOST_REASON:
-            reason = reason[: _MOST_REASON - 3] + "..."
+    def _leave_out(self, number: int, reason: str, record: Record, part: Part, address: int) -> None:
+        place = (
+            "" if isinstance(record, Unreadable) else f" ({self.corpus.place(part, address)})"
+        )  # which says it itself
+        reason, most = "".join(c if c.isprintable() else " " for c in reason), _MOST_REASON - len(place)
+        reason = (reason if len(reason) <= most else reason[: max(0, most - 3)] + "...") + place
         self.dropped[reason.partition(": ")[0]] += 1
         self.bad_records.append(BadRecord(document=number, reason=reason))
-
-
-_MOST_REASON = 200
-"""Characters of a reason."""

@@ -1,26 +1,21 @@
-"""Sources: what a corpus may be, and the same documents from any of them.
+"""Sources: the documents of a corpus, the same from whatever files it is made of.
 
-A corpus is a `.txt`, `.jsonl`, `.ndjson`, `.json`, `.parquet` or `.arrow` file, a glob of such files, a folder from
-`save_to_disk`, or `hf:NAME[:CONFIG]`. Each is read by address (a byte of a text file, a row of a table), so a corpus
-may exceed memory, and a shard is read without the documents before it. What has no addresses (a JSON file that is one
-array) is opened by `datasets`, which makes a table of it first.
+Each file is read by address (see `open_source`), so a corpus may exceed memory, and a shard is read without the
+documents before it.
 
 Cost: opening looks at names, sizes and the first records. Nothing reads all documents but the survey.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import orjson
@@ -29,15 +24,15 @@ from numpy.typing import NDArray
 
 from kdcache.corpus.documents import Document
 from kdcache.corpus.forms import Columns, choose_form
+from kdcache.corpus.open_source import Source, open_source
 from kdcache.corpus.plan import Address, CorpusFile, Plan
 from kdcache.corpus.record_form import Form
 from kdcache.corpus.records import Record, Unreadable, without_nulls
-from kdcache.corpus.tables import ArrowFiles, DatasetTable, ParquetFiles, Table
-from kdcache.corpus.text_files import Addresses, TextFiles, holds_records
+from kdcache.corpus.tables import Table
+from kdcache.corpus.text_files import END, Addresses, TextFiles
 from kdcache.errors import ConfigError, CorpusError
 
 SPLITS = ("paragraph", "line", "file")
-_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 
 Part = tuple[int, int, int]
 """Documents of one file between two addresses: file, start, stop."""
@@ -80,33 +75,6 @@ class Filters:
     def looks_at_text(self) -> bool:
         """Whether any filter reads the text."""
         return bool(self.min_chars or self.drop)
-
-
-class Source(Protocol):
-    """Files of documents that are read by address; see `TextFiles` and `Table`."""
-
-    files: tuple[CorpusFile, ...]
-    total: int
-    fills_nulls: bool
-
-    @property
-    def step(self) -> int:
-        """Addresses that are worth one read."""
-
-    def choose(self, columns: tuple[str, ...]) -> None:
-        """Read these columns."""
-
-    def begin(self, file: int) -> int:
-        """The address of the first document of a file."""
-
-    def end(self, file: int) -> int:
-        """The address behind the last document of a file."""
-
-    def cut(self, file: int, at: int) -> int:
-        """The first address from `at` on at which reading may stop."""
-
-    def read(self, file: int, start: int, stop: int) -> tuple[list[Record], Addresses]:
-        """The records between two addresses, and the address of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,22 +130,29 @@ class Corpus:
             "split_text": self.split_text,
         }
 
-    def parts(self, start: Address = (0, 0), stop: Address | None = None, steps: int = 1) -> Iterator[Part]:
-        """The documents from one address to another, in parts that are worth reading at once.
+    def parts(self, start: Address = (0, 0), stop: Address | None = None, units: bool = False) -> Iterator[Part]:
+        """The documents from one address to another, in parts that are worth reading at once, to be read in order.
 
         Args:
             start: where the first document begins; of the whole corpus, the start of its first file.
             stop: where the one after the last begins; None for the end of the corpus.
-            steps: how large a part is, in megabytes, about.
+            units: in parts that several processes may read, each cut by this method again. One may end behind its file.
         """
         last_file, last = stop or (len(self.files), 0)
         for file in range(start[0], min(last_file + 1, len(self.files))):
             at = max(start[1] if file == start[0] else 0, self._source.begin(file))
-            end = last if file == last_file else self._source.end(file)
+            end = last if file == last_file else END
             while at < end:
-                cut = min(end, self._source.cut(file, at + steps * self._source.step))
+                cut = min(end, (self._source.unit if units else self._source.cut)(file, at))
+                if cut <= at:
+                    break
                 yield file, at, cut
                 at = cut
+
+    @property
+    def one_unit(self) -> bool:
+        """Whether a file is read by one process, since it has no places where another may begin (by the first)."""
+        return self._source.unit(0, self._source.begin(0)) == END
 
     def read(self, part: Part) -> tuple[list[Record], Addresses]:
         """The records of a part, and where each begins.
@@ -294,7 +269,7 @@ def open_corpus(
     """Open a corpus.
 
     Args:
-        spec: a path, a glob, or `hf:NAME[:CONFIG]`.
+        spec: a path, glob, folder or URL, or `hf:NAME[:CONFIG]`.
         split: the split to read from `hf:` and from folders that hold several.
         split_text: what one document of a `.txt` file is: a `paragraph` (lines up to a blank
             one), a `line` that is not blank, or the whole `file`.
@@ -309,7 +284,7 @@ def open_corpus(
         raise ConfigError(f"split_text {split_text!r} is not one of {', '.join(SPLITS)}")
     filters, columns = filters or Filters(), columns or Columns()
     try:
-        source, names = _open(spec, split, split_text)
+        source, names = open_source(spec, split, split_text)
         form = choose_form(spec, names, columns)
         if isinstance(source, Table):
             _require_types(spec, source.schema, form)
@@ -321,71 +296,9 @@ def open_corpus(
         raise CorpusError(f"the corpus {spec} cannot be read: {reason(error)}") from error
     if form.name == "tokenised" and filters.looks_at_text:
         raise ConfigError("min_chars and drop read text, but this corpus is already tokenised")
-    if not (isinstance(source, TextFiles) and source.plain):
+    if not source.plain:
         source.choose((*form.columns.values(), *form.optional.values()))
     return Corpus(spec, source, form, filters, split, split_text, columns)
-
-
-def _open(spec: str, split: str, split_text: str) -> tuple[Source, list[str]]:
-    """The files of a corpus, and the columns that they have."""
-    if spec.startswith("hf:") or Path(spec).is_dir():
-        return _with_names(DatasetTable(_load(spec, split), spec if spec.startswith("hf:") else Path(spec).name))
-    paths = _find(spec)
-    base = os.path.commonpath([str(Path(path).parent) for path in paths])
-    files = tuple(
-        CorpusFile(name=Path(path).relative_to(base).as_posix(), size=Path(path).stat().st_size) for path in paths
-    )
-    suffix = Path(paths[0]).suffix
-    if suffix == ".txt":
-        return TextFiles(paths, files, split_text), ["text"]
-    if suffix in (".parquet", ".arrow"):
-        return _with_names((ParquetFiles if suffix == ".parquet" else ArrowFiles)(paths, files))
-    if suffix == ".json" and not all(map(holds_records, paths)):
-        import datasets
-
-        return _with_names(DatasetTable(datasets.load_dataset("json", data_files=paths, split="train"), files[0].name))
-    records = TextFiles(paths, files, "record")
-    names = records.names()
-    if not names:
-        raise CorpusError(f"the corpus {spec} holds no documents")
-    return records, names
-
-
-def _with_names(table: Table) -> tuple[Source, list[str]]:
-    return table, table.schema.names
-
-
-def _find(spec: str) -> list[str]:
-    """The files that a path or glob names, in order; empty ones left out."""
-    matches = [spec] if Path(spec).is_file() else glob.glob(spec, recursive=True)  # noqa: PTH207 - absolute too
-    files = sorted(f for f in matches if Path(f).is_file())
-    if not files:
-        raise CorpusError(f"the corpus {spec} does not exist")
-    suffixes = {Path(f).suffix for f in files}
-    if len(suffixes) > 1 or next(iter(suffixes)) not in _SUFFIXES:
-        raise CorpusError(
-            f"the corpus {spec} must be files of one kind of {', '.join(_SUFFIXES)}; it has "
-            f"{', '.join(sorted(suffixes)) or 'no suffix'}"
-        )
-    files = [f for f in files if Path(f).stat().st_size]
-    if not files:
-        raise CorpusError(f"the corpus {spec} is empty")
-    return files
-
-
-def _load(spec: str, split: str) -> Any:
-    """The table of `hf:` or of a folder from `save_to_disk`."""
-    import datasets
-
-    if spec.startswith("hf:"):
-        name, _, config = spec[3:].partition(":")
-        return datasets.load_dataset(name, config or None, split=split)
-    loaded = datasets.load_from_disk(spec)
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise CorpusError(f"the folder {spec} has no split {split!r}; it has {', '.join(loaded)}")
-        loaded = loaded[split]
-    return loaded
 
 
 def _require_types(spec: str, schema: pa.Schema, form: Form) -> None:

@@ -2,8 +2,9 @@
 
 Guarantee: the plan is a function of the documents, their files and the rule alone. How the corpus was cut for
 reading, and how many processes read it, change nothing.
-Method: the corpus is cut into parts of a few megabytes at places where documents begin. Processes read them and give
-back the sha256, length and address of each document; here they are put in order and divided into shards.
+Method: the corpus is cut into parts of a few megabytes at places where documents begin; a file that has no such places
+(it is compressed, or a JSON array) is one part. Processes read them and give back the sha256, length and address of
+each document; here they are put in order and divided into shards.
 Cost: one read of the corpus; 48 bytes a document on the way; memory for the parts on their way and 68 bytes a shard.
 
 A reader is a Python process that imports this module alone. It is told on its standard input which corpus to open and
@@ -36,9 +37,6 @@ from kdcache.worker import available_cores
 
 _SHARDS_WANTED = 64
 _LEAST_CHARS, _MOST_CHARS = 1 << 18, 1 << 24
-_STEPS = 2
-"""Megabytes of a part, about."""
-
 _WORTH_PROCESSES = 64 << 20
 """Bytes of a corpus below which one process reads it: starting others takes as long as reading this."""
 
@@ -94,13 +92,15 @@ def survey(corpus: Corpus, rule: dict[str, int], processes: int | None = None) -
     """
     if processes is None:
         processes = available_cores() if corpus.total >= _WORTH_PROCESSES else 1
+    if corpus.filters.limit_docs is not None and corpus.one_unit:
+        processes = 1  # others would read whole files
     divider = _Divider(rule)
     content = hashlib.sha256(corpus.form.name.encode())
     left = corpus.filters.limit_docs
     with closing(_digests(corpus, processes)) as found:
         for (file, _, _), digests in found:
             if left is not None and left < len(digests.characters):  # its last documents do not count
-                digests = corpus.examine((file, int(digests.addresses[0]), int(digests.addresses[left])))
+                digests = _examine(corpus, (file, int(digests.addresses[0]), int(digests.addresses[left])))
             content.update(digests.sha256)
             divider.add(file, digests)
             left = None if left is None else left - len(digests.characters)
@@ -179,12 +179,25 @@ _Answers = Generator[tuple[Part, Digests | None], None, None]
 
 def _digests(corpus: Corpus, processes: int) -> Generator[tuple[Part, Digests], None, None]:
     """What a survey keeps of each part, in order."""
-    parts = corpus.parts(steps=_STEPS)
+    parts = corpus.parts(units=processes > 1)
     unread: _Answers = ((part, None) for part in parts)
     answers = unread if processes < 2 else _read_by(corpus, parts, processes)
     with closing(answers):
         for part, digests in answers:
-            yield part, digests or corpus.examine(part)  # which tells what is wrong
+            yield part, digests or _examine(corpus, part)  # which tells what is wrong
+
+
+def _examine(corpus: Corpus, part: Part) -> Digests:
+    """What a survey keeps of a part, read some documents at a time."""
+    file, start, stop = part
+    found = [corpus.examine(piece) for piece in corpus.parts((file, start), (file, stop))]
+    if len(found) == 1:
+        return found[0]
+    return Digests(
+        sha256=b"".join(each.sha256 for each in found),
+        characters=np.concatenate([np.zeros(0, np.int64), *(each.characters for each in found)]),
+        addresses=np.concatenate([np.zeros(0, np.int64), *(each.addresses for each in found)]),
+    )
 
 
 def _read_by(corpus: Corpus, parts: Iterable[Part], processes: int) -> _Answers:
@@ -267,7 +280,7 @@ def serve(told: dict[str, Any], asked: BinaryIO, answers: BinaryIO) -> None:
     )  # fmt: skip
     while len(data := asked.read(_PART.size)) == _PART.size:
         try:
-            found = corpus.examine(_PART.unpack(data))
+            found = _examine(corpus, _PART.unpack(data))
         except KdcacheError:
             answers.write(_ANSWER.pack(-1))
         else:

@@ -111,7 +111,6 @@ TEXTS = [f"Text {n} is this long: {'x' * (n * n % 97)}" for n in range(200)]
 @pytest.mark.parametrize("form", FORMS)
 def test_processes_change_nothing(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = open_corpus(write(tmp_path, form, TEXTS))
-    monkeypatch.setattr("kdcache.corpus.survey._STEPS", 1)
     monkeypatch.setattr(TextFiles, "step", 300)
     alone = survey(corpus, {"chars_per_shard": 500})
     assert len(alone.plan) > 10

@@ -19,7 +19,7 @@ ROOT = Path(kdcache.__file__).parent
 LAYERS = [
     {"errors", "options", "rows", "compiled", "entry_form", "lazy_torch"},
     {"plugins", "known"},
-    {"registry"},
+    {"registry", "file_systems"},
     {"extras", "targets", "worker"},
     {"position_filter", "selection", "losses", "codec", "isolation"},
     {"corpus"},
