@@ -22,18 +22,36 @@ _BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
+class BadRecord:
+    """A document that cannot be used.
+
+    Attributes:
+        document: its number.
+        reason: why, in one line.
+    """
+
+    document: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardRows:
     """What a range of documents became.
 
     Attributes:
         rows: packed rows, in the order of the shard.
         documents: documents in the range.
-        dropped: how many of them the filters dropped.
+        dropped: how many of them became no rows, by reason.
+        bad_records: those among these that could not be used.
+        cut, truncated: documents longer than a row that lie in several, and those of which the beginning is there.
     """
 
     rows: PackedRows
     documents: int
-    dropped: int
+    dropped: dict[str, int]
+    bad_records: tuple[BadRecord, ...] = ()
+    cut: int = 0
+    truncated: int = 0
 
 
 def shard_rows(corpus: Corpus, plan: Plan, shard: int, tokenizer: Any, vocab_size: int, seq_len: int) -> ShardRows:
@@ -44,7 +62,8 @@ def shard_rows(corpus: Corpus, plan: Plan, shard: int, tokenizer: Any, vocab_siz
     """
     tokeniser = _Tokeniser(corpus, tokenizer, vocab_size)
     rows = pack((tokens for batch in tokeniser.shard(plan, shard) for tokens in batch), seq_len)
-    return ShardRows(rows=rows, documents=plan.documents_of(shard), dropped=tokeniser.dropped)
+    dropped = {"filtered": tokeniser.dropped} if tokeniser.dropped else {}
+    return ShardRows(rows=rows, documents=plan.documents_of(shard), dropped=dropped)
 
 
 def has_label(corpus: Corpus, plan: Plan, tokenizer: Any, vocab_size: int, seq_len: int) -> bool:
