@@ -54,14 +54,17 @@ def dump_teacher(config: DumpConfig, output: Output) -> None:
     def show(console: Console) -> None:
         shards = summary["shards"]
         state = "complete" if summary["complete"] else f"{shards['planned'] - shards['committed']} shards missing"
+        counted = "" if summary["complete"] else "of this worker's shards: "
         console.print(
             f"{summary['cache']}: {state}, {shards['committed']} of {shards['planned']} shards "
             f"({shards['by_this_worker']} by this worker)\n"
-            f"{summary['documents']:,} documents ({summary['dropped']:,} dropped), {summary['rows']:,} rows, "
+            f"{counted}{summary['documents']:,} documents, {summary['rows']:,} rows, "
             f"{tables.count_of_labels(summary)}, {summary['entries']:,} entries\n"
             f"{summary['bytes']:,} bytes, {summary['bytes_per_position']:.1f} per position; "
             f"{summary['seconds']:.1f} s, {summary['positions_per_second']:,.0f} positions/s"
         )
+        for line in tables.of_documents(summary):
+            console.print(line, markup=False, highlight=False)
         if summary["entropy_quantiles"]:
             console.print(f"entropy of the teacher in nats: {tables.quantiles(summary['entropy_quantiles'])}")
         if summary["waited_seconds"] > 0.05 * summary["seconds"]:

@@ -111,7 +111,7 @@ def test_a_completion_is_taught_and_its_prompt_is_not(tokenizer: Any) -> None:
 
 def test_a_template_that_refuses_is_a_bad_record(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(BadDocument, match="^refused by the chat template: roles must alternate$"):
+    with pytest.raises(BadDocument, match=r"^refused by the chat template: roles must alternate$"):
         tokenise(tokenizer, talk(TALK))
 
 

@@ -119,7 +119,7 @@ def write(name: str) -> None:
                     found = found[chosen].spread(chosen.nonzero()[:, 0], len(chosen))
                 writer.write(row, found)
             publish_shard(
-                storage, manifest, writer, documents=8 - shard, dropped=0, entropies=add_histograms(entropies),
+                storage, manifest, writer, documents=8 - shard, entropies=add_histograms(entropies),
                 compute={"dtype": "float32"},
             )  # fmt: skip
     assert seal_cache(storage)
