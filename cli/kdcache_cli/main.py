@@ -12,7 +12,7 @@ import typer
 
 from kdcache.options import option
 from kdcache.student.config import TrainConfig
-from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.config import CheckOptions, DumpConfig
 from kdcache_cli.frame import Output, command, run_app
 
 if TYPE_CHECKING:
@@ -71,6 +71,22 @@ def dump_teacher(config: DumpConfig, output: Output) -> None:
             console.print(f"the teacher waited {summary['waited_seconds']:.1f} s for encoding and writing")
 
     output.result(summary, show)
+
+
+@command(app, "check-data", CheckOptions)
+def check_data(options: CheckOptions, output: Output) -> None:
+    """Show what a corpus becomes: what is supervised, what is left out and why. The teacher is not run."""
+    from kdcache.teacher.check_data import check_data as check
+
+    with output.progress("check", "documents") as bar:
+        found = check(options, bar)
+
+    def show(console: Console) -> None:
+        from kdcache_cli.tables import print_checked
+
+        print_checked(console, found)
+
+    output.result(found, show)
 
 
 @command(app, "train-student", TrainConfig)

@@ -50,6 +50,35 @@ def summary_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+_SHOWN = 1500
+"""Characters of an example that a terminal shows."""
+
+
+def print_checked(console: Console, found: dict[str, Any]) -> None:
+    """What a corpus becomes, and its first documents with what is supervised marked."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    lengths = found["lengths"]
+    forms = ", ".join(f"{count:,} {form}" for form, count in found["forms"].items()) or "none"
+    for name, value in (
+        ("corpus", f"{found['corpus']} ({found['form']}: {', '.join(found['columns'])})"),
+        ("documents", f"{found['documents']:,}, of which are used: {forms}"),
+        *(("", line) for line in of_documents(found)),
+        ("rows", f"{found['rows']:,}, {found['tokens']:,} tokens"),
+        ("supervised", f"{found['labels']:,} tokens carry a target, {found['supervised_share']:.1%}"),
+        ("tokens a document", ", ".join(f"{name} {value:,}" for name, value in lengths.items()) or "none"),
+    ):
+        table.add_row(Text(name, style="bold"), Text(value))
+    console.print(table)
+    for example in found["examples"]:
+        console.print(Text(f"\ndocument {example['document']:,}, supervised between » and «", style="bold"))
+        text, left = Text(), _SHOWN
+        for part in example["parts"]:
+            shown = part["text"][: max(0, left)]
+            left -= len(part["text"])
+            text.append(f"»{shown}«" if part["supervised"] else shown, style="green" if part["supervised"] else "dim")
+        console.print(text.append("..." if left < 0 else ""), soft_wrap=True)
+
+
 def of_documents(summary: dict[str, Any]) -> list[str]:
     """What became of the documents beside whole rows: a line for each thing that happened to any."""
     dropped, bad, shown = summary["dropped"], summary["bad"], summary["bad_records"][:_BAD_RECORDS]

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from kdcache.corpus.documents import BadDocument, Document, TokenIds
+from kdcache.corpus.documents import BadDocument, Completion, Conversation, Document, TokenIds
 from kdcache.corpus.packing import Packed, PackedRows, Tokens, pack
 from kdcache.corpus.plan import Plan
 from kdcache.corpus.records import Record, Unreadable
@@ -115,6 +115,9 @@ def has_label(corpus: Corpus, plan: Plan, shaping: Shaping) -> tuple[bool, Shard
     return False, reading
 
 
+_NAMES: dict[type, str] = {str: "text", Conversation: "chat", Completion: "completion", TokenIds: "tokenised"}
+
+
 @dataclass
 class ShardReading:
     """Reads the documents of shards, and keeps account of those that are left out.
@@ -122,12 +125,14 @@ class ShardReading:
     Attributes:
         dropped: documents that were left out so far, by reason.
         bad_records: those of them that cannot be used.
+        forms: documents that were tokenised, by what they are.
     """
 
     corpus: Corpus
     tokeniser: Tokeniser
     dropped: Counter[str] = field(default_factory=Counter, init=False)
     bad_records: list[BadRecord] = field(default_factory=list, init=False)
+    forms: Counter[str] = field(default_factory=Counter, init=False)
 
     def shard(self, plan: Plan, shard: int) -> Iterator[list[Tokens]]:
         """The tokens of the documents of a shard, some at a time, in order.
@@ -150,10 +155,11 @@ class ShardReading:
                         assert document is not None
                         documents.append((first + i, document))
                 kept = []
-                for (number, _), found in zip(documents, self.tokeniser.tokenise(documents), strict=True):
+                for (number, document), found in zip(documents, self.tokeniser.tokenise(documents), strict=True):
                     if isinstance(found, BadDocument):
                         bad[number] = found
                     else:
+                        self.forms[_NAMES[type(document)]] += 1
                         kept += found
                 for number in sorted(bad):
                     self._leave_out(number, str(bad[number]), records[number - first], part, addresses[number - first])

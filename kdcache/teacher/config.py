@@ -189,3 +189,19 @@ class DumpConfig(CorpusOptions):
         if len(set(named)) != len(named) or not all(0.01 <= t <= 100 for t in named):
             raise ConfigError(f"temperatures {self.temperatures!r} must be different and lie in 0.01 to 100")
         return named if 1.0 in named else (*named, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(CorpusOptions):
+    """Options of `check-data`.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    examples: int = option("number of documents to show, with what is supervised marked", 3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.examples < 0:
+            raise ConfigError(f"examples is {self.examples}, but must not be negative")

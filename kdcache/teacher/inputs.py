@@ -90,21 +90,13 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
         KdcacheError: see the exception tree.
     """
     rule = config.rule
-    folder = model_folder(config.teacher, "teacher")
-    tokenizer = load_tokenizer(folder)
-    vocab_size = vocabulary_size(tokenizer)
+    folder, tokenizer, vocab_size = open_tokenizer(config)
     rule.width(vocab_size)
-    longest = context_length(read_config(folder))
-    if longest is not None and config.seq_len > longest:
-        raise ConfigError(f"seq_len is {config.seq_len}, above the {longest} positions of the teacher {config.teacher}")
     corpus = corpus_of(config)
     asked = shard_rule(corpus, config.docs_per_shard, config.chars_per_shard)
     existing = _existing_plan(storage, corpus, asked) if storage else None
     date = existing[2] if existing else today()
-    shaping = Shaping(
-        tokeniser=Tokeniser(tokenizer, vocab_size, eos=config.eos, date=date),
-        seq_len=config.seq_len, pack=config.pack, overlong=config.overlong,
-    )  # fmt: skip
+    shaping = shaping_of(config, tokenizer, vocab_size, date)
     plan, corpus_sha256, _ = existing or (*_survey(corpus, asked, shaping, config.on_bad_record), date)
     manifest = Manifest(
         teacher_sha256=fingerprint(folder),
@@ -145,6 +137,29 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
     )
     manifest = dataclasses.replace(manifest, error_bound=manifest.codec.error_bound)
     return Inputs(folder=folder, tokenizer=tokenizer, corpus=corpus, plan=plan, shaping=shaping, manifest=manifest)
+
+
+def open_tokenizer(config: CorpusOptions) -> tuple[Path, Any, int]:
+    """The teacher's folder, its tokenizer, and the vocabulary of that.
+
+    Raises:
+        ModelError: there is no such teacher, or its tokenizer cannot be used.
+        ConfigError: rows are longer than what the teacher was made for.
+    """
+    folder = model_folder(config.teacher, "teacher")
+    tokenizer = load_tokenizer(folder)
+    longest = context_length(read_config(folder))
+    if longest is not None and config.seq_len > longest:
+        raise ConfigError(f"seq_len is {config.seq_len}, above the {longest} positions of the teacher {config.teacher}")
+    return folder, tokenizer, vocabulary_size(tokenizer)
+
+
+def shaping_of(config: CorpusOptions, tokenizer: Any, vocab_size: int, date: str) -> Shaping:
+    """How the options make rows of documents."""
+    return Shaping(
+        tokeniser=Tokeniser(tokenizer, vocab_size, eos=config.eos, date=date),
+        seq_len=config.seq_len, pack=config.pack, overlong=config.overlong,
+    )  # fmt: skip
 
 
 def corpus_of(config: CorpusOptions) -> Corpus:
