@@ -34,7 +34,7 @@ def check_data(options: CheckOptions, on_progress: Callable[[int, int], None] | 
         on_progress: called with documents done and documents to do.
 
     Returns:
-        `form` and `columns` of the corpus; `documents`; `forms` of those that were tokenised; `dropped` by reason; `bad`
+        `form` and `columns` of the corpus; `documents`; `forms` of those tokenised; `dropped` by reason; `bad`
         records, and the first 1,000 of them as `bad_records`; `cut` and `truncated` documents; `rows`; `tokens`;
         `labels` that carry a target, and `eos_labels` among them, None without an end-of-sequence token;
         `supervised_share`, labels by tokens; `lengths` of documents in tokens; and `examples`, each with its `document`
