@@ -29,7 +29,7 @@ from kdcache.corpus.text_files import TextFiles
 from kdcache.errors import ConfigError, CorpusError
 from tests.objects import Bucket, Endpoint
 
-TEXTS = [f"Text {n}, \\ {'länger'[: n % 7]} \n {{[🦆]\" {'x' * (n * n % 97)}" for n in range(120)]
+TEXTS = [f'Text {n}, \\ {"länger"[: n % 7]} \n {{[🦆]" {"x" * (n * n % 97)}' for n in range(120)]
 
 
 def zstd(data: bytes) -> bytes:
@@ -172,7 +172,9 @@ def test_processes_share_compressed_files_and_change_nothing(tmp_path: Path, wan
     ],
     ids=["lines", "array", "file", "stream", "text"],
 )
-def test_a_file_without_a_suffix_is_looked_at(tmp_path: Path, wanted: Survey, packed: str, data: bytes, kind: str) -> None:
+def test_a_file_without_a_suffix_is_looked_at(
+    tmp_path: Path, wanted: Survey, packed: str, data: bytes, kind: str
+) -> None:
     (tmp_path / "part-00000").write_bytes(COMPRESS[packed](data))
     assert [file.kind for file in find_files(str(tmp_path))] == [kind]
     if kind == "text":
@@ -188,8 +190,8 @@ def test_parquet_without_a_suffix(tmp_path: Path, wanted: Survey) -> None:
 
 def test_a_folder_is_its_data_and_nothing_else(tmp_path: Path) -> None:
     for name in (
-        "a.jsonl", "deep/er/b.JSONL", "deep/c.ndjson", "README.md", "LICENSE", "readme.txt", "dataset_infos.json", ".d.jsonl",
-        ".cache/e.jsonl", "_SUCCESS", "_tmp/f.jsonl", "empty.jsonl", "notes.pdf", "bare",
+        "a.jsonl", "deep/er/b.JSONL", "deep/c.ndjson", "README.md", "LICENSE", "readme.txt", "dataset_infos.json",
+        ".d.jsonl", ".cache/e.jsonl", "_SUCCESS", "_tmp/f.jsonl", "empty.jsonl", "notes.pdf", "bare",
     ):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("" if name == "empty.jsonl" else json.dumps({"text": name}) + "\n")
@@ -205,13 +207,18 @@ def test_a_folder_is_its_data_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "spec", "words"),
     [
-        (["a.txt", "b.parquet"], "", r"several kinds, .*a\.txt \(text\) and .*b\.parquet \(parquet\); name those .*/\*\*/"),
+        (
+            ["a.txt", "b.parquet"],
+            "",
+            r"several kinds, .*a\.txt \(text\) and .*b\.parquet \(parquet\); name those .*/\*\*/",
+        ),
         (["train-0.jsonl", "test-0.jsonl"], "", r"several splits, .*train-0\.jsonl and .*test-0\.jsonl; name those to"),
         (["data/train/0.jsonl", "data/validation/0.jsonl"], "", "several splits"),
         (["x.csv", "y.csv"], "", r"must be files of one kind of \.txt.*; it has \.csv"),
         (["x.jsonl.lz4"], "x.jsonl.lz4", r"it has \.lz4"),
         (["x.parquet.gz"], "x.parquet.gz", "is Parquet inside gzip; decompress it first"),
-        (["README.md"], "", "does not exist|must be files"),
+        (["README.md"], "", "holds no files of data"),
+        (["gone/README.md"], "none", "does not exist"),
         ([".x.jsonl"], "*", "does not exist"),
     ],
 )
@@ -246,7 +253,12 @@ def test_a_damaged_file_is_named(tmp_path: Path, packed: str, fault: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-UNEQUAL = [{"text": "a", "n": 1}, {"m": {"x": [1, {"y": "]}"}]}, "text": "b"}, {"text": "c", "n": "one"}, {"text": 'd"\\'}]
+UNEQUAL = [
+    {"text": "a", "n": 1},
+    {"m": {"x": [1, {"y": "]}"}]}, "text": "b"},
+    {"text": "c", "n": "one"},
+    {"text": 'd"\\'},
+]
 
 
 @pytest.mark.parametrize(
@@ -296,15 +308,19 @@ def reasons(source: Source) -> list[str]:
 
 
 def test_a_bad_value_of_an_array_refuses_no_other(tmp_path: Path) -> None:
-    (tmp_path / "c.json").write_bytes(b'[{"text": "a"}, 3, "x,]", [{"text": "no"}], {"text": }, {"text": "\xff"}, {"text": "b"}]')
+    (tmp_path / "c.json").write_bytes(
+        b'[{"text": "a"}, 3, "x,]", [{"text": "no"}], {"text": }, {"text": "\xff"}, {"text": "b"}]'
+    )
     found = reasons(open_source(str(tmp_path / "c.json"), "train", "paragraph")[0])
     assert found == ["a", "not an object", "not an object", "not an object", "not JSON", "not UTF-8", "b"]
 
 
 def test_another_column_refuses_no_text(tmp_path: Path) -> None:
     lines = [
-        b'{"text": "a", "other": "\\ud800"}', b'{"text": "b", "other": ' + b"9" * 5000 + b"}", b'{"text": "c", "other": NaN}',
-        b'{"other": [1, {"x": 2}], "text": "d"}', b'{"text": "e", "\\udc00": 1}', b'{"text": "\\ud83e\\udd86", "o": "\\udfff"}',
+        b'{"text": "a", "other": "\\ud800"}', b'{"text": "b", "other": ' + b"9" * 5000 + b"}",
+        b'{"text": "c", "other": NaN}',
+        b'{"other": [1, {"x": 2}], "text": "d"}', b'{"text": "e", "\\udc00": 1}',
+        b'{"text": "\\ud83e\\udd86", "o": "\\udfff"}',
         b'{"text": "\\ud800"}', b'{"text": "f", "other": "\xff"}', b'{"text": "g"', b'["text"]', b'{"text": "h"}',
     ]  # fmt: skip
     (tmp_path / "c.jsonl").write_bytes(b"\n".join(lines))
@@ -337,7 +353,6 @@ def test_text_that_is_not_utf_8_refuses_no_other(tmp_path: Path) -> None:
 class TestTables:
     def bad(self) -> pa.Table:
         """A table whose row 1 is not UTF-8, and whose other column is nothing at all."""
-        text = pa.array([b"a", b"\xff", b"c", None]).cast(pa.string(), safe=False) if False else None
         data = pa.array([b"a", b"\xff", b"c", None], pa.binary())
         text = pa.StringArray.from_buffers(4, *data.buffers()[1:3], data.buffers()[0], 1)
         return pa.table({"other": pa.array([b"\xff" * 9] * 4, pa.binary()), "text": text})
@@ -403,8 +418,10 @@ def test_an_object_store_is_read_like_a_disk(bucket: Bucket, endpoint: Endpoint,
     """A small file is one request beside its listing; a survey by processes asks for no more than each part."""
     texts = [text.replace("\n", " ") for text in TEXTS]
     data = {
-        "c.parquet": as_parquet(TEXTS), "c.txt.zst": zstd("\n\n".join(texts).encode()), "c.jsonl.gz": gzip.compress(CONTENT[".jsonl"]),
-    }.get(name) or CONTENT[name[1:]]  # fmt: skip
+        "c.parquet": as_parquet(TEXTS),
+        "c.txt.zst": zstd("\n\n".join(texts).encode()),
+        "c.jsonl.gz": gzip.compress(CONTENT[".jsonl"]),
+    }.get(name) or CONTENT[name[1:]]
     bucket.put(f"data/{name}", data)
     bucket.put("data/README.md", b"not data")
     bucket.put("data/_SUCCESS", b"")
@@ -418,8 +435,8 @@ def test_an_object_store_is_read_like_a_disk(bucket: Bucket, endpoint: Endpoint,
         assert len(gets) <= (14 if name == "c.parquet" else 2)
     if ".txt" not in name:
         assert found.corpus_sha256 == wanted.corpus_sha256
-        both = survey(corpus, {"chars_per_shard": 900}, processes=2)
-        assert both.plan == found.plan
+    if name == "c.jsonl.gz":
+        assert survey(corpus, {"chars_per_shard": 900}, processes=2).plan == found.plan
 
 
 def test_an_object_that_changes_or_goes_is_named(bucket: Bucket) -> None:
@@ -445,7 +462,7 @@ def test_large_objects_are_read_in_large_requests(bucket: Bucket, endpoint: Endp
         since = len(endpoint.requests())
         assert survey(corpus, {"docs_per_shard": 100}, processes=1).plan.documents == 1500
         asked = [path for method, path in endpoint.asked(bucket.url, since) if method == "GET" and path == name]
-        assert len(asked) <= len(data) / 1e6
+        assert len(asked) <= len(data) / 4e6
 
 
 class _Whole(http.server.SimpleHTTPRequestHandler):
