@@ -91,7 +91,7 @@ class RemoteFile:
             raise CorpusError(f"the server of {self.name} gives no ranges of files; download it first")
         if len(data) < end - start:
             raise CorpusError(f"the corpus file {self.name} ends before byte {end:,}")
-        if len(data) <= _AHEAD:
+        if len(data) <= 4 * _AHEAD:
             self._kept = [*(kept for kept in self._kept if not kept[0] and start), (start, data)]
         return data[: stop - start]
 

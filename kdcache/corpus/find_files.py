@@ -99,7 +99,8 @@ def find_files(spec: str) -> tuple[DataFile, ...]:
     found, one = _find_remote(spec) if is_url(spec) else _find_local(local_path(spec))
     files = _with_kinds(spec, sorted(found, key=lambda file: file.path), one)
     if not files:
-        raise CorpusError(f"the corpus {spec} is empty" if found else f"the corpus {spec} does not exist")
+        how = "is empty" if found and not any(file.size for file in found) else "holds no files of data"
+        raise CorpusError(f"the corpus {spec} {how}" if found else f"the corpus {spec} does not exist")
     _require_one_kind(spec, files)
     if not one and "*" not in spec:
         _require_one_split(spec, files)
@@ -164,7 +165,9 @@ def _find_local(path: str) -> tuple[list[_Found], bool]:
         names = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]  # noqa: PTH118
         below: Callable[[str], str] = lambda name: os.path.relpath(name, path)  # noqa: E731
     else:
-        names, below = glob.glob(path, recursive=True), os.path.basename  # noqa: PTH207 - absolute too
+        fixed = os.path.dirname(re.split(r"[*?\[]", path, maxsplit=1)[0])  # noqa: PTH120 - keeps what is written
+        names = glob.glob(path, recursive=True)  # noqa: PTH207 - absolute too
+        below = lambda name: os.path.relpath(name, fixed or ".")  # noqa: E731
     return [_Found(n, Path(n).stat().st_size, below(n)) for n in names if Path(n).is_file()], False
 
 
@@ -180,8 +183,8 @@ def _find_remote(url: str) -> tuple[list[_Found], bool]:
 
     try:
         if "*" in path or (("?" in path or "[" in path) and not url.startswith("http")):
-            listed = fs.glob(path, detail=True)
-            return [found(p, i, posixpath.basename(p)) for p, i in listed.items() if i["type"] == "file"], False
+            listed, base = fs.glob(path, detail=True), posixpath.dirname(re.split(r"[*?\[]", path, maxsplit=1)[0]) + "/"
+            return [found(p, i, p.removeprefix(base)) for p, i in listed.items() if i["type"] == "file"], False
         info = fs.info(path)
         if info["type"] == "file":
             return [found(path, info, posixpath.basename(path.partition("?")[0]))], True

@@ -11,11 +11,12 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 
-from kdcache.corpus.file_bytes import as_file, as_ranges
+from kdcache.corpus.file_bytes import FileBytes, as_file, as_ranges
 from kdcache.corpus.find_files import DataFile, names_of
 from kdcache.corpus.plan import CorpusFile
 from kdcache.corpus.records import Record, Unreadable
@@ -245,14 +246,17 @@ class ArrowStreams(Table):
         super().__init__(names_of(data))
         self._data = data
         self._forward: tuple[int, _Forward] | None = None
+        self._open: tuple[int, FileBytes] | None = None
 
     def _reader(self, file: int) -> Any:
-        stream = as_file(self._data[file].open())
+        if self._open is None or self._open[0] != file:
+            self._open = file, self._data[file].open()
+        stream = as_file(self._open[1])
         if stream.peek(len(_MAGIC)).startswith(_MAGIC):  # a file is a stream between its magic and its footer
             stream.read(8)
         return pa.ipc.open_stream(pa.PythonFile(stream, mode="r"))
 
-    @property
+    @cached_property
     def schema(self) -> pa.Schema:
         return self._reader(0).schema
 

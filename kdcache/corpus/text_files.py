@@ -36,6 +36,9 @@ _OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _UNPACKED = 4
 """Bytes of text in a byte of a compressed file, about; it decides nothing but sizes that are guessed."""
 
+_REMOTE_STEPS = 8
+"""Steps that are one read of a file behind a URL, where a request takes as long as some megabytes."""
+
 _ARRAY = re.compile(rb"\s*\[(?=\s*[\[{\]])")
 _WINDOW = 1 << 14
 _SNIFFED = 1 << 20
@@ -141,7 +144,8 @@ class TextFiles:
         form = self._form(file)[0]
         if self._data[file].compression or form in ("array", "value"):
             return END
-        return self._line_cut(file, form, at, 2 * self.step)
+        least = 2 * self._step(file)
+        return self._line_cut(file, form, at, least, min(at + least, self._data[file].size))
 
     def cut(self, file: int, at: int) -> int:
         """The end of the documents that are worth one read; `at` itself where no document follows.
@@ -153,13 +157,17 @@ class TextFiles:
         form = self._form(file)[0]
         if form in ("array", "value"):
             return self._value_cut(file, at)
-        return self._line_cut(file, form, at, self.step)
+        least, data = self._step(file), self._data[file]
+        # What is read from the start of the documents on is there when they are read; a disk needs no such care.
+        base = at if data.compression or data.remote else min(at + least, data.size)
+        return self._line_cut(file, form, at, least, base)
 
-    def _line_cut(self, file: int, form: str, at: int, least: int) -> int:
-        """The first place beyond `least` bytes at which a document may begin, or the end."""
+    def _step(self, file: int) -> int:
+        return self.step * (_REMOTE_STEPS if self._data[file].remote else 1)
+
+    def _line_cut(self, file: int, form: str, at: int, least: int, base: int) -> int:
+        """The first place beyond `least` bytes at which a document may begin, or the end; read from `base` on."""
         data, window = self._bytes(file), _WINDOW
-        # A file with ranges is read around the place; the others only ever forward, so from where the next read begins.
-        base = at if data.size is None else min(at + least, data.size)
         if form == "file" and data.size is not None:
             return data.size
         while True:
@@ -173,7 +181,7 @@ class TextFiles:
             window *= 4
 
     def _value_cut(self, file: int, at: int) -> int:
-        data, size = self._bytes(file), self.step
+        data, size = self._bytes(file), self._step(file)
         while True:
             seen = data.read(at, at + size)
             ended = len(seen) < size

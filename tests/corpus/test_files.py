@@ -190,8 +190,8 @@ def test_parquet_without_a_suffix(tmp_path: Path, wanted: Survey) -> None:
 
 def test_a_folder_is_its_data_and_nothing_else(tmp_path: Path) -> None:
     for name in (
-        "a.jsonl", "deep/er/b.JSONL", "deep/c.ndjson", "README.md", "LICENSE", "readme.txt", "dataset_infos.json", ".d.jsonl",
-        ".cache/e.jsonl", "_SUCCESS", "_tmp/f.jsonl", "empty.jsonl", "notes.pdf", "bare",
+        "a.jsonl", "deep/er/b.JSONL", "deep/c.ndjson", "README.md", "LICENSE", "readme.txt", "dataset_infos.json",
+        ".d.jsonl", ".cache/e.jsonl", "_SUCCESS", "_tmp/f.jsonl", "empty.jsonl", "notes.pdf", "bare",
     ):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("" if name == "empty.jsonl" else json.dumps({"text": name}) + "\n")
@@ -217,7 +217,8 @@ def test_a_folder_is_its_data_and_nothing_else(tmp_path: Path) -> None:
         (["x.csv", "y.csv"], "", r"must be files of one kind of \.txt.*; it has \.csv"),
         (["x.jsonl.lz4"], "x.jsonl.lz4", r"it has \.lz4"),
         (["x.parquet.gz"], "x.parquet.gz", "is Parquet inside gzip; decompress it first"),
-        (["README.md"], "", "does not exist|must be files"),
+        (["README.md"], "", "holds no files of data"),
+        (["gone/README.md"], "none", "does not exist"),
         ([".x.jsonl"], "*", "does not exist"),
     ],
 )
@@ -316,8 +317,10 @@ def test_a_bad_value_of_an_array_refuses_no_other(tmp_path: Path) -> None:
 
 def test_another_column_refuses_no_text(tmp_path: Path) -> None:
     lines = [
-        b'{"text": "a", "other": "\\ud800"}', b'{"text": "b", "other": ' + b"9" * 5000 + b"}", b'{"text": "c", "other": NaN}',
-        b'{"other": [1, {"x": 2}], "text": "d"}', b'{"text": "e", "\\udc00": 1}', b'{"text": "\\ud83e\\udd86", "o": "\\udfff"}',
+        b'{"text": "a", "other": "\\ud800"}', b'{"text": "b", "other": ' + b"9" * 5000 + b"}",
+        b'{"text": "c", "other": NaN}',
+        b'{"other": [1, {"x": 2}], "text": "d"}', b'{"text": "e", "\\udc00": 1}',
+        b'{"text": "\\ud83e\\udd86", "o": "\\udfff"}',
         b'{"text": "\\ud800"}', b'{"text": "f", "other": "\xff"}', b'{"text": "g"', b'["text"]', b'{"text": "h"}',
     ]  # fmt: skip
     (tmp_path / "c.jsonl").write_bytes(b"\n".join(lines))
@@ -350,7 +353,6 @@ def test_text_that_is_not_utf_8_refuses_no_other(tmp_path: Path) -> None:
 class TestTables:
     def bad(self) -> pa.Table:
         """A table whose row 1 is not UTF-8, and whose other column is nothing at all."""
-        text = pa.array([b"a", b"\xff", b"c", None]).cast(pa.string(), safe=False) if False else None
         data = pa.array([b"a", b"\xff", b"c", None], pa.binary())
         text = pa.StringArray.from_buffers(4, *data.buffers()[1:3], data.buffers()[0], 1)
         return pa.table({"other": pa.array([b"\xff" * 9] * 4, pa.binary()), "text": text})
@@ -416,8 +418,10 @@ def test_an_object_store_is_read_like_a_disk(bucket: Bucket, endpoint: Endpoint,
     """A small file is one request beside its listing; a survey by processes asks for no more than each part."""
     texts = [text.replace("\n", " ") for text in TEXTS]
     data = {
-        "c.parquet": as_parquet(TEXTS), "c.txt.zst": zstd("\n\n".join(texts).encode()), "c.jsonl.gz": gzip.compress(CONTENT[".jsonl"]),
-    }.get(name) or CONTENT[name[1:]]  # fmt: skip
+        "c.parquet": as_parquet(TEXTS),
+        "c.txt.zst": zstd("\n\n".join(texts).encode()),
+        "c.jsonl.gz": gzip.compress(CONTENT[".jsonl"]),
+    }.get(name) or CONTENT[name[1:]]
     bucket.put(f"data/{name}", data)
     bucket.put("data/README.md", b"not data")
     bucket.put("data/_SUCCESS", b"")
@@ -431,8 +435,8 @@ def test_an_object_store_is_read_like_a_disk(bucket: Bucket, endpoint: Endpoint,
         assert len(gets) <= (14 if name == "c.parquet" else 2)
     if ".txt" not in name:
         assert found.corpus_sha256 == wanted.corpus_sha256
-        both = survey(corpus, {"chars_per_shard": 900}, processes=2)
-        assert both.plan == found.plan
+    if name == "c.jsonl.gz":
+        assert survey(corpus, {"chars_per_shard": 900}, processes=2).plan == found.plan
 
 
 def test_an_object_that_changes_or_goes_is_named(bucket: Bucket) -> None:
@@ -458,7 +462,7 @@ def test_large_objects_are_read_in_large_requests(bucket: Bucket, endpoint: Endp
         since = len(endpoint.requests())
         assert survey(corpus, {"docs_per_shard": 100}, processes=1).plan.documents == 1500
         asked = [path for method, path in endpoint.asked(bucket.url, since) if method == "GET" and path == name]
-        assert len(asked) <= len(data) / 1e6
+        assert len(asked) <= len(data) / 4e6
 
 
 class _Whole(http.server.SimpleHTTPRequestHandler):
