@@ -110,7 +110,8 @@ def load_student(name: str, cache: Cache, device: torch.device, seed: int) -> An
     if longest is not None and longest < manifest.seq_len:
         raise ModelError(f"the student {name} takes {longest} positions, but a row of the cache has {manifest.seq_len}")
     model.to(device)
-    probe(model, manifest.vocab_size, manifest.seq_len, device, isolate=manifest.isolate)
+    rows = manifest.row_spec
+    probe(model, rows.vocab_size, rows.seq_len, device, isolate=rows.isolate, packed=rows.packed)
     return model
 
 

@@ -114,7 +114,7 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
         overlong=config.overlong,
         vocab_size=vocab_size,
         seq_len=config.seq_len,
-        isolate=config.isolate,
+        isolate=config.isolate or config.pack == "none",  # a row of one piece has nothing to isolate
         selection=rule.to_fields(),
         known=find_engine(config.engine).knows.known(rule, config.stored_temperatures),
         positions=config.positions,
