@@ -124,12 +124,15 @@ class _Shown:
         for n in reversed(turns):
             try:
                 text = self._render(n + 1).text
-                span = self._span(n, text)
+                begin = self._begin(n, text)
             except BadDocument as error:  # some templates refuse a conversation that ends, or begins, so early
                 try:
                     text, span = self._span_in_whole(n)
                 except BadDocument:
                     raise error from None
+            else:
+                span = begin, self._end_of_answer(n, text, begin)
+            self._require_own(n, text[slice(*span)])
             if not texts and whole.text.startswith(text[: span[1]]):
                 texts.append((whole.text, [], set()))
             carrier = next((found for found in texts if found[0].startswith(text[: span[1]])), None)
@@ -155,19 +158,15 @@ class _Shown:
             messages, invite=invite, tools=told.tools, documents=told.documents, settings=told.settings
         )
 
-    def _span(self, n: int, text: str) -> Span:
-        """Where the answer of message n stands in the text that ends with it."""
-        begin = self._begin(n, text)
-        message = self._messages[n]
+    def _end_of_answer(self, n: int, text: str, begin: int) -> int:
+        """Where the answer of message n ends in the text that ends with it, its closing token included."""
         past = begin
-        for what, words in _said(message, answer=True):
+        for what, words in _said(self._messages[n], answer=True):
             at = _find(text, words, begin)
             if at is None:
                 raise BadDocument(f"{what} not shown: message {n}, by the chat template")
             past = max(past, at[1])
-        end = self._end(n, text, past)
-        self._require_own(n, text[begin:end])
-        return begin, end
+        return self._end(n, text, past)
 
     def _span_in_whole(self, n: int) -> tuple[str, Span]:
         """The whole text, and where in it the answer of message n stands: between what a marker in its place stands."""
@@ -178,8 +177,8 @@ class _Shown:
         fits = at >= 0 and whole.startswith(before) and whole.endswith(after) and len(whole) >= len(before + after)
         if not fits or not content or whole[at : len(whole) - len(after)].strip() != content.strip():
             raise BadDocument(f"answer not found: message {n} cannot be told apart from what stands around it")
-        if self._messages[n].get("tool_calls"):
-            raise BadDocument(f"answer not found: message {n} calls a tool, and may not end a conversation")
+        if list(_said(self._messages[n], answer=True)) != [("content", content.strip())]:
+            raise BadDocument(f"answer not found: message {n} says more than a text, and may not end a conversation")
         tokens = "|".join([*map(re.escape, self._template.special), r"<[^<>\s]+>|\S*"])
         closing = re.match(rf"\s*({tokens})", after)
         assert closing is not None
