@@ -89,7 +89,7 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
     rule = config.rule
     filters = Filters(min_chars=config.min_chars, drop=config.drop, limit_docs=config.limit_docs)
     folder = model_folder(config.teacher, "teacher")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, config.chat_template)
     vocab_size = vocabulary_size(tokenizer)
     rule.width(vocab_size)
     longest = context_length(read_config(folder))
