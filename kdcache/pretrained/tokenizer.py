@@ -47,10 +47,15 @@ def load_tokenizer(path: Path, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether a folder has the files of a tokenizer; a .gguf file always has one."""
+    return is_gguf(path) or any((path / name).is_file() for name in _VOCABULARIES)
+
+
 def _load_folder(folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
+    if not has_tokenizer(folder):
         raise ModelError(f"the folder {folder} has no tokenizer: none of {', '.join(_VOCABULARIES)}")
     own = folder / "tokenizer.json"
     ids = _ids_of_file(own) if own.is_file() else None
