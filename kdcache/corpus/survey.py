@@ -185,10 +185,14 @@ _Answers = Generator[tuple[Part, Digests | None], None, None]
 
 def _digests(corpus: Corpus, processes: int) -> Generator[tuple[Part, Digests], None, None]:
     """What a survey keeps of each part, in order."""
-    parts, number = corpus.parts(units=processes > 1), 0
-    unread: _Answers = ((part, None) for part in parts)
-    answers = unread if processes < 2 else _read_by(corpus, parts, processes)
-    with closing(answers):
+    number = 0
+    if processes < 2:
+        for part in corpus.parts():
+            found = corpus.examine(part, number)
+            number += len(found.characters)
+            yield part, found
+        return
+    with closing(_read_by(corpus, corpus.parts(units=True), processes)) as answers:
         for part, digests in answers:
             found = digests or _examine(corpus, part, number)  # which tells what is wrong, and with which document
             number += len(found.characters)
