@@ -90,7 +90,8 @@ def value_spans(data: bytes, whole: bool) -> list[tuple[int, int]]:
     ends = (brackets[inside & (depth == 0)] + 1).tolist()
     spans, at = [], 0
     for begin, end in zip(begins, ends, strict=False):  # the last may have no end
-        spans += _filled(data, at, begin)
+        if data[at:begin].strip(_BETWEEN):
+            spans += _filled(data, at, begin)
         spans.append((begin, end))
         at = end
     return [*spans, *_filled(data, at, close), *_filled(data, close + 1, len(data))] if whole else spans
