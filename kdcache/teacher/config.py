@@ -30,7 +30,10 @@ class CorpusOptions:
     """
 
     teacher: str = option("folder or hub name of a causal language model")
-    corpus: str = option(".txt, .jsonl, .parquet or .arrow file or glob, save_to_disk folder, or hf:NAME[:CONFIG]")
+    corpus: str = option(
+        ".txt, .jsonl, .json, .parquet or .arrow files, compressed or not: a file, glob, folder or URL of them; "
+        "a save_to_disk folder; or hf:NAME[:CONFIG]"
+    )
     # corpus
     text_column: str | None = option("column that holds the texts (default: text)", None)
     messages_column: str | None = option("column that holds the conversations (default: messages)", None)
