@@ -11,8 +11,9 @@ start, and only one process reads the file.
 from __future__ import annotations
 
 import hashlib
+import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -240,41 +241,45 @@ class TextFiles:
         if found is None:
             return None
         sha256, lengths, starts = found
-        return b"".join(sha256), np.array(lengths, np.int64), start + np.array(starts, np.int64)
+        return b"".join(sha256), np.array(lengths, np.int64), start + np.asarray(starts, np.int64)
 
-    def _digest_spans(self, data: bytes, form: str) -> tuple[list[bytes], list[int], list[int]] | None:
+    def _digest_spans(self, data: bytes, form: str) -> tuple[list[bytes], list[int], Addresses] | None:
         if b"\r" in data:
             return None
         spans = [(0, len(data))] if form == "file" else _spans(data, form, False)
-        ascii_ = data.isascii()
-        lengths = [b - a if ascii_ else len(data[a:b].decode()) for a, b in spans]
-        sha256 = hashlib.sha256
-        return [sha256(data[a:b]).digest() for a, b in spans], lengths, [a for a, _ in spans]
+        sha256, digests, lengths = hashlib.sha256, [], []
+        for a, b in spans:
+            text = data[a:b]
+            digests.append(sha256(text).digest())
+            lengths.append(b - a if text.isascii() else len(text.decode()))
+        return digests, lengths, [a for a, _ in spans]
 
-    def _digest_records(self, data: bytes, form: str) -> tuple[list[bytes], list[int], list[int]] | None:
-        if len(self._columns) != 1 or not data:
+    def _digest_records(self, data: bytes, form: str) -> tuple[list[bytes], list[int], Addresses] | None:
+        if len(self._columns) != 1:
             return None
         column, sha256, loads = self._columns[0], hashlib.sha256, orjson.loads
-        view, digests, lengths = memoryview(data), [], []
-        spans = _record_spans(data, form)
-        for a, b in spans:
-            text = loads(view[a:b])[column]
+        digests, lengths = [], []
+        records, starts = _records(data, form)
+        for record in records:
+            text = loads(record)[column]
             digests.append(sha256(text.encode()).digest())
             lengths.append(len(text))
-        return digests, lengths, [a for a, _ in spans]
+        return digests, lengths, starts
 
     def _read_records(
         self, file: int, base: int, data: bytes, columns: tuple[str, ...] | None
     ) -> tuple[list[Record], Addresses]:
-        view, spans = memoryview(data), _record_spans(data, self._form(file)[0])
-        records: list[Record] = []
+        form = self._form(file)[0]
+        found, starts = _records(data, form)
+        records: list[Record]
         with suppress(orjson.JSONDecodeError, AttributeError):  # a blank line, or a record to be looked at more closely
             if columns is not None:
-                records = [wanted_of(orjson.loads(view[a:b]), columns) for a, b in spans]
-                return records, base + np.array([a for a, _ in spans], np.int64)
-        spans = [(a, b) for a, b in spans if data[a:b].strip()]
-        records = [parse_record(data[a:b], columns, self._where(file, base + a)) for a, b in spans]
-        return records, base + np.array([a for a, _ in spans], np.int64)
+                records = [wanted_of(orjson.loads(record), columns) for record in found]
+                return records, base + starts
+        found = _records(data, form)[0]
+        filled = [(at, record) for at, record in zip(starts.tolist(), found, strict=True) if record.strip()]
+        records = [parse_record(each.rstrip(b"\r\n"), columns, self._where(file, base + at)) for at, each in filled]
+        return records, base + np.array([at for at, _ in filled], np.int64)
 
 
 def _json_form(head: bytes, start: int, lines: bool) -> tuple[str, int]:
@@ -310,17 +315,13 @@ def _with_newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _record_spans(data: bytes, form: str) -> list[tuple[int, int]]:
-    """Where each record begins and ends: each line, blank ones included, or each value."""
+def _records(data: bytes, form: str) -> tuple[Iterable[bytes], NDArray[np.int64]]:
+    """Each record, a line with its end and blank ones included, or a value, and where each begins."""
     if form != "record":
-        return value_spans(data, True)
-    stops = np.flatnonzero(np.frombuffer(data, np.uint8) == 10).tolist()
-    starts = [0, *(stop + 1 for stop in stops)]
-    if starts[-1] == len(data):
-        starts.pop()
-    else:
-        stops.append(len(data))
-    return list(zip(starts, stops, strict=True))
+        spans = value_spans(data, True)
+        return [data[a:b] for a, b in spans], np.array([a for a, _ in spans], np.int64)
+    starts = np.concatenate([np.zeros(1, np.int64), np.flatnonzero(np.frombuffer(data, np.uint8) == 10) + 1])
+    return io.BytesIO(data), starts[:-1] if starts[-1] == len(data) else starts
 
 
 def _spans(data: bytes, document: str, returns: bool) -> list[tuple[int, int]]:

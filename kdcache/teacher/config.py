@@ -164,7 +164,7 @@ class DumpConfig(CorpusOptions):
         """Which teacher is run, by which engine, and how."""
         return TeacherSpec(
             model=self.teacher, engine=self.engine, device=self.device, device_map=self.device_map, dtype=self.dtype,
-            batch_rows=self.batch_rows, tile_head=self.tile_head,
+            batch_rows=self.batch_rows, tile_head=self.tile_head, attn_implementation=self.attn_implementation,
         )  # fmt: skip
 
     @property

@@ -54,7 +54,9 @@ def test_they_are_listed_when_the_cache_is_complete_and_not_before(tmp_path: Pat
         assert not writer.finish()["complete"] and not (tmp_path / LISTING).exists()
     write(writer, 1)
     summary = writer.finish()
-    expected = [{"document": 10 * s + n, "reason": f"refused: é {n}"} for s in range(3) for n in range(2)]
+    expected: list[dict[str, Any]] = [
+        {"document": 10 * s + n, "reason": f"refused: é {n}"} for s in range(3) for n in range(2)
+    ]
     assert summary["bad_records"] == expected and (summary["bad"], summary["documents"]) == (6, 30)
     assert summary["dropped"] == {"too short": 9, "refused": 6} and list(summary["dropped"]) == ["too short", "refused"]
     assert (summary["cut"], summary["truncated"], summary["eos_labels"]) == (3, 3, 3)
