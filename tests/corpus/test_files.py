@@ -257,6 +257,20 @@ def test_a_damaged_file_is_named(tmp_path: Path, packed: str, fault: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["c.parquet", "c.arrow", "c.arrow.gz"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.97])
+def test_a_damaged_table_is_named(tmp_path: Path, name: str, kept: float) -> None:
+    data = as_parquet(TEXTS) if name == "c.parquet" else CONTENT[".arrow"]
+    for path, content in (("a" + name[1:], data), ("b" + name[1:], data[: int(len(data) * kept)])):
+        (tmp_path / path).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    if name == "c.arrow.gz" and kept > 0.9:  # only its footer is missing, which a stream does without
+        assert everything(open_corpus(str(tmp_path))) == 2 * TEXTS
+        return
+    with pytest.raises(CorpusError, match=rf"b\{name[1:]} cannot be read") as caught:
+        plan_of(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 UNEQUAL = [
     {"text": "a", "n": 1},
     {"m": {"x": [1, {"y": "]}"}]}, "text": "b"},
