@@ -8,9 +8,13 @@ import gzip
 import http.server
 import json
 import lzma
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -250,6 +254,20 @@ def test_a_damaged_file_is_named(tmp_path: Path, packed: str, fault: str) -> Non
     (tmp_path / f"c.jsonl{packed}").write_bytes(damaged)
     with pytest.raises(CorpusError, match=rf"c\.jsonl\{packed} cannot be read as") as caught:
         plan_of(str(tmp_path / f"c.jsonl{packed}"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["c.parquet", "c.arrow", "c.arrow.gz"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.97])
+def test_a_damaged_table_is_named(tmp_path: Path, name: str, kept: float) -> None:
+    data = as_parquet(TEXTS) if name == "c.parquet" else CONTENT[".arrow"]
+    for path, content in (("a" + name[1:], data), ("b" + name[1:], data[: int(len(data) * kept)])):
+        (tmp_path / path).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    if name == "c.arrow.gz" and kept > 0.9:  # only its footer is missing, which a stream does without
+        assert everything(open_corpus(str(tmp_path))) == 2 * TEXTS
+        return
+    with pytest.raises(CorpusError, match=rf"b\{name[1:]} cannot be read") as caught:
+        plan_of(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -520,3 +538,48 @@ def test_a_hub_data_set_of_plain_files_is_read_from_its_files(tmp_path: Path, mo
 def test_a_hub_data_set_of_other_files_is_prepared(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text\na\nb\n")
     assert everything(open_corpus(f"hf:{tmp_path}")) == ["a", "b"]
+
+
+READ_HUB = """
+import json, sys
+from kdcache.corpus.sources import open_corpus
+corpus = open_corpus("hf:me/stories")
+texts = [document for part in corpus.parts() for document in corpus.read(part)]
+sys.stdout.write(json.dumps([[file.name for file in corpus.files], texts]))
+"""
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_data_set_of_the_hub_is_read_by_range(tmp_path: Path, form: str) -> None:
+    """By the hub's own client, which takes the address of its server from the environment."""
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    if form == "jsonl":
+        files = {"train-0.jsonl.gz": gzip.compress(as_lines(RECORDS[:60])), "train-1.jsonl": as_lines(RECORDS[60:])}
+    else:
+        files = {"train-0.parquet": as_parquet(TEXTS[:60]), "train-1.parquet": as_parquet(TEXTS[60:])}
+    for name, data in {**files, f"test-0.{form}": next(iter(files.values()))}.items():
+        (tmp_path / "hub" / "data" / name).write_bytes(data)
+    (tmp_path / "hub" / "README.md").write_text("# Stories\n")
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        hub = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("hub.py")), str(tmp_path / "hub")], stdout=out
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not log.read_text().endswith("\n"):
+            assert hub.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        url = log.read_text().split()[0]
+        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-W", "error::ResourceWarning", "-c", READ_HUB]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    finally:
+        hub.terminate()
+        hub.wait(timeout=300)
+    assert json.loads(done.stdout) == [list(files), TEXTS]
+    given = [line.split()[0] for line in log.read_text().splitlines()[1:]]
+    assert set(given) == {f"data/{name}" for name in files}
+    assert len(given) <= (2 if form == "jsonl" else 14)
+    assert not list((tmp_path / "home").rglob(f"*.{form}*"))
