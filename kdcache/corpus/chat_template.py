@@ -21,7 +21,6 @@ Span = tuple[int, int]
 """Characters of a text, from one to before another."""
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_RANDOM = re.compile(r"\|\s*random\b")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -76,7 +75,7 @@ class ChatTemplate:
                 compiled = _compile_jinja_template(source)
             except Exception as error:  # whatever a template's author may have written
                 raise CorpusError(f"the chat template cannot be used: {_first_line(error)}") from error
-            if _RANDOM.search(source):
+            if _draws(compiled.environment.parse(source)):
                 raise CorpusError("the chat template draws random numbers, so a shard would not be the same twice")
             self._compiled[tools] = compiled, bool(_MARKED.search(source))
         return self._compiled[tools]
@@ -124,6 +123,16 @@ def _with_reasoning(message: Message) -> Message:
     """A message whose reasoning has every name under which templates look for it."""
     reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
     return message if reasoning is None else {**dict.fromkeys(_REASONING[:2], reasoning), **message}
+
+
+def _draws(source: Any) -> bool:
+    """Whether a parsed template uses what jinja has of chance: a filter, by itself or as what `map` calls, and a text."""
+    from jinja2 import nodes
+
+    filters = list(source.find_all(nodes.Filter))
+    called = {filter_.name for filter_ in filters}
+    called |= {value.value for filter_ in filters for value in filter_.args if isinstance(value, nodes.Const)}
+    return "random" in called or any(name.name == "lipsum" for name in source.find_all(nodes.Name))
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from kdcache import KdcacheError, open_cache
@@ -362,7 +362,7 @@ def check(made: Made, rules: Rules, teachers: dict[str, str]) -> None:
 
 
 MADE = settings(
-    derandomize=True, database=None, deadline=None,
+    derandomize=True, database=None, deadline=None, phases=[Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )  # fmt: skip
 
