@@ -29,7 +29,7 @@ class DumpConfig:
         ConfigError: a value out of range.
     """
 
-    teacher: str = option("folder or hub name of a causal language model")
+    teacher: str = option("folder, .gguf file or hub name of a causal language model")
     corpus: str = option(".txt, .jsonl, .parquet or .arrow file or glob, save_to_disk folder, or hf:NAME[:CONFIG]")
     out: str = option("folder or URL of the cache; created, or resumed if it is the same dump")
     # corpus
