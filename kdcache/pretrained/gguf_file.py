@@ -143,8 +143,9 @@ def make_tokenizer(path: Path, made: Any) -> Any:
     """
     from tokenizers import Tokenizer, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    from transformers.integrations.gguf import gguf_tokenizer_mapping
 
+    known = getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", {})  # 5.17 has none
     facts = read_facts(path)
     parts = json.loads(made.backend_tokenizer.to_str())
     parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] < facts.tokens]
@@ -155,7 +156,7 @@ def make_tokenizer(path: Path, made: Any) -> Any:
         )
     rule = facts.fields.get("tokenizer.ggml.pre")
     by_rule = facts.fields.get("tokenizer.ggml.model") == "gpt2" and rule not in _GPT2
-    if by_rule and rule not in GGUF_PRE_TOKENIZER_SPLITS:
+    if by_rule and rule not in known:
         if rule not in _DIGITS:
             raise ModelError(
                 f"the tokenizer in {path} splits text by the rule {rule!r}, which is not known here; take the model in "

@@ -29,7 +29,7 @@ class CorpusOptions:
         ConfigError: a value out of range.
     """
 
-    teacher: str = option("folder or hub name of a causal language model")
+    teacher: str = option("folder, .gguf file or hub name of a causal language model")
     corpus: str = option(
         ".txt, .jsonl, .json, .parquet or .arrow files, compressed or not: a file, glob, folder or URL of them; "
         "a save_to_disk folder; or hf:NAME[:CONFIG]"
