@@ -72,3 +72,9 @@ class IncompleteCacheError(CacheError):
 
 class CorruptCacheError(CacheError):
     """Bytes that are not what their record promises."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what a library said, and the next when the first only announces it; for a sentence of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

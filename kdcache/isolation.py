@@ -205,14 +205,16 @@ class _Probe:
     def _alone(self, tokens: Tensor) -> tuple[Tensor, float]:
         """The logits of tokens `[1, n]` alone, and by how much the rounding of a batch of another shape may move them.
 
-        A batch of three copies shows that; 32 spacings of the largest logit are allowed beyond.
+        Allowed are 128 spacings of the largest logit, or a quarter of it where that is less; and as much again if a
+        batch of three copies shows that it is needed.
         """
         positions = torch.arange(tokens.shape[1])[None]
         alone = self._logits(tokens, positions, 0, slice(None))
         copies = self._logits(tokens.expand(3, -1), positions.expand(3, -1), 1, slice(None))
         # Numbers of a quantised model are spaced by its weights and by what it rounds them to, not by its dtype.
         spacing = max(rounding(self._model), 2**-7 if getattr(self._model, "is_quantized", False) else 0.0)
-        return alone, 4 * _most(copies, alone) + 32 * spacing * alone.abs().max().item()
+        allowed = min(128 * spacing, 0.25) * alone.abs().max().item()
+        return alone, allowed + min(4 * _most(copies, alone), allowed)
 
 
 def _most(one: Tensor, two: Tensor) -> float:

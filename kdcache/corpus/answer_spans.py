@@ -16,8 +16,9 @@ or what the template writes in its place.
 A template that marks answers by `{% generation %}` is believed, and the same is checked.
 
 Templates differ in what they take. These shapes of a conversation are tried in order: text as a string or as a list of
-parts; the arguments of calls as they are, as objects or as JSON; an absent content as absent, null or empty. The first
-that keeps the guarantee is taken.
+parts; the arguments of calls as they are, as objects or as JSON; an absent content as absent, null or empty; and last
+all of these again with a developer as the system, and each name of a tool's role as `tool`. The first that keeps the
+guarantee is taken.
 
 Cost: four calls of the template for each answer.
 """
@@ -36,6 +37,9 @@ from kdcache.corpus.documents import BadDocument, Conversation, Message, text_of
 
 _MARKER = "kdcachemarker"
 """Stands for an answer, to see where a template puts one."""
+
+_OLDER_ROLES = {"developer": "system", "function": "tool", "ipython": "tool", "observation": "tool"}
+"""Roles that some templates know, and what the others call them."""
 
 _LEAST_FOREIGN = 12
 """Characters of another message that are looked for in a span: fewer may stand there by chance."""
@@ -64,14 +68,17 @@ def find_answers(template: ChatTemplate, conversation: Conversation) -> list[Ans
             return _Shown(template, conversation, messages).answers()
         except BadDocument as error:
             refusals.append(error)
-    raise max(refusals, key=lambda error: error.weight)
+    raise max(refusals, key=lambda error: error.weight)  # the first of those
 
 
 def _ways(messages: list[Message]) -> Iterator[list[Message]]:
     """The same messages in the shapes that templates expect, each once."""
     tried: list[list[Message]] = []
-    for parts, arguments, empty in itertools.product((False, True), ("given", dict, str), ("absent", None, "")):
-        found = [_shaped(message, parts, arguments, empty) for message in messages]
+    renamed = [{**message, "role": _OLDER_ROLES.get(message["role"], message["role"])} for message in messages]
+    for named, parts, arguments, empty in itertools.product(
+        (messages, renamed), (False, True), ("given", dict, str), ("absent", None, "")
+    ):
+        found = [_shaped(message, parts, arguments, empty) for message in named]
         if found not in tried:
             tried.append(found)
             yield found
@@ -193,7 +200,7 @@ class _Shown:
             before, invited = self._render(n).text, self._render(n, invite=True).text
             common = _common(invited, text)
             if invited != before and common >= _common(invited, before):
-                return min([common, *self._words_from(n, text, _common(before, text))])
+                return common if common == len(invited) else self._parting(n, text, _common(before, text), common)
             if invited == before and text.startswith(before):
                 header = self._header(n)
                 if header is not None and not header[0][len(before) :].strip():
@@ -203,10 +210,17 @@ class _Shown:
             raise BadDocument(f"answer not found: message {n} cannot be told apart from what precedes it")
         return len(header[0])
 
-    def _words_from(self, n: int, text: str, start: int) -> list[int]:
-        """Where its words begin: a prompt that invites a thought may go on as an answer without one does."""
-        found = (_find(text, words, start) for _, words in _said(self._messages[n], answer=True))
-        return [span[0] for span in found if span]
+    def _parting(self, n: int, text: str, start: int, common: int) -> int:
+        """Where the answer begins, if the text goes on as the prompt does up to a place inside the invitation.
+
+        A prompt that invites a thought may go on as an answer without one does: both with a "<", it may be.
+        """
+        begins = [self._whole_tokens(text, common)]
+        for _, words in _said(self._messages[n], answer=True):
+            for spelled in _spellings(words):
+                at = text.find(spelled, max(start, common - len(spelled) + 1))
+                begins += [at] if 0 <= at < common else []
+        return max(start, min(begins))
 
     def _header(self, n: int) -> tuple[str] | None:
         """What stands before an answer at message n, up to the end of the prompt that invites it."""
@@ -261,14 +275,14 @@ class _Shown:
         edge = max((match.end() for match in re.finditer(r"[>\]\}\s]", text[:stop])), default=0)
         return edge if re.match(r"\w|<|\[|\{", text[edge : edge + 1]) else stop
 
-    def _require_own(self, n: int, span: str) -> None:
-        """Refuse a span that holds what somebody else says."""
+    def _require_own(self, n: int, span: str, friends: Sequence[int] = ()) -> None:
+        """Refuse a span that holds what another message says, but for those that may share it."""
         rest = span
         for _, words in _said(self._messages[n], answer=True):
             rest = rest.replace(words, "\0")
         for other, message in enumerate(self._messages):
             words = text_of(message.get("content")).strip()
-            if other != n and len(words) >= _LEAST_FOREIGN and words in rest:
+            if other != n and other not in friends and len(words) >= _LEAST_FOREIGN and words in rest:
                 raise BadDocument(f"other words in an answer: the template shows message {other} inside message {n}")
 
     def _require_contents(self, text: str, spans: list[Span], shown: range, answers: set[int]) -> None:
@@ -320,7 +334,7 @@ class _Shown:
     def _marked(self, whole: Rendering) -> AnswerText:
         """The answers where the template itself marks them."""
         taught, messages = self._conversation.taught, self._messages
-        marks = [mark for mark in whole.marks if mark[0] < mark[1]]
+        marks = _joined(whole.marks)
         answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         if not all(taught[n] for n in answers):
             if len(marks) != len(answers):
@@ -330,16 +344,36 @@ class _Shown:
                 )
             marks = [mark for mark, n in zip(marks, answers, strict=True) if taught[n]]
             answers = [n for n in answers if taught[n]]
-        at = 0
+        first, past = 0, 0  # the mark, and the place, from which on an answer may stand
         for n in answers:
-            content = _last_words(text_of(messages[n].get("content")))
-            while at < len(marks) and content not in whole.text[slice(*marks[at])]:
-                at += 1
-            if at == len(marks):
-                raise BadDocument(f"content not shown: message {n}, in no place that the template marks as an answer")
-            self._require_own(n, whole.text[slice(*marks[at])])
+            found = [self._place_in_marks(n, what, words, whole.text, marks[first:], past)
+                     for what, words in _said(messages[n], answer=False)]  # fmt: skip
+            for begin, end, mark in found:
+                self._require_own(n, whole.text[slice(*mark)], answers)
+                first, past = max(first, marks.index(mark)), max(past, end, begin)
         self._require_contents(whole.text, marks, range(len(messages)), set(answers))
         return AnswerText(whole.text, tuple(marks))
+
+    def _place_in_marks(
+        self, n: int, what: str, words: str, text: str, marks: Sequence[Span], past: int
+    ) -> tuple[int, int, Span]:
+        """Where some words of an answer stand inside a mark, and the mark."""
+        for mark in marks:
+            found = _find(text, words, max(mark[0], past), mark[1])
+            if found:
+                return *found, mark
+        raise BadDocument(f"{what} not shown: message {n}, in no place that the template marks as an answer")
+
+
+def _joined(marks: Sequence[Span]) -> list[Span]:
+    """Marks that are not empty, those that touch as one: a template may mark an answer and its closing token apart."""
+    found: list[Span] = []
+    for begin, end in marks:
+        if found and found[-1][1] == begin:
+            found[-1] = found[-1][0], end
+        elif begin < end:
+            found.append((begin, end))
+    return found
 
 
 def _common(a: str, b: str) -> int:
@@ -402,10 +436,14 @@ def _leaves(value: Any) -> Iterator[str]:
             yield from _leaves(item)
 
 
-def _find(text: str, words: str, start: int) -> Span | None:
+def _find(text: str, words: str, start: int, stop: int | None = None) -> Span | None:
     """Where some words stand: as they are, or as JSON writes them."""
-    for spelled in (words, json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(words)[1:-1]):
-        at = text.find(spelled, start)
+    for spelled in _spellings(words):
+        at = text.find(spelled, start, stop)
         if at >= 0:
             return at, at + len(spelled)
     return None
+
+
+def _spellings(words: str) -> tuple[str, ...]:
+    return words, json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(words)[1:-1]

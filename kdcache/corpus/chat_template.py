@@ -117,7 +117,7 @@ class ChatTemplate:
             return Rendering("".join(blocks), tuple(marks))
         except Exception as error:  # a template is a program, and raises what it likes
             meant = type(error).__name__ == "TemplateError"  # `raise_exception`, and no slip on an unexpected type
-            raise BadDocument(f"refused by the chat template: {_first_line(error)}", 2 if meant else 0) from error
+            raise BadDocument(f"refused by the chat template: {_first_line(error)}", 1 if meant else 0) from error
 
 
 def _with_reasoning(message: Message) -> Message:

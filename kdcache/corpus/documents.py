@@ -17,7 +17,7 @@ class BadDocument(Exception):  # noqa: N818 - it is counted, and no error of the
         weight: how much it says, where several attempts fail and one reason is told.
     """
 
-    def __init__(self, reason: str, weight: int = 1) -> None:
+    def __init__(self, reason: str, weight: int = 2) -> None:
         super().__init__(reason)
         self.weight = weight
 

@@ -18,7 +18,7 @@ _SPEAKERS = {
     "model": "assistant", "bot": "assistant", "bing": "assistant", "bard": "assistant", "system": "system",
     "tool": "tool", "observation": "tool", "function_response": "tool", "function": "tool",
 }  # fmt: skip
-"""Roles of ShareGPT's `from`."""
+"""Roles of ShareGPT's `from`; people write those of users and assistants into a `role`, too."""
 
 _CALLS = ("function_call", "tool_call")
 """Values of `from` whose text is a call of a tool, as JSON."""
@@ -99,6 +99,8 @@ def _message(message: Any, number: int) -> tuple[Message, bool]:
     role = found.get("role")
     if not isinstance(role, str) or not role:
         raise BadDocument(f"not a message: message {number} has no role")
+    if _SPEAKERS.get(role) in ("user", "assistant"):
+        role = found["role"] = _SPEAKERS[role]
     for key in _REFUSED_KEYS:
         if key in found:
             raise BadDocument(f"part of a message is taught: message {number} has {key}, which cannot be honoured")

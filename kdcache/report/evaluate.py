@@ -193,7 +193,7 @@ class _Measured:
     """A student, and what is known of it so far."""
 
     def __init__(self, name: str, cache: Cache, device: torch.device, beside_teacher: bool) -> None:
-        self.name, self.model = name, load_student(name, cache, device, seed=0).eval()
+        self.name, self.model = name, load_student(name, cache, device, seed=0, trained=False).eval()
         self.head = head_or_none(self.model, device)
         self.known = StudentFigures.of(cache)
         self.dense, self.beside_teacher = DenseFigures(), beside_teacher

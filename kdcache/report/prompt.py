@@ -95,10 +95,10 @@ def next_tokens(
             source="cache", row=row, position=position, sampled=target.sampled,
             temperature=target.sample_temperature, entries=shown(_largest(target, top)),
         )  # fmt: skip
-    answers = {
-        name: {"entries": shown(_ask(load_student(name, opened, where, seed=0).eval(), opened, tokens, top, where))}
-        for name in students
-    }
+    answers = {}
+    for name in students:
+        model = load_student(name, opened, where, seed=0, trained=False).eval()
+        answers[name] = {"entries": shown(_ask(model, opened, tokens, top, where))}
     return {
         "cache": cache,
         "prompt": text,

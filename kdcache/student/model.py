@@ -1,15 +1,14 @@
 """A student: made from a checkpoint, a hub name, or a config.json with fresh weights; given adapters; and saved.
 
-Refused: a vocabulary that does not cover the cache's, a tokenizer that gives the cache's ids other
+Refused: quantised weights, a vocabulary that does not cover the cache's, a tokenizer that gives the cache's ids other
 meanings, a context shorter than a row, and any model that lets packed pieces see each other.
 
 Adapters are low-rank updates added to frozen weights (LoRA, Hu et al. 2021, arXiv 2106.09685), by peft. What is saved
-is always a plain Hugging Face model with the cache's tokenizer.
+is always a plain Hugging Face model with a tokenizer: the student's own if it brings one, else the cache's.
 """
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 from kdcache.cache import Cache
 from kdcache.errors import ConfigError, ModelError
 from kdcache.isolation import probe
-from kdcache.pretrained import context_length, keep_attention_cap, load_model, load_tokenizer, model_folder, one_line
+from kdcache.pretrained import context_length, keep_attention_cap, load_model, model_folder, one_line, require_dense
+from kdcache.student.own_tokenizer import read_own_tokenizer, require_unused
 
 
 def with_adapters(model: Any, rank: int, seed: int) -> Any:
@@ -48,6 +48,9 @@ def with_adapters(model: Any, rank: int, seed: int) -> Any:
 
 ADAPTER = "adapter"
 
+_TOKENIZER = "tokenizer_files"
+"""Attribute of a student: the files of the tokenizer that it brought."""
+
 
 def save_student(model: Any, cache: Cache, out: Path | str) -> None:
     """Write a student that needs nothing else to be loaded. Every rank must call it: sharded weights are gathered.
@@ -64,13 +67,18 @@ def save_student(model: Any, cache: Cache, out: Path | str) -> None:
     weights = _gathered(model)
     if dist.is_initialized() and dist.get_rank() != 0:
         return
+    tokenizer = getattr(model, _TOKENIZER, None)
     if hasattr(model, "merge_and_unload"):
         # By default peft asks the hub whether the embeddings were changed.
         model.save_pretrained(out / ADAPTER, save_embedding_layers=False)
         model = model.merge_and_unload()
     model.save_pretrained(out, state_dict=weights)
-    for path in cache.tokenizer_path.iterdir():
-        shutil.copyfile(path, out / path.name)
+    for name, content in (tokenizer or _files(cache)).items():
+        (out / name).write_bytes(content)
+
+
+def _files(cache: Cache) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in cache.tokenizer_path.iterdir()}
 
 
 def _gathered(model: Any) -> dict[str, Tensor] | None:
@@ -85,21 +93,40 @@ def _gathered(model: Any) -> dict[str, Tensor] | None:
     return {name: value for name, value in whole.items() if name not in module.all_tied_weights_keys}
 
 
-def load_student(name: str, cache: Cache, device: torch.device, seed: int) -> Any:
+def load_student(
+    name: str, cache: Cache, device: torch.device, seed: int, *, mixed: Sequence[Cache] = (), trained: bool = True
+) -> Any:
     """A student in float32 on a device, checked against the cache.
+
+    It remembers the files of the tokenizer that it brings, for `save_student`.
+
+    Args:
+        name: checkpoint, hub name or config.json.
+        cache: what it learns from, or is measured on.
+        device: where it goes.
+        seed: of the weights that a config.json gets.
+        mixed: further caches of a mixture with this one.
+        trained: whether it will be trained; a quantised one can only be measured.
 
     Raises:
         ModelError: it cannot learn from this cache.
         IsolationError: it lets packed pieces see each other.
     """
-    path = Path(name).expanduser()
+    path, tokenizer = Path(name).expanduser(), None
     if path.suffix == ".json":
-        model = _fresh(path, seed)
+        model = _fresh(path, seed).to(device)
     else:
         folder = model_folder(name, "student")
-        _require_same_tokens(folder, cache)
-        model = load_model(folder, "student", "float32")
+        if trained:
+            require_dense(folder, "student")
+        tokenizer = read_own_tokenizer(folder, cache)
+        model = load_model(folder, "student", "float32", device)
+    if tokenizer is not None:
+        setattr(model, _TOKENIZER, tokenizer.files)
     manifest = cache.manifest
+    if tokenizer is not None and tokenizer.absent:
+        require_unused(tokenizer.absent, [cache, *mixed], name)
+        _pad_vocabulary(model, manifest.vocab_size)
     config = model.config.get_text_config()
     if config.vocab_size < manifest.vocab_size:
         raise ModelError(
@@ -109,10 +136,25 @@ def load_student(name: str, cache: Cache, device: torch.device, seed: int) -> An
     longest = context_length(config.to_dict())
     if longest is not None and longest < manifest.seq_len:
         raise ModelError(f"the student {name} takes {longest} positions, but a row of the cache has {manifest.seq_len}")
-    model.to(device)
     rows = manifest.row_spec
     probe(model, rows.vocab_size, rows.seq_len, device, isolate=rows.isolate, packed=rows.packed)
     return model
+
+
+@torch.no_grad()
+def _pad_vocabulary(model: Any, vocab_size: int) -> None:
+    """Let a model's vocabulary cover ids that no text of it has; the teacher gives them a little mass all the same.
+
+    The rows that are added are the mean of the others: such an id is then as likely as an average one.
+    """
+    had = model.get_input_embeddings().weight.shape[0]
+    if had >= vocab_size:
+        return
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for weight in (layer.weight, getattr(layer, "bias", None)):
+            if weight is not None:
+                weight[had:] = weight[:had].mean(0)
 
 
 def require_students(names: Sequence[str]) -> None:
@@ -142,16 +184,3 @@ def _fresh(path: Path, seed: int) -> Any:
         raise ModelError(f"no student can be made of {path}: {one_line(error)}") from error
     keep_attention_cap(model)
     return model
-
-
-def _require_same_tokens(folder: Path, cache: Cache) -> None:
-    """Where a checkpoint brings a tokenizer, the cache's ids must mean the same tokens in it."""
-    if not (folder / "tokenizer.json").is_file() or not cache.manifest.tokenizer_files:
-        return
-    theirs = load_tokenizer(folder).get_vocab()
-    for token, number in cache.load_tokenizer().get_vocab().items():
-        if theirs.get(token) != number:
-            raise ModelError(
-                f"the student {folder} has another tokenizer than the cache: {token!r} is id {number} in the cache "
-                f"and {theirs.get(token, 'absent')} in the student"
-            )

@@ -85,7 +85,7 @@ def _train(
         finished: dict[str, Any] = json.loads((out / SUMMARY).read_text())
         return finished
     device = find_device(config.device)
-    model = _make_student(config, opened[0].cache, device)
+    model = _make_student(config, [source.cache for source in opened], device)
     distributed.join(device)
     opened = caches.agree(opened)
     rows = split(opened, config, on_reading)
@@ -145,8 +145,8 @@ def _open_caches(config: TrainConfig) -> tuple[caches.CacheSource, ...]:
     return opened
 
 
-def _make_student(config: TrainConfig, cache: Cache, device: torch.device) -> Any:
-    model = load_student(config.student, cache, device, config.seed)
+def _make_student(config: TrainConfig, opened: Sequence[Cache], device: torch.device) -> Any:
+    model = load_student(config.student, opened[0], device, config.seed, mixed=opened[1:])
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise ModelError(f"the student {type(model).__name__} cannot be trained with gradient_checkpointing")
     return with_adapters(model, config.lora, config.seed) if config.lora else model

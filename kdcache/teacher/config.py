@@ -30,7 +30,10 @@ class CorpusOptions:
     """
 
     teacher: str = option("folder or hub name of a causal language model")
-    corpus: str = option(".txt, .jsonl, .parquet or .arrow file or glob, save_to_disk folder, or hf:NAME[:CONFIG]")
+    corpus: str = option(
+        ".txt, .jsonl, .json, .parquet or .arrow files, compressed or not: a file, glob, folder or URL of them; "
+        "a save_to_disk folder; or hf:NAME[:CONFIG]"
+    )
     # corpus
     text_column: str | None = option("column that holds the texts (default: text)", None)
     messages_column: str | None = option("column that holds the conversations (default: messages)", None)
@@ -164,7 +167,7 @@ class DumpConfig(CorpusOptions):
         """Which teacher is run, by which engine, and how."""
         return TeacherSpec(
             model=self.teacher, engine=self.engine, device=self.device, device_map=self.device_map, dtype=self.dtype,
-            batch_rows=self.batch_rows, tile_head=self.tile_head,
+            batch_rows=self.batch_rows, tile_head=self.tile_head, attn_implementation=self.attn_implementation,
         )  # fmt: skip
 
     @property

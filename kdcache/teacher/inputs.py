@@ -147,7 +147,7 @@ def open_tokenizer(config: CorpusOptions) -> tuple[Path, Any, int]:
         ConfigError: rows are longer than what the teacher was made for.
     """
     folder = model_folder(config.teacher, "teacher")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, config.chat_template)
     longest = context_length(read_config(folder))
     if longest is not None and config.seq_len > longest:
         raise ConfigError(f"seq_len is {config.seq_len}, above the {longest} positions of the teacher {config.teacher}")

@@ -252,3 +252,79 @@ def test_what_the_template_is_run_by_has_not_changed() -> None:
         for block in compiled.generate(strftime_now=lambda form: "then"):
             blocks.append(block)  # noqa: PERF402
     assert ("".join(blocks), marks) == ("thenx", [(4, 5)])
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("words", ["assistant", "user", "im", "<", "a", "1", "<|im_start|>assistant\nassistant"])
+def test_an_answer_of_the_words_of_its_header_is_taught_without_the_header(tokenizer: Any, words: str) -> None:
+    invites_a_thought = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
+    for template in (CHATML, invites_a_thought):
+        (found,) = answers(tokenizer, template, [says("user", words), says("assistant", words)] * 2)
+        assert spans([found]) == [words + "<|im_end|>"] * 2
+
+
+def test_an_answer_that_begins_as_the_invited_thought_does_is_taught_from_its_first_letter(tokenizer: Any) -> None:
+    invites_a_thought = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
+    for words in ("<b>He is Tom.</b>", "<thin>", "", "<thinking>\nHe is Tom."):
+        (found,) = answers(tokenizer, invites_a_thought, [says("user", "Who?"), says("assistant", words)])
+        assert spans([found]) == [words + "<|im_end|>"], words
+
+
+def marking(end: str = "", before: str = "") -> str:
+    """A template that marks an answer, and what ends it, apart."""
+    return (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}" + before + "{% generation %}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function.name + '(' + m.tool_calls[0].function.arguments.town + ')' }}"
+        "{% endif %}{{ m.content or '' }}{% endgeneration %}" + end + "{% else %}{{ m.content }}</s>{% endif %}"
+        "{% endfor %}{{ tools | length if tools else '' }}"
+    )
+
+
+def test_marks_that_touch_are_of_one_answer(tokenizer: Any) -> None:
+    template = marking("{% generation %}</s>{% endgeneration %}")
+    (found,) = answers(tokenizer, template, [*TWO[:1], {**TWO[1], "weight": 0}, *TWO[2:]])
+    assert spans([found]) == ["She is Lily, surely.</s>"]
+
+
+def test_a_call_between_marked_answers_has_a_mark_of_its_own(tokenizer: Any) -> None:
+    talk = [*TALKS["one turn"], *TALKS["tools"]]
+    (found,) = answers(tokenizer, marking("</s>"), talk, tools=[TOOL])
+    assert spans([found]) == ["He is Tom, I think.", "weather(Oslo by the sea)", "It rains in Oslo."]
+    without = marking("</s>").replace("m.tool_calls[0].function.name", "''")
+    with pytest.raises(BadDocument, match="tool call not shown: message 3, in no place that the template marks"):
+        answers(tokenizer, without, talk, tools=[TOOL])
+
+
+def test_the_same_words_earlier_do_not_stand_for_an_answer_that_is_not_marked(tokenizer: Any) -> None:
+    once = marking("</s>").replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' and loop.first %}")
+    talk = [says("assistant", "Yes, it is so."), says("user", "Yes?"), says("assistant", "Yes, it is so.")]
+    with pytest.raises(BadDocument, match="content not shown: message 2, in no place that the template marks"):
+        answers(tokenizer, once, talk)
+
+
+def test_a_developer_is_the_system_of_a_template_that_knows_none(tokenizer: Any) -> None:
+    knows = "{% for m in messages %}{% if m.role in ('system', 'user', 'assistant', 'tool') %}<{{ m.role }}>"
+    knows += "{{ m.content }}</s>{% endif %}{% endfor %}"
+    talk = [says("developer", "Be kind to everyone here."), *TALKS["one turn"], says("ipython", "It is 4."), TWO[3]]
+    (found,) = answers(tokenizer, knows, talk)
+    assert found.text.startswith("<system>Be kind") and "<tool>It is 4." in found.text
+    (found,) = answers(tokenizer, PLAIN, talk)  # which shows whatever there is
+    assert found.text.startswith("[developer] Be kind")
+
+
+def test_people_of_other_names(tokenizer: Any) -> None:
+    for user, assistant in (("human", "gpt"), ("user", "model"), ("human", "bot")):
+        (found,) = answers(tokenizer, PLAIN, [says(user, "Who is he?"), says(assistant, "He is Tom.")])
+        assert found.text == "[user] Who is he?</s>\n[assistant] He is Tom.</s>\n"
+
+
+def test_what_a_template_lacks_is_told_before_what_it_says_of_shapes_that_nobody_gave(tokenizer: Any) -> None:
+    picky = PLAIN.replace("{% for", "{% if messages[0].content is not string %}{{ raise_exception('No parts.') }}"
+                          "{% endif %}{% for", 1)  # fmt: skip
+    with pytest.raises(BadDocument, match="tools not shown"):
+        answers(tokenizer, picky, TALKS["one turn"], tools=[TOOL])

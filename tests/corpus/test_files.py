@@ -309,10 +309,10 @@ def reasons(source: Source) -> list[str]:
 
 def test_a_bad_value_of_an_array_refuses_no_other(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_bytes(
-        b'[{"text": "a"}, 3, "x,]", [{"text": "no"}], {"text": }, {"text": "\xff"}, {"text": "b"}]'
+        b'[{"text": "a"}, 3, "x,]", [{"text": "no"}], {"text": }, {"text": "\xff"}, {"text": "b"}] 4'
     )
     found = reasons(open_source(str(tmp_path / "c.json"), "train", "paragraph")[0])
-    assert found == ["a", "not an object", "not an object", "not an object", "not JSON", "not UTF-8", "b"]
+    assert found == ["a", "not JSON", "not an object", "not JSON", "not UTF-8", "b", "not an object"]
 
 
 def test_another_column_refuses_no_text(tmp_path: Path) -> None:

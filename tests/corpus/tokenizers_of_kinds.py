@@ -12,7 +12,10 @@ WORDS = [
     "The capital of France is Paris.\n\n\n\nAnd here it goes on.", "naïve café, Zürich", "[user] [assistant] <user>",
 ] * 8  # fmt: skip
 
-GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 

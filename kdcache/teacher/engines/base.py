@@ -66,6 +66,7 @@ class TeacherSpec:
         dtype: `auto` (float32 on a CPU, the checkpoint's elsewhere), `float32`, `bfloat16` or `float16`.
         batch_rows: rows a forward pass.
         tile_head: whether the output head runs over tiles of positions.
+        attn_implementation: attention of the teacher, by the engine's name for it; None for the engine's choice.
     """
 
     model: str
@@ -75,6 +76,7 @@ class TeacherSpec:
     dtype: str = "auto"
     batch_rows: int = 8
     tile_head: bool = True
+    attn_implementation: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

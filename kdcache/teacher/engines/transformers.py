@@ -45,7 +45,7 @@ class TransformersEngine(Engine):
         dtype = spec.dtype
         if dtype == "auto" and self.device.type == "cpu":
             dtype = "float32"
-        self.model = load_model(folder, "teacher", dtype, self.device, spec.device_map).eval()
+        self.model = load_model(folder, "teacher", dtype, self.device, spec.device_map, spec.attn_implementation).eval()
         if spec.device_map:
             self.device = self.model.device
         self.lookahead = 1 if self.device.type == "cuda" else 0
@@ -87,7 +87,7 @@ class TransformersEngine(Engine):
         return {} if width is None else {HIDDEN: width}
 
     def describe(self) -> dict[str, Any]:
-        """Its dtype, device, threads, way of running the head, prepared mask, machine and version of torch."""
+        """Its dtype, device, threads, ways of running head, masks and attention, machine and version of torch."""
         on_cpu = self.device.type == "cpu"
         return {
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
@@ -95,6 +95,7 @@ class TransformersEngine(Engine):
             "threads": torch.get_num_threads() if on_cpu else None,
             "tile_head": self.head is not None,
             **({"mask": "prepared"} if has_prepared_masks(self.model) else {}),
+            "attention": self.model.config._attn_implementation,
             "machine": platform.machine(),
             "torch": torch.__version__.partition("+")[0],
         }
