@@ -29,13 +29,13 @@ _PROBE_SLOTS = 96
 _PROBE_TOKENS = 64
 
 
-def packed_forward(model: nn.Module, tokens: Tensor, positions: Tensor, **more: Any) -> Any:
+def packed_forward(model: nn.Module, tokens: Tensor, position_ids: Tensor, **more: Any) -> Any:
     """Run a causal language model over packed rows so that each piece sees only itself.
 
     Args:
         model: a transformers causal language model, wrapped or not.
         tokens: `[R, L]` token ids.
-        positions: `[R, L]` position of each token inside its piece (`rows.position_ids`). A model that knows of no
+        position_ids: `[R, L]` position of each token inside its piece (`rows.position_ids`). A model that knows of no
             positions (Mamba) is not given them.
         more: for the model's forward, as it is.
 
@@ -43,7 +43,7 @@ def packed_forward(model: nn.Module, tokens: Tensor, positions: Tensor, **more: 
         The model's own output, with `.logits [R, L, V]`.
     """
     if _takes_positions(_unwrapped(model)):
-        more["position_ids"] = positions
+        more["position_ids"] = position_ids
     return model(input_ids=tokens, attention_mask=None, use_cache=False, **more)
 
 
