@@ -103,11 +103,12 @@ def plan_of(spec: str, **options: Any) -> Survey:
 
 
 def everything(corpus: Corpus) -> list[Any]:
-    return [document for part in corpus.parts() for document in corpus.read(part)]
+    return [corpus.document(record) for part in corpus.parts() for record in corpus.read(part)[0]]
 
 
 def by_shards(corpus: Corpus, found: Survey, order: list[int]) -> dict[int, list[Any]]:
-    return {shard: [d for _, part in corpus.read_shard(found.plan, shard) for d in part] for shard in order}
+    parts = {shard: [records for _, _, records, _ in corpus.read_shard(found.plan, shard)] for shard in order}
+    return {shard: [corpus.document(each) for records in read for each in records] for shard, read in parts.items()}
 
 
 @pytest.fixture(scope="module")
@@ -544,7 +545,7 @@ READ_HUB = """
 import json, sys
 from kdcache.corpus.sources import open_corpus
 corpus = open_corpus("hf:me/stories")
-texts = [document for part in corpus.parts() for document in corpus.read(part)]
+texts = [record["text"] for part in corpus.parts() for record in corpus.read(part)[0]]
 sys.stdout.write(json.dumps([[file.name for file in corpus.files], texts]))
 """
 
