@@ -378,7 +378,7 @@ def corpora(draw: Any) -> Made:
         one = one.filter(lambda document: document.plain)
     documents = [draw(one.filter(lambda document: document.begins)), *draw(st.lists(one, max_size=10))]
     if kind != "parquet":
-        broken = st.sampled_from(BROKEN if "json" != kind else [one for one in BROKEN if one.says != Bad("not JSON")])
+        broken = st.sampled_from(BROKEN if kind != "json" else [one for one in BROKEN if one.says != Bad("not JSON")])
         for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
             documents.insert(draw(st.integers(0, len(documents))), draw(broken))
     lines = [_line(document.record) for document in documents] if kind != "parquet" else []
