@@ -256,6 +256,36 @@ def test_bitsandbytes(teacher: Path, tmp_path: Path, bits: int) -> None:
     assert 0 < (logits(model) - logits(load(teacher))).abs().max() < 10
 
 
+_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def test_mxfp4_is_dequantised_on_a_cpu(tmp_path: Path) -> None:
+    """As gpt-oss is published: experts of 4 bits, 32 with one scale, two to a byte."""
+    experts = {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+    make_model(tmp_path / "m", "gpt_oss", head_dim=16, sliding_window=32, **experts)
+    torch.manual_seed(0)
+    stored, meant = {}, {}
+    for name, weight in weights_of(tmp_path / "m").items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            stored[name] = meant[name] = weight
+            continue
+        number, inputs, outputs = weight.shape
+        blocks = torch.randint(0, 256, (number, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 122, blocks.shape[:3], dtype=torch.uint8)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        values = torch.stack([_FP4[(blocks & 15).long()], _FP4[(blocks >> 4).long()]], -1).flatten(-2)
+        meant[name] = (values * torch.exp2(scales.float() - 127)[..., None]).flatten(-2).transpose(1, 2)
+    form = {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router", "embed_tokens", "lm_head"]}
+    packed = changed(tmp_path / "m", tmp_path / "packed", stored, quantization_config=form)
+    model = load(packed)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(logits(model), logits(load(changed(tmp_path / "m", tmp_path / "meant", meant))))
+    name = "model.layers.0.mlp.experts.down_proj"
+    bare = {n: w for n, w in stored.items() if n != f"{name}_scales"}
+    with pytest.raises(ModelError, match=f"lacks the scales of 1 of its quantised weights, {name}_blocks among them$"):
+        load(changed(packed, tmp_path / "bare", bare))
+
+
 TEXT = {
     "vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128,
