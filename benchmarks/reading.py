@@ -58,7 +58,7 @@ def make(folder: Path, store: str, targets: list[SparseTargets], rows: int, voca
                 )
                 writer.write(packed, targets[row % len(targets)])
             entropies = [writer.tally.labels]  # any numbers will do: they are not read here
-            publish_shard(storage, manifest, writer, documents=1, dropped=0, entropies=entropies, compute={})
+            publish_shard(storage, manifest, writer, documents=1, entropies=entropies, compute={})
     return open_cache(folder)
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -44,7 +44,7 @@ from kdcache.store.commits import committed
 from kdcache.store.manifest import Manifest, today
 from kdcache.store.open_storage import open_storage
 from kdcache.store.row_format import Extras
-from kdcache.store.seal import seal_cache, unseal
+from kdcache.store.seal import unseal
 from kdcache.store.shards import ShardWriter
 from kdcache.store.storage import Storage
 from kdcache.targets import SparseTargets
@@ -215,20 +215,28 @@ class CacheWriter:
             shard = NewShard(self.manifest, number, data)
             yield shard
             shard.committed = publish.publish_shard(
-                self.storage, self.manifest, data, documents=shard.documents, dropped=shard.dropped,
-                entropies=shard.entropies, compute=shard.compute,
+                self.storage, self.manifest, data, documents=shard.documents, entropies=shard.entropies,
+                compute=shard.compute, dropped_by=shard.dropped_by, bad=len(shard.bad_records),
+                bad_records=shard.bad_records, cut=shard.cut, truncated=shard.truncated, eos_labels=shard.eos_labels,
             )  # fmt: skip
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, shards: Iterable[int] | None = None) -> dict[str, Any]:
         """Remove what writers that died have left, seal the cache if it is complete, and count.
+
+        Args:
+            shards: those to count while the cache is not complete; None for all that are committed, by anyone, which
+                reads the commit of each.
 
         Returns:
             `cache`, `complete`, `shards{planned, committed}`, `rows`, `labels`, `positions`, `entries`, `documents`,
-            `dropped`, `bytes`, `bytes_per_position`, `entropy_quantiles` of all that is committed, by anyone.
+            `dropped{reason: documents}`, `bad`, `bad_records[{document, reason}]` (the first thousand), `cut`,
+            `truncated`, `eos_labels`, `bytes`, `bytes_per_position`, `entropy_quantiles`. `complete` and `shards` are
+            of the whole cache; the others too, once it is complete.
         """
-        publish.sweep(self.storage, self.manifest)
-        seal_cache(self.storage)
-        return publish.totals(self.storage)
+        return publish.finish(self.storage, shards)
+
+
+_NO_REASON = "no reason given"
 
 
 class NewShard:
@@ -238,18 +246,37 @@ class NewShard:
         number: its number.
         rows, labels: rows, and labelled slots, written so far.
         documents: how many documents the shard covers; set it if they are not the shard's share of all.
-        dropped: how many of them were left out.
+        dropped_by: how many of them became no rows, by reason; `dropped` is their sum, and may be set by who knows no
+            reasons.
+        bad_records: those among the dropped that could not be used, each as `{"document": 17, "reason": "..."}`; none
+            twice. A reason is cut to one line of 200 characters.
+        cut, truncated: documents that lie in several rows because they are longer than one, and documents of which only
+            the beginning is there; no dropped one is among them.
+        eos_labels: how many labels are the tokenizer's end of sequence; None where nobody counted.
         compute: how the numbers were made, as plain JSON values: what may make them differ in the last bits.
         committed: after the `with` block, whether this writer committed the shard; False if another one did.
     """
 
     def __init__(self, manifest: Manifest, number: int, data: ShardWriter | None) -> None:
         self.number, self.rows, self.labels = number, 0, 0
-        self.documents, self.dropped = _share(manifest, number), 0
+        self.documents = _share(manifest, number)
+        self.dropped_by: dict[str, int] = {}
+        self.bad_records: Sequence[Mapping[str, Any]] = ()
+        self.cut, self.truncated = 0, 0
+        self.eos_labels: int | None = None
         self.compute: dict[str, Any] = {}
         self.committed = False
         self.entropies: list[int] | None = [] if manifest.known.entropy else None
         self._manifest, self._data = manifest, data
+
+    @property
+    def dropped(self) -> int:
+        """How many documents became no rows."""
+        return sum(self.dropped_by.values())
+
+    @dropped.setter
+    def dropped(self, documents: int) -> None:
+        self.dropped_by = {_NO_REASON: documents}
 
     def write(
         self,

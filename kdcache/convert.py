@@ -30,16 +30,16 @@ from kdcache.store.open_storage import open_storage
 from kdcache.store.plan import read_plan
 from kdcache.store.publish import (
     TOKENIZER,
+    finish,
     new_shard,
     publish_manifest,
     publish_shard,
     require_free_or_same,
     sweep,
-    totals,
 )
 from kdcache.store.registry import find_store
 from kdcache.store.row_format import Record
-from kdcache.store.seal import seal_cache, unseal
+from kdcache.store.seal import unseal
 from kdcache.targets import SparseTargets
 from kdcache.worker import find_worker
 
@@ -100,13 +100,12 @@ def convert(
             for packed, targets, record in source.storage.map(made, range(commit.rows)):
                 writer.write(packed, targets, record)
             publish_shard(
-                storage, manifest, writer, documents=commit.documents, dropped=commit.dropped,
-                entropies=commit.entropy_histogram, compute=commit.compute,
+                storage, manifest, writer, documents=commit.documents, entropies=commit.entropy_histogram,
+                compute=commit.compute, dropped_by=commit.dropped_by, bad=commit.bad, bad_records=commit.bad_records,
+                cut=commit.cut, truncated=commit.truncated, eos_labels=commit.eos_labels,
                 sums=commit.sums if same_targets else None,
             )  # fmt: skip
-    sweep(storage, manifest)
-    seal_cache(storage)
-    summary = totals(storage)
+    summary = finish(storage, range(me.index, manifest.shards, me.count))
     summary["shards"]["by_this_worker"] = len(mine)
     return {**summary, "seconds": time.perf_counter() - started}
 

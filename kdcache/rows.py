@@ -9,7 +9,7 @@ Shapes: L slots a row (`seq_len`), n <= L tokens in it, P pieces.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +30,22 @@ class RowSpec:
         vocab_size: token ids lie below it.
         seq_len: slots a row.
         isolate: whether the packed pieces of a row are kept from seeing each other.
+        packed: whether rows hold several pieces. Otherwise each is one, so that there is nothing to isolate, and a
+            batch of them is padded to its longest only.
     """
 
     vocab_size: int
     seq_len: int
     isolate: bool = True
+    packed: bool = True
+
+    def length(self, rows: Sequence[PackedRow]) -> int:
+        """L, the slots of each row in a batch of these."""
+        return self.seq_len if self.packed else max(len(row.tokens) for row in rows)
+
+    def position_ids(self, segments: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`[..., L]` restarting where a context begins: at each piece, or once a row where rows are not isolated."""
+        return position_ids(segments if self.isolate else np.zeros_like(segments))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,6 +160,10 @@ def _read_commit(
     documents = plan.documents_of(shard) if plan else manifest.documents
     if (plan and commit.documents != documents) or not commit.dropped <= commit.documents <= documents:
         report.add(shard, name, f"it claims {commit.documents} documents, {commit.dropped} dropped, of {documents}")
+    first, last = (plan.first[shard], plan.last[shard]) if plan else (0, manifest.documents - 1)
+    strangers = [bad["document"] for bad in commit.bad_records if not first <= bad["document"] <= last]
+    if strangers:
+        report.add(shard, name, f"it lists the bad record {strangers[0]}, but has the documents {first} to {last}")
     report.objects, report.bytes = report.objects + 1, report.bytes + (storage.size(name) or 0)
     return commit
 

@@ -77,6 +77,7 @@ def _best(name: str, columns: dict[str, dict[str, Any]]) -> float | None:
 def print_figures(console: Console, student: str, figures: dict[str, Any]) -> None:
     """Figures of one student, and the bins of its calibration."""
     console.print(figures_table({student: figures}))
+    _print_whole_logits(console, {student: figures})
     table = Table("confidence", "positions", "mean", "right", "", box=None, pad_edge=False)
     for part in figures["calibration"]["bins"]:
         if part["positions"]:
@@ -93,6 +94,14 @@ def print_comparison(console: Console, students: dict[str, dict[str, Any]]) -> N
     columns = dict(zip(_short(list(students)), students.values(), strict=True))
     console.print(figures_table(columns, mark_best=True))
     console.print("* best of its row   ± standard error of the paired difference")
+    _print_whole_logits(console, columns)
+
+
+def _print_whole_logits(console: Console, columns: dict[str, dict[str, Any]]) -> None:
+    """Say which students needed more memory than the others."""
+    if whole := [name for name, figures in columns.items() if figures["logits"] == "whole"]:
+        names = ", ".join(whole)
+        console.print(Text(f"logits of {names} were made whole, not in tiles: this output head is not known"))
 
 
 def print_next_tokens(console: Console, answer: dict[str, Any]) -> None:

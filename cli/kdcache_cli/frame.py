@@ -226,12 +226,13 @@ def in_options(message: str, names: Sequence[str]) -> str:
     """A message that names fields, with the options of the command line instead.
 
     A name with an underscore is taken for a field anywhere in the message. Any other name is taken for one only in
-    `NAME=True`, in `NAME=False`, in `A and B exclude each other`, and where the message begins with it, or with it and
-    its value, and a verb follows:
+    `NAME=True`, in `NAME=False`, in `NAME="WORD"`, in `A and B exclude each other`, and where the message begins with
+    it, or with it and its value, and a verb follows:
 
         min_k is 3, above k, which is 2      --min-k is 3, above k, which is 2
         steps and epochs exclude each other  --steps and --epochs exclude each other
         use tile_head=False                  use --no-tile-head
+        use pack="none"                      use --pack none
 
     Args:
         message: of an error.
@@ -241,6 +242,7 @@ def in_options(message: str, names: Sequence[str]) -> str:
     if names:
         one = "|".join(map(re.escape, names))
         message = re.sub(rf"(?<![\w./'\"-])({one})=(True|False)\b", _switch, message)
+        message = re.sub(rf"(?<![\w./'\"-])({one})=\"([\w-]+)\"", _worded, message)
         message = re.sub(rf"^({one}) and ({one})(?= exclude each other)", _both, message)
     for found, flagged in (
         (rf"^({'|'.join(map(re.escape, names))})(?= (\S+ )?({_VERBS})\b)", names),
@@ -253,6 +255,10 @@ def in_options(message: str, names: Sequence[str]) -> str:
 
 def _switch(match: re.Match[str]) -> str:
     return ("--" if match[2] == "True" else "--no-") + match[1].replace("_", "-")
+
+
+def _worded(match: re.Match[str]) -> str:
+    return f"--{match[1].replace('_', '-')} {match[2]}"
 
 
 def _both(match: re.Match[str]) -> str:

@@ -12,7 +12,7 @@ import typer
 
 from kdcache.options import option
 from kdcache.student.config import TrainConfig
-from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.config import CheckOptions, DumpConfig
 from kdcache_cli.frame import Output, command, run_app
 
 if TYPE_CHECKING:
@@ -54,20 +54,39 @@ def dump_teacher(config: DumpConfig, output: Output) -> None:
     def show(console: Console) -> None:
         shards = summary["shards"]
         state = "complete" if summary["complete"] else f"{shards['planned'] - shards['committed']} shards missing"
+        counted = "" if summary["complete"] else "of this worker's shards: "
         console.print(
             f"{summary['cache']}: {state}, {shards['committed']} of {shards['planned']} shards "
             f"({shards['by_this_worker']} by this worker)\n"
-            f"{summary['documents']:,} documents ({summary['dropped']:,} dropped), {summary['rows']:,} rows, "
+            f"{counted}{summary['documents']:,} documents, {summary['rows']:,} rows, "
             f"{tables.count_of_labels(summary)}, {summary['entries']:,} entries\n"
             f"{summary['bytes']:,} bytes, {summary['bytes_per_position']:.1f} per position; "
             f"{summary['seconds']:.1f} s, {summary['positions_per_second']:,.0f} positions/s"
         )
+        for line in tables.of_documents(summary):
+            console.print(line, markup=False, highlight=False)
         if summary["entropy_quantiles"]:
             console.print(f"entropy of the teacher in nats: {tables.quantiles(summary['entropy_quantiles'])}")
         if summary["waited_seconds"] > 0.05 * summary["seconds"]:
             console.print(f"the teacher waited {summary['waited_seconds']:.1f} s for encoding and writing")
 
     output.result(summary, show)
+
+
+@command(app, "check-data", CheckOptions)
+def check_data(options: CheckOptions, output: Output) -> None:
+    """Show what a corpus becomes: what is supervised, what is left out and why. The teacher is not run."""
+    from kdcache.teacher.check_data import check_data as check
+
+    with output.progress("check", "documents") as bar:
+        found = check(options, bar)
+
+    def show(console: Console) -> None:
+        from kdcache_cli.tables import print_checked
+
+        print_checked(console, found)
+
+    output.result(found, show)
 
 
 @command(app, "train-student", TrainConfig)

@@ -10,6 +10,9 @@ from rich.text import Text
 
 from kdcache_cli.figures import bar, figures_table
 
+_BAD_RECORDS = 5
+"""Bad records that a summary shows."""
+
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """What a cache or a shard holds."""
@@ -25,7 +28,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("teacher", str(summary["teacher"])),
         ("corpus", str(summary["corpus"])),
         ("target", f"{rule}, T = {temperatures}, precision {summary['precision']}"),
-        ("documents", f"{summary['documents']:,} ({summary['dropped']:,} dropped)"),
+        ("documents", f"{summary['documents']:,}"),
+        *(("", line) for line in of_documents(summary)),
         ("rows", f"{summary['rows']:,} of {summary['seq_len']} slots, {summary['tokens']:,} tokens"),
         ("positions", f"{count_of_labels(summary)} ({summary['position_choice']})"),
         ("entries", _entries(summary)),
@@ -44,6 +48,59 @@ def summary_table(summary: dict[str, Any]) -> Table:
     ):
         table.add_row(Text(name, style="bold"), Text(value))
     return table
+
+
+_SHOWN = 1500
+"""Characters of an example that a terminal shows."""
+
+
+def print_checked(console: Console, found: dict[str, Any]) -> None:
+    """What a corpus becomes, and its first documents with what is supervised marked."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    lengths = found["lengths"]
+    forms = ", ".join(f"{count:,} {form}" for form, count in found["forms"].items()) or "none"
+    for name, value in (
+        ("corpus", f"{found['corpus']} ({found['form']}: {', '.join(found['columns'])})"),
+        ("documents", f"{found['documents']:,}, of which are used: {forms}"),
+        *(("", line) for line in of_documents(found)),
+        ("rows", f"{found['rows']:,}, {found['tokens']:,} tokens"),
+        ("supervised", f"{found['labels']:,} tokens carry a target, {found['supervised_share']:.1%}"),
+        ("tokens a document", ", ".join(f"{name} {value:,}" for name, value in lengths.items()) or "none"),
+    ):
+        table.add_row(Text(name, style="bold"), Text(value))
+    console.print(table)
+    for example in found["examples"]:
+        console.print(Text(f"\ndocument {example['document']:,}, supervised between » and «", style="bold"))
+        text, left = Text(), _SHOWN
+        for part in example["parts"]:
+            shown = part["text"][: max(0, left)]
+            left -= len(part["text"])
+            text.append(f"»{shown}«" if part["supervised"] else shown, style="green" if part["supervised"] else "dim")
+        console.print(text.append("..." if left < 0 else ""), soft_wrap=True)
+
+
+def of_documents(summary: dict[str, Any]) -> list[str]:
+    """What became of the documents beside whole rows: a line for each thing that happened to any."""
+    dropped, bad, shown = summary["dropped"], summary["bad"], summary["bad_records"][:_BAD_RECORDS]
+    lines = []
+    if dropped:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+        lines.append(f"{_documents(sum(dropped.values()))} left out: {reasons}")
+    lines += [f"  document {record['document']:,}: {record['reason']}" for record in shown]
+    if bad > len(shown):
+        where = " (bad_records.jsonl in the cache lists them)" if summary["complete"] else ""
+        lines.append(f"  and {_documents(bad - len(shown))} more that cannot be used{where}")
+    if summary["cut"]:
+        lines.append(f"{_documents(summary['cut'])} cut into pieces, longer than a row")
+    if summary["truncated"]:
+        lines.append(f"{_documents(summary['truncated'])} truncated to the first row")
+    if summary["eos_labels"] == 0 and summary["labels"]:
+        lines.append("no end of a document is taught: no label is the end of sequence; see --eos")
+    return lines
+
+
+def _documents(count: int) -> str:
+    return f"{count:,} document{'' if count == 1 else 's'}"
 
 
 def count_of_labels(summary: dict[str, Any]) -> str:

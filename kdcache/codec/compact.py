@@ -26,6 +26,7 @@ Cost: docs/decisions/0009.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,11 +36,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codec.id_deltas import Runs, unpack_ids
+from kdcache.codec.id_deltas import IdTable, Runs, unpack_ids
 from kdcache.codec.id_ranks import IdOrder
 from kdcache.codec.layout import Layout
 from kdcache.codec.lights import light_odds, multiplicities, unpack_lights
-from kdcache.codec.quantizer import BITS, Levels, merge, pack_levels, split, unpack_levels
+from kdcache.codec.quantizer import BITS, Levels, LevelTable, merge, pack_levels, split, unpack_levels
 from kdcache.codec.scalars import (
     ERROR_BOUND,
     MEASURES,
@@ -53,7 +54,6 @@ from kdcache.codec.scalars import (
 )
 from kdcache.codec.streams import (
     COUNT,
-    FAR_ENDS,
     MEASURE,
     PROBLEMS,
     VALUES,
@@ -209,8 +209,7 @@ class CompactCodec:
         entropy, label = np.empty((2, n), np.float32)
         counts = np.empty(n, np.int32)
         tails = [] if layout.sampled else [log_tail]
-        unpack: Any = unpack_sampled if layout.sampled else unpack_truncated
-        problem = unpack(
+        problem = self._unpack(
             near, values, high, low, *self._constants,
             ids, weights, logprobs, counts, log_partition, *tails, entropy, label,
         )  # fmt: skip
@@ -227,30 +226,43 @@ class CompactCodec:
             label_logprob=label if layout.known.label_logprob else None,
         )
 
+    @property
+    def _unpack(self) -> Any:
+        return unpack_sampled if self.layout.sampled else unpack_truncated
+
     @cached_property
     def _constants(self) -> tuple[Any, ...]:
-        """What unpacking needs besides a row's streams, in the order of its kernel's parameters."""
-        return self._sampled_constants if self.layout.sampled else self._truncated_constants
+        """What unpacking needs besides a row's streams, in the order in which its kernel names them."""
+        named = self._named_constants
+        return tuple(named[name] for name in inspect.signature(self._unpack).parameters if name in named)
 
     @property
-    def _truncated_constants(self) -> tuple[Any, ...]:
+    def _named_constants(self) -> dict[str, Any]:
         layout, sizes = self.layout, self._numbers.sizes
-        columns = np.array([layout.temperatures.index(1.0), *layout.others])
-        return (
-            *self._runs.table, *self._levels.table, *MEASURES, layout.known.entropy, layout.known.label_logprob,
-            layout.named_ids, sizes[0] if layout.ragged else 0, sizes[-1],
-            1 / np.array(self._levels.temperatures), columns,
-        )  # fmt: skip
-
-    @property
-    def _sampled_constants(self) -> tuple[Any, ...]:
-        layout, sizes = self.layout, self._numbers.sizes
-        return (
-            *self._runs.table, *self._levels.table, *MEASURES, layout.known.entropy, layout.known.label_logprob,
-            layout.draws or 0, layout.most_heavies, sizes[0], sizes[1] if layout.heavies else 0,
-            np.array(layout.temperatures), np.array(layout.others, np.int64),
-            layout.temperatures.index(layout.own_temperature),
-        )  # fmt: skip
+        found: dict[str, Any] = {
+            **self._runs.table._asdict(),
+            **self._levels.table._asdict(),
+            **MEASURES._asdict(),
+            "has_entropy": layout.known.entropy,
+            "has_label": layout.known.label_logprob,
+        }
+        if layout.sampled:
+            return found | {
+                "draws": layout.draws or 0,
+                "most_heavies": layout.most_heavies,
+                "count_size": sizes[0],
+                "heavy_size": sizes[1] if layout.heavies else 0,
+                "temperatures": np.array(layout.temperatures),
+                "columns": np.array(layout.others, np.int64),
+                "own_column": layout.temperatures.index(layout.own_temperature),
+            }
+        return found | {
+            "named_ids": layout.named_ids,
+            "count_size": sizes[0] if layout.ragged else 0,
+            "floor_size": sizes[-1],
+            "exponents": 1 / np.array(self._levels.temperatures),
+            "columns": np.array([layout.temperatures.index(1.0), *layout.others]),
+        }
 
     def _pack_truncated(self, targets: SparseTargets, counts: Ints) -> Packed:
         keys, heavies = self._sort(targets, counts)
@@ -321,7 +333,7 @@ def _tail_odds(targets: SparseTargets) -> NDArray[np.float64]:
 def unpack_truncated(
     near: Bytes, values: Values, high: Bytes, low: Bytes,
     width: int, planes: int, lookup: Ids, vocab_size: int,
-    top: int, table: Floats, log_table: Floats, fixed: Ints, fields: int, unit: float,
+    top: int, level_weights: Floats, level_logs: Floats, fixed: Ints, fields: int, unit: float,
     log_mass: Doubles, log_rest: Doubles, nats: Floats, has_entropy: bool, has_label: bool,
     named_ids: bool, count_size: int, floor_size: int, exponents: Doubles, columns: Ints,
     ids: Ids, weights: Floats, logprobs: Floats, count: NDArray[np.int32],
@@ -330,8 +342,9 @@ def unpack_truncated(
     # fmt: on
     """Fill the targets of a row of a truncated kind; streams and numbers as the module has them.
 
-    The first line of arguments is the row; `IdTable`, `LevelTable` and `MeasureTables` follow; the last two lines are
-    filled. They are flat because a call takes 1 us for each field of a named tuple, and a row of 12 entries takes 80.
+    The first line of arguments is the row; the fields of `IdTable`, `LevelTable` and `MeasureTables` follow; the last
+    two lines are filled. They are flat because a named tuple would take time by its fields at each call:
+    docs/decisions/0016.
 
     Returns:
         0, or a problem.
@@ -348,21 +361,18 @@ def unpack_truncated(
     if len(values) != entries:
         return VALUES
     if named_ids:
-        if len(near) < entries or (len(near) - entries) % planes:
-            return FAR_ENDS
-        problem = unpack_ids(near, entries, planes, counts, counts, lookup, vocab_size, ids)
+        table = IdTable(width, planes, lookup, vocab_size)
+        problem = unpack_ids(near, entries, counts, counts, table, ids)
         if problem:
             return problem
-    floors, sums, kept = np.empty(n, np.int64), np.empty((n, len(exponents))), np.zeros((len(columns), n))
+    floors, sums, kept = np.empty(n, np.int64), np.empty((n, len(columns))), np.zeros((len(columns), n))
     read_count(high, count_size, floor_size, floors)
     log_tail[:] = -np.inf
     for k in range(len(columns) if odds else 0):
         read_word(high, low, first, columns[k], log_rest, kept[k])
         read_word(high, low, first, columns[k], log_mass, log_tail[:, columns[k]])
-    problem = unpack_levels(
-        values, counts, floors, kept[0], top, table, log_table, fixed, fields, unit,
-        1.0, exponents, weights, logprobs, sums,
-    )  # fmt: skip
+    levels = LevelTable(top, level_weights, level_logs, fixed, fields, unit)
+    problem = unpack_levels(values, counts, floors, kept[0], levels, 1.0, exponents, weights, logprobs, sums)
     if problem:
         return problem
     for k in range(len(columns)):
@@ -378,7 +388,7 @@ def unpack_truncated(
 def unpack_sampled(
     near: Bytes, values: Values, high: Bytes, low: Bytes,
     width: int, planes: int, lookup: Ids, vocab_size: int,
-    top: int, table: Floats, log_table: Floats, fixed: Ints, fields: int, unit: float,
+    top: int, level_weights: Floats, level_logs: Floats, fixed: Ints, fields: int, unit: float,
     log_mass: Doubles, log_rest: Doubles, nats: Floats, has_entropy: bool, has_label: bool,
     draws: int, most_heavies: int, count_size: int, heavy_size: int,
     temperatures: Doubles, columns: Ints, own_column: int,
@@ -404,9 +414,7 @@ def unpack_sampled(
         valued += counts[i] - heavies[i] if draws else heavies[i]
     if len(values) != valued:
         return VALUES
-    if len(near) < entries or (len(near) - entries) % planes:
-        return FAR_ENDS
-    problem = unpack_ids(near, entries, planes, counts, heavies, lookup, vocab_size, ids)
+    problem = unpack_ids(near, entries, counts, heavies, IdTable(width, planes, lookup, vocab_size), ids)
     if problem:
         return problem
     if odds:
@@ -428,9 +436,10 @@ def unpack_sampled(
             if heavies[i]:
                 weights[i * width], logprobs[i * width] = math.exp(log_heavies[i]), temperature * log_heavies[i]
     else:
+        levels = LevelTable(top, level_weights, level_logs, fixed, fields, unit)
         problem = unpack_levels(
-            values, heavies, np.zeros(n, np.int64), log_heavies, top, table, log_table, fixed, fields, unit,
-            temperature, np.ones(1), weights, logprobs, np.empty((n, 1)),
+            values, heavies, np.zeros(n, np.int64), log_heavies, levels, temperature, np.ones(1), weights, logprobs,
+            np.empty((n, 1)),
         )  # fmt: skip
         if problem:
             return problem

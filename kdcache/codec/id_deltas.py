@@ -165,13 +165,14 @@ def pack_ids(
 
 
 @compiled
-def unpack_ids(
-    stream: Bytes, entries: int, planes: int, counts: Ints, heavies: Ints, order: Ids, vocab_size: int, ids: Ids
-) -> int:
+def unpack_ids(stream: Bytes, entries: int, counts: Ints, heavies: Ints, table: IdTable, ids: Ids) -> int:
     """`[n K]` ids of a stream of distances and far ends; see the module."""
-    last, start, known = np.uint64(vocab_size - 1), np.uint64(entries), np.uint64(len(order))
-    at, base, beyond, ends = _0, _0, _0, np.uint64((len(stream) - entries) // planes)
-    width = np.uint64(len(ids) // max(1, len(counts)))
+    planes, lookup = np.uint64(table.planes), table.lookup
+    last, start, known = np.uint64(table.vocab_size - 1), np.uint64(entries), np.uint64(len(lookup))
+    if len(stream) < entries or (len(stream) - entries) % table.planes:
+        return FAR_ENDS
+    at, base, beyond, ends = _0, _0, _0, np.uint64((len(stream) - entries) // table.planes)
+    width = np.uint64(table.width)
     padded = known > last + _FAR * width  # then near distances alone cannot leave the table
     for i in range(len(counts)):
         j = _0
@@ -186,14 +187,14 @@ def unpack_ids(
                     if beyond >= ends:
                         return FAR_ENDS
                     more = _0
-                    for plane in range(np.uint64(planes)):
+                    for plane in range(planes):
                         more = more << _8 | np.uint64(stream[start + beyond + plane * ends])
                     rank += more
                     beyond += _1
                     if rank > last:
                         return VOCABULARY
                 place = rank if padded else min(rank, last)
-                ids[base + k] = order[place] if padded or place < known else np.int32(place)
+                ids[base + k] = lookup[place] if padded or place < known else np.int32(place)
             if rank > last:  # ranks rise, so the last of a run is its largest
                 return VOCABULARY
             j = stop

@@ -50,16 +50,16 @@ class LevelTable(NamedTuple):
 
     Attributes:
         top: c, the level of a position's largest entry.
-        weights: `[c + 1]` exp(x / T) at the first temperature.
-        logs: `[c + 1]` x.
+        level_weights: `[c + 1]` exp(x / T) at the first temperature.
+        level_logs: `[c + 1]` x.
         fixed: `[R, c + 1]` exp(x / T) in fixed point, `fields` temperatures side by side in a number, low bits first.
         fields: 1 or 2.
         unit: what the last binary place is worth.
     """
 
     top: int
-    weights: Floats
-    logs: Floats
+    level_weights: Floats
+    level_logs: Floats
     fixed: Ints
     fields: int
     unit: float
@@ -144,8 +144,8 @@ class Levels:
         ]
         return LevelTable(
             top=self.top,
-            weights=softened[0].astype(np.float32),
-            logs=self.logs.astype(np.float32),
+            level_weights=softened[0].astype(np.float32),
+            level_logs=self.logs.astype(np.float32),
             fixed=np.stack(rows),
             fields=fields,
             unit=math.ldexp(1, -point),
@@ -260,11 +260,9 @@ def pack_levels(keys: Keys, starts: Ints, stops: Ints, mask: int, lift: bool, fl
 
 
 @compiled
-def _sum_levels(
-    values: Values, counts: Ints, floors: Ints, top: int, fixed: Ints, fields: int, unit: float, sums: Doubles
-) -> int:
+def _sum_levels(values: Values, counts: Ints, floors: Ints, levels: LevelTable, sums: Doubles) -> int:
     """`[n, n_T]` sums of the values of levels; see the module."""
-    at, highest = _0, np.uint64(top)
+    at, highest, fixed, unit = _0, np.uint64(levels.top), levels.fixed, levels.unit
     for i in range(len(counts)):
         count, floor = np.uint64(counts[i]), np.uint64(floors[i])
         if not count:
@@ -279,7 +277,7 @@ def _sum_levels(
             total = np.int64(0)
             for j in range(count):
                 total += fixed[row, floor + np.uint64(values[at + j])]
-            if fields == 1:
+            if levels.fields == 1:
                 sums[i, row] = total * unit
             else:
                 sums[i, 2 * row] = (total & _LOW) * unit
@@ -305,11 +303,12 @@ def _scale(sums: Doubles, log_mass: Doubles, exponents: Doubles, scales: Floats,
 # fmt: off
 @compiled
 def _write_weights(
-    values: Values, counts: Ints, floors: Ints, table: Floats, log_table: Floats,
+    values: Values, counts: Ints, floors: Ints, levels: LevelTable,
     scales: Floats, log_scales: Doubles, temperature: float, weights: Floats, logs: Floats,
 ) -> None:
     # fmt: on
     """`[n K]` weights of levels, 0 past the count, and T log of them, -inf past it."""
+    table, log_table = levels.level_weights, levels.level_logs
     at, base, width = _0, _0, np.uint64(len(weights) // max(1, len(counts)))
     for i in range(len(counts)):
         count, floor = np.uint64(counts[i]), np.uint64(floors[i])
@@ -332,8 +331,7 @@ def _write_weights(
 # fmt: off
 @compiled
 def unpack_levels(
-    values: Values, counts: Ints, floors: Ints, log_mass: Doubles,
-    top: int, table: Floats, log_table: Floats, fixed: Ints, fields: int, unit: float,
+    values: Values, counts: Ints, floors: Ints, log_mass: Doubles, levels: LevelTable,
     temperature: float, exponents: Doubles, weights: Floats, logs: Floats, sums: Doubles,
 ) -> int:
     # fmt: on
@@ -341,10 +339,10 @@ def unpack_levels(
 
     In passes over the row: in one, each position would wait for its own logarithms.
     """
-    problem = _sum_levels(values, counts, floors, top, fixed, fields, unit, sums)
+    problem = _sum_levels(values, counts, floors, levels, sums)
     if problem:
         return problem
     scales, log_scales = np.empty(len(counts), np.float32), np.empty(len(counts))
     _scale(sums, log_mass, exponents, scales, log_scales)
-    _write_weights(values, counts, floors, table, log_table, scales, log_scales, temperature, weights, logs)
+    _write_weights(values, counts, floors, levels, scales, log_scales, temperature, weights, logs)
     return 0

@@ -24,3 +24,15 @@ class Unreadable:
 
 
 Record = str | dict[str, Any] | Unreadable
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the fields that are null, at every depth.
+
+    A table gives each object every field that any object of its column has.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value

@@ -1,24 +1,43 @@
 """Shards: the rows of one shard from its own documents alone.
 
 No tokenise pass over the whole corpus, no shared counter, no order between shards: any worker can make any shard, and
-makes the same one.
+makes the same one. A document that cannot be used is left out, with a reason; which ones are depends on them and on the
+manifest alone, so it is the same for every worker and every retry.
 Cost: memory for the tokens of one shard (4 bytes each) and the documents of a megabyte.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from kdcache.corpus.packing import PackedRows, Tokens, pack
+from kdcache.corpus.documents import BadDocument, Completion, Conversation, Document, TokenIds
+from kdcache.corpus.packing import Packed, PackedRows, Tokens, pack
 from kdcache.corpus.plan import Plan
-from kdcache.corpus.sources import Corpus
-from kdcache.corpus.tokenise import take_tokenised, tokenise_chat, tokenise_texts
+from kdcache.corpus.records import Record, Unreadable
+from kdcache.corpus.sources import Corpus, Part
+from kdcache.corpus.tokenise import Tokeniser
 from kdcache.rows import IGNORE
+
+_MOST_REASON = 200
+"""Characters of a reason."""
 
 _BATCH = 256
 """Documents tokenised at once: what a tokenizer returns for a text takes many times the memory of its ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadRecord:
+    """A record that was left out because it cannot be used.
+
+    Attributes:
+        document: its index in the corpus.
+        reason: a short one, then ": ", what is wrong with this one, and where it stands.
+    """
+
+    document: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,61 +47,138 @@ class ShardRows:
     Attributes:
         rows: packed rows, in the order of the shard.
         documents: documents in the range.
-        dropped: how many of them the filters dropped.
+        dropped: how many of them were left out, by reason: those of the filters, `null`, `overlong`, `too-short`, and
+            those of bad records.
+        bad_records: each document that cannot be used, in order.
+        cut, truncated: documents that were too long for a row, and lie in pieces or lost their end.
     """
 
     rows: PackedRows
     documents: int
-    dropped: int
+    dropped: dict[str, int]
+    bad_records: tuple[BadRecord, ...]
+    cut: int
+    truncated: int
 
 
-def shard_rows(corpus: Corpus, plan: Plan, shard: int, tokenizer: Any, vocab_size: int, seq_len: int) -> ShardRows:
+@dataclass(frozen=True, kw_only=True)
+class Shaping:
+    """What makes rows of documents, beside the corpus.
+
+    Attributes:
+        tokeniser: documents to tokens.
+        seq_len: tokens a row.
+        pack, overlong: see `kdcache.corpus.rules`.
+    """
+
+    tokeniser: Tokeniser
+    seq_len: int
+    pack: str = "best-fit"
+    overlong: str = "auto"
+
+    def packed(self, tokens: Iterator[Tokens] | list[Tokens]) -> Packed:
+        """Rows of tokenised documents."""
+        return pack(tokens, self.seq_len, pack=self.pack, overlong=self.overlong)
+
+
+def shard_rows(corpus: Corpus, plan: Plan, shard: int, shaping: Shaping) -> ShardRows:
     """Tokenise and pack the documents of a shard.
 
     Raises:
-        CorpusError: they are not those that were planned, or one cannot be tokenised.
+        CorpusError: they are not those that were planned.
     """
-    tokeniser = _Tokeniser(corpus, tokenizer, vocab_size)
-    rows = pack((tokens for batch in tokeniser.shard(plan, shard) for tokens in batch), seq_len)
-    return ShardRows(rows=rows, documents=plan.documents_of(shard), dropped=tokeniser.dropped)
-
-
-def has_label(corpus: Corpus, plan: Plan, tokenizer: Any, vocab_size: int, seq_len: int) -> bool:
-    """Whether any document has a token that carries a target. Documents are read until one has."""
-    tokeniser = _Tokeniser(corpus, tokenizer, vocab_size)
-    return any(
-        (row.labels(seq_len) != IGNORE).any()
-        for shard in range(len(plan))
-        for batch in tokeniser.shard(plan, shard)
-        for row in pack(batch, seq_len)
+    reading = ShardReading(corpus, shaping.tokeniser)
+    packed = shaping.packed(tokens for batch in reading.shard(plan, shard) for tokens in batch)
+    return ShardRows(
+        rows=packed.rows,
+        documents=plan.documents_of(shard),
+        dropped=dict(sorted((reading.dropped + Counter(packed.dropped)).items())),
+        bad_records=tuple(reading.bad_records),
+        cut=packed.cut,
+        truncated=packed.truncated,
     )
 
 
+def has_label(corpus: Corpus, plan: Plan, shaping: Shaping) -> tuple[bool, ShardReading]:
+    """Whether any document has a token that carries a target. Documents are read until one has.
+
+    Returns:
+        That, and what was read on the way.
+    """
+    reading = ShardReading(corpus, shaping.tokeniser)
+    for shard in range(len(plan)):
+        for batch in reading.shard(plan, shard):
+            packed = shaping.packed(batch)
+            if any((row.labels(shaping.seq_len) != IGNORE).any() for row in packed.rows):
+                return True, reading
+            reading.dropped.update(packed.dropped)
+    return False, reading
+
+
+_NAMES: dict[type, str] = {str: "text", Conversation: "chat", Completion: "completion", TokenIds: "tokenised"}
+
+
 @dataclass
-class _Tokeniser:
-    """Documents of a corpus to tokens, some at a time.
+class ShardReading:
+    """Reads the documents of shards, and keeps account of those that are left out.
 
     Attributes:
-        dropped: documents that the filters dropped so far.
+        dropped: documents that were left out so far, by reason.
+        bad_records: those of them that cannot be used.
+        forms: documents that were tokenised, by what they are.
     """
 
     corpus: Corpus
-    tokenizer: Any
-    vocab_size: int
-    dropped: int = field(default=0, init=False)
+    tokeniser: Tokeniser
+    dropped: Counter[str] = field(default_factory=Counter, init=False)
+    bad_records: list[BadRecord] = field(default_factory=list, init=False)
+    forms: Counter[str] = field(default_factory=Counter, init=False)
 
     def shard(self, plan: Plan, shard: int) -> Iterator[list[Tokens]]:
-        """The tokens of the documents of a shard that the filters keep, in order."""
-        for first, documents in self.corpus.read_shard(plan, shard):
-            for start in range(0, len(documents), _BATCH):
-                batch = list(enumerate(documents[start : start + _BATCH], first + start))
-                kept = [(n, document) for n, document in batch if self.corpus.keeps(n, document)]
-                self.dropped += len(batch) - len(kept)
-                yield self._tokenise(kept)
+        """The tokens of the documents of a shard, some at a time, in order.
 
-    def _tokenise(self, documents: list[tuple[int, Any]]) -> list[Tokens]:
-        if self.corpus.form == "text":
-            return tokenise_texts(self.tokenizer, [n for n, _ in documents], [text for _, text in documents])
-        if self.corpus.form == "chat":
-            return [tokenise_chat(self.tokenizer, n, messages) for n, messages in documents]
-        return [take_tokenised(n, ids, labels, self.vocab_size) for n, (ids, labels) in documents]
+        Raises:
+            CorpusError: they are not those that were planned.
+        """
+        for first, part, records, addresses in self.corpus.read_shard(plan, shard):
+            for start in range(0, len(records), _BATCH):
+                documents: list[tuple[int, Document]] = []
+                stop = min(start + _BATCH, len(records))
+                bad: dict[int, BadDocument] = {}
+                for i in range(start, stop):
+                    try:
+                        document = self.corpus.document(records[i])
+                    except BadDocument as error:
+                        bad[first + i] = error
+                        continue
+                    if self._keeps(document):
+                        assert document is not None
+                        documents.append((first + i, document))
+                kept = []
+                for (number, document), found in zip(documents, self.tokeniser.tokenise(documents), strict=True):
+                    if isinstance(found, BadDocument):
+                        bad[number] = found
+                    else:
+                        self.forms[_NAMES[type(document)]] += 1
+                        kept += found
+                for number in sorted(bad):
+                    self._leave_out(number, str(bad[number]), records[number - first], part, addresses[number - first])
+                yield kept
+
+    def _keeps(self, document: Document | None) -> bool:
+        """Whether a document says something and passes the filters."""
+        reason = "null" if document is None else None
+        if document is not None and not isinstance(document, TokenIds):
+            reason = self.corpus.filters.reason(document if isinstance(document, str) else document.text)
+        if reason:
+            self.dropped[reason] += 1
+        return reason is None
+
+    def _leave_out(self, number: int, reason: str, record: Record, part: Part, address: int) -> None:
+        place = (
+            "" if isinstance(record, Unreadable) else f" ({self.corpus.place(part, address)})"
+        )  # which says it itself
+        reason, most = "".join(c if c.isprintable() else " " for c in reason), _MOST_REASON - len(place)
+        reason = (reason if len(reason) <= most else reason[: max(0, most - 3)] + "...") + place
+        self.dropped[reason.partition(": ")[0]] += 1
+        self.bad_records.append(BadRecord(document=number, reason=reason))

@@ -1,38 +1,38 @@
-"""Sources: what a corpus may be, and the same documents from any of them.
+"""Sources: the documents of a corpus, the same from whatever files it is made of.
 
-A corpus is a `.txt`, `.jsonl`, `.ndjson`, `.json`, `.parquet` or `.arrow` file, a glob of such files, a folder from
-`save_to_disk`, or `hf:NAME[:CONFIG]`. Each is read by address (a byte of a text file, a row of a table), so a corpus
-may exceed memory, and a shard is read without the documents before it. What has no addresses (a JSON file that is one
-array) is opened by `datasets`, which makes a table of it first.
+Each file is read by address (see `open_source`), so a corpus may exceed memory, and a shard is read without the
+documents before it.
 
 Cost: opening looks at names, sizes and the first records. Nothing reads all documents but the survey.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from kdcache.corpus.documents import Document
+from kdcache.corpus.forms import Columns, choose_form
+from kdcache.corpus.open_source import Source, open_source
 from kdcache.corpus.plan import Address, CorpusFile, Plan
-from kdcache.corpus.tables import ArrowFiles, DatasetTable, ParquetFiles, Table
-from kdcache.corpus.text_files import Addresses, TextFiles, holds_records
+from kdcache.corpus.record_form import Form
+from kdcache.corpus.records import Record, Unreadable, without_nulls
+from kdcache.corpus.tables import Table
+from kdcache.corpus.text_files import END, Addresses, TextFiles
 from kdcache.errors import ConfigError, CorpusError
 
 SPLITS = ("paragraph", "line", "file")
-_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 
 Part = tuple[int, int, int]
 """Documents of one file between two addresses: file, start, stop."""
@@ -65,40 +65,16 @@ class Filters:
         except re.error as error:
             raise ConfigError(f"drop {self.drop!r} is not a regular expression: {error}") from None
 
-    def keeps(self, text: str) -> bool:
-        """Whether a document of this text stays."""
-        return len(text) >= self.min_chars and not (self.drop and re.search(self.drop, text))
+    def reason(self, text: str) -> str | None:
+        """Why a document of this text is left out: the name of a filter, or None where it stays."""
+        if len(text) < self.min_chars:
+            return "min-chars"
+        return "drop" if self.drop and re.search(self.drop, text) else None
 
     @property
     def looks_at_text(self) -> bool:
         """Whether any filter reads the text."""
         return bool(self.min_chars or self.drop)
-
-
-class Source(Protocol):
-    """Files of documents that are read by address; see `TextFiles` and `Table`."""
-
-    files: tuple[CorpusFile, ...]
-    total: int
-
-    @property
-    def step(self) -> int:
-        """Addresses that are worth one read."""
-
-    def choose(self, columns: tuple[str, ...]) -> None:
-        """Read these columns."""
-
-    def begin(self, file: int) -> int:
-        """The address of the first document of a file."""
-
-    def end(self, file: int) -> int:
-        """The address behind the last document of a file."""
-
-    def cut(self, file: int, at: int) -> int:
-        """The first address from `at` on at which reading may stop."""
-
-    def read(self, file: int, start: int, stop: int) -> tuple[list[Any], Addresses]:
-        """The documents between two addresses, and the address of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +85,11 @@ class Digests:
         sha256: the sha256 of each, one behind the other.
         characters: `[n]` int64, the length of each; tokens where the corpus is tokenised.
         addresses: `[n]` int64, where each begins.
-        kept: how many of them pass the filters.
     """
 
     sha256: bytes
     characters: NDArray[np.int64]
     addresses: NDArray[np.int64]
-    kept: int
 
 
 class Corpus:
@@ -123,18 +97,16 @@ class Corpus:
 
     Attributes:
         name: as its user names it.
-        form: `text`, `chat` or `tokenised`.
-        columns: the columns that documents are made of.
+        form: what its documents are made of.
         filters: documents that are left out.
         split, split_text: see `open_corpus`.
     """
 
     def __init__(
-        self, name: str, source: Source, form: str, columns: tuple[str, ...], filters: Filters, split: str,
-        split_text: str,
-    ) -> None:  # fmt: skip
-        self.name, self.form, self.columns, self.filters = name, form, columns, filters
-        self.split, self.split_text = split, split_text
+        self, name: str, source: Source, form: Form, filters: Filters, split: str, split_text: str, columns: Columns
+    ) -> None:
+        self.name, self.form, self.filters = name, form, filters
+        self.split, self.split_text, self.columns = split, split_text, columns
         self._source = source
 
     @property
@@ -151,111 +123,98 @@ class Corpus:
     def reading(self) -> dict[str, Any]:
         """How files become documents, as a plan records it."""
         return {
-            "form": self.form,
-            "columns": list(self.columns),
+            "form": self.form.name,
+            "columns": list(self.form.columns.values()),
+            "beside": sorted(self.form.optional.values()),
             "split": self.split,
             "split_text": self.split_text,
         }
 
-    def parts(self, start: Address = (0, 0), stop: Address | None = None, steps: int = 1) -> Iterator[Part]:
-        """The documents from one address to another, in parts that are worth reading at once.
+    def parts(self, start: Address = (0, 0), stop: Address | None = None, units: bool = False) -> Iterator[Part]:
+        """The documents from one address to another, in parts that are worth reading at once, to be read in order.
 
         Args:
             start: where the first document begins; of the whole corpus, the start of its first file.
             stop: where the one after the last begins; None for the end of the corpus.
-            steps: how large a part is, in megabytes, about.
+            units: in parts that several processes may read, each cut by this method again. One may end behind its file.
         """
         last_file, last = stop or (len(self.files), 0)
         for file in range(start[0], min(last_file + 1, len(self.files))):
             at = max(start[1] if file == start[0] else 0, self._source.begin(file))
-            end = last if file == last_file else self._source.end(file)
+            end = last if file == last_file else END
             while at < end:
-                cut = min(end, self._source.cut(file, at + steps * self._source.step))
+                cut = min(end, (self._source.unit if units else self._source.cut)(file, at))
+                if cut <= at:
+                    break
                 yield file, at, cut
                 at = cut
 
-    def read(self, part: Part) -> list[Any]:
-        """The documents of a part: texts, conversations, or `(input_ids, labels or None)`.
+    @property
+    def one_unit(self) -> bool:
+        """Whether a file is read by one process, since it has no places where another may begin (by the first)."""
+        return self._source.unit(0, self._source.begin(0)) == END
+
+    def read(self, part: Part) -> tuple[list[Record], Addresses]:
+        """The records of a part, and where each begins.
 
         Raises:
-            CorpusError: bytes that cannot be read as documents.
+            CorpusError: the file cannot be read, or is not what it was.
         """
-        return self._read(part)[0]
-
-    def _read(self, part: Part) -> tuple[list[Any], Addresses]:
         try:
-            documents, addresses = self._source.read(*part)
+            records, addresses = self._source.read(*part)
         except CorpusError:
             raise
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise CorpusError(f"the corpus {self.name} cannot be read: {_reason(error)}") from error
-        if self.form == "tokenised" and len(self.columns) == 1:
-            documents = [(ids, None) for ids in documents]
-        return documents, addresses
+            raise CorpusError(f"the corpus {self.name} cannot be read: {reason(error)}") from error
+        if self._source.fills_nulls and self.form.name not in ("text", "tokenised"):
+            records = [without_nulls(record) for record in records]
+        return records, addresses
 
-    def keeps(self, number: int, document: Any) -> bool:
-        """Whether a document is there and passes the filters.
+    def document(self, record: Record) -> Document | None:
+        """What a record says; None where its column is null.
 
         Raises:
-            CorpusError: it is of another form.
+            BadDocument: it cannot be used.
         """
-        if self.form == "tokenised":
-            return document[0] is not None
-        if document is None:
-            return False
-        if self.form == "text" and isinstance(document, str):
-            return self.filters.keeps(document)
-        if self.form == "chat" and isinstance(document, list) and all(isinstance(m, dict) for m in document):
-            return self.filters.keeps("\n".join(str(m.get("content")) for m in document))
-        wanted = "text" if self.form == "text" else "a list of messages"
-        raise CorpusError(
-            f"document {number}: column {self.columns[0]!r} holds {type(document).__name__}, not {wanted}"
-        )
+        return self.form.document(record)
 
-    def examine(self, part: Part, number: int = 0) -> Digests:
+    def place(self, part: Part, address: int) -> str:
+        """Where a record stands, for people."""
+        what = "byte" if isinstance(self._source, TextFiles) else "row"
+        return f"{self.files[part[0]].name}, {what} {int(address):,}"
+
+    def examine(self, part: Part) -> Digests:
         """What a survey keeps of a part.
 
-        Args:
-            part: of the corpus.
-            number: of its first document, for messages.
-
         Raises:
-            CorpusError: a document that cannot be read or is of another form.
+            CorpusError: the file cannot be read.
         """
-        if self.form == "text" and not self.filters.looks_at_text and isinstance(self._source, TextFiles):
+        if self.form.name == "text" and isinstance(self._source, TextFiles):
             found = self._source.digest(*part)
             if found:
-                return Digests(sha256=found[0], characters=found[1], addresses=found[2], kept=len(found[1]))
-        documents, addresses = self._read(part)
-        if self.form == "text" and not self.filters.looks_at_text and all(type(text) is str for text in documents):
-            kept = len(documents)
-        else:
-            kept = sum(self.keeps(n, document) for n, document in enumerate(documents, number))
-        sha256, characters = self.digest(documents, number)
-        return Digests(sha256=sha256, characters=characters, addresses=np.asarray(addresses, np.int64), kept=kept)
+                return Digests(sha256=found[0], characters=found[1], addresses=found[2])
+        records, addresses = self.read(part)
+        sha256, characters = self.digest(records)
+        return Digests(sha256=sha256, characters=characters, addresses=np.asarray(addresses, np.int64))
 
-    def digest(self, documents: Sequence[Any], number: int) -> tuple[bytes, NDArray[np.int64]]:
-        """The sha256 of each document, one behind the other, and their lengths."""
+    def digest(self, records: Sequence[Record]) -> tuple[bytes, NDArray[np.int64]]:
+        """The sha256 of each record, one behind the other, and their lengths."""
         sha256 = hashlib.sha256
-        if self.form == "text" and all(type(text) is str for text in documents):  # the common case, at twice the speed
-            with suppress(UnicodeEncodeError):
-                found = b"".join([sha256(text.encode()).digest() for text in documents])
-                return found, np.fromiter(map(len, documents), np.int64, len(documents))
-        digests, lengths = [], []
-        for offset, document in enumerate(documents):
-            try:
-                content, length = _content(document, self.form)
-            except (TypeError, ValueError, AttributeError) as error:
-                raise CorpusError(f"document {number + offset} cannot be read: {error}") from None
-            digests.append(sha256(content).digest())
-            lengths.append(length)
-        return b"".join(digests), np.array(lengths, np.int64)
+        if self.form.name == "text":  # the common case, at twice the speed
+            with suppress(UnicodeEncodeError, KeyError, TypeError, AttributeError):
+                column = self.form.columns["text"]
+                texts = [record if type(record) is str else record[column] for record in records]  # type: ignore[index]
+                found = b"".join([sha256(text.encode()).digest() for text in texts])
+                return found, np.fromiter(map(len, texts), np.int64, len(texts))
+        contents = [_content(record, self.form) for record in records]
+        digests = b"".join([sha256(content).digest() for content, _ in contents])
+        return digests, np.array([length for _, length in contents], np.int64)
 
-    def read_shard(self, plan: Plan, shard: int) -> Iterator[tuple[int, list[Any]]]:
-        """The documents of a shard, a part at a time.
+    def read_shard(self, plan: Plan, shard: int) -> Iterator[tuple[int, Part, list[Record], Addresses]]:
+        """The records of a shard, a part at a time.
 
         Yields:
-            The number of the first document, and the documents; filtered ones included.
+            The number of the first record, the part, its records, and where each begins.
 
         Raises:
             CorpusError: they are not the documents that were planned. What was yielded before must not be used.
@@ -265,39 +224,38 @@ class Corpus:
         told = f"the documents of shard {shard} in {self.name} are not those that the cache was planned from"
         for part in self.parts(plan.start(shard), plan.start(shard + 1)):
             try:
-                documents = self.read(part)[:left]
-                content.update(self.digest(documents, number)[0])
+                records, addresses = self.read(part)
+                records = records[:left]
+                content.update(self.digest(records)[0])
             except CorpusError as error:
                 raise CorpusError(f"{told}: {error}") from error
-            yield number, documents
-            number, left = number + len(documents), left - len(documents)
+            yield number, part, records, addresses
+            number, left = number + len(records), left - len(records)
             if not left:
                 break
         if content.digest() != plan.sha256[shard].tobytes():
             raise CorpusError(f"{told}: their sha256 differs")
 
 
-def _content(document: Any, form: str) -> tuple[bytes, int]:
-    """The bytes of a document, the same in whatever file it stands, and its length."""
-    if document is None:
-        return b"\xff", 0  # no text encodes to this
-    if form == "text":
-        return document.encode(), len(document)
-    if form == "chat":
-        # A table gives every message every key that any message has.
-        messages = [{key: value for key, value in message.items() if value is not None} for message in document]
-        text = json.dumps(messages, sort_keys=True, ensure_ascii=False)
-        return text.encode(), len(text)
-    ids, labels = document
-    parts = [_integers([] if ids is None else ids)] + ([] if labels is None else [b"|", _integers(labels)])
-    return b"".join(parts), len(ids or ())
-
-
-def _integers(values: Any) -> bytes:
-    found = np.asarray(values)
-    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
-        raise ValueError(f"it holds {type(values).__name__} of {found.dtype}, not a list of integers")
-    return found.astype("<i8").tobytes()
+def _content(record: Record, form: Form) -> tuple[bytes, int]:
+    """The bytes of a record, the same in whatever file it stands, and its length."""
+    if isinstance(record, Unreadable):
+        return b"\xfe" + record.data, len(record.data)  # no text encodes to this
+    if isinstance(record, str):
+        return record.encode("utf-8", "surrogatepass"), len(record)
+    if form.name == "text":
+        text = record.get(form.columns["text"])
+        if isinstance(text, str):
+            return text.encode("utf-8", "surrogatepass"), len(text)
+    fields = without_nulls(record)
+    if not fields:
+        return b"\xff", 0
+    try:
+        content = orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS, default=str)
+    except (TypeError, ValueError):  # half of a surrogate pair, or a number of more than 64 bits
+        content = json.dumps(fields, sort_keys=True, default=str).encode()
+    ids = fields.get("input_ids")
+    return content, len(ids) if form.name == "tokenised" and isinstance(ids, list) else len(content)
 
 
 def open_corpus(
@@ -305,19 +263,17 @@ def open_corpus(
     *,
     split: str = "train",
     split_text: str = "paragraph",
-    text_column: str | None = None,
-    messages_column: str | None = None,
+    columns: Columns | None = None,
     filters: Filters | None = None,
 ) -> Corpus:
     """Open a corpus.
 
     Args:
-        spec: a path, a glob, or `hf:NAME[:CONFIG]`.
+        spec: a path, glob, folder or URL, or `hf:NAME[:CONFIG]`.
         split: the split to read from `hf:` and from folders that hold several.
         split_text: what one document of a `.txt` file is: a `paragraph` (lines up to a blank
             one), a `line` that is not blank, or the whole `file`.
-        text_column: the column of texts, `text` by default.
-        messages_column: the column of conversations, `messages` by default.
+        columns: names of the columns, where they are not the usual ones.
         filters: documents to leave out.
 
     Raises:
@@ -326,124 +282,42 @@ def open_corpus(
     """
     if split_text not in SPLITS:
         raise ConfigError(f"split_text {split_text!r} is not one of {', '.join(SPLITS)}")
-    filters = filters or Filters()
+    filters, columns = filters or Filters(), columns or Columns()
     try:
-        source, names = _open(spec, split, split_text)
-        form, columns = _named_columns(spec, names, text_column, messages_column)
+        source, names = open_source(spec, split, split_text)
+        form = choose_form(spec, names, columns)
         if isinstance(source, Table):
-            _require_types(spec, source.schema, form, columns)
+            _require_types(spec, source.schema, form)
+            there = {role: name for role, name in form.optional.items() if name in names}
+            form = Form(name=form.name, columns=form.columns, optional=there)
     except (CorpusError, ConfigError):
         raise
     except Exception as error:  # libraries raise what their backends raise; a person needs the reason, not the stack
-        raise CorpusError(f"the corpus {spec} cannot be read: {_reason(error)}") from error
-    if form == "tokenised" and filters.looks_at_text:
+        raise CorpusError(f"the corpus {spec} cannot be read: {reason(error)}") from error
+    if form.name == "tokenised" and filters.looks_at_text:
         raise ConfigError("min_chars and drop read text, but this corpus is already tokenised")
-    if not (isinstance(source, TextFiles) and source.plain):
-        source.choose(columns)
-    return Corpus(spec, source, form, columns, filters, split, split_text)
+    if not source.plain:
+        source.choose((*form.columns.values(), *form.optional.values()))
+    return Corpus(spec, source, form, filters, split, split_text, columns)
 
 
-def _open(spec: str, split: str, split_text: str) -> tuple[Source, list[str]]:
-    """The files of a corpus, and the columns that they have."""
-    if spec.startswith("hf:") or Path(spec).is_dir():
-        return _with_names(DatasetTable(_load(spec, split), spec if spec.startswith("hf:") else Path(spec).name))
-    paths = _find(spec)
-    base = os.path.commonpath([str(Path(path).parent) for path in paths])
-    files = tuple(
-        CorpusFile(name=Path(path).relative_to(base).as_posix(), size=Path(path).stat().st_size) for path in paths
-    )
-    suffix = Path(paths[0]).suffix
-    if suffix == ".txt":
-        return TextFiles(paths, files, split_text), ["text"]
-    if suffix in (".parquet", ".arrow"):
-        return _with_names((ParquetFiles if suffix == ".parquet" else ArrowFiles)(paths, files))
-    if suffix == ".json" and not all(map(holds_records, paths)):
-        import datasets
-
-        return _with_names(DatasetTable(datasets.load_dataset("json", data_files=paths, split="train"), files[0].name))
-    records = TextFiles(paths, files, "record")
-    names = records.names()
-    if not names:
-        raise CorpusError(f"the corpus {spec} holds no documents")
-    return records, names
-
-
-def _with_names(table: Table) -> tuple[Source, list[str]]:
-    return table, table.schema.names
-
-
-def _find(spec: str) -> list[str]:
-    """The files that a path or glob names, in order; empty ones left out."""
-    matches = [spec] if Path(spec).is_file() else glob.glob(spec, recursive=True)  # noqa: PTH207 - absolute too
-    files = sorted(f for f in matches if Path(f).is_file())
-    if not files:
-        raise CorpusError(f"the corpus {spec} does not exist")
-    suffixes = {Path(f).suffix for f in files}
-    if len(suffixes) > 1 or next(iter(suffixes)) not in _SUFFIXES:
-        raise CorpusError(
-            f"the corpus {spec} must be files of one kind of {', '.join(_SUFFIXES)}; it has "
-            f"{', '.join(sorted(suffixes)) or 'no suffix'}"
-        )
-    files = [f for f in files if Path(f).stat().st_size]
-    if not files:
-        raise CorpusError(f"the corpus {spec} is empty")
-    return files
-
-
-def _load(spec: str, split: str) -> Any:
-    """The table of `hf:` or of a folder from `save_to_disk`."""
-    import datasets
-
-    if spec.startswith("hf:"):
-        name, _, config = spec[3:].partition(":")
-        return datasets.load_dataset(name, config or None, split=split)
-    loaded = datasets.load_from_disk(spec)
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise CorpusError(f"the folder {spec} has no split {split!r}; it has {', '.join(loaded)}")
-        loaded = loaded[split]
-    return loaded
-
-
-def _require_types(spec: str, schema: pa.Schema, form: str, columns: tuple[str, ...]) -> None:
-    """Refuse columns of another type than the form asks for."""
-    for column in columns:
+def _require_types(spec: str, schema: pa.Schema, form: Form) -> None:
+    """Refuse a column of a table whose every document would be bad."""
+    if form.name not in ("text", "tokenised"):
+        return  # messages come in many types, and are looked at one by one
+    for column in form.columns.values():
         kind = schema.field(column).type
         listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        item = kind.value_type if listed else None
         fits = {
-            "text": pa.types.is_string(kind) or pa.types.is_large_string(kind),
-            # Messages of unequal keys come as JSON, and are looked at one by one.
-            "chat": "arrow.json" in str(kind) or (item is not None and pa.types.is_struct(item)),
-            "tokenised": item is not None and pa.types.is_integer(item),
-        }[form]
+            "text": pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind),
+            "tokenised": listed and pa.types.is_integer(kind.value_type),
+        }[form.name]
         if not fits:
-            wanted = {"text": "text", "chat": "lists of messages", "tokenised": "lists of integers"}[form]
+            wanted = {"text": "text", "tokenised": "lists of integers"}[form.name]
             raise CorpusError(f"the corpus {spec}: column {column!r} holds {kind}, not {wanted}")
 
 
-def _named_columns(
-    spec: str, names: Sequence[str], text_column: str | None, messages_column: str | None
-) -> tuple[str, tuple[str, ...]]:
-    if text_column and messages_column:
-        raise ConfigError("text_column and messages_column exclude each other")
-    wanted = text_column or messages_column
-    if wanted:
-        if wanted not in names:
-            raise CorpusError(f"the corpus {spec} has no column {wanted!r}; it has {', '.join(names)}")
-        return ("text" if text_column else "chat"), (wanted,)
-    if "input_ids" in names:
-        return "tokenised", tuple(c for c in ("input_ids", "labels") if c in names)
-    for form, column in (("text", "text"), ("chat", "messages")):
-        if column in names:
-            return form, (column,)
-    raise CorpusError(
-        f"the corpus {spec} has no column 'text', 'messages' or 'input_ids'; it has {', '.join(names)} "
-        "(name one as text_column or messages_column)"
-    )
-
-
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What is wrong with a corpus, in one line, out of a chain of causes: an encoding, a parser's word, the last."""
     chain = [error]
     while isinstance(cause := chain[-1].__cause__ or chain[-1].__context__, Exception):

@@ -2,8 +2,9 @@
 
 Guarantee: the plan is a function of the documents, their files and the rule alone. How the corpus was cut for
 reading, and how many processes read it, change nothing.
-Method: the corpus is cut into parts of a few megabytes at places where documents begin. Processes read them and give
-back the sha256, length and address of each document; here they are put in order and divided into shards.
+Method: the corpus is cut into parts of a few megabytes at places where documents begin; a file that has no such places
+(it is compressed, or a JSON array) is one part. Processes read them and give back the sha256, length and address of
+each document; here they are put in order and divided into shards.
 Cost: one read of the corpus; 48 bytes a document on the way; memory for the parts on their way and 68 bytes a shard.
 
 A reader is a Python process that imports this module alone. It is told on its standard input which corpus to open and
@@ -28,22 +29,20 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from kdcache.corpus.forms import Columns
 from kdcache.corpus.plan import Address, Plan
-from kdcache.corpus.sources import Corpus, Digests, Filters, Part, open_corpus
+from kdcache.corpus.sources import Corpus, Digests, Part, open_corpus
 from kdcache.errors import ConfigError, CorpusError, KdcacheError
 from kdcache.worker import available_cores
 
 _SHARDS_WANTED = 64
 _LEAST_CHARS, _MOST_CHARS = 1 << 18, 1 << 24
-_STEPS = 2
-"""Megabytes of a part, about."""
-
 _WORTH_PROCESSES = 64 << 20
 """Bytes of a corpus below which one process reads it: starting others takes as long as reading this."""
 
 _PART = struct.Struct("<qqq")
-_ANSWER = struct.Struct("<qq")
-"""Documents, and documents kept, -1 where the part cannot be read; then the sha256s, lengths and addresses."""
+_ANSWER = struct.Struct("<q")
+"""Documents, -1 where the part cannot be read; then the sha256s, lengths and addresses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +88,19 @@ def survey(corpus: Corpus, rule: dict[str, int], processes: int | None = None) -
         processes: that read it; None for one a core, and for only this one where the corpus is small.
 
     Raises:
-        CorpusError: a document that cannot be read, no documents, or none that passes the filters.
+        CorpusError: a file that cannot be read, or no documents.
     """
     if processes is None:
         processes = available_cores() if corpus.total >= _WORTH_PROCESSES else 1
+    if corpus.filters.limit_docs is not None and corpus.one_unit:
+        processes = 1  # others would read whole files
     divider = _Divider(rule)
-    content = hashlib.sha256(corpus.form.encode())
-    kept, left = 0, corpus.filters.limit_docs
+    content = hashlib.sha256(corpus.form.name.encode())
+    left = corpus.filters.limit_docs
     with closing(_digests(corpus, processes)) as found:
         for (file, _, _), digests in found:
             if left is not None and left < len(digests.characters):  # its last documents do not count
-                digests = _first(corpus, (file, int(digests.addresses[0]), int(digests.addresses[left])), divider)
-            kept += digests.kept
+                digests = _examine(corpus, (file, int(digests.addresses[0]), int(digests.addresses[left])))
             content.update(digests.sha256)
             divider.add(file, digests)
             left = None if left is None else left - len(digests.characters)
@@ -109,13 +109,7 @@ def survey(corpus: Corpus, rule: dict[str, int], processes: int | None = None) -
     documents = divider.documents
     if not documents:
         raise CorpusError(f"the corpus {corpus.name} holds no documents")
-    if not kept:
-        raise CorpusError(f"every one of the {documents} documents was dropped by the filters")
     return Survey(plan=divider.plan(corpus), corpus_sha256=content.hexdigest())
-
-
-def _first(corpus: Corpus, part: Part, divider: _Divider) -> Digests:
-    return corpus.examine(part, divider.documents)
 
 
 class _Divider:
@@ -185,14 +179,26 @@ _Answers = Generator[tuple[Part, Digests | None], None, None]
 
 def _digests(corpus: Corpus, processes: int) -> Generator[tuple[Part, Digests], None, None]:
     """What a survey keeps of each part, in order."""
-    parts, number = corpus.parts(steps=_STEPS), 0
-    unread: _Answers = ((part, None) for part in parts)
-    answers = unread if processes < 2 else _read_by(corpus, parts, processes)
-    with closing(answers):
+    if processes < 2:
+        for part in corpus.parts():
+            yield part, corpus.examine(part)
+        return
+    with closing(_read_by(corpus, corpus.parts(units=True), processes)) as answers:
         for part, digests in answers:
-            found = digests or corpus.examine(part, number)  # which tells what is wrong, and with which document
-            number += len(found.characters)
-            yield part, found
+            yield part, digests or _examine(corpus, part)  # which tells what is wrong
+
+
+def _examine(corpus: Corpus, part: Part) -> Digests:
+    """What a survey keeps of a part, read some documents at a time."""
+    file, start, stop = part
+    found = [corpus.examine(piece) for piece in corpus.parts((file, start), (file, stop))]
+    if len(found) == 1:
+        return found[0]
+    return Digests(
+        sha256=b"".join(each.sha256 for each in found),
+        characters=np.concatenate([np.zeros(0, np.int64), *(each.characters for each in found)]),
+        addresses=np.concatenate([np.zeros(0, np.int64), *(each.addresses for each in found)]),
+    )
 
 
 def _read_by(corpus: Corpus, parts: Iterable[Part], processes: int) -> _Answers:
@@ -233,7 +239,7 @@ class _Reader:
     def __init__(self, corpus: Corpus) -> None:
         opening = {
             "spec": corpus.name, "split": corpus.split, "split_text": corpus.split_text,
-            "filters": asdict(corpus.filters), "form": corpus.form, "columns": corpus.columns, "path": sys.path,
+            "columns": asdict(corpus.columns), "path": sys.path,
         }  # fmt: skip
         code = "import json, sys; told = json.loads(sys.stdin.buffer.readline()); sys.path[:] = told['path']; "
         code += "from kdcache.corpus.survey import serve; serve(told, sys.stdin.buffer, sys.stdout.buffer)"
@@ -247,14 +253,12 @@ class _Reader:
         answer = self._process.stdout.read(_ANSWER.size)
         if len(answer) < _ANSWER.size:
             return None
-        documents, kept = _ANSWER.unpack(answer)
-        if kept < 0:
+        (documents,) = _ANSWER.unpack(answer)
+        if documents < 0:
             return None
         data = self._process.stdout.read(48 * documents)
         numbers = np.frombuffer(data, np.int64, offset=32 * documents)
-        return Digests(
-            sha256=data[: 32 * documents], characters=numbers[:documents], addresses=numbers[documents:], kept=kept
-        )
+        return Digests(sha256=data[: 32 * documents], characters=numbers[:documents], addresses=numbers[documents:])
 
     def _send(self, data: bytes) -> None:
         assert self._process.stdin is not None
@@ -271,17 +275,16 @@ class _Reader:
 def serve(told: dict[str, Any], asked: BinaryIO, answers: BinaryIO) -> None:
     """Read the parts that are asked for, until nobody asks: the life of a reader."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this one ends it
-    column = {"text": "text_column", "chat": "messages_column"}.get(told["form"])
     corpus = open_corpus(
-        told["spec"], split=told["split"], split_text=told["split_text"], filters=Filters(**told["filters"]),
-        **({column: told["columns"][0]} if column else {}),
+        told["spec"], split=told["split"], split_text=told["split_text"],
+        columns=Columns(**{**told["columns"], "ignored": tuple(told["columns"]["ignored"])}),
     )  # fmt: skip
     while len(data := asked.read(_PART.size)) == _PART.size:
         try:
-            found = corpus.examine(_PART.unpack(data))
+            found = _examine(corpus, _PART.unpack(data))
         except KdcacheError:
-            answers.write(_ANSWER.pack(0, -1))
+            answers.write(_ANSWER.pack(-1))
         else:
-            answers.write(_ANSWER.pack(len(found.characters), found.kept) + found.sha256)
+            answers.write(_ANSWER.pack(len(found.characters)) + found.sha256)
             answers.write(found.characters.tobytes() + found.addresses.tobytes())
         answers.flush()

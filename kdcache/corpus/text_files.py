@@ -1,29 +1,46 @@
-"""Text files: documents of plain text and of JSON lines, found by byte offset.
+"""Text files: documents of plain text and of JSON, found by byte offset.
 
 Guarantee: the same bytes give the same documents, wherever a file is cut for reading: a cut is moved to the next place
 where a document may begin. Lines end with `\\n`, `\\r\\n` or `\\r`; a byte order mark that begins a file is no text.
-Cost: reading is one `pread`, one pass of numpy over the bytes, and one Python step a document.
+Bytes that are no document are given as such, with the reason, and refuse no other.
+Cost: reading is one range of the file (see `file_bytes`), one pass of numpy over the bytes, and one Python step a
+document. Where no byte tells that a document may begin (values of a JSON array), one more pass finds them from a known
+start, and only one process reads the file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from kdcache.corpus.plan import CorpusFile
+from kdcache.corpus.file_bytes import FileBytes
+from kdcache.corpus.find_files import DataFile, names_of
+from kdcache.corpus.json_records import parse_record, value_spans, wanted_of
+from kdcache.corpus.records import Record, Unreadable
 from kdcache.errors import CorpusError
 
 Addresses = Sequence[int] | NDArray[np.int64]
 
+END = 1 << 62
+"""An address behind every document, for the end of a file that nobody knows yet."""
+
 _MARK = b"\xef\xbb\xbf"
+_OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_UNPACKED = 4
+"""Bytes of text in a byte of a compressed file, about; it decides nothing but sizes that are guessed."""
+
+_REMOTE_STEPS = 8
+"""Steps that are one read of a file behind a URL, where a request takes as long as some megabytes."""
+
+_ARRAY = re.compile(rb"\s*\[(?=\s*[\[{\]])")
 _WINDOW = 1 << 14
 _SNIFFED = 1 << 20
 
@@ -39,80 +56,173 @@ _SPACE = np.isin(np.arange(256), [*b"\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f ", 0xC2, 0xE
 
 
 class TextFiles:
-    """Files of plain text or JSON lines. An address is a byte.
+    """Files of plain text or of JSON. An address is a byte of the text, decompressed.
+
+    JSON is lines, an array, or values one behind the other; a name says that it is lines, or the file is looked at.
 
     Attributes:
         files: their names and sizes.
         step: bytes that are worth one read.
-        total: bytes of all files.
+        total: bytes of all files, about.
     """
 
     step = 1 << 20
+    fills_nulls = False
 
-    def __init__(self, paths: Sequence[str], files: tuple[CorpusFile, ...], document: str) -> None:
-        self._paths, self.files, self._document = paths, files, document
-        self.total = sum(file.size for file in files)
+    def __init__(self, data: Sequence[DataFile], document: str) -> None:
+        """Take files of text.
+
+        Args:
+            data: the files.
+            document: what a document is: `paragraph`, `line`, `file`, or a `record` of JSON.
+        """
+        self._data, self.files, self._document = data, names_of(data), document
+        self.total = sum(file.size * (_UNPACKED if file.compression else 1) for file in data)
         self._columns: tuple[str, ...] = ()
-
-    def begin(self, file: int) -> int:
-        """The address of the first document of a file."""
-        return len(_MARK) if self._bytes(file, 0, min(3, self.files[file].size)) == _MARK else 0
-
-    def end(self, file: int) -> int:
-        """The address behind the last document of a file."""
-        return self.files[file].size
-
-    def cut(self, file: int, at: int) -> int:
-        """The first address from `at` on that lies between two documents, or the end."""
-        end, window = self.end(file), _WINDOW
-        while self._document != "file" and at < end:
-            data = self._bytes(file, at, min(end, at + window))
-            found = _ENDS[self._document].search(data)
-            if found and (found.end() < len(data) or at + len(data) == end):
-                return at + found.end()
-            if at + len(data) == end:
-                break
-            window *= 4
-        return end
+        self._open: tuple[int, FileBytes] | None = None
+        self._starts: dict[int, tuple[str, int]] = {}
 
     @property
     def plain(self) -> bool:
         """Whether these are files of text, without fields."""
         return self._document != "record"
 
-    def names(self) -> list[str]:
-        """Fields of the first records, in order."""
-        data = self._bytes(0, self.begin(0), self.cut(0, min(_SNIFFED, self.end(0))))
-        found: dict[str, None] = {}
-        for line in data.splitlines():
-            found |= dict.fromkeys(self._record(0, 0, line) if line.strip() else ())
-        return list(found)
-
     def choose(self, columns: tuple[str, ...]) -> None:
         """Read these fields of each record, and not its text."""
         self._columns = columns
 
-    def read(self, file: int, start: int, stop: int) -> tuple[list[Any], Addresses]:
+    def names(self) -> list[str]:
+        """Fields of the first records that are any, in order.
+
+        Raises:
+            CorpusError: there are only records that cannot be read.
+        """
+        refused = None
+        for file in range(len(self.files)):
+            start = self.begin(file)
+            found: dict[str, None] = {}
+            data = self._between(file, start, self.cut(file, start))
+            for record in self._read_records(file, start, data, None)[0]:
+                if isinstance(record, Unreadable):
+                    refused = refused or record
+                else:
+                    found |= dict.fromkeys(record)
+            if found:
+                return list(found)
+        if refused:
+            raise CorpusError(f"the corpus cannot be read: {refused.reason}")
+        return []
+
+    def _bytes(self, file: int) -> FileBytes:
+        if self._open is None or self._open[0] != file:
+            self._open = file, self._data[file].open()
+        return self._open[1]
+
+    def _form(self, file: int) -> tuple[str, int]:
+        """What a document of a file is, and where the first begins."""
+        if file not in self._starts:
+            head = self._bytes(file).read(0, len(_MARK) if self.plain else _SNIFFED)
+            if head.startswith(_OTHER_MARKS):
+                raise CorpusError(f"the corpus file {self._data[file].path} is UTF-16 or UTF-32, not UTF-8")
+            start = len(_MARK) if head.startswith(_MARK) else 0
+            form = self._document
+            if form == "record":
+                form, start = _json_form(head, start, self._data[file].lines)
+            self._starts[file] = form, start
+        return self._starts[file]
+
+    def begin(self, file: int) -> int:
+        """The address of the first document of a file."""
+        return self._form(file)[1]
+
+    def unit(self, file: int, at: int) -> int:
+        """The end of what one of several processes reads for itself: a few megabytes, or all of a file with no ranges.
+
+        Args:
+            file: in which it lies.
+            at: where a document begins.
+        """
+        form = self._form(file)[0]
+        if self._data[file].compression or form in ("array", "value"):
+            return END
+        least = 2 * self._step(file)
+        return self._line_cut(file, form, at, least, min(at + least, self._data[file].size))
+
+    def cut(self, file: int, at: int) -> int:
+        """The end of the documents that are worth one read; `at` itself where no document follows.
+
+        Args:
+            file: in which they lie.
+            at: where the first begins.
+        """
+        form = self._form(file)[0]
+        if form in ("array", "value"):
+            return self._value_cut(file, at)
+        least, data = self._step(file), self._data[file]
+        # What is read from the start of the documents on is there when they are read; a disk needs no such care.
+        base = at if data.compression or data.remote else min(at + least, data.size)
+        return self._line_cut(file, form, at, least, base)
+
+    def _step(self, file: int) -> int:
+        return self.step * (_REMOTE_STEPS if self._data[file].remote else 1)
+
+    def _line_cut(self, file: int, form: str, at: int, least: int, base: int) -> int:
+        """The first place beyond `least` bytes at which a document may begin, or the end; read from `base` on."""
+        data, window = self._bytes(file), _WINDOW
+        if form == "file" and data.size is not None:
+            return data.size
+        while True:
+            seen = data.read(base, at + least + window)
+            ended = base + len(seen) < at + least + window
+            found = None if form == "file" else _ENDS[form].search(seen, at + least - base)
+            if found and (found.end() < len(seen) or ended):
+                return base + found.end()
+            if ended:
+                return base + len(seen)
+            window *= 4
+
+    def _value_cut(self, file: int, at: int) -> int:
+        data, size = self._bytes(file), self._step(file)
+        while True:
+            seen = data.read(at, at + size)
+            ended = len(seen) < size
+            spans = value_spans(seen, ended)
+            if ended or spans:
+                return at + (len(seen) if ended else spans[-1][1])
+            size *= 4
+
+    def read(self, file: int, start: int, stop: int) -> tuple[list[Record], Addresses]:
         """The documents between two addresses, and the address of each.
 
         Returns:
-            Texts of plain text files; of records, the value of the field, or a tuple where there are several.
+            Texts of plain text files; of records, the columns that were chosen.
 
         Raises:
-            CorpusError: bytes that are not UTF-8 or not JSON, or a file that is shorter now.
+            CorpusError: a file that cannot be read, or is shorter now.
         """
-        data = self._bytes(file, start, stop)
-        if self._document == "record":
-            return self._read_records(file, start, data)
+        form, data = self._form(file)[0], self._between(file, start, stop)
+        if not self.plain:
+            return self._read_records(file, start, data, self._columns)
         returns = b"\r" in data
-        spans = [(0, len(data))] if self._document == "file" else _spans(data, self._document, returns)
-        try:
-            texts = [data[a:b].decode() for a, b in spans]
-        except UnicodeDecodeError as error:
-            raise CorpusError(f"the corpus file {self._paths[file]} is not UTF-8 ({error.reason})") from None
+        spans = [(0, len(data))] if form == "file" else _spans(data, form, returns)
+        texts: list[Record] = []
+        for a, b in spans:
+            try:
+                texts.append(data[a:b].decode())
+            except UnicodeDecodeError as error:
+                texts.append(Unreadable(data[a:b], f"not UTF-8: {self._where(file, start + a)}, {error.reason}"))
         if returns:
-            texts = [text.replace("\r\n", "\n").replace("\r", "\n") for text in texts]
+            texts = [_with_newlines(text) if isinstance(text, str) else text for text in texts]
         return texts, [start + a for a, _ in spans]
+
+    def _where(self, file: int, at: int) -> str:
+        return f"byte {at} of {self.files[file].name}"
+
+    def _between(self, file: int, start: int, stop: int) -> bytes:
+        data = self._bytes(file).read(start, stop)
+        if len(data) < stop - start:
+            raise CorpusError(f"the corpus file {self._data[file].path} ends before byte {stop:,}")
+        return data
 
     def digest(self, file: int, start: int, stop: int) -> tuple[bytes, NDArray[np.int64], NDArray[np.int64]] | None:
         """The sha256 of the UTF-8 of each text between two addresses, one behind the other, and lengths and addresses.
@@ -123,103 +233,95 @@ class TextFiles:
         Returns:
             None for documents that are not texts, or have to be looked at more closely: `read` says what they are.
         """
-        data = self._bytes(file, start, stop)
+        form, data = self._form(file)[0], self._between(file, start, stop)
         try:
-            found = self._digest_records(data) if self._document == "record" else self._digest_spans(data)
+            found = self._digest_spans(data, form) if self.plain else self._digest_records(data, form)
         except (UnicodeError, orjson.JSONDecodeError, AttributeError, LookupError, TypeError):
             return None
         if found is None:
             return None
         sha256, lengths, starts = found
-        return b"".join(sha256), np.array(lengths, np.int64), start + np.array(starts, np.int64)
+        return b"".join(sha256), np.array(lengths, np.int64), start + np.asarray(starts, np.int64)
 
-    def _digest_spans(self, data: bytes) -> tuple[list[bytes], list[int], list[int]] | None:
+    def _digest_spans(self, data: bytes, form: str) -> tuple[list[bytes], list[int], Addresses] | None:
         if b"\r" in data:
             return None
-        spans = [(0, len(data))] if self._document == "file" else _spans(data, self._document, False)
-        ascii_ = data.isascii()
-        lengths = [b - a if ascii_ else len(data[a:b].decode()) for a, b in spans]
-        sha256 = hashlib.sha256
-        return [sha256(data[a:b]).digest() for a, b in spans], lengths, [a for a, _ in spans]
+        spans = [(0, len(data))] if form == "file" else _spans(data, form, False)
+        sha256, digests, lengths = hashlib.sha256, [], []
+        for a, b in spans:
+            text = data[a:b]
+            digests.append(sha256(text).digest())
+            lengths.append(b - a if text.isascii() else len(text.decode()))
+        return digests, lengths, [a for a, _ in spans]
 
-    def _digest_records(self, data: bytes) -> tuple[list[bytes], list[int], list[int]] | None:
-        if len(self._columns) != 1 or not data:
+    def _digest_records(self, data: bytes, form: str) -> tuple[list[bytes], list[int], Addresses] | None:
+        if len(self._columns) != 1:
             return None
         column, sha256, loads = self._columns[0], hashlib.sha256, orjson.loads
-        view, digests, lengths = memoryview(data), [], []
-        stops = np.flatnonzero(np.frombuffer(data, np.uint8) == 10).tolist()
-        starts = [0, *(stop + 1 for stop in stops)]
-        if starts[-1] == len(data):
-            starts.pop()
-        else:
-            stops.append(len(data))
-        for a, b in zip(starts, stops, strict=True):
-            text = loads(view[a:b])[column]
+        digests, lengths = [], []
+        records, starts = _records(data, form)
+        for record in records:
+            text = loads(record)[column]
             digests.append(sha256(text.encode()).digest())
             lengths.append(len(text))
         return digests, lengths, starts
 
-    def _read_records(self, file: int, base: int, data: bytes) -> tuple[list[Any], Addresses]:
-        lines, columns = data.split(b"\n"), self._columns
-        if not lines[-1]:
-            lines.pop()
-        starts = _starts(lines)
-        try:
-            records = [orjson.loads(line) for line in lines]
-            if len(columns) == 1:
-                return [record.get(columns[0]) for record in records], base + starts
-        except (orjson.JSONDecodeError, AttributeError):  # a blank line, or one that has to be named
-            found = [(line, start) for line, start in zip(lines, starts.tolist(), strict=True) if line.strip()]
-            records = [self._record(file, base + start, line) for line, start in found]
-            starts = np.array([start for _, start in found], np.int64)
-        documents = [tuple([record.get(column) for column in columns]) for record in records]
-        return [values[0] for values in documents] if len(columns) == 1 else documents, base + starts
-
-    def _record(self, file: int, at: int, line: bytes) -> dict[str, Any]:
-        try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            try:
-                line.decode()
-                what = f"cannot be read: the record at byte {at} is not JSON ({error.msg})"
-            except UnicodeDecodeError as bad:
-                what = f"is not UTF-8 ({bad.reason} in the record at byte {at})"
-            raise CorpusError(f"the corpus file {self._paths[file]} {what}") from None
-        if not isinstance(record, dict):
-            raise CorpusError(f"the corpus file {self._paths[file]}: the record at byte {at} is not an object")
-        return record
-
-    def _bytes(self, file: int, start: int, stop: int) -> bytes:
-        try:
-            handle = os.open(self._paths[file], os.O_RDONLY)
-            try:
-                parts, at = [], start
-                while at < stop and (part := os.pread(handle, min(stop - at, 1 << 30), at)):
-                    parts.append(part)
-                    at += len(part)
-            finally:
-                os.close(handle)
-        except OSError as error:
-            raise CorpusError(f"the corpus file {self._paths[file]} cannot be read: {error.strerror}") from None
-        if at < stop:
-            raise CorpusError(f"the corpus file {self._paths[file]} ends before byte {stop:,}")
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    def _read_records(
+        self, file: int, base: int, data: bytes, columns: tuple[str, ...] | None
+    ) -> tuple[list[Record], Addresses]:
+        form = self._form(file)[0]
+        found, starts = _records(data, form)
+        records: list[Record]
+        with suppress(orjson.JSONDecodeError, AttributeError):  # a blank line, or a record to be looked at more closely
+            if columns is not None:
+                records = [wanted_of(orjson.loads(record), columns) for record in found]
+                return records, base + starts
+        found = _records(data, form)[0]
+        filled = [(at, record) for at, record in zip(starts.tolist(), found, strict=True) if record.strip()]
+        records = [parse_record(each.rstrip(b"\r\n"), columns, self._where(file, base + at)) for at, each in filled]
+        return records, base + np.array([at for at, _ in filled], np.int64)
 
 
-def holds_records(path: str) -> bool:
-    """Whether a JSON file is one of lines, each an object."""
-    with Path(path).open("rb") as file:
-        line = file.readline(_SNIFFED).removeprefix(_MARK)
+def _json_form(head: bytes, start: int, lines: bool) -> tuple[str, int]:
+    """How records stand in a JSON file, and where the first begins.
+
+    Args:
+        head: the first bytes of the file.
+        start: how many of them are a byte order mark.
+        lines: whether the name of the file says that each line is a record.
+
+    Returns:
+        `record` where each line is one, `array` for the values of an array, `value` for values one behind the other.
+    """
+    found = _ARRAY.match(head, start)
+    if found:
+        first, _, rest = head[start:].lstrip().partition(b"\n")
+        listed = rest.strip().startswith(b"[") and isinstance(_loaded(first), list)  # each line an array of its own
+        return ("record", start) if listed else ("array", found.end())
+    if lines or any(line.startswith(b"{") and isinstance(_loaded(line), dict) for line in head[start:].split(b"\n")):
+        return "record", start
+    return "value", start
+
+
+def _loaded(data: bytes) -> Any:
+    """What some bytes are as JSON; None if they are none."""
     try:
-        return isinstance(orjson.loads(line), dict)
+        return orjson.loads(data)
     except orjson.JSONDecodeError:
-        return False
+        return None
 
 
-def _starts(lines: list[bytes]) -> NDArray[np.int64]:
-    """Where each of some lines begins."""
-    lengths = np.fromiter(map(len, lines), np.int64, len(lines)) + 1
-    return np.cumsum(lengths) - lengths
+def _with_newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _records(data: bytes, form: str) -> tuple[Iterable[bytes], NDArray[np.int64]]:
+    """Each record, a line with its end and blank ones included, or a value, and where each begins."""
+    if form != "record":
+        spans = value_spans(data, True)
+        return [data[a:b] for a, b in spans], np.array([a for a, _ in spans], np.int64)
+    starts = np.concatenate([np.zeros(1, np.int64), np.flatnonzero(np.frombuffer(data, np.uint8) == 10) + 1])
+    return io.BytesIO(data), starts[:-1] if starts[-1] == len(data) else starts
 
 
 def _spans(data: bytes, document: str, returns: bool) -> list[tuple[int, int]]:

@@ -1,9 +1,12 @@
-"""Tokenise: one document to token ids, and to the tokens that a student may be taught.
+"""Tokenise: a document to token ids, and to the tokens that may be labels.
 
-Text gets whatever its tokenizer adds by itself (BOS, EOS or nothing). Chat records go through
-the tokenizer's chat template and only what the assistant says is supervised. Tokenised
-records are taken as they are, labels in the Hugging Face convention: aligned with the
-tokens, not shifted, -100 where masked.
+    text         what the tokenizer adds by itself around it (BOS, EOS or nothing), each once, whoever wrote it
+    chat         what the tokenizer's chat template makes of it; only answers are supervised (`answer_spans`)
+    completion   prompt and completion, as a text; only the completion is supervised
+    tokenised    as it is
+
+Whether an end-of-sequence token closes a text or a completion: `auto` where the tokenizer adds one, `always`, `never`.
+The text that a person gives is otherwise never changed.
 """
 
 from __future__ import annotations
@@ -14,110 +17,140 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.corpus.answer_spans import find_answers
+from kdcache.corpus.chat_template import ChatTemplate
+from kdcache.corpus.documents import BadDocument, Completion, Conversation, Document, TokenIds
+from kdcache.corpus.exact_tokens import ExactTokens
 from kdcache.corpus.packing import Tokens
-from kdcache.errors import CorpusError
-from kdcache.rows import IGNORE
+from kdcache.errors import ConfigError
 
 
-def tokenise_texts(tokenizer: Any, numbers: Sequence[int], texts: Sequence[str]) -> list[Tokens]:
-    """Tokenise plain documents in one call, with the special tokens that the tokenizer adds itself."""
-    if not texts:
-        return []
-    encoded = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
-    return [Tokens(document=n, ids=np.asarray(ids, np.int32)) for n, ids in zip(numbers, encoded, strict=True)]
+class Tokeniser:
+    """Documents to tokens.
+
+    Args:
+        tokenizer: of transformers.
+        vocab_size: ids lie below it.
+        eos: whether an end-of-sequence token closes texts: `auto`, `always` or `never`.
+        date: the day that a chat template may ask for.
+
+    Raises:
+        ConfigError: `always`, and the tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, *, eos: str = "auto", date: str = "2000-01-01") -> None:
+        self._tokenizer, self._vocab_size, self._date = tokenizer, vocab_size, date
+        self._before, self._after = special_tokens(tokenizer)
+        end = tokenizer.eos_token_id
+        if eos == "never":
+            self._after = [token for token in self._after if token != end]
+        if eos == "always" and end not in self._after:
+            if end is None:
+                raise ConfigError("eos is always, but the tokenizer has no end-of-sequence token")
+            self._after = [*self._after, end]
+        self._template: ChatTemplate | None = None
+        self._exact: ExactTokens | None = None
+
+    def tokenise(self, documents: Sequence[tuple[int, Document]]) -> list[list[Tokens] | BadDocument]:
+        """Tokenise some documents, texts among them in one call.
+
+        Args:
+            documents: each with its index in the corpus.
+
+        Returns:
+            For each, its sequences, or why it cannot be used. A conversation may have several.
+
+        Raises:
+            CorpusError: there are conversations, and no chat template.
+        """
+        texts = [(number, document) for number, document in documents if isinstance(document, str)]
+        encoded = iter(self.texts(texts))
+        found: list[list[Tokens] | BadDocument] = []
+        for number, document in documents:
+            if isinstance(document, str):
+                found.append([next(encoded)])
+                continue
+            try:
+                found.append(self._one(number, document))
+            except BadDocument as bad:
+                found.append(bad)
+        return found
+
+    def prompt(self, text: str) -> list[int]:
+        """The tokens with which a plain document begins that begins with a text: no special token follows it."""
+        return [int(token) for token in self._around(self._plain([text])[0], [])]
+
+    def texts(self, texts: Sequence[tuple[int, str]]) -> list[Tokens]:
+        """Tokenise texts, each with its index in the corpus, in one call."""
+        encoded = self._plain([text for _, text in texts]) if texts else []
+        return [
+            Tokens(document=number, ids=self._around(ids, self._after))
+            for (number, _), ids in zip(texts, encoded, strict=True)
+        ]
+
+    def _plain(self, texts: list[str]) -> list[list[int]]:
+        encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return list(encoded["input_ids"])
+
+    def _around(self, ids: Sequence[int] | NDArray[np.int32], after: list[int]) -> NDArray[np.int32]:
+        """Ids between the special tokens, those left out that stand there already."""
+        ids = np.asarray(ids, np.int32)
+        before = self._before if ids[: len(self._before)].tolist() != self._before else []
+        if after and ids[-len(after) :].tolist() == after:
+            after = []
+        return np.concatenate([np.array(before, np.int32), ids, np.array(after, np.int32)])
+
+    def _one(self, number: int, document: Document) -> list[Tokens]:
+        if isinstance(document, Conversation):
+            return self._conversation(number, document)
+        if isinstance(document, Completion):
+            return [self._completion(number, document)]
+        assert isinstance(document, TokenIds)
+        return [self._tokenised(number, document)]
+
+    def _conversation(self, number: int, conversation: Conversation) -> list[Tokens]:
+        self._template = self._template or ChatTemplate(self._tokenizer, self._date)
+        found = []
+        for answer in find_answers(self._template, conversation):
+            ids, supervised = self._encoded(answer.text, answer.spans)
+            found.append(Tokens(document=number, ids=ids, supervised=supervised, whole=True))
+        return found
+
+    def _completion(self, number: int, document: Completion) -> Tokens:
+        edge = len(document.prompt)
+        ids, supervised = self._encoded(document.text, [(edge, len(document.text))])
+        whole = self._around(ids, self._after)
+        added = 0 if whole[: len(ids)].tolist() == ids.tolist() else len(self._before)
+        marked = np.zeros(len(whole), bool)
+        marked[added : added + len(ids)] = supervised
+        marked[added + len(ids) :] = True  # what closes the completion
+        return Tokens(document=number, ids=whole, supervised=marked, whole=True)
+
+    def _encoded(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadDocument("lone surrogate: the text holds half of a surrogate pair") from None
+        self._exact = self._exact or ExactTokens(self._tokenizer)
+        return self._exact.encode(text, spans)
+
+    def _tokenised(self, number: int, document: TokenIds) -> Tokens:
+        ids = document.ids
+        if ids.size and (ids.min() < 0 or ids.max() >= self._vocab_size):
+            bad = ids[(ids < 0) | (ids >= self._vocab_size)][0]
+            raise BadDocument(f"id out of range: token id {bad}, of a vocabulary of {self._vocab_size}")
+        supervised = document.supervised
+        if supervised is not None and not supervised[1:].any():
+            raise BadDocument("nothing taught: no token is to be a label")
+        return Tokens(document=number, ids=ids.astype(np.int32), supervised=supervised, whole=supervised is not None)
 
 
-def tokenise_prompt(tokenizer: Any, text: str) -> list[int]:
-    """The tokens with which a plain document begins that begins with a text: no special token follows it."""
-    whole = [int(t) for t in tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]]
-    inner = [int(t) for t in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and behind a text."""
+    text = "a"
+    whole = [int(token) for token in tokenizer(text, verbose=False)["input_ids"]]
+    inner = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     for start in range(len(whole) - len(inner) + 1):
         if whole[start : start + len(inner)] == inner:
-            return whole[: start + len(inner)]
-    return whole
-
-
-def tokenise_chat(tokenizer: Any, number: int, messages: Sequence[dict[str, Any]]) -> Tokens:
-    """Tokenise one conversation; only what the assistant says is supervised.
-
-    The template's own `{% generation %}` marks are used when it has them. Otherwise the
-    conversation is rendered up to each assistant turn, with the prompt that invites it, and
-    after it: what lies between is the assistant's.
-
-    Raises:
-        CorpusError: no chat template, a record that is not a conversation, or a template that
-            rewrites earlier turns so that the assistant's words cannot be found.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise CorpusError("the corpus holds conversations, but the teacher's tokenizer has no chat template")
-    if not messages or any(not isinstance(m, dict) or not m.get("role") or m.get("content") is None for m in messages):
-        raise CorpusError(f"document {number} is not a list of messages with a role and content")
-    # Arrow gives every message every key that any message has; a template must not see those.
-    plain = [{key: value for key, value in m.items() if value is not None} for m in messages]
-    try:
-        return _render_chat(tokenizer, number, plain)
-    except CorpusError:
-        raise
-    except Exception as error:  # a template is a program, and raises what it likes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CorpusError(f"document {number}: the chat template refuses it: {reason}") from error
-
-
-def _render_chat(tokenizer: Any, number: int, messages: list[dict[str, Any]]) -> Tokens:
-    template = tokenizer.get_chat_template()
-    if "generation %}" in template.replace("-%}", "%}"):
-        out = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, mask = out["input_ids"], np.asarray(out["assistant_masks"], bool)
-        return Tokens(document=number, ids=np.asarray(ids, np.int32), supervised=mask)
-
-    def render(count: int, invite: bool) -> str:
-        text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=invite)
-        return str(text)
-
-    whole = render(len(messages), False)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, after = render(i, True) if i else "", render(i + 1, False)
-            if not (whole.startswith(before) and whole.startswith(after)):
-                raise CorpusError(
-                    f"document {number}: the chat template rewrites earlier turns, so the assistant's words cannot "
-                    "be located; give the template {% generation %} marks"
-                )
-            spans.append((len(before), len(after)))
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts = np.array([start for start, _ in encoded["offset_mapping"]], np.int64)
-    ends = np.array([end for _, end in encoded["offset_mapping"]], np.int64)
-    supervised = np.zeros(len(starts), bool)
-    for begin, end in spans:
-        supervised |= (starts >= begin) & (ends <= end) & (ends > starts)
-    return Tokens(document=number, ids=np.asarray(encoded["input_ids"], np.int32), supervised=supervised)
-
-
-def take_tokenised(number: int, ids: Sequence[int], labels: Sequence[int] | None, vocab_size: int) -> Tokens:
-    """Check one document that is already tokenised.
-
-    Raises:
-        CorpusError: an id outside the vocabulary, or labels that are not the tokens themselves.
-    """
-    if any(value is None for value in (*ids, *(labels or ()))):
-        raise CorpusError(f"document {number} holds a null among its input_ids or labels")
-    tokens = np.asarray(ids, np.int64)
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
-        bad = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
-        raise CorpusError(f"document {number} holds token id {bad}, outside the vocabulary of {vocab_size}")
-    supervised: NDArray[np.bool_] | None = None
-    if labels is not None:
-        wanted = np.asarray(labels, np.int64)
-        if wanted.shape != tokens.shape:
-            raise CorpusError(f"document {number} has {len(tokens)} input_ids but {len(wanted)} labels")
-        supervised = wanted != IGNORE
-        if (wanted[supervised] != tokens[supervised]).any():
-            shifted = wanted.size > 1 and ((wanted[:-1] == tokens[1:]) | ~supervised[:-1]).all()
-            raise CorpusError(
-                f"document {number}: labels must equal input_ids where they are not -100"
-                + ("; these look shifted by one already, give them unshifted" if shifted else "")
-            )
-    return Tokens(document=number, ids=tokens.astype(np.int32), supervised=supervised)
+            return whole[:start], whole[start + len(inner) :]
+    return [], []

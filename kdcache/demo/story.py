@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from kdcache.corpus.packing import pack
-from kdcache.corpus.tokenise import tokenise_texts
+from kdcache.corpus.tokenise import Tokeniser
 from kdcache.demo.manuals import manuals
 from kdcache.demo.model import llama_config, train_teacher, train_tokenizer, write_config
 from kdcache.errors import ConfigError
@@ -95,7 +95,8 @@ def play(out: str, seconds: float, seed: int, on_progress: Callable[..., None]) 
     teacher = folder / "teacher"
     with clock.stage("tokenizer"):
         tokenizer = train_tokenizer(texts, teacher)
-        rows = pack(tokenise_texts(tokenizer, range(len(teacher_texts)), teacher_texts), SEQ_LEN)
+        tokeniser = Tokeniser(tokenizer, len(tokenizer))
+        rows = pack(tokeniser.texts(list(enumerate(teacher_texts))), SEQ_LEN).rows
     with clock.stage("teacher") as entry:
         entry["steps"] = train_teacher(
             rows, llama_config(192, 4, SEQ_LEN), teacher, seconds=_SHARES["teacher"] * seconds, most_steps=3000,

@@ -94,7 +94,8 @@ def evaluate(student: str, cache: str, teacher: str | None = None, **options: An
 
     Returns:
         The figures of `kdcache.student.evaluation`, `calibration` with its `bins`, and with a teacher those of
-        `kdcache.report.live_teacher` and `teacher_calibration`.
+        `kdcache.report.live_teacher` and `teacher_calibration`. `logits` says how the student's were made: in `tiles`,
+        or `whole` for a model that `fuse_head` refuses.
 
     Raises:
         KdcacheError: see the exception tree.
@@ -209,7 +210,9 @@ class _Measured:
 
     def figures(self) -> dict[str, Any]:
         dense = self.dense.means() if self.beside_teacher else {}
-        return {**self.known.means(), "calibration": {"bins": self.known.calibration.bins()}, **dense}
+        logits = "whole" if self.head is None else "tiles"
+        bins = {"bins": self.known.calibration.bins()}
+        return {**self.known.means(), "calibration": bins, **dense, "logits": logits}
 
     def less(self, first: _Measured) -> dict[str, float | None]:
         mean = error = None

@@ -54,10 +54,7 @@ def inspect_summary(
         raise CacheError(f"{path} has no committed shard {shard}; it has {len(cache.commits)} of {manifest.shards}")
     chosen = cache if shard is None else cache.only([shard])
     commits = chosen.commits
-    names = (
-        "rows", "tokens", "pieces", "labels", "positions", "entries", "documents", "dropped",
-    )  # fmt: skip
-    total = {name: commits.total(name) for name in names}
+    total = {name: commits.total(name) for name in ("rows", "tokens", "pieces", "labels", "positions", "entries")}
     at_one = manifest.temperatures.index(1.0)
     if exact:
         sums = _read_sums(chosen, on_progress)
@@ -76,6 +73,7 @@ def inspect_summary(
         "complete": not cache.missing(),
         "shards": {"planned": manifest.shards, "committed": len(cache.commits)},
         **total,
+        **commits.of_documents(),
         "entries_per_position": _range_of_entries(commits),
         "bytes": commits.bytes,
         "bytes_per_position": commits.bytes / positions,

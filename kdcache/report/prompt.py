@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kdcache.cache import Cache, open_cache
-from kdcache.corpus.tokenise import tokenise_prompt
+from kdcache.corpus.tokenise import Tokeniser
 from kdcache.errors import ConfigError
 from kdcache.isolation import packed_forward
 from kdcache.pretrained import find_device
@@ -74,7 +74,7 @@ def next_tokens(
         raise ConfigError("prompt is empty, but must hold at least one token")
     opened, where = open_cache(cache, local_copy=local_copy, local_limit=local_limit), find_device(device)
     tokenizer = opened.load_tokenizer()
-    tokens = tokenise_prompt(tokenizer, text)
+    tokens = Tokeniser(tokenizer, opened.manifest.vocab_size).prompt(text)
     if not tokens:
         raise ConfigError(f"the prompt {text!r} holds no token of the cache's tokenizer")
     if len(tokens) > opened.manifest.seq_len:

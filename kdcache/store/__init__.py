@@ -8,6 +8,7 @@ manifest.py      kdcache.json: what the cache is
 plan.py          plan.arrow: the documents of each shard
 commit.py        commits/00007.json: the record that makes a shard exist; target_sums.py: the sums in it
 commits.py       the commits of all shards, as columns; seal.py: seal.arrow, which holds them all
+bad_records.py   documents that could not be used: as commits list them, and the file beside the seal
 publish.py       how a cache comes into being, how a shard joins it, and what all shards hold together
 row_format.py    a row, its targets and its extras as named streams
 shards.py        what every store does alike with the rows of a shard

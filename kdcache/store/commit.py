@@ -25,6 +25,7 @@ import numpy as np
 
 from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.lazy_torch import torch
+from kdcache.store.bad_records import MOST_LISTED, require_listable, require_reason
 from kdcache.store.manifest import FORMAT
 from kdcache.store.sealed_json import parse, read_record, require_fields, seal, short
 from kdcache.store.shards import shard_stem
@@ -92,7 +93,13 @@ class Commit:
         labels, positions: labelled slots, and those of them that carry a target.
         entries: of all targets together.
         least_entries, most_entries: of one target; both 0 where there is no target.
-        documents, dropped: documents in its range, and how many of them the filters dropped.
+        documents, dropped: documents in its range, and how many of them became no rows.
+        dropped_by: these by reason; each counts once.
+        bad: how many of them could not be used; the others were left out by a rule.
+        bad_records: `{"document", "reason"}` of the bad ones in order of their numbers: all, or the first that fit.
+        cut, truncated: documents that lie in several rows because they are longer than one, and documents of which only
+            the beginning is there.
+        eos_labels: labels that are the tokenizer's end of sequence; None where that is not known.
         objects: `{"name", "bytes", "sha256"}` of each file of the shard.
         tokens_sha256: of the token ids of its rows, the shape of the pieces included.
         content_sha256: of all streams of its rows, before compression: equal in every store.
@@ -114,6 +121,12 @@ class Commit:
     most_entries: int
     documents: int
     dropped: int
+    dropped_by: dict[str, int]
+    bad: int
+    bad_records: list[dict[str, Any]]
+    cut: int
+    truncated: int
+    eos_labels: int | None
     objects: list[dict[str, Any]]
     tokens_sha256: str
     content_sha256: str
@@ -184,11 +197,19 @@ class Commit:
                 raise ValueError(f"it names an object {short(data['name'])} that is not of shard {self.shard}")
         if not self.objects or len({data["name"] for data in self.objects}) != len(self.objects):
             raise ValueError("it names no object, or one twice")
+        for reason, count in self.dropped_by.items():
+            require_reason(reason)
+            if not count:
+                raise ValueError(f"it names the reason {short(reason)} for no document")
+        require_listable(self.bad_records)
         require_fields(self.sums, SumFields)
         numbers = {name: getattr(self, name) for name in COUNTS}
         histogram = self.entropy_histogram
         numbers |= {
             "bytes": self.bytes,
+            "named": sum(self.dropped_by.values()),
+            "listed": len(self.bad_records),
+            "eos_labels": _number(self.eos_labels),
             "bins": 0 if histogram is None else len(histogram),
             "counted": self.labels if histogram is None else sum(histogram),
             "entropy": _number(self.sums["entropy"]),
@@ -203,7 +224,7 @@ class Commit:
 
 COUNTS = (
     "rows", "tokens", "pieces", "labels", "positions", "entries", "least_entries", "most_entries", "documents",
-    "dropped",
+    "dropped", "bad", "cut", "truncated",
 )  # fmt: skip
 """The fields of a commit that are plain counts."""
 
@@ -237,9 +258,26 @@ RULES: tuple[tuple[Callable[[Mapping[str, Any]], Any], str], ...] = (
     (lambda c: c["rows"] * _LEAST_ROW > c["bytes"], "it claims {rows} rows in {bytes} bytes"),
     (lambda c: c["tokens"] >= _MOST_TOKENS, "it claims {tokens} tokens"),
     (lambda c: c["dropped"] > c["documents"], "it claims {dropped} dropped of {documents} documents"),
+    (lambda c: c["named"] != c["dropped"], "its reasons are of {named} documents, but it claims {dropped} dropped"),
+    (lambda c: c["bad"] > c["dropped"], "it claims {bad} bad records among {dropped} dropped documents"),
+    (
+        lambda c: (c["listed"] > c["bad"]) | (c["listed"] > MOST_LISTED),
+        "it lists {listed} of {bad} bad records, of which it may list 10000",
+    ),
+    (
+        lambda c: (
+            (c["cut"] > c["documents"] - c["dropped"])
+            | (c["truncated"] > c["documents"] - c["dropped"] - c["cut"])  # a sum might exceed 63 bits
+        ),
+        "it claims {cut} cut and {truncated} truncated of {documents} documents, {dropped} of them dropped",
+    ),
     (lambda c: c["tokens"] < c["rows"], "it claims {tokens} tokens in {rows} rows"),
     (lambda c: (c["pieces"] < c["rows"]) | (c["pieces"] > c["tokens"]), "it claims {pieces} pieces of {tokens} tokens"),
     (lambda c: c["labels"] > c["tokens"], "it claims {labels} labels among {tokens} tokens"),
+    (
+        lambda c: (c["eos_labels"] < 0) | (c["eos_labels"] > c["labels"]),
+        "it claims {eos_labels:.0f} ends of sequence among {labels} labels",
+    ),
     (lambda c: c["positions"] > c["labels"], "it claims {positions} targets for {labels} labels"),
     (lambda c: c["bins"] > MOST_BINS, "its histogram has {bins} bins, above the limit of 150"),
     (lambda c: c["counted"] != c["labels"], "its histogram counts {counted} entropies of {labels} labels"),

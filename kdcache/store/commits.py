@@ -8,6 +8,7 @@ from `seal.arrow` (see `seal`), which holds this table; any other from its commi
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kdcache.errors import CorruptCacheError
+from kdcache.store.bad_records import MOST_REASON, UNPLAIN
 from kdcache.store.commit import COUNTS, FOLDER, RULES, Commit, add_histograms, commit_name
 from kdcache.store.manifest import Manifest
 from kdcache.store.sealed_json import canonical, parse
@@ -26,6 +28,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 _BATCH = 1 << 14
+_MOST_SHOWN = 1000
+"""Bad records in a summary."""
 _HASHES = ("tokens_sha256", "content_sha256")
 _SUMS = ("entropy", "label_logprob")
 
@@ -37,17 +41,23 @@ def commit_schema(bins: pa.DataType | None = None) -> pa.Schema:
         bins: type of the numbers of histograms: any unsigned one.
     """
     sha256 = pa.binary(32)
-    described = pa.struct([_needed("name", pa.string()), _needed("bytes", pa.int64()), _needed("sha256", sha256)])
     return pa.schema([
         _needed("shard", pa.int64()),
         *(_needed(name, pa.int64()) for name in COUNTS),
+        pa.field("eos_labels", pa.int64()),
+        _needed("dropped_by", _structs(reason=pa.string(), documents=pa.int64())),
+        _needed("bad_records", _structs(document=pa.int64(), reason=pa.string())),
         *(_needed(name, sha256) for name in _HASHES),
         *(pa.field(name, pa.float64()) for name in _SUMS),
         pa.field("tail_mass", pa.list_(pa.float64())),
-        _needed("objects", pa.list_(_needed("item", described))),
+        _needed("objects", _structs(name=pa.string(), bytes=pa.int64(), sha256=sha256)),
         pa.field("entropy_histogram", pa.list_(_needed("item", bins or pa.uint64()))),
         _needed("compute", pa.string()),
     ])  # fmt: skip
+
+
+def _structs(**fields: pa.DataType) -> pa.DataType:
+    return pa.list_(_needed("item", pa.struct([_needed(name, kind) for name, kind in fields.items()])))
 
 
 def _needed(name: str, kind: pa.DataType) -> pa.Field:
@@ -112,6 +122,7 @@ class Commits(Mapping[int, Commit]):
     def _from_fields(self, fields: dict[str, Any]) -> Commit:
         sums = {name: fields.pop(name) for name in (*_SUMS, "tail_mass")}
         fields |= {name: fields[name].hex() for name in _HASHES}
+        fields["dropped_by"] = {named["reason"]: named["documents"] for named in fields["dropped_by"]}
         objects = [{**described, "sha256": described["sha256"].hex()} for described in fields.pop("objects")]
         try:
             compute = parse(fields.pop("compute").encode())
@@ -163,6 +174,38 @@ class Commits(Mapping[int, Commit]):
             return None
         return add_histograms(_histograms(column))
 
+    def bad_records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Shard, and `document` and `reason`, of each bad record that a commit lists; in order."""
+        table = self.table.select(["shard", "bad_records"])
+        some = table.filter(pc.greater(pc.list_value_length(table["bad_records"]), 0))
+        for batch in some.to_batches(max_chunksize=_BATCH):
+            for fields in batch.to_pylist():
+                yield from ((fields["shard"], record) for record in fields["bad_records"])
+
+    def of_documents(self) -> dict[str, Any]:
+        """What became of the documents of all shards together, as the summaries of a cache say it.
+
+        Returns:
+            `documents`; `dropped`, how many became no rows, by reason, the most frequent first; `bad`, how many of
+            these could not be used, and `bad_records`, the first thousand of them; `cut`, `truncated`; `eos_labels`,
+            None if they are unknown in any shard that has labels.
+        """
+        dropped: Counter[str] = Counter()
+        reasons, counts = _flat_column(self.table["dropped_by"], "reason"), _flat(self.table["dropped_by"], "documents")
+        for reason, count in zip(reasons.to_pylist(), counts.tolist(), strict=True):
+            dropped[reason] += count
+        ends = self.table["eos_labels"]
+        unknown = pc.any(pc.and_(pc.is_null(ends), pc.greater(self.table["labels"], 0))).as_py()
+        return {
+            "documents": self.total("documents"),
+            "dropped": dict(sorted(dropped.items(), key=lambda item: (-item[1], item[0]))),
+            "bad": self.total("bad"),
+            "bad_records": [record for _, record in itertools.islice(self.bad_records(), _MOST_SHOWN)],
+            "cut": self.total("cut"),
+            "truncated": self.total("truncated"),
+            "eos_labels": None if unknown else exact_total(pc.fill_null(ends, 0).to_numpy()),
+        }
+
     def object_sizes(self) -> Iterator[tuple[str, int]]:
         """Name and bytes of each object."""
         names, sizes = _flat_column(self.table["objects"], "name"), _flat(self.table["objects"], "bytes")
@@ -193,19 +236,27 @@ def require_sound(table: pa.Table, temperatures: int) -> None:
     """
     numbers: dict[str, Any] = {name: table[name].to_numpy() for name in COUNTS}
     objects, histograms, tails = table["objects"], table["entropy_histogram"], table["tail_mass"]
-    sizes = _flat(objects, "bytes")
-    for name, values in {**numbers, "bytes": sizes}.items():
+    dropped_by, bad = table["dropped_by"], table["bad_records"]
+    sizes, left_out, documents = _flat(objects, "bytes"), _flat(dropped_by, "documents"), _flat(bad, "document")
+    for name, values in {**numbers, "bytes": sizes, "dropped_by": left_out, "bad_records": documents}.items():
         if (values < 0).any():
             raise ValueError(f"a count of {name} is below 0")
     for name in _SUMS:
         if pc.any(pc.is_nan(table[name])).as_py():
             raise ValueError(f"a sum of {name} is not a number")
         numbers[name] = table[name].to_numpy(zero_copy_only=False) if len(table) else np.zeros(0)
-    counts = _flat(histograms).astype(np.uint64)
-    if (counts >= 1 << 55).any() or (sizes >= 1 << 55).any():
-        raise ValueError("it claims more than 2^55 positions or bytes")
+    counts = _flat(histograms)
+    if any(int(values.max(initial=0)) >= 1 << 55 for values in (counts, sizes, left_out)):
+        raise ValueError("it claims more than 2^55 positions, bytes or documents")
+    if (left_out == 0).any():
+        raise ValueError("it names a reason for no document")
+    _require_reasons(_flat_column(dropped_by, "reason"), _flat_column(bad, "reason"))
+    _require_rising(bad, documents)
     numbers |= {
         "bytes": _by_row(objects, sizes),
+        "named": _by_row(dropped_by, left_out),
+        "listed": pc.list_value_length(bad).to_numpy(),
+        "eos_labels": table["eos_labels"].to_numpy(zero_copy_only=False) if len(table) else np.zeros(0),
         "bins": pc.fill_null(pc.list_value_length(histograms), 0).to_numpy(),
         "counted": np.where(histograms.is_null().to_numpy(), numbers["labels"], _by_row(histograms, counts)),
     }
@@ -227,6 +278,25 @@ def require_sound(table: pa.Table, temperatures: int) -> None:
                 raise ValueError(f"of shard {table['shard'][int(bad[0])]}, {words.format(**first)}")
 
 
+def _require_reasons(*columns: pa.ChunkedArray) -> None:
+    """Check reasons as `bad_records.require_reason` does."""
+    for column in columns:
+        reasons = pc.unique(column)  # most shards say the same
+        lengths = pc.utf8_length(reasons).to_numpy()
+        unplain = pc.any(pc.match_substring_regex(reasons, UNPLAIN)).as_py()
+        if unplain or (lengths < 1).any() or (lengths > MOST_REASON).any():
+            raise ValueError(f"a reason is not one line of 1 to {MOST_REASON} characters")
+
+
+def _require_rising(lists: pa.ChunkedArray, values: Ints) -> None:
+    """Check that the numbers of bad records rise inside each list."""
+    rises = np.diff(values) > 0
+    ends = np.cumsum(pc.list_value_length(lists).to_numpy(), dtype=np.int64)
+    rises[ends[(ends > 0) & (ends < len(values))] - 1] = True  # from the last of a shard to the first of the next
+    if not rises.all():
+        raise ValueError("the numbers of bad records do not rise")
+
+
 def _flat_column(lists: pa.ChunkedArray, field: str | None = None) -> pa.ChunkedArray:
     values = pc.list_flatten(lists)
     return values if field is None else pc.struct_field(values, field)
@@ -241,7 +311,8 @@ def _flat(lists: pa.ChunkedArray, field: str | None = None) -> NDArray[Any]:
 def _by_row(lists: pa.ChunkedArray, values: NDArray[Any]) -> Ints:
     """`[rows]` the sum of each list's values, which together follow the lists; 0 for an empty one."""
     ends = np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy(), dtype=np.int64)
-    sums = np.concatenate([[0], np.cumsum(values, dtype=np.uint64)]).astype(np.uint64)
+    sums = np.zeros(len(values) + 1, np.uint64)
+    np.cumsum(values, dtype=np.uint64, out=sums[1:])
     starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
     found: Ints = (sums[ends] - sums[starts]).astype(np.int64)  # modulo 2^64: no matter that the whole sum may wrap
     return found
@@ -259,9 +330,11 @@ def _histograms(column: pa.ChunkedArray) -> Iterator[list[int]]:
 
 
 def _to_fields(commit: Commit) -> dict[str, Any]:
-    fields = {name: getattr(commit, name) for name in ("shard", *COUNTS, "entropy_histogram")}
+    same = ("shard", *COUNTS, "eos_labels", "bad_records", "entropy_histogram")
+    fields = {name: getattr(commit, name) for name in same}
     fields |= {name: bytes.fromhex(getattr(commit, name)) for name in _HASHES}
     objects = [{**described, "sha256": bytes.fromhex(described["sha256"])} for described in commit.objects]
+    fields["dropped_by"] = [{"reason": r, "documents": n} for r, n in sorted(commit.dropped_by.items())]
     return {**fields, **commit.sums, "objects": objects, "compute": canonical(commit.compute).decode()}
 
 

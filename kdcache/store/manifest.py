@@ -132,7 +132,10 @@ class Manifest:
     @property
     def row_spec(self) -> RowSpec:
         """The shape of its rows."""
-        return RowSpec(vocab_size=self.vocab_size, seq_len=self.seq_len, isolate=self.isolate)
+        packed = self.pack != "none"
+        return RowSpec(
+            vocab_size=self.vocab_size, seq_len=self.seq_len, isolate=self.isolate and packed, packed=packed
+        )  # fmt: skip
 
     @property
     def width(self) -> int:

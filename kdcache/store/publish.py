@@ -1,23 +1,26 @@
 """Publish: how a cache comes into being, how a shard joins it, and what its shards hold together.
 
 Order of writes, each durable before the next: tokenizer, plan, manifest; then for each shard its data, then its commit;
-the seal last. Every step is create-only, so workers that race leave one manifest, one commit a shard and one seal.
+the seal last, and beside it a list of bad records. Every step is create-only, so workers that race leave one manifest,
+one commit a shard and one seal.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kdcache.corpus.plan import Plan
-from kdcache.errors import CacheError
+from kdcache.errors import CacheError, ConfigError
+from kdcache.store.bad_records import LISTING, by_plain_reason, fit, listing
 from kdcache.store.commit import FOLDER, Commit, commit_name, quantiles
-from kdcache.store.commits import read_commits
+from kdcache.store.commits import Commits, committed, read_commits
 from kdcache.store.manifest import NAME, PLAN, Manifest
 from kdcache.store.plan import create_plan, require_plan
 from kdcache.store.registry import find_store
-from kdcache.store.seal import open_commits
+from kdcache.store.seal import open_commits, seal_cache
 from kdcache.store.shards import FOLDER as SHARDS
 from kdcache.store.shards import Shard, ShardWriter, shard_stem
 from kdcache.store.storage import Storage
@@ -112,10 +115,15 @@ def publish_shard(
     writer: ShardWriter,
     *,
     documents: int,
-    dropped: int,
     entropies: list[int] | None,
     compute: dict[str, Any],
     sums: dict[str, Any] | None = None,
+    dropped_by: Mapping[str, int] | None = None,
+    bad: int = 0,
+    bad_records: Iterable[Mapping[str, Any]] = (),
+    cut: int = 0,
+    truncated: int = 0,
+    eos_labels: int | None = None,
 ) -> bool:
     """Make a written shard appear and commit it. False if another worker was first.
 
@@ -123,10 +131,13 @@ def publish_shard(
         storage: where the cache is.
         manifest: the one that is there.
         writer: all rows written.
-        documents, dropped: documents in its range, and how many the filters dropped.
+        documents: in its range.
         entropies: histogram of the teacher's entropy over its labelled positions; None if that is unknown.
         compute: how its numbers were made.
         sums: of its targets before rounding; None for those of the targets that were written.
+        dropped_by: documents that became no rows, by reason.
+        bad, bad_records: how many of them could not be used, and `document` and `reason` of each.
+        cut, truncated, eos_labels: see `Commit`.
 
     Raises:
         ConfigError: counts that contradict each other, or a `compute` that is not plain JSON of moderate size.
@@ -134,12 +145,27 @@ def publish_shard(
     if Commit.read(storage, writer.shard, manifest.sha256) is not None:
         return False
     objects, ours = writer.publish(find_store(manifest.store).reader)
+    try:
+        reasons, listed = by_plain_reason(dropped_by or {}), fit(bad_records)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"shard {writer.shard} cannot be committed: {error}") from None
+    if listed and listed[-1]["document"] >= manifest.documents:
+        raise ConfigError(
+            f"shard {writer.shard} cannot be committed: bad record {listed[-1]['document']} is not one of the "
+            f"{manifest.documents} documents"
+        )
     commit = Commit(
         shard=writer.shard,
         manifest_sha256=manifest.sha256,
         objects=objects,
         documents=documents,
-        dropped=dropped,
+        dropped=sum(reasons.values()),
+        dropped_by=reasons,
+        bad=bad,
+        bad_records=listed,
+        cut=cut,
+        truncated=truncated,
+        eos_labels=eos_labels,
         **writer.tally.fields(),
         entropy_histogram=entropies,
         sums=writer.tally.sums.fields() if sums is None else sums,
@@ -174,21 +200,45 @@ def sweep(storage: Storage, manifest: Manifest) -> None:
     storage.sweep({shard_stem(c.shard): {x["name"] for x in c.objects} for c in commits})
 
 
-def totals(storage: Storage) -> dict[str, Any]:
-    """Counts, entropy quantiles, and bytes of the manifest, commits and shards; the tokenizer is not counted."""
+def finish(storage: Storage, shards: Iterable[int] | None = None) -> dict[str, Any]:
+    """Sweep a cache, seal it and list its bad records if it is complete, and count what it holds.
+
+    Args:
+        storage: where the cache is.
+        shards: those to count while the cache is not complete, so that not every worker reads every commit; None for
+            all.
+
+    Returns:
+        Counts, entropy quantiles, and bytes of the manifest, commits and shards; the tokenizer and what says again what
+        the commits say are not counted.
+    """
     manifest = Manifest.read(storage)
-    commits = open_commits(storage, manifest)
-    names = ("rows", "labels", "positions", "entries", "documents", "dropped")
-    total = {name: commits.total(name) for name in names}
+    sweep(storage, manifest)
+    if seal_cache(storage):
+        commits = open_commits(storage, manifest)
+        done = len(commits)
+        _list_bad_records(storage, commits)
+    else:
+        there = committed(storage, manifest)
+        done, wanted = len(there), set(there if shards is None else shards)
+        commits = read_commits(storage, manifest, [shard for shard in there if shard in wanted])
+    total = {name: commits.total(name) for name in ("rows", "labels", "positions", "entries")}
     sizes = storage.sizes(FOLDER)
     size = (storage.size(NAME) or 0) + sum(sizes.get(commit_name(shard), 0) for shard in commits) + commits.bytes
     histogram = commits.histogram()
     return {
         "cache": str(storage),
-        "complete": len(commits) == manifest.shards,
-        "shards": {"planned": manifest.shards, "committed": len(commits)},
+        "complete": done == manifest.shards,
+        "shards": {"planned": manifest.shards, "committed": done},
         **total,
+        **commits.of_documents(),
         "bytes": size,
         "bytes_per_position": size / max(1, total["positions"]),
         "entropy_quantiles": None if histogram is None else quantiles(histogram),
     }
+
+
+def _list_bad_records(storage: Storage, commits: Commits) -> None:
+    """Write the list of the bad records of a complete cache, if it has any and nobody has yet."""
+    if commits.total("bad") and storage.size(LISTING) is None:
+        storage.create(LISTING, listing(commits.bad_records()))

@@ -20,19 +20,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-import fsspec
-
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError
+from kdcache.file_systems import connect
 from kdcache.store.atomic_files import storage_errors
 from kdcache.store.storage import NewData, Readable, Sink, Storage, map_ahead
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_CONNECTIONS = 64
-_TRIES = 2
-"""Tries of s3fs, each around botocore's own (five, or AWS_MAX_ATTEMPTS). With its default of five, an endpoint that
-accepts connections and never answers would block for half an hour."""
 _PAUSES = (0.1, 0.5, 2.0)  # seconds between tries of a put that came at the same time as another
 
 
@@ -59,22 +54,9 @@ class RemoteStorage(Storage):
         return RemoteStorage, (self.url,)
 
     def _connect(self) -> tuple[Any, str]:
-        options: dict[str, Any] = {"use_listings_cache": False}
-        if self.url.startswith(("s3://", "s3a://")):
-            wished = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-            options["config_kwargs"] = {"max_pool_connections": _CONNECTIONS, **wished}
-        try:
-            fs, root = fsspec.core.url_to_fs(self.url, **options)
-        except ImportError as error:
-            raise ConfigError(
-                f"{self.url} needs a package that is not installed ({error}); for s3:// it is kdcache[s3]"
-            ) from None
-        except ValueError as error:
-            raise ConfigError(f"{self.url} is no place that fsspec knows: {error}") from None
-        if "config_kwargs" in options:
-            fs.retries = min(fs.retries, _TRIES)
+        fs, root = connect(self.url)
         self._connected = os.getpid(), fs
-        return fs, str(root).rstrip("/")
+        return fs, root.rstrip("/")
 
     @property
     def _fs(self) -> Any:

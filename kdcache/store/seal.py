@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from kdcache.errors import CorruptCacheError
 from kdcache.store.arrow_layout import is_compressed, read_blocks
+from kdcache.store.bad_records import LISTING
 from kdcache.store.commits import Commits, commit_schema, committed, read_commits, require_sound
 from kdcache.store.manifest import FORMAT, NAME, Manifest
 from kdcache.store.storage import Storage
@@ -59,9 +60,10 @@ def seal_cache(storage: Storage) -> bool:
 
 
 def unseal(storage: Storage) -> None:
-    """Take the seal off, if there is one: a shard is about to be made again."""
+    """Take the seal off, if there is one, and the list beside it: a shard is about to be made again."""
     if storage.size(SEAL) is not None:
         storage.delete(SEAL)
+        storage.delete(LISTING)
 
 
 def open_commits(storage: Storage, manifest: Manifest) -> Commits:

@@ -196,6 +196,7 @@ def _nature(manifest: Manifest) -> dict[str, Any]:
         "tokenizer": manifest.tokenizer_sha256[:12],
         "vocab_size": manifest.vocab_size,
         "seq_len": manifest.seq_len,
+        "pack": manifest.pack,
         "isolate": manifest.isolate,
         "selection": manifest.rule.kind,
         "temperatures": ",".join(f"{t:g}" for t in manifest.temperatures),

@@ -4,7 +4,8 @@ The order of a run is one flat sequence of rows, a pure function of (rows, seed,
 Optimiser step s takes the s-th slice of it, however many ranks and micro-batches share the slice, so resuming is
 skipping, also on another number of ranks. Nothing here takes memory that grows by more than two bits a row.
 
-Shapes: R rows, L slots, M positions with a target among the R x L.
+Shapes: R rows, L slots (`seq_len`; where rows are not packed, the tokens of the longest of a batch), M positions with a
+target among the R x L.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.utils.data import Dataset, Sampler
 
 from kdcache.errors import ConfigError
 from kdcache.losses import Pool
-from kdcache.rows import IGNORE, PackedRow, position_ids
+from kdcache.rows import IGNORE, PackedRow
 from kdcache.student.mixture import Mixture
 from kdcache.student.multi_teacher import RowReader
 from kdcache.student.permutation import Permutation
@@ -85,7 +86,7 @@ class Collator:
 
     def __init__(self, caches: Sequence[RowReader]) -> None:
         manifest = caches[0].manifest
-        self.seq_len, self.isolate = manifest.seq_len, manifest.isolate
+        self.spec = manifest.row_spec
         self.width = max(cache.manifest.width for cache in caches)
         specs = [cache.manifest.extra_specs for cache in caches]
         self.extras = [
@@ -97,12 +98,13 @@ class Collator:
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Make one batch of rows and their targets."""
         rows = [item.row for item in items]
-        extras = self._extras(rows)
-        segments = np.stack([row.segments(self.seq_len) for row in rows])
-        labels = torch.from_numpy(np.stack([row.labels(self.seq_len) for row in rows]))
+        length = self.spec.length(rows)
+        extras = self._extras(rows, length)
+        segments = np.stack([row.segments(length) for row in rows])
+        labels = torch.from_numpy(np.stack([row.labels(length) for row in rows]))
         return {
-            "input_ids": torch.from_numpy(np.stack([row.padded_tokens(self.seq_len) for row in rows])),
-            "position_ids": torch.from_numpy(position_ids(segments if self.isolate else np.zeros_like(segments))),
+            "input_ids": torch.from_numpy(np.stack([row.padded_tokens(length) for row in rows])),
+            "position_ids": torch.from_numpy(self.spec.position_ids(segments)),
             "labels": labels,
             "shift_labels": labels,
             "targets": self._join([item.targets for item in items]),
@@ -110,8 +112,8 @@ class Collator:
             **({"extras": extras} if extras else {}),
         }
 
-    def _extras(self, rows: Sequence[PackedRow]) -> dict[str, torch.Tensor]:
-        padded = [row.padded_extras(self.seq_len) for row in rows] if self.extras else []
+    def _extras(self, rows: Sequence[PackedRow], length: int) -> dict[str, torch.Tensor]:
+        padded = [row.padded_extras(length) for row in rows] if self.extras else []
         return {name: torch.from_numpy(np.stack([one[name] for one in padded])) for name in self.extras}
 
     def _join(self, each: Sequence[SparseTargets | Pool]) -> SparseTargets | Pool:

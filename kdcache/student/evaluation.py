@@ -19,7 +19,8 @@ that carry a target, `targets` of them, and None where there is none.
 Guarantee: all come from one forward pass, a tile of logits at a time, made inside it as the loss is in training.
 Sums are kept in float64, so neither the order of batches nor their distribution over ranks changes them by more than a
 rounding of float64. The sums of several caches add up to the figures over all.
-Cost: in memory, one tile of logits; in time, a forward pass, shared by the ranks of a run.
+Cost: in memory, one tile of logits, or all of a batch's for a model that `fuse_head` refuses; in time, a forward pass,
+shared by the ranks of a run.
 
 Shapes: M labelled positions of a batch, V vocabulary.
 """

@@ -136,7 +136,8 @@ def load_student(
     longest = context_length(config.to_dict())
     if longest is not None and longest < manifest.seq_len:
         raise ModelError(f"the student {name} takes {longest} positions, but a row of the cache has {manifest.seq_len}")
-    probe(model, manifest.vocab_size, manifest.seq_len, device, isolate=manifest.isolate)
+    rows = manifest.row_spec
+    probe(model, rows.vocab_size, rows.seq_len, device, isolate=rows.isolate, packed=rows.packed)
     return model
 
 

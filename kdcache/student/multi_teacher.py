@@ -133,5 +133,7 @@ def _rows_of(manifest: Manifest) -> dict[str, Any]:
         "documents": manifest.documents,
         "shards": manifest.shards,
         "seq_len": manifest.seq_len,
+        "pack": manifest.pack,
+        "overlong": manifest.overlong,
         "isolate": manifest.isolate,
     }

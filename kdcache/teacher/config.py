@@ -22,16 +22,18 @@ _SELECTION = ("k", "min_k", "top_p", "draws", "adaptive", "force_label", "sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class DumpConfig:
-    """Settings of one dump, checked when built.
+class CorpusOptions:
+    """What a corpus is, and how its documents become rows for a teacher.
 
     Raises:
         ConfigError: a value out of range.
     """
 
     teacher: str = option("folder, .gguf file or hub name of a causal language model")
-    corpus: str = option(".txt, .jsonl, .parquet or .arrow file or glob, save_to_disk folder, or hf:NAME[:CONFIG]")
-    out: str = option("folder or URL of the cache; created, or resumed if it is the same dump")
+    corpus: str = option(
+        ".txt, .jsonl, .json, .parquet or .arrow files, compressed or not: a file, glob, folder or URL of them; "
+        "a save_to_disk folder; or hf:NAME[:CONFIG]"
+    )
     # corpus
     text_column: str | None = option("column that holds the texts (default: text)", None)
     messages_column: str | None = option("column that holds the conversations (default: messages)", None)
@@ -56,6 +58,23 @@ class DumpConfig:
     overlong: str = option(
         "a document longer than a row: cut, truncate, drop, or auto (cut text, truncate conversations)", "auto"
     )
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2:
+            raise ConfigError(f"seq_len is {self.seq_len}, but must be at least 2")
+        require_rules(vars(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpConfig(CorpusOptions):
+    """Settings of one dump, checked when built.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    out: str = option("folder or URL of the cache; created, or resumed if it is the same dump")
+    # rows
     isolate: bool = option("keep the pieces packed into one row from attending to each other", True)
     # target
     select: str = option(
@@ -114,9 +133,9 @@ class DumpConfig:
     worker: str | None = option("I/N: this process is worker I of N (default: from SLURM or torchrun, else 0/1)", None)
 
     def __post_init__(self) -> None:
-        for name, least in (("seq_len", 2), ("batch_rows", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least {least}")
+        super().__post_init__()
+        if self.batch_rows < 1:
+            raise ConfigError(f"batch_rows is {self.batch_rows}, but must be at least 1")
         if not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed is {self.seed}, but must lie in 0 to 2^63 - 1")
         for name in ("docs_per_shard", "chars_per_shard"):
@@ -139,7 +158,6 @@ class DumpConfig:
                 f"extra {self.extra[0]} is what the output head is given, so it needs the head in tiles; leave out "
                 "tile_head=False"
             )
-        require_rules(vars(self))
         require_engine(self.engine)
         object.__setattr__(self, "positions", PositionFilter(self.positions).rule)
         _ = self.stored_temperatures
@@ -174,3 +192,19 @@ class DumpConfig:
         if len(set(named)) != len(named) or not all(0.01 <= t <= 100 for t in named):
             raise ConfigError(f"temperatures {self.temperatures!r} must be different and lie in 0.01 to 100")
         return named if 1.0 in named else (*named, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(CorpusOptions):
+    """Options of `check-data`.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    examples: int = option("number of documents to show, with what is supervised marked", 3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.examples < 0:
+            raise ConfigError(f"examples is {self.examples}, but must not be negative")

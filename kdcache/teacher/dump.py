@@ -11,13 +11,17 @@ Cost above the teacher's forward pass: the selection, and one copy of the entrie
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import kdcache
 from kdcache.cache_writer import CacheWriter, NewShard, tokenizer_files
+from kdcache.corpus.shards import ShardRows
 from kdcache.errors import CacheMismatchError
 from kdcache.rows import PackedRow
 from kdcache.store.commits import committed, read_commits
@@ -109,11 +113,12 @@ def _make_shard(writer: CacheWriter, number: int, inputs: Inputs, teacher: Opene
         tally.skip(inputs.plan.documents_of(number))
         return
     made, request, positions, rows = inputs.shard_rows(number), TargetRequest.of(writer.manifest), 0, 0
+    eos_id: int | None = inputs.tokenizer.eos_token_id
     with writer.shard(number) as shard, BackgroundWriter() as background:
-        shard.documents, shard.dropped, shard.compute = made.documents, made.dropped, teacher.compute
+        _describe(shard, made, teacher, eos_id)
         batches = made.rows.batches(teacher.batch_rows)
         for batch, found in zip(batches, teacher.targets_of(batches, request, shard=number), strict=True):
-            background.submit(functools.partial(_write, shard, batch, found))
+            background.submit(functools.partial(_write, shard, batch, found, eos_id))
             positions, rows = positions + sum(found.counts), rows + len(batch)
             tally.show(made.documents * rows / len(made.rows), positions)
         background.finish()
@@ -121,16 +126,39 @@ def _make_shard(writer: CacheWriter, number: int, inputs: Inputs, teacher: Opene
     tally.finish(shard, made.documents)
 
 
-def _write(shard: NewShard, batch: list[PackedRow], found: BatchTargets) -> None:
+def _describe(shard: NewShard, made: ShardRows, teacher: OpenedTeacher, eos_id: int | None) -> None:
+    """What is known of a shard before its rows are written."""
+    shard.documents, shard.dropped_by = made.documents, made.dropped
+    shard.bad_records = [{"document": int(bad.document), "reason": bad.reason} for bad in made.bad_records]
+    shard.cut, shard.truncated = made.cut, made.truncated
+    shard.eos_labels = None if eos_id is None else 0
+    shard.compute = {**teacher.compute, **_versions()}
+
+
+@functools.cache
+def _versions() -> dict[str, str | None]:
+    """Versions of what turns a document into tokens: another one might turn it into others."""
+    found: dict[str, str | None] = {"kdcache": kdcache.__version__, "python": platform.python_version()}
+    for name in ("transformers", "tokenizers", "jinja2"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a teacher without a chat template needs no Jinja
+            found[name] = None
+    return found
+
+
+def _write(shard: NewShard, batch: list[PackedRow], found: BatchTargets, eos_id: int | None) -> None:
     start = 0
     for row, targets in zip(batch, found.targets.split(found.counts), strict=True):
+        if shard.eos_labels is not None:
+            shard.eos_labels += int((row.labels(len(row.tokens)) == eos_id).sum())
         stop = start + len(row.tokens)
         shard.write_row(row, targets, {name: values[start:stop] for name, values in found.extras.items()})
         start = stop
 
 
 def _summary(writer: CacheWriter, worker: Worker, tally: _Tally, seconds: float) -> dict[str, Any]:
-    summary = writer.finish()
+    summary = writer.finish(range(worker.index, writer.manifest.shards, worker.count))
     summary["shards"]["by_this_worker"] = tally.shards
     return {
         **summary,

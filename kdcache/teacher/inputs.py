@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import kdcache
+from kdcache.corpus.forms import Columns
 from kdcache.corpus.plan import Plan
-from kdcache.corpus.shards import ShardRows, has_label, shard_rows
+from kdcache.corpus.shards import Shaping, ShardReading, ShardRows, has_label, shard_rows
 from kdcache.corpus.sources import Corpus, Filters, open_corpus
 from kdcache.corpus.survey import shard_rule, survey
+from kdcache.corpus.tokenise import Tokeniser
 from kdcache.errors import CacheMismatchError, ConfigError, CorpusError
 from kdcache.extras import ExtraSpec
 from kdcache.known import Known
@@ -31,7 +33,7 @@ from kdcache.pretrained import (
 from kdcache.store.manifest import NAME, Manifest, today
 from kdcache.store.plan import read_plan
 from kdcache.store.storage import Storage
-from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.config import CorpusOptions, DumpConfig
 from kdcache.teacher.engines.base import find_engine, require_extras
 
 
@@ -44,6 +46,7 @@ class Inputs:
         tokenizer: the teacher's.
         corpus: the documents.
         plan: which of them each shard holds.
+        shaping: how they become rows.
         manifest: of the cache that these make.
     """
 
@@ -51,6 +54,7 @@ class Inputs:
     tokenizer: Any
     corpus: Corpus
     plan: Plan
+    shaping: Shaping
     manifest: Manifest
 
     def shard_rows(self, shard: int) -> ShardRows:
@@ -59,8 +63,7 @@ class Inputs:
         Raises:
             CorpusError: its documents are not those that were planned.
         """
-        manifest = self.manifest
-        return shard_rows(self.corpus, self.plan, shard, self.tokenizer, manifest.vocab_size, manifest.seq_len)
+        return shard_rows(self.corpus, self.plan, shard, self.shaping)
 
     def with_known(self, known: Known) -> Inputs:
         """The same, for targets that know this."""
@@ -87,28 +90,20 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
         KdcacheError: see the exception tree.
     """
     rule = config.rule
-    filters = Filters(min_chars=config.min_chars, drop=config.drop, limit_docs=config.limit_docs)
-    folder = model_folder(config.teacher, "teacher")
-    tokenizer = load_tokenizer(folder, config.chat_template)
-    vocab_size = vocabulary_size(tokenizer)
+    folder, tokenizer, vocab_size = open_tokenizer(config)
     rule.width(vocab_size)
-    longest = context_length(read_config(folder))
-    if longest is not None and config.seq_len > longest:
-        raise ConfigError(f"seq_len is {config.seq_len}, above the {longest} positions of the teacher {config.teacher}")
-    corpus = open_corpus(
-        config.corpus, split=config.split, split_text=config.split_text, text_column=config.text_column,
-        messages_column=config.messages_column, filters=filters,
-    )  # fmt: skip
+    corpus = corpus_of(config)
     asked = shard_rule(corpus, config.docs_per_shard, config.chars_per_shard)
-    plan, corpus_sha256, date = (storage and _existing_plan(storage, corpus, asked)) or _survey(
-        corpus, asked, tokenizer, vocab_size, config.seq_len
-    )
+    existing = _existing_plan(storage, corpus, asked) if storage else None
+    date = existing[2] if existing else today()
+    shaping = shaping_of(config, tokenizer, vocab_size, date)
+    plan, corpus_sha256, _ = existing or (*_survey(corpus, asked, shaping, config.on_bad_record), date)
     manifest = Manifest(
         teacher_sha256=fingerprint(folder),
         tokenizer_sha256=tokenizer_fingerprint(tokenizer),
         tokenizer_files={},
         corpus_sha256=corpus_sha256,
-        filters=dataclasses.asdict(filters),
+        filters=dataclasses.asdict(corpus.filters),
         documents=plan.documents,
         shards=len(plan),
         plan={},
@@ -119,7 +114,7 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
         overlong=config.overlong,
         vocab_size=vocab_size,
         seq_len=config.seq_len,
-        isolate=config.isolate,
+        isolate=config.isolate or config.pack == "none",  # a row of one piece has nothing to isolate
         selection=rule.to_fields(),
         known=find_engine(config.engine).knows.known(rule, config.stored_temperatures),
         positions=config.positions,
@@ -135,33 +130,93 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
             "teacher": config.teacher,
             "corpus": config.corpus,
             "split": config.split,
-            "form": corpus.form,
-            "columns": list(corpus.columns),
+            "form": corpus.form.name,
+            "columns": list(corpus.form.columns.values()),
             "split_text": config.split_text,
         },
     )
     manifest = dataclasses.replace(manifest, error_bound=manifest.codec.error_bound)
-    return Inputs(folder=folder, tokenizer=tokenizer, corpus=corpus, plan=plan, manifest=manifest)
+    return Inputs(folder=folder, tokenizer=tokenizer, corpus=corpus, plan=plan, shaping=shaping, manifest=manifest)
 
 
-_Planned = tuple[Plan, str, str]
-"""The plan, the fingerprint of the corpus, and the day on which the cache was created."""
+def open_tokenizer(config: CorpusOptions) -> tuple[Path, Any, int]:
+    """The teacher's folder, its tokenizer, and the vocabulary of that.
+
+    Raises:
+        ModelError: there is no such teacher, or its tokenizer cannot be used.
+        ConfigError: rows are longer than what the teacher was made for.
+    """
+    folder = model_folder(config.teacher, "teacher")
+    tokenizer = load_tokenizer(folder, config.chat_template)
+    longest = context_length(read_config(folder))
+    if longest is not None and config.seq_len > longest:
+        raise ConfigError(f"seq_len is {config.seq_len}, above the {longest} positions of the teacher {config.teacher}")
+    return folder, tokenizer, vocabulary_size(tokenizer)
 
 
-def _survey(corpus: Corpus, rule: dict[str, int], tokenizer: Any, vocab_size: int, seq_len: int) -> _Planned:
+def shaping_of(config: CorpusOptions, tokenizer: Any, vocab_size: int, date: str) -> Shaping:
+    """How the options make rows of documents."""
+    return Shaping(
+        tokeniser=Tokeniser(tokenizer, vocab_size, eos=config.eos, date=date),
+        seq_len=config.seq_len, pack=config.pack, overlong=config.overlong,
+    )  # fmt: skip
+
+
+def corpus_of(config: CorpusOptions) -> Corpus:
+    """The corpus that the options name.
+
+    Raises:
+        KdcacheError: it cannot be opened.
+    """
+    ignored = tuple(name for name in (config.ignore_columns or "").split(",") if name)
+    return open_corpus(
+        config.corpus,
+        split=config.split,
+        split_text=config.split_text,
+        columns=Columns(
+            text=config.text_column, messages=config.messages_column, prompt=config.prompt_column,
+            completion=config.completion_column, tools=config.tools_column, documents=config.documents_column,
+            ignored=ignored,
+        ),
+        filters=Filters(min_chars=config.min_chars, drop=config.drop, limit_docs=config.limit_docs),
+    )  # fmt: skip
+
+
+def _survey(corpus: Corpus, rule: dict[str, int], shaping: Shaping, on_bad_record: str) -> tuple[Plan, str]:
     """Plan a new cache.
 
     Raises:
-        CorpusError: no document can be used, or no position would carry a target.
+        CorpusError: no document can be used, no position would carry a target, or there is a bad record and
+            `on_bad_record` is `stop`.
     """
     found = survey(corpus, rule)
-    if not has_label(corpus, found.plan, tokenizer, vocab_size, seq_len):
-        raise CorpusError(f"none of the {found.plan.documents} documents has a token to predict")
-    return found.plan, found.corpus_sha256, today()
+    if on_bad_record == "stop":
+        reading = ShardReading(corpus, shaping.tokeniser)
+        for shard in range(len(found.plan)):
+            for _ in reading.shard(found.plan, shard):
+                if reading.bad_records:
+                    first = reading.bad_records[0]
+                    raise CorpusError(
+                        f"document {first.document} cannot be used: {first.reason}; with on_bad_record=skip it is left "
+                        "out and counted"
+                    )
+    labelled, reading = has_label(corpus, found.plan, shaping)
+    if not labelled:
+        raise CorpusError(f"none of the {found.plan.documents} documents has a token to predict{_why(reading)}")
+    return found.plan, found.corpus_sha256
 
 
-def _existing_plan(storage: Storage, corpus: Corpus, rule: dict[str, int]) -> _Planned | None:
-    """The plan of the cache that is there, if any.
+def _why(reading: ShardReading) -> str:
+    """What was left out, in words."""
+    if not reading.dropped:
+        return ""
+    counts = ", ".join(f"{count} {reason}" for reason, count in reading.dropped.most_common())
+    bad = reading.bad_records[:1]
+    return f" (left out: {counts}{''.join(f'; document {first.document}: {first.reason}' for first in bad)})"
+
+
+def _existing_plan(storage: Storage, corpus: Corpus, rule: dict[str, int]) -> tuple[Plan, str, str] | None:
+    """The plan of the cache that is there, the fingerprint of its corpus, and the day on which it was created.
 
     Raises:
         CorpusError: the corpus has other files, or is read in another way.

@@ -162,8 +162,9 @@ def write_shard(storage: Storage, manifest: Manifest, rows: list[Example], shard
         for row, targets in rows:
             writer.write(row, targets, extras=example_extras(manifest, row))
         return publish_shard(
-            storage, manifest, writer, documents=DOCUMENTS, dropped=0, entropies=histogram_of(rows),
-            compute={"a": 1},
+            storage, manifest, writer, documents=DOCUMENTS, entropies=histogram_of(rows), compute={"a": 1},
+            dropped_by={"too short": 2, "no answer": 1}, bad=1, cut=4, truncated=1, eos_labels=0,
+            bad_records=[{"document": DOCUMENTS * shard + 7, "reason": "no answer: the last turn is the user's"}],
         )  # fmt: skip
 
 

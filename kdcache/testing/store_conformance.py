@@ -217,7 +217,7 @@ class StoreConformance:
                     writer.write(*row)
             entropies = histogram_of(rows)
             done += [
-                publish_shard(storage, created, w, documents=DOCUMENTS, dropped=0, entropies=entropies, compute={})
+                publish_shard(storage, created, w, documents=DOCUMENTS, entropies=entropies, compute={})
                 for w in (two, one)
             ]
         assert done == [True, False]

@@ -216,6 +216,16 @@ def _sums(**fields: Any) -> Callable[[Forgery], str]:
     return lambda f: f.change_commit(sums={**f.commit.sums, **fields})
 
 
+def _bad(*records: Any, **fields: Any) -> Callable[[Forgery], str]:
+    """A commit of bad records, or of an honest one whose counts lie."""
+    listed = list(records) or [{"document": 1, "reason": "r"}]
+    count = len(listed)
+    return lambda f: f.change_commit(
+        **{"documents": max(count, f.commit.documents), "dropped": count, "dropped_by": {"r": count}, "bad": count,
+           "bad_records": listed, **fields}
+    )  # fmt: skip
+
+
 def _drop_hash(f: Forgery) -> str:
     return f.change_commit(objects=[{k: v for k, v in f.objects[0].items() if k != "sha256"}])
 
@@ -238,6 +248,26 @@ COMMITS = [
     Attack("fewer tokens than labels", _commit(tokens=3)),
     Attack("more pieces than tokens", lambda f: f.change_commit(pieces=f.commit.tokens + 1)),
     Attack("more entries than its most allow", _commit(most_entries=0, least_entries=0)),
+    Attack("more dropped than reasons", _commit(dropped=1)),
+    Attack("reasons for nothing", _commit(dropped_by={"r": 0})),
+    Attack("reasons for more than is dropped", _commit(dropped_by={"r": 1})),
+    Attack("reasons for 2^62 documents twice", _commit(dropped_by={"r": 1 << 62, "s": 1 << 62})),
+    Attack("reasons of text", _commit(dropped=1, dropped_by={"r": "1"})),
+    Attack("reasons in a list", _commit(dropped_by=["r"])),
+    Attack("a reason that clears the screen", _commit(dropped=1, dropped_by={"\x1b[2J": 1})),
+    Attack("a reason of a megabyte", _commit(dropped=1, dropped_by={"r" * (1 << 20): 1})),
+    Attack("a bad record that nobody dropped", _bad(dropped=0, dropped_by={})),
+    Attack("a bad record that is not counted", _bad(bad=0)),
+    Attack("a bad record twice", _bad({"document": 1, "reason": "r"}, {"document": 1, "reason": "r"})),
+    Attack("bad records in another order", _bad({"document": 2, "reason": "r"}, {"document": 1, "reason": "r"})),
+    Attack("a bad record of two lines", _bad({"document": 1, "reason": "one\ntwo"})),
+    Attack("a bad record without a reason", _bad({"document": 1})),
+    Attack("a bad record that is a number", _bad(1)),
+    Attack("10,001 bad records", _bad(*({"document": n, "reason": "r"} for n in range(10_001)))),
+    Attack("more cut than documents", _commit(cut=1 << 60)),
+    Attack("more cut and truncated than documents", lambda f: f.change_commit(cut=f.commit.documents, truncated=1)),
+    Attack("more ends of sequence than labels", lambda f: f.change_commit(eos_labels=f.commit.labels + 1)),
+    Attack("ends of sequence of text", _commit(eos_labels="0")),
     Attack("sums that are missing", _commit(sums={})),
     Attack("entropy beyond any", _sums(entropy=1e9)),
     Attack("entropy of 400 digits", _sums(entropy=10**400)),

@@ -244,6 +244,17 @@ def test_commits_are_checked_against_the_plan(small: Path, tmp_path: Path) -> No
     assert "it claims 6 documents, 0 dropped, of 5" in problems[0]["what"]
 
 
+def test_bad_records_are_checked_against_the_plan(small: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(small, tmp_path / "c")) / "commits/00001.json"
+    (tmp_path / "c" / SEAL).unlink()
+    fields = {**json.loads(path.read_text()), "dropped": 1, "dropped_by": {"r": 1}, "bad": 1}
+    for document, words in ((6, None), (11, None), (5, "bad record 5"), (1 << 60, f"bad record {1 << 60}")):
+        path.write_bytes(seal({**fields, "bad_records": [{"document": document, "reason": "r"}]}))
+        problems = verify_cache(tmp_path / "c").problems
+        assert [p["object"] for p in problems] == ["commits/00001.json"] * (words is not None)
+        assert words is None or f"it lists the {words}, but has the documents 6 to 11" in problems[0]["what"]
+
+
 def test_convert_carries_the_plan(small: Path, tmp_path: Path) -> None:
     convert(small, tmp_path / "c", store="zarr")
     assert (tmp_path / "c" / PLAN).read_bytes() == (small / PLAN).read_bytes()

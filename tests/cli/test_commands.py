@@ -139,6 +139,46 @@ BAD = [
 ]
 
 
+def test_what_became_of_documents_is_said_in_words(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdcache_cli.tables import of_documents
+
+    from kdcache.store.commit import commit_name
+    from kdcache.store.local import LocalStorage
+    from kdcache.store.publish import finish
+    from kdcache.store.seal import unseal
+    from kdcache.store.sealed_json import seal
+
+    monkeypatch.setenv("COLUMNS", "200")
+    assert of_documents(json.loads(invoke("inspect-shard", cache, "--json")[1])) == []
+    copy = tmp_path / "c"
+    shutil.copytree(cache, copy)
+    unseal(LocalStorage(copy))
+    path = copy / commit_name(1)
+    fields, reason = json.loads(path.read_text()), "refused by the template: [/INST] has no end"
+    fields |= {"dropped": 9, "dropped_by": {"refused by the template": 7, "overlong": 2}, "bad": 7, "cut": 1}
+    fields |= {
+        "truncated": 2,
+        "bad_records": [{"document": fields_first + 36, "reason": reason} for fields_first in range(7)],
+    }
+    path.write_bytes(seal(fields))
+    for other in range(4):
+        at = copy / commit_name(other)
+        at.write_bytes(seal({**json.loads(at.read_text()), "eos_labels": 0}))
+    assert finish(LocalStorage(copy))["complete"]
+    _, out, _ = invoke("inspect-shard", copy)
+    said = [line.strip() for line in out.splitlines()]
+    begin = said.index("9 documents left out: 7 refused by the template, 2 overlong")
+    assert said[begin + 1 : begin + 10] == [
+        *(f"document {n}: {reason}" for n in range(36, 41)),
+        "and 2 documents more that cannot be used (bad_records.jsonl in the cache lists them)",
+        "1 document cut into pieces, longer than a row",
+        "2 documents truncated to the first row",
+        "no end of a document is taught: no label is the end of sequence; see --eos",
+    ]
+
+
 def test_a_setting_that_has_no_option_of_its_own(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     code, _, err = invoke(
         "dump-teacher", "--teacher", teacher, "--corpus", corpus, "--out", tmp_path / "c", "--limit-docs", 9,
@@ -158,6 +198,8 @@ def test_messages_of_layers_that_name_fields() -> None:
         ("positions entropy>9 leaves none", "--positions entropy>9 leaves none"),
         ("steps and epochs exclude each other", "--steps and --epochs exclude each other"),
         ("use tile_head=False, or steps=True", "use --no-tile-head, or --steps"),
+        ('it needs seq_len="long", min_k=3', "it needs --seq-len long, --min-k=3"),
+        ('a path/seq_len="long"', 'a path/seq_len="long"'),
         ("the teacher is not here", "the teacher is not here"),
         ("/data/seq_len/x and min_k.txt are gone", "/data/seq_len/x and min_k.txt are gone"),
     ):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kdcache_cli.main import app
 from typer.testing import CliRunner
 
 from kdcache import open_cache
+from kdcache.errors import ModelError
+from kdcache.student import FusedHead, fuse_head
 from tests.making import make_model
 from tests.processes import kdcache
 
@@ -73,6 +76,28 @@ def test_one_student_shows_its_bins(cache: Path, folder: Path, teacher: Path) ->
     assert "nll_difference" not in figures and figures["acceptance"] is None
     inhabited = [b for b in figures["calibration"]["bins"] if b["positions"]]
     assert all(f"{b['positions']:,}" in out and f"{b['accuracy']:.4f}" in out for b in inhabited)
+
+
+def test_a_student_whose_head_is_not_known_says_that_its_logits_were_made_whole(
+    cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = ["--cache", cache, "--compare", folder / "A", folder / "B", "--rows", 2]
+    tiled = json.loads(invoke(*usual, "--json")[1])["students"]
+    assert {figures["logits"] for figures in tiled.values()} == {"tiles"}
+    assert "made whole" not in invoke(*usual)[1]
+
+    def refuse_b(model: Any, device: Any) -> FusedHead:
+        if model.config.name_or_path == str(folder / "B"):
+            raise ModelError("its logits are not those of a head")
+        return fuse_head(model, device)
+
+    monkeypatch.setattr("kdcache.student.evaluation.fuse_head", refuse_b)
+    found = json.loads(invoke(*usual, "--json")[1])["students"]
+    assert [figures["logits"] for figures in found.values()] == ["tiles", "whole"]
+    for name in ("nll", "kl", "ece", "top1_agreement", "acceptance_low"):
+        assert found[str(folder / "B")][name] == pytest.approx(tiled[str(folder / "B")][name], rel=1e-4), name
+    shown = invoke(*usual)[1]
+    assert shown.count("made whole") == 1 and "logits of B were made whole" in shown
 
 
 def test_a_prompt_side_by_side(cache: Path, folder: Path, teacher: Path) -> None:

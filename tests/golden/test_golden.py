@@ -31,6 +31,7 @@ def test_it_is_read_as_it_was_written(name: str) -> None:
     assert report.ok, report.problems
     found, expected = read(name), GOLDEN[name]
     assert found["content_sha256"] == expected["content_sha256"]
+    assert found["documents"] == expected["documents"]
     for one, other in zip(found["rows"], expected["rows"], strict=True):
         for field, value in other.items():
             close(one[field], value)

@@ -39,7 +39,7 @@ def shifted(cache: Path, out: Path) -> None:
                 packed, targets = source.shard(shard).read(row)
                 writer.write(packed, targets[torch.arange(len(targets.count)).roll(1)])
             publish_shard(
-                storage, manifest, writer, documents=commit.documents, dropped=0, entropies=commit.entropy_histogram,
+                storage, manifest, writer, documents=commit.documents, entropies=commit.entropy_histogram,
                 compute={},
             )  # fmt: skip
 

@@ -255,7 +255,8 @@ def test_a_commit_that_no_reader_would_take_is_not_written(tmp_path: Path, name:
     made = writer(tmp_path / "c")
     with pytest.raises(ConfigError, match="shard 1 cannot be committed"), made.shard(1) as shard:
         shard.write(*some())
-        vars(shard).update(BAD_SHARDS[name])
+        for field, value in BAD_SHARDS[name].items():
+            setattr(shard, field, value)
     assert made.missing() == [0, 1, 2]
     write_all(made)
     assert made.finish()["complete"] and verify_cache(tmp_path / "c").ok

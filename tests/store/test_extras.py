@@ -128,9 +128,7 @@ def test_an_extra_that_lies_is_damage(tmp_path: Path, store: str, stream: str, c
         pytest.skip("no array has room for it")
     with new_shard(storage, manifest, 0) as writer:
         writer.write(row, targets, lie)
-        publish_shard(
-            storage, manifest, writer, documents=20, dropped=0, entropies=histogram(targets.entropy), compute={}
-        )
+        publish_shard(storage, manifest, writer, documents=20, entropies=histogram(targets.entropy), compute={})
     with pytest.raises(CorruptCacheError, match=r"shards/00000\.\w+, row 0: "):
         open_cache(tmp_path, partial=True)[0]
     assert not verify_cache(tmp_path).ok

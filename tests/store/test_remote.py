@@ -99,9 +99,7 @@ def write_shard(storage: Storage, source: Path, shard: int, **compute: Any) -> b
         for row in range(cache.commits[shard].rows):
             writer.write(*cache.shard(shard).read(row))
         entropies = cache.commits[shard].entropy_histogram
-        return publish_shard(
-            storage, cache.manifest, writer, documents=8, dropped=0, entropies=entropies, compute=compute
-        )
+        return publish_shard(storage, cache.manifest, writer, documents=8, entropies=entropies, compute=compute)
 
 
 def forget(bucket: Bucket, prefix: str) -> None:

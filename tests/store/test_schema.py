@@ -72,6 +72,12 @@ def test_records_of_examples_are_valid(tmp_path: Path, store: str, kind: str) ->
 
 KNOWN = Selection(k=8).known((1.0, 2.0)).to_fields()
 
+UNPLAIN = ("a\n", "\0", "\x1b[2J", "\x9b", "a\u2028b", "\u202ea", "\u2066a")
+"""Reasons that would do more in a terminal than stand there."""
+
+NINE: dict[str, Any] = {"dropped": 9, "dropped_by": {"r": 9}, "bad": 9}
+"""Counts of a commit that has nine bad records."""
+
 LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"format": 2}),
     ("manifest", {"surprise": 1}),
@@ -164,6 +170,24 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("commit", {"sums": {"entropy": 1.0, "label_logprob": -1.0, "tail_mass": [0.5] * 65}}),
     ("commit", {"tokens_sha256": "F" * 64}),
     ("commit", {"compute": []}),
+    ("commit", {"cut": -1}),
+    ("commit", {"truncated": None}),
+    ("commit", {"bad": "1"}),
+    ("commit", {"eos_labels": -1}),
+    ("commit", {"eos_labels": 1.5}),
+    ("commit", {"dropped_by": []}),
+    ("commit", {"dropped_by": {"r": "1"}}),
+    *(("commit", {"dropped": 1, "dropped_by": {reason: 1}}) for reason in ("", "a" * 201, *UNPLAIN)),
+    ("commit", {"dropped_by": {"r": 0}}),
+    *(
+        ("commit", {**NINE, "bad_records": [{"document": 1, "reason": "r", **lie}]})
+        for lie in (
+            {"document": -1}, {"document": True}, {"document": "1"}, {"reason": 1}, {"reason": ""}, {"more": 1},
+            *({"reason": reason} for reason in UNPLAIN),
+        )
+    ),
+    ("commit", {**NINE, "bad_records": [{"document": 1}]}),
+    ("commit", {"bad_records": {}}),
     ("commit", {"objects": []}),
     ("commit", {"objects": {}}),
     ("commit", {"objects": ["shards/00000.arrow"]}),

@@ -271,11 +271,56 @@ def test_tokenised_input_keeps_its_mask(teacher: Path, tmp_path: Path) -> None:
 def test_filters_are_reported_and_a_shard_may_be_empty(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     summary = dump(dump_options(teacher, corpus, tmp_path / "c", drop="^The (fox|cat)", docs_per_shard=10))
     dropped = sum(text.startswith(("The fox", "The cat")) for text in TEXTS)
-    assert (summary["documents"], summary["dropped"]) == (len(TEXTS), dropped)
+    assert (summary["documents"], sum(summary["dropped"].values())) == (len(TEXTS), dropped)
     cache = open_cache(tmp_path / "c")
     assert cache.commits[0].rows == 0
     assert int(cache[0].documents[0]) == dropped
     assert verify_cache(tmp_path / "c").ok
+
+
+def test_a_commit_says_what_was_left_out_what_ends_and_which_libraries_read_it(
+    teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the making of a shard's rows reports reaches its commit, the summary and the list."""
+    import jinja2
+    import tokenizers
+    import transformers
+
+    from kdcache.corpus.shards import BadRecord
+    from kdcache.teacher.inputs import Inputs
+
+    made = Inputs.shard_rows
+
+    def with_bad(self: Inputs, shard: int) -> Any:
+        first = int(self.plan.first[shard])
+        bad = tuple(BadRecord(document=np.int64(first + n), reason=f"no {n}:\nat all") for n in (1, 0))  # type: ignore[arg-type]
+        return dataclasses.replace(made(self, shard), dropped={"no": 2}, bad_records=bad, cut=3, truncated=shard)
+
+    monkeypatch.setattr(Inputs, "shard_rows", with_bad)
+    summary = dump(dump_options(teacher, corpus, tmp_path / "c"))
+    cache = open_cache(tmp_path / "c")
+    assert summary["complete"] and verify_cache(tmp_path / "c").ok
+    assert (summary["dropped"], summary["bad"]) == ({"no": 8}, 8) and summary["cut"] == 12 and summary["truncated"] == 6
+    assert summary["bad_records"][:2] == [
+        {"document": 0, "reason": "no 0: at all"},
+        {"document": 1, "reason": "no 1: at all"},
+    ]
+    assert (tmp_path / "c/bad_records.jsonl").read_text().count("\n") == 8
+    ends = sum(int((row.labels == 1).sum()) for row in cache)
+    assert summary["eos_labels"] == ends > 90
+    compute = cache.commits[0].compute
+    versions = {module.__name__: module.__version__ for module in (jinja2, tokenizers, transformers)}
+    assert versions.items() <= compute.items() and {"kdcache", "python", "torch"} <= set(compute)
+
+
+def test_a_worker_with_other_rules_is_refused_by_name(cache: Path, teacher: Path, corpus: Path) -> None:
+    for rule, other in (
+        ("eos", "never"), ("pack", "none"), ("overlong", "drop"), ("on_bad_record", "stop" ),
+    ):  # fmt: skip
+        before = getattr(open_cache(cache).manifest, rule)
+        assert before != other
+        with pytest.raises(CacheMismatchError, match=rf"{rule} \(cache: {before}, asked: {other}\)"):
+            dump(dump_options(teacher, corpus, cache, **{rule: other}))
 
 
 def test_two_writers_of_one_shard(cache: Path, teacher: Path, corpus: Path, tmp_path: Path) -> None:
@@ -329,7 +374,7 @@ BAD: dict[str, tuple[type[KdcacheError], str, dict[str, Any]]] = {
     "row too long": (ConfigError, "seq_len is 200, above the 128 positions", {"seq_len": 200}),
     "no corpus": (CorpusError, "does not exist", {"corpus": "/nowhere.txt"}),
     "no column": (CorpusError, "has no column 'body'; it has text", {"text_column": "body"}),
-    "all dropped": (CorpusError, "every one of the 108 documents was dropped", {"min_chars": 10**6}),
+    "all dropped": (CorpusError, r"none of the 108 documents has a token to predict .*108 min-chars", {"min_chars": 10**6}),
     "temperatures": (ConfigError, "temperatures", {"temperatures": "1,x"}),
     "negative temperature": (ConfigError, "temperatures", {"temperatures": "1,-2"}),
     "precision": (ConfigError, "precision is float8", {"precision": "float8"}),

@@ -118,9 +118,7 @@ def ready_made(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for row in range(commit.rows):
                 packed, targets = whole.shard(shard).read(row)
                 writer.write(packed, SparseTargets.from_topk(targets.ids, targets.logprobs))
-            publish_shard(
-                storage, manifest, writer, documents=commit.documents, dropped=0, entropies=None, compute=commit.compute
-            )
+            publish_shard(storage, manifest, writer, documents=commit.documents, entropies=None, compute=commit.compute)
     return folder
 
 

@@ -17,9 +17,9 @@ import kdcache.student
 
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
-    {"errors", "options", "rows", "compiled", "entry_form", "lazy_torch"},
+    {"errors", "options", "rows", "compiled", "entry_form", "lazy_torch", "prepared_mask"},
     {"plugins", "known"},
-    {"registry"},
+    {"registry", "file_systems"},
     {"extras", "targets", "worker"},
     {"position_filter", "selection", "losses", "codec", "isolation"},
     {"corpus"},

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.rows import IGNORE, PackedRow, RowSpec, position_ids
+from kdcache.rows import IGNORE, PackedRow, RowSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,24 +53,28 @@ class Batch:
     every_slot: bool = False
 
     @cached_property
+    def length(self) -> int:
+        """L, the slots of each row: `seq_len`, or where rows are not packed the tokens of the longest."""
+        return self.spec.length(self.rows)
+
+    @cached_property
     def tokens(self) -> Tensor:
         """`[R, L]` int64, 0 where padded."""
-        return torch.from_numpy(np.stack([row.padded_tokens(self.spec.seq_len) for row in self.rows]))
+        return torch.from_numpy(np.stack([row.padded_tokens(self.length) for row in self.rows]))
 
     @cached_property
     def segments(self) -> Tensor:
         """`[R, L]` int64, the piece of each token, -1 where padded."""
-        return torch.from_numpy(np.stack([row.segments(self.spec.seq_len) for row in self.rows]))
+        return torch.from_numpy(np.stack([row.segments(self.length) for row in self.rows]))
 
     @cached_property
     def position_ids(self) -> Tensor:
         """`[R, L]` int64, restarting where a context begins: at each piece, or once a row if rows are not isolated."""
-        segments = self.segments.numpy()
-        return torch.from_numpy(position_ids(segments if self.spec.isolate else np.zeros_like(segments)))
+        return torch.from_numpy(self.spec.position_ids(self.segments.numpy()))
 
     @cached_property
     def _labels(self) -> Tensor:
-        return torch.from_numpy(np.stack([row.labels(self.spec.seq_len) for row in self.rows]))  # [R, L]
+        return torch.from_numpy(np.stack([row.labels(self.length) for row in self.rows]))  # [R, L]
 
     @cached_property
     def _wanted(self) -> Tensor:

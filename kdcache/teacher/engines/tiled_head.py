@@ -58,9 +58,9 @@ class TiledHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[n, V]` the model's logits for `[n, D]` hidden states of any slots."""
-        unused = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        unused = torch.arange(len(hidden), device=hidden.device)[None]  # as of one piece, which needs no mask
         with _forward_replaced(self._body, lambda *_, **__: self._output(last_hidden_state=hidden[None])):
-            logits: Tensor = packed_forward(self._model, unused, unused).logits[0]
+            logits: Tensor = packed_forward(self._model, torch.zeros_like(unused), unused).logits[0]
         return logits
 
 

@@ -15,6 +15,7 @@ import torch
 
 from kdcache.errors import ConfigError
 from kdcache.isolation import packed_forward, probe
+from kdcache.prepared_mask import has_prepared_masks
 from kdcache.pretrained import find_device, hidden_width, load_model
 from kdcache.rows import RowSpec
 from kdcache.teacher.engines.base import Engine, EngineOutput, HiddenStates, Logits, TargetRequest, TeacherSpec
@@ -53,7 +54,9 @@ class TransformersEngine(Engine):
             raise ConfigError(
                 f"the teacher predicts {self.padded_vocab_size} tokens, but its tokenizer has {rows.vocab_size}"
             )
-        probe(self.model, rows.vocab_size, rows.seq_len, self.device, isolate=rows.isolate)
+        probe(
+            self.model, rows.vocab_size, rows.seq_len, self.device, isolate=rows.isolate, packed=rows.packed
+        )  # fmt: skip
         self.head = TiledHead(self.model, self.device) if spec.tile_head else None
         if self.head:
             require_same_logits(self.model, self.head, rows.vocab_size, rows.seq_len, self.device)
@@ -84,13 +87,14 @@ class TransformersEngine(Engine):
         return {} if width is None else {HIDDEN: width}
 
     def describe(self) -> dict[str, Any]:
-        """Its dtype, device, threads, ways of running head and attention, machine and version of torch."""
+        """Its dtype, device, threads, ways of running head, masks and attention, machine and version of torch."""
         on_cpu = self.device.type == "cpu"
         return {
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "threads": torch.get_num_threads() if on_cpu else None,
             "tile_head": self.head is not None,
+            **({"mask": "prepared"} if has_prepared_masks(self.model) else {}),
             "attention": self.model.config._attn_implementation,
             "machine": platform.machine(),
             "torch": torch.__version__.partition("+")[0],
@@ -99,4 +103,4 @@ class TransformersEngine(Engine):
 
 def _flat(batch: Batch, slots: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`[m]` index into `[R * L]` of `[m, 2]` rows and slots."""
-    return send(slots[:, 0] * batch.spec.seq_len + slots[:, 1], device)
+    return send(slots[:, 0] * batch.length + slots[:, 1], device)
