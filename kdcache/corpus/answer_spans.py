@@ -173,7 +173,23 @@ class _Shown:
             if at is None:
                 raise BadDocument(f"{what} not shown: message {n}, by the chat template")
             past = max(past, at[1])
+        content = text_of(self._messages[n].get("content"))
+        if len(content) < _LEAST_FOREIGN and not self._messages[n].get("tool_calls"):
+            past = max(begin, self._end_of_content(n, text, content) or past)
         return self._end(n, text, past)
+
+    def _end_of_content(self, n: int, text: str, content: str) -> int | None:
+        """Where few words end, which may stand by chance in what is written around them; None where that is unknown."""
+        try:
+            shown = self._show([*self._messages[:n], {**self._messages[n], "content": self._marker(n)}]).text
+        except BadDocument:
+            return None  # a template that looks into the words
+        before, marker, after = shown.partition(_MARKER)
+        if not marker and content.strip():
+            raise BadDocument(f"content not shown: message {n}, by the chat template")
+        end = len(text) - len(after)
+        fits = marker and text.startswith(before) and text.endswith(after)
+        return end if fits and text[len(before) : end].strip() == content.strip() else None
 
     def _span_in_whole(self, n: int) -> tuple[str, Span]:
         """The whole text, and where in it the answer of message n stands: between what a marker in its place stands."""

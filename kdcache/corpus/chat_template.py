@@ -126,7 +126,7 @@ def _with_reasoning(message: Message) -> Message:
 
 
 def _draws(source: Any) -> bool:
-    """Whether a parsed template uses what jinja has of chance: a filter, by itself or as what `map` calls, and a text."""
+    """Whether a parsed template uses what jinja has of chance: a filter, which `map` may call too, and a text."""
     from jinja2 import nodes
 
     filters = list(source.find_all(nodes.Filter))

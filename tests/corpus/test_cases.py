@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +149,9 @@ CALLS = (
     "(m['content'] or '') }}{% for c in m['tool_calls'] or [] %}{{ '<call>' + c['function']['name'] + ' ' + "
     "(c['function']['arguments'] | tojson) }}{% endfor %}{{ eos_token }}{% endfor %}" + INVITE
 )
-TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("weather", "add")]
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("weather", "add")
+]
 
 
 def calling(arguments: Callable[[Any], Any] = dict, older: bool = False, **content: Any) -> list[dict[str, Any]]:
@@ -187,7 +188,9 @@ def test_calls_of_tools_in_a_table_have_no_arguments_of_other_tools(place: Workp
 
 THINKS = PLAIN.replace("m['content']", "('<t></t> ' if m['role'] == 'assistant' and loop.last else '') + m['content']")
 CLOSES = PLAIN.replace("eos_token", "(eos_token if m['role'] == 'user' or loop.last else '<end>')")
-REASONS = PLAIN.replace("m['content']", "('<t>' + m.thinking + '</t>' if m.thinking and loop.last else '') + m['content']")
+REASONS = PLAIN.replace(
+    "m['content']", "('<t>' + m.thinking + '</t>' if m.thinking and loop.last else '') + m['content']"
+)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,8 @@ REASONS = PLAIN.replace("m['content']", "('<t>' + m.thinking + '</t>' if m.think
 )
 def test_a_template_that_shows_the_last_turn_otherwise(place: Workplace, template: str, before: str, end: str) -> None:
     thought = {"thinking": "Let me see."} if template is REASONS else {}
-    talk = [user("Who is he?"), assistant("He is Tom.", **thought), user("And she?"), assistant("She is Lily.", **thought)]
+    talk = [user("Who is he?"), assistant("He is Tom.", **thought)]
+    talk += [user("And she?"), assistant("She is Lily.", **thought)]
     cache = place.cache(place.lines([{"messages": talk}, {"messages": talk[:2]}]), template)
     assert taught(cache) == [f"{before}He is Tom.{end}", f"{before}She is Lily.{end}"]
     assert taught(cache, 1) == [f"{before}He is Tom.{end}"]
@@ -312,7 +316,9 @@ def test_files_by_their_names_and_without(place: Workplace) -> None:
 # Nothing but the assistant's words stands in a span.
 
 
-@pytest.mark.parametrize("before", ["", "{{ '[system] Be kind.' + eos_token }}", "{{ bos_token + '[system] Be kind.' }}"])
+@pytest.mark.parametrize(
+    "before", ["", "{{ '[system] Be kind.' + eos_token }}", "{{ bos_token + '[system] Be kind.' }}"]
+)
 def test_the_assistant_speaks_first(place: Workplace, before: str) -> None:
     talk = [assistant("Hi, I am Tom."), user("Good."), assistant("Ask me.")]
     asked = [{"role": "system", "content": "Be Tom."}, *talk]

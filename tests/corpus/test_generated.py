@@ -66,7 +66,8 @@ CALLS = (
 )
 THOUGHT = "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
 TOOLS = "{% if tools %}{{ '<tools>' + (tools | tojson) + '</tools>' }}{% endif %}"
-HEAD, INVITE = "{{ '<|im_start|>' + m.role + '\n' }}", "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+HEAD = "{{ '<|im_start|>' + m.role + '\n' }}"
+INVITE = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 BODY = THOUGHT + "{{ m.content or '' }}" + CALLS
 CHATML = TOOLS + "{% for m in messages %}" + HEAD + BODY + "{{ '<|im_end|>\n' }}{% endfor %}" + INVITE
 LAST_THOUGHT = "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
@@ -100,7 +101,8 @@ def chatml(talk: Talk, taught: list[bool] | None = None, before_last: str = "") 
     found: Texts = [(f"<tools>{talk.tools}</tools>", False)] if talk.tools else []
     for n, (said, teach) in enumerate(zip(talk.said, taught or taught_of(talk), strict=True)):
         before = before_last if n == len(talk.said) - 1 and said.role == "assistant" else ""
-        found += [(f"<|im_start|>{said.role}\n", False), (before + full_body(said) + "<|im_end|>", teach), ("\n", False)]
+        body = before + full_body(said) + "<|im_end|>"
+        found += [(f"<|im_start|>{said.role}\n", False), (body, teach), ("\n", False)]
     return found
 
 
@@ -253,15 +255,13 @@ def expected_of(made: Made, rules: Rules) -> Expected:
         found.truncated += "truncated" in fates or "overlong" in fates
         found.pieces[number] = Counter(
             (tuple(token for token, _ in piece),
-             tuple([*(token if taught else IGNORE for token, taught in piece[1:]), IGNORE]))
+             (*(token if taught else IGNORE for token, taught in piece[1:]), IGNORE))
             for piece in pieces
         )  # fmt: skip
     return found
 
 
-def fitted(
-    sequence: list[tuple[int, bool]], rules: Rules, whole: bool
-) -> tuple[list[list[tuple[int, bool]]], str]:
+def fitted(sequence: list[tuple[int, bool]], rules: Rules, whole: bool) -> tuple[list[list[tuple[int, bool]]], str]:
     """The pieces of a sequence that is put into rows, and its fate."""
     most, overlong = rules.seq_len, rules.overlong
     if overlong == "auto":
