@@ -284,10 +284,11 @@ class _Shown:
 
     def _whole_tokens(self, text: str, stop: int) -> int:
         """The last place up to `stop` that cuts no added token and no markup."""
-        for token in self._template.special:
-            for start in range(max(0, stop - len(token) + 1), stop):
-                if text.startswith(token, start) and start + len(token) > stop:
-                    return start
+        special = self._template.special  # there may be thousands
+        lengths = {len(token) for token in special}
+        for start in range(max(0, stop - max(lengths, default=0) + 1), stop):
+            if any(start + length > stop and text[start : start + length] in special for length in lengths):
+                return start
         edge = max((match.end() for match in re.finditer(r"[>\]\}\s]", text[:stop])), default=0)
         return edge if re.match(r"\w|<|\[|\{", text[edge : edge + 1]) else stop
 

@@ -104,8 +104,8 @@ class Made:
 
 LETTERS = st.sampled_from([
     "Tom", "He is Tom.", "  two  spaces ", "\n\nlines\n", "\tx", "naïve café", "東京は首都です。", "🦆🙂👩‍👩‍👧",
-    "e\u0301 \u00a0", "def f(x):\n    return x + 1\n", "a", "1", "12", "<", "<b>&amp;\"'\\n{{ x }}", "assistant", "[user]",
-    "\r\nx\ry", "</s>", "<|im_end|>", "It is a long day, and nobody can say why it is so long. ",
+    "e\u0301 \u00a0", "def f(x):\n    return x + 1\n", "a", "1", "12", "<", "<b>&amp;\"'\\n{{ x }}", "assistant",
+    "[user]", "\r\nx\ry", "</s>", "<|im_end|>", "It is a long day, and nobody can say why it is so long. ",
 ])  # fmt: skip
 WORDS = st.lists(LETTERS, max_size=4).map("".join)
 SURE = st.lists(LETTERS, min_size=1, max_size=3).map("".join).filter(str.strip)
@@ -268,7 +268,8 @@ def completions(draw: Any) -> Document:
     if kind == 6:
         record, says = draw(st.sampled_from([
             ({"prompt": None, "completion": "Tom"}, Pair("", "Tom")),
-            ({"prompt": "Tom", "completion": ""}, Bad("no answer")), ({"prompt": "Tom", "completion": None}, Bad("no answer")), ({"prompt": None, "completion": None}, None),
+            ({"prompt": "Tom", "completion": ""}, Bad("no answer")),
+            ({"prompt": "Tom", "completion": None}, Bad("no answer")), ({"prompt": None, "completion": None}, None),
         ]))  # fmt: skip
         return Document(says, record)
     if kind == 7:
