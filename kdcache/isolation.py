@@ -29,13 +29,13 @@ _PROBE_SLOTS = 96
 _PROBE_TOKENS = 64
 
 
-def packed_forward(model: nn.Module, tokens: Tensor, positions: Tensor, **more: Any) -> Any:
+def packed_forward(model: nn.Module, tokens: Tensor, position_ids: Tensor, **more: Any) -> Any:
     """Run a causal language model over packed rows so that each piece sees only itself.
 
     Args:
         model: a transformers causal language model, wrapped or not.
         tokens: `[R, L]` token ids.
-        positions: `[R, L]` position of each token inside its piece (`rows.position_ids`). A model that knows of no
+        position_ids: `[R, L]` position of each token inside its piece (`rows.position_ids`). A model that knows of no
             positions (Mamba) is not given them.
         more: for the model's forward, as it is.
 
@@ -43,7 +43,7 @@ def packed_forward(model: nn.Module, tokens: Tensor, positions: Tensor, **more: 
         The model's own output, with `.logits [R, L, V]`.
     """
     if _takes_positions(_unwrapped(model)):
-        more["position_ids"] = positions
+        more["position_ids"] = position_ids
     return model(input_ids=tokens, attention_mask=None, use_cache=False, **more)
 
 
@@ -205,14 +205,16 @@ class _Probe:
     def _alone(self, tokens: Tensor) -> tuple[Tensor, float]:
         """The logits of tokens `[1, n]` alone, and by how much the rounding of a batch of another shape may move them.
 
-        A batch of three copies shows that; 32 spacings of the largest logit are allowed beyond.
+        Allowed are 128 spacings of the largest logit, or a quarter of it where that is less; and as much again if a
+        batch of three copies shows that it is needed.
         """
         positions = torch.arange(tokens.shape[1])[None]
         alone = self._logits(tokens, positions, 0, slice(None))
         copies = self._logits(tokens.expand(3, -1), positions.expand(3, -1), 1, slice(None))
         # Numbers of a quantised model are spaced by its weights and by what it rounds them to, not by its dtype.
         spacing = max(rounding(self._model), 2**-7 if getattr(self._model, "is_quantized", False) else 0.0)
-        return alone, 4 * _most(copies, alone) + 32 * spacing * alone.abs().max().item()
+        allowed = min(128 * spacing, 0.25) * alone.abs().max().item()
+        return alone, allowed + min(4 * _most(copies, alone), allowed)
 
 
 def _most(one: Tensor, two: Tensor) -> float:

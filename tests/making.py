@@ -30,6 +30,30 @@ TEACHER = {
 }
 STUDENT = {**TEACHER, "num_hidden_layers": 1, "num_key_value_heads": 4, "tie_word_embeddings": True}
 
+ODD = {
+    "gpt_oss": {**TEACHER, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8,
+                "pad_token_id": 0, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "lfm2": {**TEACHER, "pad_token_id": 0, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
+    "mamba": {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0},
+}  # fmt: skip
+"""Models that do not see in position ids where a piece ends: by its mask, by convolutions, by a state."""
+
+
+def make_odd(folder: Path, kind: str) -> Path:
+    """A random model of `ODD`, whose layers have weight, and the tests' tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    make_tokenizer(folder)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ODD[kind]))
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            if values.ndim > 1 and not name.endswith("A_log"):  # what a state decays by
+                values.mul_(2 if kind == "mamba" else 4)  # a state adds up what is rounded
+    model.save_pretrained(folder)
+    return folder
+
 
 def make_tokenizer(folder: Path, size: int = 320) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -26,6 +26,10 @@ _AHEAD = 8 << 20
 """Bytes of a remote file that are asked for at once where it is read from start to end."""
 
 
+_LIBRARIES = ("pyarrow", "botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure", "huggingface_hub")
+"""Their errors are of many classes, and not loaded here."""
+
+
 class FileBytes(Protocol):
     """The bytes of a file.
 
@@ -56,7 +60,7 @@ class LocalFile:
     def read(self, start: int, stop: int) -> bytes:
         """See `FileBytes`."""
         stop, parts, at = min(stop, self.size), [], start
-        with _sentences(self.name):
+        with naming(self.name):
             handle = os.open(self.name, os.O_RDONLY)
             try:
                 while at < stop and (part := os.pread(handle, min(stop - at, 1 << 30), at)):
@@ -85,7 +89,7 @@ class RemoteFile:
             if at <= start and stop <= at + len(data):
                 return data[start - at : stop - at]
         end = min(max(stop, _BLOCK), self.size) if not start else stop
-        with _sentences(self.name):
+        with naming(self.name):
             data = bytes(self._fs.cat_file(self._path, start=start, end=end))
         if len(data) > end - start:
             raise CorpusError(f"the server of {self.name} gives no ranges of files; download it first")
@@ -114,7 +118,7 @@ class DecompressedFile:
         if start < self._at:
             self._rewind()
         try:
-            with _sentences(self.name, f" as {self._compression}"):
+            with naming(self.name, f" as {self._compression}"):
                 return self._read_on(start, stop)
         except CorpusError:
             self._rewind()  # nobody knows how far it came
@@ -198,8 +202,8 @@ def _decompress(file: IO[bytes], compression: str) -> Any:
 
 
 @contextmanager
-def _sentences(name: str, how: str = "") -> Iterator[None]:
-    """Turn what a disk, a store or a decompressor says into one sentence that names the file."""
+def naming(name: str, how: str = "") -> Iterator[None]:
+    """Turn what a disk, a store, a decompressor or Arrow says into one sentence that names the file."""
     try:
         yield
     except CorpusError:
@@ -208,6 +212,6 @@ def _sentences(name: str, how: str = "") -> Iterator[None]:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise CorpusError(f"the corpus file {name} cannot be read{how}: {reason}") from error
     except Exception as error:
-        if error.__class__.__module__.startswith(("botocore", "aiobotocore", "aiohttp", "google", "azure")):
-            raise CorpusError(f"the corpus file {name} cannot be read: {' '.join(str(error).split())}") from error
-        raise
+        if type(error).__module__.partition(".")[0] not in _LIBRARIES:
+            raise
+        raise CorpusError(f"the corpus file {name} cannot be read{how}: {' '.join(str(error).split())}") from error

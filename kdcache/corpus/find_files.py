@@ -120,7 +120,12 @@ def list_files(places: Sequence[str]) -> tuple[DataFile, ...]:
         folder = posixpath.dirname(place)
         if is_url(place) and folder not in listed:
             listed[folder] = {each.path: each for each in _find_remote(folder)[0]}
-        found += [listed[folder][place]] if is_url(place) else _find_local(local_path(place))[0]
+        if not is_url(place):
+            found += _find_local(local_path(place))[0]
+        elif place in listed[folder]:
+            found.append(listed[folder][place])
+        else:  # written in another way than the listing writes it
+            found += _find_remote(place)[0]
     files = _with_kinds(places[0], found, True)
     if not files:
         raise CorpusError(f"the corpus {places[0]} is empty")

@@ -8,20 +8,19 @@ integer of any length, NaN) is read by Python's own.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from kdcache.corpus.records import Unreadable
 
 _LONGEST_INTEGER = 400
 """Digits; Python refuses integers of some thousand, and a longer one is no number that anyone counts with."""
 
-_BETWEEN = re.compile(rb"[\s,]*+")
-_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+[\[\]{}]', re.DOTALL)
-_OTHER = re.compile(rb'(?:[^",\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")++', re.DOTALL)
+_BETWEEN = b" \t\r\n,"
 
 
 def _integer(digits: str) -> int | float:
@@ -67,35 +66,48 @@ def parse_record(data: bytes, columns: Sequence[str] | None, where: str) -> dict
 
 
 def value_spans(data: bytes, whole: bool) -> list[tuple[int, int]]:
-    """Where each value of a JSON array, or of values one behind the other, begins and ends.
+    """Where each object or list of a JSON array, or of such values one behind the other, begins and ends.
 
-    What stands between two values, commas or white space, is skipped, and so is the bracket that closes the array.
+    White space and commas between two values are skipped, and so is the bracket that closes the array. Anything else
+    between them is given as one value, which nothing can read; so is all that comes behind the closing bracket.
 
     Args:
         data: from the first byte of a value, or from between two.
         whole: whether nothing comes behind them: a value that is not finished then counts too. Otherwise it does not.
     """
-    spans: list[tuple[int, int]] = []
-    at = 0
-    while (between := _BETWEEN.match(data, at)) and (start := between.end()) < len(data):
-        if data[start] in b"{[":
-            at, depth = start + 1, 1
-            while depth and (found := _BRACKET.match(data, at)):
-                at = found.end()
-                depth += 1 if data[at - 1] in b"{[" else -1
-            finished = not depth
-        elif data[start] in b"]}":
-            at = start + 1
-            if data[start] == ord("]") and not data[at:].strip():
-                break
-            finished = True
-        else:
-            other = _OTHER.match(data, start)
-            at = other.end() if other else len(data)
-            finished = at < len(data)
-        if not finished:
-            if whole:
-                spans.append((start, len(data)))
-            break
-        spans.append((start, at))
-    return spans
+    if not data:
+        return []
+    text = np.frombuffer(data, np.uint8)
+    folded = text | 32  # of both kinds of bracket the same
+    brackets = np.flatnonzero((folded == ord("{")) | (folded == ord("}")))
+    brackets = brackets[np.searchsorted(_quotes(text), brackets) % 2 == 0]  # those that stand in no string
+    steps = np.where(folded[brackets] == ord("{"), 1, -1)
+    depth = np.cumsum(steps)
+    closing = np.flatnonzero(depth < 0)
+    close = int(brackets[closing[0]]) if len(closing) else len(data)
+    inside = brackets < close
+    begins = brackets[inside & (depth == 1) & (steps == 1)].tolist()
+    ends = (brackets[inside & (depth == 0)] + 1).tolist()
+    spans, at = [], 0
+    for begin, end in zip(begins, ends, strict=False):  # the last may have no end
+        if data[at:begin].strip(_BETWEEN):
+            spans += _filled(data, at, begin)
+        spans.append((begin, end))
+        at = end
+    return [*spans, *_filled(data, at, close), *_filled(data, close + 1, len(data))] if whole else spans
+
+
+def _filled(data: bytes, start: int, stop: int) -> list[tuple[int, int]]:
+    """What stands in some bytes beside white space and commas, as one value."""
+    rest = data[start:stop].lstrip(_BETWEEN)
+    return [(stop - len(rest), stop)] if rest else []
+
+
+def _quotes(text: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Where strings begin and end, in turn: the quotes that no odd number of backslashes stands before."""
+    quotes, slashes = np.flatnonzero(text == ord('"')), np.flatnonzero(text == ord("\\"))
+    if not len(slashes):
+        return quotes
+    edge = np.diff(slashes) > 1
+    first, last = slashes[np.append(True, edge)], slashes[np.append(edge, True)]
+    return np.setdiff1d(quotes, last[(last - first) % 2 == 0] + 1, assume_unique=True)

@@ -179,10 +179,11 @@ _Answers = Generator[tuple[Part, Digests | None], None, None]
 
 def _digests(corpus: Corpus, processes: int) -> Generator[tuple[Part, Digests], None, None]:
     """What a survey keeps of each part, in order."""
-    parts = corpus.parts(units=processes > 1)
-    unread: _Answers = ((part, None) for part in parts)
-    answers = unread if processes < 2 else _read_by(corpus, parts, processes)
-    with closing(answers):
+    if processes < 2:
+        for part in corpus.parts():
+            yield part, corpus.examine(part)
+        return
+    with closing(_read_by(corpus, corpus.parts(units=True), processes)) as answers:
         for part, digests in answers:
             yield part, digests or _examine(corpus, part)  # which tells what is wrong
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdcache.corpus.file_bytes import FileBytes, as_file, as_ranges
+from kdcache.corpus.file_bytes import FileBytes, as_file, as_ranges, naming
 from kdcache.corpus.find_files import DataFile, names_of
 from kdcache.corpus.plan import CorpusFile
 from kdcache.corpus.records import Record, Unreadable
@@ -162,8 +162,9 @@ class ParquetFiles(Table):
             import pyarrow.parquet as parquet
 
             data = self._data[file]
-            source = pa.PythonFile(as_ranges(data.open()), mode="r") if data.remote else data.path
-            opened = parquet.ParquetFile(source, pre_buffer=data.remote)  # a group's columns in few requests
+            with naming(data.path):
+                source = pa.PythonFile(as_ranges(data.open()), mode="r") if data.remote else data.path
+                opened = parquet.ParquetFile(source, pre_buffer=data.remote)  # a group's columns in few requests
             groups = (opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups))
             self._open = file, opened, [0, *itertools.accumulate(groups)]
         return self._open[1], self._open[2]
@@ -197,8 +198,9 @@ class ParquetFiles(Table):
         opened = self._file(file)[0]
         there = set(opened.schema_arrow.names)
         columns = [column for column in self._columns if column in there]
-        for number in range(group, opened.num_row_groups):
-            yield from opened.iter_batches(_BATCH, row_groups=[number], columns=columns, use_threads=False)
+        with naming(self._data[file].path):
+            for number in range(group, opened.num_row_groups):
+                yield from opened.iter_batches(_BATCH, row_groups=[number], columns=columns, use_threads=False)
 
 
 class ArrowFiles(Table):
@@ -211,17 +213,19 @@ class ArrowFiles(Table):
 
     def _reader(self, file: int, columns: Sequence[str] | None) -> Any:
         """An open file, of these columns alone."""
-        source = pa.memory_map(self._data[file].path)
-        options = None if columns is None else _only(self._reader(file, None).schema, columns)
-        try:
-            return pa.ipc.open_file(source, options=options)
-        except pa.ArrowInvalid:
-            source.seek(0)
-            return pa.ipc.open_stream(source, options=options)
+        with naming(self._data[file].path):
+            source = pa.memory_map(self._data[file].path)
+            options = None if columns is None else _only(self._reader(file, None).schema, columns)
+            try:
+                return pa.ipc.open_file(source, options=options)
+            except pa.ArrowInvalid:
+                source.seek(0)
+                return pa.ipc.open_stream(source, options=options)
 
     def _table(self, file: int) -> Any:
         if self._open[0] != file:
-            self._open = file, self._reader(file, self._columns).read_all()
+            with naming(self._data[file].path):
+                self._open = file, self._reader(file, self._columns).read_all()
         return self._open[1]
 
     @property
@@ -252,9 +256,10 @@ class ArrowStreams(Table):
         if self._open is None or self._open[0] != file:
             self._open = file, self._data[file].open()
         stream = as_file(self._open[1])
-        if stream.peek(len(_MAGIC)).startswith(_MAGIC):  # a file is a stream between its magic and its footer
-            stream.read(8)
-        return pa.ipc.open_stream(pa.PythonFile(stream, mode="r"))
+        with naming(self._data[file].path):
+            if stream.peek(len(_MAGIC)).startswith(_MAGIC):  # a file is a stream between its magic and its footer
+                stream.read(8)
+            return pa.ipc.open_stream(pa.PythonFile(stream, mode="r"))
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -278,8 +283,9 @@ class ArrowStreams(Table):
     def _all(self, file: int) -> Iterator[pa.RecordBatch]:
         reader = self._reader(file)
         there = set(reader.schema.names)
-        for batch in reader:
-            yield batch.select([column for column in self._columns if column in there])
+        with naming(self._data[file].path):
+            for batch in reader:
+                yield batch.select([column for column in self._columns if column in there])
 
     def _batches(self, file: int, start: int, stop: int) -> Iterator[pa.RecordBatch]:
         yield from self._from(file, start).rows(start, stop)

@@ -8,6 +8,7 @@ Cost: the file's list of tokens is read in Python, 1 to 4 s, once a process.
 from __future__ import annotations
 
 import functools
+import json
 import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -24,6 +25,9 @@ _DIGITS = ("codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm",
 
 _GPT2 = ("gpt-2", "jais", "mpt", "olmo", "phi-2")
 """Rules of splitting that are that of GPT-2."""
+
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""What transformers calls a special token, and what a file does."""
 
 
 @dataclass(frozen=True)
@@ -126,49 +130,60 @@ def _stretch(path: Path, model: Any, factors: tuple[float, ...]) -> None:
         rotary[0].original_inv_freq = frequencies
 
 
-def split_as_file(path: Path, tokenizer: Any) -> None:
-    """Split text by the rule that the file names; transformers knows some, and takes GPT-2's for all others.
-
-    Raises:
-        ModelError: nobody here knows the rule.
-    """
-    from tokenizers import pre_tokenizers
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    fields = read_facts(path).fields
-    rule = fields.get("tokenizer.ggml.pre")
-    if fields.get("tokenizer.ggml.model") != "gpt2" or rule in _GPT2 or rule in GGUF_PRE_TOKENIZER_SPLITS:
-        return  # only a byte-level tokenizer is split by a rule
-    if rule not in _DIGITS:
-        raise ModelError(
-            f"the tokenizer in {path} splits text by the rule {rule!r}, which is not known here; take the model in "
-            "safetensors format"
-        )
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-
-
-def require_own_tokens(path: Path, tokenizer: Any, text: str) -> None:
-    """Refuse a tokenizer that is not that of its file, as far as the file shows it.
+def make_tokenizer(path: Path, made: Any) -> Any:
+    """The tokenizer of a file, with its tokens and no other, and text split by the rule that it names.
 
     Args:
         path: of the file.
-        tokenizer: what transformers made of it.
+        made: what transformers made of it: it adds tokens that its classes want, and splits text as GPT-2 does where it
+            does not know the rule.
+
+    Raises:
+        ModelError: nobody here knows the rule, or the tokens of the file are not there.
+    """
+    from tokenizers import Tokenizer, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf import gguf_tokenizer_mapping
+
+    known = getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", {})  # 5.17 has none
+    facts = read_facts(path)
+    parts = json.loads(made.backend_tokenizer.to_str())
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] < facts.tokens]
+    backend = Tokenizer.from_str(json.dumps(parts))
+    if backend.get_vocab_size() != facts.tokens:
+        raise ModelError(
+            f"the tokenizer in {path} has {facts.tokens} tokens, but transformers finds {backend.get_vocab_size()}"
+        )
+    rule = facts.fields.get("tokenizer.ggml.pre")
+    by_rule = facts.fields.get("tokenizer.ggml.model") == "gpt2" and rule not in _GPT2
+    if by_rule and rule not in known:
+        if rule not in _DIGITS:
+            raise ModelError(
+                f"the tokenizer in {path} splits text by the rule {rule!r}, which is not known here; take the model in "
+                "safetensors format"
+            )
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    special = {name: facts.fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=made.chat_template,
+        **{f"{name}_token": backend.id_to_token(number) for name, number in special.items() if number is not None},
+    )
+
+
+def require_round_trip(path: Path, tokenizer: Any, text: str) -> None:
+    """Refuse a tokenizer that does not give back the text that it was given; a file has no ids to compare with.
+
+    Args:
+        path: of the file.
+        tokenizer: what was made of it.
         text: to encode and to decode again.
 
     Raises:
         ModelError: naming what differs.
     """
-    facts = read_facts(path)
-    if len(tokenizer) != facts.tokens:
-        raise ModelError(
-            f"the tokenizer in {path} has {facts.tokens} tokens, but transformers made one of {len(tokenizer)} of it"
-        )
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        wanted, found = facts.fields.get(f"tokenizer.ggml.{key}_token_id"), getattr(tokenizer, f"{name}_token_id")
-        if wanted is not None and found != wanted:
-            raise ModelError(f"the tokenizer in {path} has {wanted} as its {name} token, but transformers took {found}")
     ids = tokenizer.encode(text, add_special_tokens=False)
     again = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if again != text and again != f" {text}" and tokenizer.unk_token_id not in ids:

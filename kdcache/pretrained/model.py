@@ -144,8 +144,8 @@ def _require_complete(info: dict[str, Any], path: Path, role: str) -> None:
     if info["mismatched_keys"]:
         name, stored, wanted = min(info["mismatched_keys"])
         raise ModelError(
-            f"the {role} {path} has {len(info['mismatched_keys'])} weights of another size than its config.json says: "
-            f"{name} is {list(stored)}, not {list(wanted)}"
+            f"the {role} {path} holds {len(info['mismatched_keys'])} of its weights in another size than its "
+            f"config.json says: {name} is {list(stored)}, not {list(wanted)}"
         )
 
 

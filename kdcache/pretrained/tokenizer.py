@@ -59,17 +59,18 @@ def _load_folder(folder: Path) -> Any:
         raise ModelError(f"the folder {folder} has no tokenizer: none of {', '.join(_VOCABULARIES)}")
     own = folder / "tokenizer.json"
     ids = _ids_of_file(own) if own.is_file() else None
-    first = None
+    why = []
     for kind in (AutoTokenizer, PreTrainedTokenizerFast):
         try:
             tokenizer = kind.from_pretrained(str(folder), trust_remote_code=False)
+            difference = None if ids is None else _difference(_encode(tokenizer), ids)
         except Exception as error:
-            raise ModelError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
-        difference = None if ids is None else _difference(_encode(tokenizer), ids)
+            why.append(f"it cannot be loaded: {one_line(error)}")
+            continue
         if difference is None:
             return tokenizer
-        first = first or f"{type(tokenizer).__name__}, which gives {difference}"
-    raise ModelError(f"of the tokenizer.json in {folder} transformers makes another tokenizer: {first}")
+        why.append(f"{type(tokenizer).__name__} gives {difference}, other than its tokenizer.json")
+    raise ModelError(f"the tokenizer in {folder} cannot be used: {why[0]}")
 
 
 _IDS: dict[str, tuple[int, ...]] = {}
@@ -112,11 +113,11 @@ def _load_gguf(path: Path) -> Any:
 
     gguf_file.require_gguf_package(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+        made = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"the tokenizer in {path} cannot be loaded: {one_line(error)}") from error
-    gguf_file.split_as_file(path, tokenizer)
-    gguf_file.require_own_tokens(path, tokenizer, _SAMPLE)
+    tokenizer = gguf_file.make_tokenizer(path, made)
+    gguf_file.require_round_trip(path, tokenizer, _SAMPLE)
     return tokenizer
 
 

@@ -99,8 +99,7 @@ def require_scales(stored: Mapping[str, Stored], path: Path, role: str) -> None:
             bare.append(name)
     if bare:
         raise ModelError(
-            f"the {role} {path} has {len(bare)} quantised weights without a scale, {min(bare)} among them, so what "
-            "they stand for is not known"
+            f"the {role} {path} lacks the scales of {len(bare)} of its quantised weights, {min(bare)} among them"
         )
 
 

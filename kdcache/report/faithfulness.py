@@ -49,7 +49,7 @@ def check_faithfulness(
 
     Args:
         path: folder or URL of the cache.
-        teacher: folder or hub name of the model that made it.
+        teacher: folder, .gguf file or hub name of the model that made it.
         rows: how many, drawn without replacement.
         seed: of the draw.
         device, dtype, engine: as for a dump.

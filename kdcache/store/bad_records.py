@@ -33,6 +33,7 @@ UNPLAIN = r"[\x00-\x1f\x7f-\x9f\x{2028}-\x{202e}\x{2066}-\x{2069}]"
 """What no reason has, as RE2 writes it: control characters, line and paragraph ends, marks that reverse text."""
 
 _UNPLAIN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_MOST_REASONS, _OTHERS = 64, "other reasons"
 _MOST_LINES = 1_000_000
 _MOST_BYTES, _MOST_VALUES = 2 << 20, 50_000
 """What the list of a commit may take of the limits of a record; the rest is for its other fields."""
@@ -84,11 +85,15 @@ def require_listable(records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def by_plain_reason(counts: Mapping[str, int]) -> dict[str, int]:
-    """Numbers of documents by plain reason; a reason of none is left out."""
+    """Numbers of documents by plain reason: the most frequent, the rest together; a reason of none is left out."""
     found: Counter[str] = Counter()
     for reason, count in counts.items():
         found[plain_reason(reason)] += count
-    return {reason: count for reason, count in found.items() if count}
+    ordered = sorted(
+        ((reason, count) for reason, count in found.items() if count), key=lambda item: (-item[1], item[0])
+    )
+    kept, rest = dict(ordered[:_MOST_REASONS]), sum(count for _, count in ordered[_MOST_REASONS:])
+    return {**kept, _OTHERS: kept.get(_OTHERS, 0) + rest} if rest else kept
 
 
 def fit(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -75,8 +75,8 @@ class FusedHead:
 def fuse_head(model: Any, device: torch.device | str) -> FusedHead:
     """Let a model's forward take `on_head`, a function that makes the loss of what its output head is given.
 
-    `packed_forward(model, tokens, positions, on_head=f)` then returns the loss that f returns. To be called before the
-    model is wrapped; the model stays what it is otherwise, and saves as it did.
+    `packed_forward(model, tokens, position_ids, on_head=f)` then returns the loss that f returns. To be called before
+    the model is wrapped; the model stays what it is otherwise, and saves as it did.
 
     Args:
         model: a transformers causal language model.

@@ -124,6 +124,9 @@ def load_student(
     if tokenizer is not None:
         setattr(model, _TOKENIZER, tokenizer.files)
     manifest = cache.manifest
+    if tokenizer is not None and tokenizer.absent:
+        require_unused(tokenizer.absent, [cache, *mixed], name)
+        _pad_vocabulary(model, manifest.vocab_size)
     config = model.config.get_text_config()
     if config.vocab_size < manifest.vocab_size:
         raise ModelError(
@@ -133,12 +136,25 @@ def load_student(
     longest = context_length(config.to_dict())
     if longest is not None and longest < manifest.seq_len:
         raise ModelError(f"the student {name} takes {longest} positions, but a row of the cache has {manifest.seq_len}")
-    if tokenizer is not None:
-        require_unused(tokenizer.absent, [cache, *mixed], name)
-    model.to(device)
     rows = manifest.row_spec
     probe(model, rows.vocab_size, rows.seq_len, device, isolate=rows.isolate, packed=rows.packed)
     return model
+
+
+@torch.no_grad()
+def _pad_vocabulary(model: Any, vocab_size: int) -> None:
+    """Let a model's vocabulary cover ids that no text of it has; the teacher gives them a little mass all the same.
+
+    The rows that are added are the mean of the others: such an id is then as likely as an average one.
+    """
+    had = model.get_input_embeddings().weight.shape[0]
+    if had >= vocab_size:
+        return
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for weight in (layer.weight, getattr(layer, "bias", None)):
+            if weight is not None:
+                weight[had:] = weight[:had].mean(0)
 
 
 def require_students(names: Sequence[str]) -> None:

@@ -87,8 +87,6 @@ def require_unused(
     Raises:
         ModelError: naming the token, and the row.
     """
-    if not absent:
-        return
     opened = list(caches)
     lacking, total, done = np.array(sorted(absent)), sum(map(len, opened)), 0
     for cache in opened:

@@ -74,6 +74,15 @@ PRIVATE_NAMES = (
         "read: names of tied weights, each of which is saved once",
     ),
     PrivateName(
+        "transformers.PreTrainedModel", "_adjust_missing_and_unexpected_keys", ("loading_info",),
+        "wrapped while a model is loaded: it is given every weight that was not taken up, and then leaves out those "
+        "of which transformers does not warn",
+    ),
+    PrivateName(
+        "transformers.PreTrainedModel", "_get_dtype_plan", ("dtype",),
+        "called: names of parameters that an architecture keeps in float32",
+    ),
+    PrivateName(
         "transformers.PreTrainedConfig", "_attn_implementation", None,
         "read: which attention a model runs, so that one that caps its attention logits is not run by `sdpa`",
     ),

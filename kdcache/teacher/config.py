@@ -29,8 +29,11 @@ class CorpusOptions:
         ConfigError: a value out of range.
     """
 
-    teacher: str = option("folder or hub name of a causal language model")
-    corpus: str = option(".txt, .jsonl, .parquet or .arrow file or glob, save_to_disk folder, or hf:NAME[:CONFIG]")
+    teacher: str = option("folder, .gguf file or hub name of a causal language model")
+    corpus: str = option(
+        ".txt, .jsonl, .json, .parquet or .arrow files, compressed or not: a file, glob, folder or URL of them; "
+        "a save_to_disk folder; or hf:NAME[:CONFIG]"
+    )
     # corpus
     text_column: str | None = option("column that holds the texts (default: text)", None)
     messages_column: str | None = option("column that holds the conversations (default: messages)", None)

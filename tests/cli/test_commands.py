@@ -198,6 +198,8 @@ def test_messages_of_layers_that_name_fields() -> None:
         ("positions entropy>9 leaves none", "--positions entropy>9 leaves none"),
         ("steps and epochs exclude each other", "--steps and --epochs exclude each other"),
         ("use tile_head=False, or steps=True", "use --no-tile-head, or --steps"),
+        ('it needs seq_len="long", min_k=3', "it needs --seq-len long, --min-k=3"),
+        ('a path/seq_len="long"', 'a path/seq_len="long"'),
         ("the teacher is not here", "the teacher is not here"),
         ("/data/seq_len/x and min_k.txt are gone", "/data/seq_len/x and min_k.txt are gone"),
     ):

@@ -8,9 +8,13 @@ import gzip
 import http.server
 import json
 import lzma
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,11 +103,12 @@ def plan_of(spec: str, **options: Any) -> Survey:
 
 
 def everything(corpus: Corpus) -> list[Any]:
-    return [document for part in corpus.parts() for document in corpus.read(part)]
+    return [corpus.document(record) for part in corpus.parts() for record in corpus.read(part)[0]]
 
 
 def by_shards(corpus: Corpus, found: Survey, order: list[int]) -> dict[int, list[Any]]:
-    return {shard: [d for _, part in corpus.read_shard(found.plan, shard) for d in part] for shard in order}
+    parts = {shard: [records for _, _, records, _ in corpus.read_shard(found.plan, shard)] for shard in order}
+    return {shard: [corpus.document(each) for records in read for each in records] for shard, read in parts.items()}
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +258,20 @@ def test_a_damaged_file_is_named(tmp_path: Path, packed: str, fault: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["c.parquet", "c.arrow", "c.arrow.gz"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.97])
+def test_a_damaged_table_is_named(tmp_path: Path, name: str, kept: float) -> None:
+    data = as_parquet(TEXTS) if name == "c.parquet" else CONTENT[".arrow"]
+    for path, content in (("a" + name[1:], data), ("b" + name[1:], data[: int(len(data) * kept)])):
+        (tmp_path / path).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    if name == "c.arrow.gz" and kept > 0.9:  # only its footer is missing, which a stream does without
+        assert everything(open_corpus(str(tmp_path))) == 2 * TEXTS
+        return
+    with pytest.raises(CorpusError, match=rf"b\{name[1:]} cannot be read") as caught:
+        plan_of(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 UNEQUAL = [
     {"text": "a", "n": 1},
     {"m": {"x": [1, {"y": "]}"}]}, "text": "b"},
@@ -309,10 +328,10 @@ def reasons(source: Source) -> list[str]:
 
 def test_a_bad_value_of_an_array_refuses_no_other(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_bytes(
-        b'[{"text": "a"}, 3, "x,]", [{"text": "no"}], {"text": }, {"text": "\xff"}, {"text": "b"}]'
+        b'[{"text": "a"}, 3, "x,]", [{"text": "no"}], {"text": }, {"text": "\xff"}, {"text": "b"}] 4'
     )
     found = reasons(open_source(str(tmp_path / "c.json"), "train", "paragraph")[0])
-    assert found == ["a", "not an object", "not an object", "not an object", "not JSON", "not UTF-8", "b"]
+    assert found == ["a", "not JSON", "not an object", "not JSON", "not UTF-8", "b", "not an object"]
 
 
 def test_another_column_refuses_no_text(tmp_path: Path) -> None:
@@ -520,3 +539,48 @@ def test_a_hub_data_set_of_plain_files_is_read_from_its_files(tmp_path: Path, mo
 def test_a_hub_data_set_of_other_files_is_prepared(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text\na\nb\n")
     assert everything(open_corpus(f"hf:{tmp_path}")) == ["a", "b"]
+
+
+READ_HUB = """
+import json, sys
+from kdcache.corpus.sources import open_corpus
+corpus = open_corpus("hf:me/stories")
+texts = [record["text"] for part in corpus.parts() for record in corpus.read(part)[0]]
+sys.stdout.write(json.dumps([[file.name for file in corpus.files], texts]))
+"""
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_data_set_of_the_hub_is_read_by_range(tmp_path: Path, form: str) -> None:
+    """By the hub's own client, which takes the address of its server from the environment."""
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    if form == "jsonl":
+        files = {"train-0.jsonl.gz": gzip.compress(as_lines(RECORDS[:60])), "train-1.jsonl": as_lines(RECORDS[60:])}
+    else:
+        files = {"train-0.parquet": as_parquet(TEXTS[:60]), "train-1.parquet": as_parquet(TEXTS[60:])}
+    for name, data in {**files, f"test-0.{form}": next(iter(files.values()))}.items():
+        (tmp_path / "hub" / "data" / name).write_bytes(data)
+    (tmp_path / "hub" / "README.md").write_text("# Stories\n")
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        hub = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("hub.py")), str(tmp_path / "hub")], stdout=out
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not log.read_text().endswith("\n"):
+            assert hub.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        url = log.read_text().split()[0]
+        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-W", "error::ResourceWarning", "-c", READ_HUB]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    finally:
+        hub.terminate()
+        hub.wait(timeout=300)
+    assert json.loads(done.stdout) == [list(files), TEXTS]
+    given = [line.split()[0] for line in log.read_text().splitlines()[1:]]
+    assert set(given) == {f"data/{name}" for name in files}
+    assert len(given) <= (2 if form == "jsonl" else 14)
+    assert not list((tmp_path / "home").rglob(f"*.{form}*"))

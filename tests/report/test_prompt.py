@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdcache import open_cache
-from kdcache.corpus.tokenise import tokenise_prompt
+from kdcache.corpus.tokenise import Tokeniser
 from kdcache.pretrained import load_tokenizer
 from kdcache.report.prompt import find_prompt, next_tokens
 from kdcache.teacher.dump import dump
@@ -21,9 +21,9 @@ PROMPT = "The fox jumped"
 def test_a_prompt_is_the_start_of_a_document(teacher: Path) -> None:
     tokenizer = load_tokenizer(teacher)
     whole = tokenizer(TEXTS[0])["input_ids"]
-    prompt = tokenise_prompt(tokenizer, TEXTS[0][: len(PROMPT)])
+    prompt = Tokeniser(tokenizer, len(tokenizer)).prompt(TEXTS[0][: len(PROMPT)])
     assert whole[0] == prompt[0] == tokenizer.bos_token_id and whole[-1] == tokenizer.eos_token_id
-    assert tokenizer.eos_token_id not in prompt and tokenise_prompt(tokenizer, TEXTS[0]) == whole[:-1]
+    assert tokenizer.eos_token_id not in prompt and Tokeniser(tokenizer, len(tokenizer)).prompt(TEXTS[0]) == whole[:-1]
     assert tokenizer.decode(prompt, skip_special_tokens=True) == PROMPT
 
 

@@ -17,7 +17,7 @@ from kdcache import CacheWriter, create_cache, open_cache, verify_cache
 from kdcache.convert import convert
 from kdcache.errors import ConfigError
 from kdcache.report.inspect import inspect_summary
-from kdcache.store.bad_records import LISTING, MOST_LISTED, fit, plain_reason, require_reason
+from kdcache.store.bad_records import LISTING, MOST_LISTED, by_plain_reason, fit, plain_reason, require_reason
 from kdcache.store.commit import commit_name
 from kdcache.store.local import LocalStorage
 from kdcache.store.seal import SEAL, unseal
@@ -209,10 +209,22 @@ def test_a_writer_without_reasons_says_how_many(tmp_path: Path) -> None:
     assert summary["dropped"] == {"no reason given": 4} and summary["eos_labels"] is None
 
 
+def test_a_reason_for_each_document_leaves_room_for_the_rest(tmp_path: Path) -> None:
+    writer = made(tmp_path, shards=1, documents=20_000)
+    with writer.shard(0) as shard:
+        shard.write(*some())
+        shard.dropped_by = {f"{n}{', ' * 95}": 1 + (n == 17) for n in range(15_000)}
+    dropped = writer.finish()["dropped"]
+    first, second, *_ = dropped
+    assert len(dropped) == 65 and sum(dropped.values()) == 15_001 and first == "other reasons"
+    assert second.startswith("17,") and verify_cache(tmp_path).ok
+
+
 def test_reasons_that_are_alike_when_plain_count_together() -> None:
     long = "x" * 300
     found = fit([{"document": 5, "reason": f"{long}b"}, {"document": 4, "reason": "two\nlines"}])
     assert [bad["reason"] for bad in found] == ["two lines", "x" * 197 + "..."]
+    assert by_plain_reason({f"{long}a": 1, f"{long}b": 2, "c": 0}) == {"x" * 197 + "...": 3}
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ class TeacherSpec:
     """Which teacher is run, by which engine, and how.
 
     Attributes:
-        model: folder or hub name.
+        model: folder, .gguf file or hub name.
         engine: name of a registered engine.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         device_map: `auto` spreads the teacher over several GPUs.
