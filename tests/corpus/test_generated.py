@@ -369,7 +369,7 @@ MADE = settings(
 )  # fmt: skip
 
 
-@settings(MADE, max_examples=12)
+@settings(MADE, max_examples=10)
 @given(made=corpora(), rules=RULES)
 def test_a_cache_holds_what_a_slow_reference_says(made: Made, rules: Rules, teachers: dict[str, str]) -> None:
     check(made, rules, teachers)
