@@ -173,7 +173,23 @@ class _Shown:
             if at is None:
                 raise BadDocument(f"{what} not shown: message {n}, by the chat template")
             past = max(past, at[1])
+        content = text_of(self._messages[n].get("content"))
+        if len(content) < _LEAST_FOREIGN and not self._messages[n].get("tool_calls"):
+            past = max(begin, self._end_of_content(n, text, content) or past)
         return self._end(n, text, past)
+
+    def _end_of_content(self, n: int, text: str, content: str) -> int | None:
+        """Where few words end, which may stand by chance in what is written around them; None where that is unknown."""
+        try:
+            shown = self._show([*self._messages[:n], {**self._messages[n], "content": self._marker(n)}]).text
+        except BadDocument:
+            return None  # a template that looks into the words
+        before, marker, after = shown.partition(_MARKER)
+        if not marker and content.strip():
+            raise BadDocument(f"content not shown: message {n}, by the chat template")
+        end = len(text) - len(after)
+        fits = marker and text.startswith(before) and text.endswith(after)
+        return end if fits and text[len(before) : end].strip() == content.strip() else None
 
     def _span_in_whole(self, n: int) -> tuple[str, Span]:
         """The whole text, and where in it the answer of message n stands: between what a marker in its place stands."""
@@ -268,10 +284,11 @@ class _Shown:
 
     def _whole_tokens(self, text: str, stop: int) -> int:
         """The last place up to `stop` that cuts no added token and no markup."""
-        for token in self._template.special:
-            for start in range(max(0, stop - len(token) + 1), stop):
-                if text.startswith(token, start) and start + len(token) > stop:
-                    return start
+        special = self._template.special  # there may be thousands
+        lengths = {len(token) for token in special}
+        for start in range(max(0, stop - max(lengths, default=0) + 1), stop):
+            if any(start + length > stop and text[start : start + length] in special for length in lengths):
+                return start
         edge = max((match.end() for match in re.finditer(r"[>\]\}\s]", text[:stop])), default=0)
         return edge if re.match(r"\w|<|\[|\{", text[edge : edge + 1]) else stop
 

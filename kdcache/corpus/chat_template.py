@@ -45,7 +45,7 @@ class ChatTemplate:
         date: the day, `YYYY-MM-DD`, that a template may ask for.
 
     Attributes:
-        special: texts of the tokenizer's added tokens, longest first.
+        special: texts of the tokenizer's added tokens, longest first; the values mean nothing.
 
     Raises:
         CorpusError: the tokenizer has no template, or the template draws random numbers.
@@ -59,7 +59,7 @@ class ChatTemplate:
             )
         self._tokenizer, self._day = tokenizer, datetime.date.fromisoformat(date)
         self._compiled: dict[bool, tuple[Any, bool]] = {}
-        self.special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self.special = dict.fromkeys(sorted(tokenizer.get_added_vocab(), key=len, reverse=True))
         self._variables = {**tokenizer.special_tokens_map, "strftime_now": self._strftime}
 
     def _strftime(self, form: str) -> str:
@@ -126,7 +126,7 @@ def _with_reasoning(message: Message) -> Message:
 
 
 def _draws(source: Any) -> bool:
-    """Whether a parsed template uses what jinja has of chance: a filter, by itself or as what `map` calls, and a text."""
+    """Whether a parsed template uses what jinja has of chance: a filter, which `map` may call too, and a text."""
     from jinja2 import nodes
 
     filters = list(source.find_all(nodes.Filter))

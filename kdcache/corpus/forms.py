@@ -115,7 +115,7 @@ def _chat(wanted: dict[str, str], columns: Columns, form: str = "chat") -> Form:
     """
     beside = {
         "tools": columns.tools or "tools", "documents": columns.documents or "documents",
-        "settings": "chat_template_kwargs",
+        "functions": "functions", "settings": "chat_template_kwargs",
     }  # fmt: skip
     if wanted.get("messages") in ("conversations", "conversation") or "instruction" in wanted:
         beside["system"] = "system"
@@ -134,10 +134,11 @@ def _require_honoured(corpus: str, form: Form, names: Sequence[str]) -> None:
     remedy = "leave it out of the corpus, or name it in ignore_columns if it does not count"
     for name in others:
         counts = re.search(r"(^|_)(mask|masks|weight|weights)$", name) and name != "special_tokens_mask"
-        if form.name == "tokenised" and counts:
+        counts = counts or (form.name == "completion" and name in ("label", "labels"))  # whether it is a good one
+        if form.name != "text" and counts:
             raise CorpusError(
-                f"the corpus {corpus} has a column {name!r}, which seems to say which tokens count and cannot be "
-                f"honoured; {remedy}"
+                f"the corpus {corpus} has a column {name!r}, which seems to say what counts and cannot be honoured; "
+                f"{remedy}"
             )
         if form.name == "tokenised" and name in PACKED:
             raise CorpusError(

@@ -40,9 +40,17 @@ def read_chat(found: Mapping[str, Any]) -> Conversation | None:
     if value is None:
         return None
     messages = _from_json(value, "messages")
-    if isinstance(messages, dict) and isinstance(messages.get("messages"), list):
-        messages = messages["messages"]
+    if isinstance(messages, dict):
+        messages = messages["messages"] if isinstance(messages.get("messages"), list) else _by_rows(messages)
     return _conversation(messages, found)
+
+
+def _by_rows(columns: dict[str, Any]) -> Any:
+    """Messages out of a list for each field, as `datasets` gives a sequence of objects; others as they are."""
+    lists = list(columns.values())
+    if not lists or not all(isinstance(one, list) and len(one) == len(lists[0]) for one in lists):
+        return columns
+    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
 
 def _conversation(messages: Any, found: Mapping[str, Any], only_after: int = 0) -> Conversation:
@@ -61,10 +69,16 @@ def _conversation(messages: Any, found: Mapping[str, Any], only_after: int = 0) 
     return Conversation(
         messages=[message for message, _ in taken],
         taught=[taught and number >= only_after for number, (_, taught) in enumerate(taken)],
-        tools=_listed(found.get("tools"), "tools"),
+        tools=_listed(found.get("tools"), "tools") or _functions(found),
         documents=_listed(found.get("documents"), "documents"),
         settings=settings,
     )
+
+
+def _functions(found: Mapping[str, Any]) -> list[Any] | None:
+    """OpenAI's `functions`, in the form of tools."""
+    functions = _listed(found.get("functions"), "functions")
+    return functions and [{"type": "function", "function": function} for function in functions]
 
 
 def _listed(value: Any, what: str) -> list[Any] | None:
@@ -99,8 +113,8 @@ def _message(message: Any, number: int) -> tuple[Message, bool]:
     role = found.get("role")
     if not isinstance(role, str) or not role:
         raise BadDocument(f"not a message: message {number} has no role")
-    if _SPEAKERS.get(role) in ("user", "assistant"):
-        role = found["role"] = _SPEAKERS[role]
+    if _SPEAKERS.get(role.lower()) in ("user", "assistant", "system"):
+        role = found["role"] = _SPEAKERS[role.lower()]
     for key in _REFUSED_KEYS:
         if key in found:
             raise BadDocument(f"part of a message is taught: message {number} has {key}, which cannot be honoured")
@@ -123,7 +137,7 @@ def _message(message: Any, number: int) -> tuple[Message, bool]:
 
 
 def _from_sharegpt(message: Message, number: int) -> Message:
-    speaker, value = message.pop("from"), message.pop("value", None)
+    speaker, value = str(message.pop("from")), message.pop("value", None)
     if value is None:
         raise BadDocument(f"no content: message {number}, from {speaker}")
     if speaker in _CALLS:
@@ -132,9 +146,9 @@ def _from_sharegpt(message: Message, number: int) -> Message:
         if not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in calls):
             raise BadDocument(f"not a message: message {number} is a call without a name")
         return {**message, "role": "assistant", "tool_calls": [{"type": "function", "function": one} for one in calls]}
-    if speaker not in _SPEAKERS:
-        raise BadDocument(f"unknown speaker: message {number} is from {str(speaker)[:40]!r}")
-    return {**message, "role": _SPEAKERS[speaker], "content": value}
+    if speaker.lower() not in _SPEAKERS:
+        raise BadDocument(f"unknown speaker: message {number} is from {speaker[:40]!r}")
+    return {**message, "role": _SPEAKERS[speaker.lower()], "content": value}
 
 
 def _taught(message: Message, number: int, role: str) -> bool:
@@ -167,9 +181,10 @@ def _content(content: Any, number: int, role: str) -> str | list[Any]:
             continue
         if not isinstance(part, dict):
             raise BadDocument(f"wrong type: a part of message {number} is {kind_of(part)}")
-        kind, text = part.get("type", "text"), part.get("text")
-        if not isinstance(text, str) or kind not in ("text", "input_text", "output_text"):
-            raise BadDocument(f"not text: message {number}, of role {role}, has a part of type {str(kind)[:40]}")
+        kind, text = part.get("type"), part.get("text")
+        if not isinstance(text, str) or kind not in (None, "text", "input_text", "output_text"):
+            named = "without text" if kind in (None, "text") else f"of type {str(kind)[:40]}"
+            raise BadDocument(f"not text: message {number}, of role {role}, has a part {named}")
         parts.append({"type": "text", "text": text})
     return parts
 

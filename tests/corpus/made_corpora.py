@@ -103,9 +103,9 @@ class Made:
 
 
 LETTERS = st.sampled_from([
-    "Tom", "He is Tom.", "  two  spaces ", "\n\nlines\n", "\tx", "naïve café", "東京は首都です。", "🦆🙂👩‍👩‍👧", "e\u0301 \u00a0",
-    "def f(x):\n    return x + 1\n", "a", "1", "12", "<", "<b>&amp;\"'\\n{{ x }}", "assistant", "[user]", "\r\nx\ry", "</s>",
-    "<|im_end|>", "It is a long day, and nobody can say why it is so long. ",
+    "Tom", "He is Tom.", "  two  spaces ", "\n\nlines\n", "\tx", "naïve café", "東京は首都です。", "🦆🙂👩‍👩‍👧",
+    "e\u0301 \u00a0", "def f(x):\n    return x + 1\n", "a", "1", "12", "<", "<b>&amp;\"'\\n{{ x }}", "assistant",
+    "[user]", "\r\nx\ry", "</s>", "<|im_end|>", "It is a long day, and nobody can say why it is so long. ",
 ])  # fmt: skip
 WORDS = st.lists(LETTERS, max_size=4).map("".join)
 SURE = st.lists(LETTERS, min_size=1, max_size=3).map("".join).filter(str.strip)
@@ -267,12 +267,14 @@ def completions(draw: Any) -> Document:
         return Document(Pair(prompt, completion), {"prompt": prompt, "completion": completion}, begins=True)
     if kind == 6:
         record, says = draw(st.sampled_from([
-            ({"prompt": None, "completion": "Tom"}, Pair("", "Tom")), ({"prompt": "Tom", "completion": ""}, Bad("no answer")),
+            ({"prompt": None, "completion": "Tom"}, Pair("", "Tom")),
+            ({"prompt": "Tom", "completion": ""}, Bad("no answer")),
             ({"prompt": "Tom", "completion": None}, Bad("no answer")), ({"prompt": None, "completion": None}, None),
         ]))  # fmt: skip
         return Document(says, record)
     if kind == 7:
-        return Document(Bad("wrong type"), {"prompt": "Tom", "completion": draw(st.sampled_from([5, True]))}, plain=False)
+        record = {"prompt": "Tom", "completion": draw(st.sampled_from([5, True]))}
+        return Document(Bad("wrong type"), record, plain=False)
     talk = draw(talks())
     cut = draw(st.integers(0, len(talk.said) - 1))
     told = [_message(draw, said, plain=False) for said in talk.said]
@@ -306,7 +308,8 @@ def token_ids(draw: Any) -> Document:
     n = len(ids)
     record: dict[str, Any] = {"input_ids": ids}
     counts = None
-    for name in draw(st.lists(st.sampled_from(["labels", "completion_mask", "assistant_masks"]), max_size=2, unique=True)):
+    masks = st.sampled_from(["labels", "completion_mask", "assistant_masks"])
+    for name in draw(st.lists(masks, max_size=2, unique=True)):
         mask = draw(st.lists(st.booleans(), min_size=n, max_size=n))
         counts = mask if counts is None else [a and b for a, b in zip(counts, mask, strict=True)]
         record[name] = [token if m else -100 for token, m in zip(ids, mask, strict=True)] if name == "labels" else (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,43 @@ def test_templates_that_mark_answers_are_believed(tokenizer: Any) -> None:
             assert tokens.supervised.astype(int).tolist() == own["assistant_masks"], (path.stem, name)
             compared += 1
     assert compared > 80
+
+
+AWKWARD = [
+    "a", "1", "12", "<", "|>", "</s>", "{", "]", ":", "_", "te", "im", "end", "assistant", "user", "model", "final",
+    "turn", "channel", "to=user", "yes", "Yes, it is.", "He is", "He is Tom.", "<|im_end|>", "[/INST]", "Assistant:",
+    "漢字", "🙂", "The quick brown fox", "The quick brown fox jumps over it.", "\n", "\\n", "def f():\n    return 1",
+]  # fmt: skip
+"""Words of which templates, and other messages, are made."""
+
+
+def test_spans_do_not_depend_on_the_words(tokenizer: Any) -> None:
+    """Wherever a template writes messages as they are, their spans are those of plain words in their places."""
+    chance, same, refused = random.Random(0), 0, []
+    for path in stock(training=False):
+        for _ in range(3):
+            roles = ["system"] * (chance.random() < 0.2) + ["user", "assistant"] * chance.choice([1, 2, 3])
+            words = ["".join(chance.choices(AWKWARD, k=chance.choice([0, 1, 1, 2]))).strip() for _ in roles]
+            plain = [f"plain{n}words" for n in range(len(roles))]
+            try:
+                wanted = answers(tokenizer, path.read_text(), list(map(says, roles, plain)))
+            except BadDocument:
+                continue
+            try:
+                found = answers(tokenizer, path.read_text(), list(map(says, roles, words)))
+            except BadDocument as reason:
+                refused.append((path.stem, words, str(reason)))
+                continue
+
+            def put_in(text: str, words: list[str] = words) -> str:
+                return re.sub(r"plain(\d)words", lambda place: words[int(place[1])], text)
+
+            if [each.text for each in found] == [put_in(each.text) for each in wanted]:
+                for one, other in zip(found, wanted, strict=True):
+                    moved = tuple((len(put_in(other.text[:a])), len(put_in(other.text[:b]))) for a, b in other.spans)
+                    assert one.spans == moved, (path.stem, words, spans(found))
+                same += 1
+    assert same > 100 and len(refused) < 5, refused
 
 
 PLAIN = (
@@ -328,3 +367,20 @@ def test_what_a_template_lacks_is_told_before_what_it_says_of_shapes_that_nobody
                           "{% endif %}{% for", 1)  # fmt: skip
     with pytest.raises(BadDocument, match="tools not shown"):
         answers(tokenizer, picky, TALKS["one turn"], tools=[TOOL])
+
+
+def test_few_words_that_stand_by_chance_in_what_a_template_writes_are_no_answer(tokenizer: Any) -> None:
+    hides = CHATML.replace("m['content']", "(m['content'] if m.role == 'user' else '')")
+    for words in ("<", "end", "|"):
+        with pytest.raises(BadDocument, match="content not shown: message 1"):
+            answers(tokenizer, hides, [says("user", "Who?"), says("assistant", words)])
+
+
+def test_few_words_that_stand_in_the_header_too_end_where_they_stand_as_words(tokenizer: Any) -> None:
+    channels = CHATML.replace("m['content'] + '<|im_end|>\n'", (
+        "('<|channel|>final<|message|>' if m.role == 'assistant' else '') + m['content'] + "
+        "('<|return|>' if loop.last and not add_generation_prompt else '<|end|>')"
+    )).replace("assistant\n' }}{% endif", "assistant' }}{% endif").replace("m['role'] + '\n'", "m['role']")  # fmt: skip
+    for words in ("final", "channel", "|", ""):
+        (found,) = answers(tokenizer, channels, [says("user", "Who?"), says("assistant", words)])
+        assert spans([found]) == [f"<|channel|>final<|message|>{words}<|return|>"], words

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from kdcache_cli.main import app
+from typer.testing import CliRunner
 
 from kdcache import KdcacheError, open_cache
 from kdcache.rows import IGNORE
@@ -66,7 +68,8 @@ CALLS = (
 )
 THOUGHT = "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
 TOOLS = "{% if tools %}{{ '<tools>' + (tools | tojson) + '</tools>' }}{% endif %}"
-HEAD, INVITE = "{{ '<|im_start|>' + m.role + '\n' }}", "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+HEAD = "{{ '<|im_start|>' + m.role + '\n' }}"
+INVITE = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 BODY = THOUGHT + "{{ m.content or '' }}" + CALLS
 CHATML = TOOLS + "{% for m in messages %}" + HEAD + BODY + "{{ '<|im_end|>\n' }}{% endfor %}" + INVITE
 LAST_THOUGHT = "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
@@ -100,7 +103,8 @@ def chatml(talk: Talk, taught: list[bool] | None = None, before_last: str = "") 
     found: Texts = [(f"<tools>{talk.tools}</tools>", False)] if talk.tools else []
     for n, (said, teach) in enumerate(zip(talk.said, taught or taught_of(talk), strict=True)):
         before = before_last if n == len(talk.said) - 1 and said.role == "assistant" else ""
-        found += [(f"<|im_start|>{said.role}\n", False), (before + full_body(said) + "<|im_end|>", teach), ("\n", False)]
+        body = before + full_body(said) + "<|im_end|>"
+        found += [(f"<|im_start|>{said.role}\n", False), (body, teach), ("\n", False)]
     return found
 
 
@@ -253,15 +257,13 @@ def expected_of(made: Made, rules: Rules) -> Expected:
         found.truncated += "truncated" in fates or "overlong" in fates
         found.pieces[number] = Counter(
             (tuple(token for token, _ in piece),
-             tuple([*(token if taught else IGNORE for token, taught in piece[1:]), IGNORE]))
+             (*(token if taught else IGNORE for token, taught in piece[1:]), IGNORE))
             for piece in pieces
         )  # fmt: skip
     return found
 
 
-def fitted(
-    sequence: list[tuple[int, bool]], rules: Rules, whole: bool
-) -> tuple[list[list[tuple[int, bool]]], str]:
+def fitted(sequence: list[tuple[int, bool]], rules: Rules, whole: bool) -> tuple[list[list[tuple[int, bool]]], str]:
     """The pieces of a sequence that is put into rows, and its fate."""
     most, overlong = rules.seq_len, rules.overlong
     if overlong == "auto":
@@ -367,7 +369,7 @@ MADE = settings(
 )  # fmt: skip
 
 
-@settings(MADE, max_examples=12)
+@settings(MADE, max_examples=10)
 @given(made=corpora(), rules=RULES)
 def test_a_cache_holds_what_a_slow_reference_says(made: Made, rules: Rules, teachers: dict[str, str]) -> None:
     check(made, rules, teachers)
@@ -378,3 +380,34 @@ def test_a_cache_holds_what_a_slow_reference_says(made: Made, rules: Rules, teac
 @given(made=corpora(), rules=RULES)
 def test_200_caches_hold_what_a_slow_reference_says(made: Made, rules: Rules, teachers: dict[str, str]) -> None:
     check(made, rules, teachers)
+
+
+COMMANDS = [
+    (b'{"text": "One day."}\n{"text": 5}\nhe said\n{"text": "\xff"}\n', 0),
+    (b'{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Tom."}]}\n', 0),
+    (b'{"text": 5}\n\n{"text": null}\n', 2),
+    (b'{"frage": "Wer?"}\n', 2),
+    (b"\xff\xfe\x00", 2),
+    (b"[]", 2),
+    (b"", 2),
+    (b'{"messages": [{"role": "user", "content": "Who?"}]}\n', 2),
+    (b'{"input_ids": [5, 6, 7], "token_weights": [1, 1, 1]}\n', 2),
+    (b'{"input_ids": [260, 6, 7]}\n', 2),
+]
+
+
+@pytest.mark.parametrize("content", range(len(COMMANDS)))
+def test_the_command_line_says_one_sentence(teachers: dict[str, str], tmp_path: Path, content: int) -> None:
+    """Of a dump and of a check alike: whatever stands in a file, it is taken or refused, without a traceback."""
+    data, code = COMMANDS[content]
+    (tmp_path / "made.jsonl").write_bytes(data)
+    folder = teachers["chatml"]
+    told = ["--teacher", folder, "--corpus", tmp_path / "made.jsonl", "--chat-template", f"{folder}/chatml.jinja"]
+    for command in (["check-data"], ["dump-teacher", "--out", tmp_path / "c", "--k", "1", "--device", "cpu"]):
+        done = CliRunner().invoke(app, [str(argument) for argument in [*command, *told, "--json"]])
+        assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+        # a check has something to say of documents that are all bad
+        assert done.exit_code in ((code,) if command[0] == "dump-teacher" else (0, code)), (command, done.output)
+        assert "Traceback" not in done.output
+        if done.exit_code:
+            assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr

@@ -1,0 +1,59 @@
+"""Conversations out of the shapes in which people keep them, and columns beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kdcache.corpus.documents import BadDocument
+from kdcache.corpus.forms import Columns, choose_form
+from kdcache.corpus.messages import read_chat
+from kdcache.errors import CorpusError
+
+WANTED = [{"role": "user", "content": "Who is he?"}, {"role": "assistant", "content": "He is Tom."}]
+
+
+@pytest.mark.parametrize("messages", [
+    {"role": ["user", "assistant"], "content": ["Who is he?", "He is Tom."]},
+    {"from": ["human", "gpt"], "value": ["Who is he?", "He is Tom."]},
+    {"messages": WANTED},
+    [{"from": "Human", "value": "Who is he?"}, {"from": "GPT", "value": "He is Tom."}],
+    [{"role": "User", "content": "Who is he?"}, {"role": "ASSISTANT", "content": "He is Tom."}],
+    [{"role": "human", "content": "Who is he?"}, {"role": "model", "content": "He is Tom."}],
+], ids=["fields", "ShareGPT fields", "in an object", "from, capitals", "role, capitals", "other names"])  # fmt: skip
+def test_messages_in_other_shapes(messages: Any) -> None:
+    found = read_chat({"messages": messages})
+    assert found is not None and (found.messages, found.taught) == (WANTED, [False, True])
+
+
+def test_lists_of_fields_of_unequal_length_are_no_conversation() -> None:
+    with pytest.raises(BadDocument, match="not a conversation"):
+        read_chat({"messages": {"role": ["user", "assistant"], "content": ["Who is he?"]}})
+
+
+def test_functions_are_tools_by_their_older_name() -> None:
+    function = {"name": "weather", "parameters": {"type": "object"}}
+    form = choose_form("it", ["messages", "functions"], Columns())
+    found = form.document({"messages": WANTED, "functions": [function]})
+    assert found.tools == [{"type": "function", "function": function}]  # type: ignore[union-attr]
+    assert form.document({"messages": WANTED}).tools is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("part", "words"), [
+    ({"r": 1}, "without text"), ({"type": "text"}, "without text"), ({"type": "image", "text": "x"}, "of type image"),
+])  # fmt: skip
+def test_a_part_that_is_no_text_is_named(part: Any, words: str) -> None:
+    with pytest.raises(BadDocument, match=f"not text: message 0, of role user, has a part {words}"):
+        read_chat({"messages": [{"role": "user", "content": [part]}, WANTED[1]]})
+
+
+@pytest.mark.parametrize(("names", "column"), [
+    (["prompt", "completion", "label"], "label"), (["prompt", "completion", "weight"], "weight"),
+    (["messages", "loss_mask"], "loss_mask"), (["messages", "sample_weight"], "sample_weight"),
+])  # fmt: skip
+def test_a_column_that_says_what_counts_is_refused_beside_messages_too(names: list[str], column: str) -> None:
+    with pytest.raises(CorpusError, match=f"a column '{column}', which seems to say what counts"):
+        choose_form("it", names, Columns())
+    assert choose_form("it", names, Columns(ignored=(column,)))
+    assert choose_form("it", ["text", column], Columns()).name == "text"
