@@ -12,7 +12,7 @@ import typer
 
 from kdcache.options import option
 from kdcache.student.config import TrainConfig
-from kdcache.teacher.config import CheckOptions, DumpConfig
+from kdcache.teacher.config import CheckOptions, DumpConfig, PlanOptions
 from kdcache_cli.frame import Output, command, run_app
 
 if TYPE_CHECKING:
@@ -85,6 +85,22 @@ def check_data(options: CheckOptions, output: Output) -> None:
         from kdcache_cli.tables import print_checked
 
         print_checked(console, found)
+
+    output.result(found, show)
+
+
+@command(app, "plan", PlanOptions)
+def plan(options: PlanOptions, output: Output) -> None:
+    """Measure a few batches, and say what a dump will take: disk, hours, money, memory. No cache is written."""
+    from kdcache.planning.plan import plan as make_plan
+
+    with output.progress("plan", "stages") as bar:
+        found = make_plan(options, bar)
+
+    def show(console: Console) -> None:
+        from kdcache_cli.plan_table import print_plan
+
+        print_plan(console, found)
 
     output.result(found, show)
 

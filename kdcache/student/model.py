@@ -169,13 +169,19 @@ def require_students(names: Sequence[str]) -> None:
             raise ConfigError(f"the student {name} is named twice")
         if Path(name).suffix != ".json":
             model_folder(name, "student")
+        else:
+            _require_file(Path(name).expanduser())
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"the student's configuration {path} does not exist")
 
 
 def _fresh(path: Path, seed: int) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-    if not path.is_file():
-        raise ModelError(f"the student's configuration {path} does not exist")
+    _require_file(path)
     try:
         set_seed(seed)
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)

@@ -208,3 +208,34 @@ class CheckOptions(CorpusOptions):
         super().__post_init__()
         if self.examples < 0:
             raise ConfigError(f"examples is {self.examples}, but must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(DumpConfig):
+    """Options of `plan`: those of the dump, and what its cost is set against.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    out: str = option("where the cache would be, to see whether its disk has room (default: not looked at)", "")
+    batches: int = option("batches that are measured", 4)
+    workers: int = option("number of machines like this one that would share the dump", 1)
+    price_per_hour: float | None = option("price of one such machine for an hour, in any currency", None)
+    student: str | None = option(
+        "checkpoint folder, hub name, or a config.json: compare with the teacher inside its training loop", None
+    )
+    students: int = option("number of such students that would be trained", 1)
+    epochs: float = option("passes over the corpus that each of them would make", 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batches", "workers", "students"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if not 0 < self.epochs < float("inf"):
+            raise ConfigError(f"epochs is {self.epochs}, but must be positive")
+        if self.price_per_hour is not None and not 0 <= self.price_per_hour < float("inf"):
+            raise ConfigError(f"price_per_hour is {self.price_per_hour}, but must not be negative")
+        if self.worker is not None:
+            raise ConfigError(f"worker is {self.worker}, but a plan is for all workers together; use workers")

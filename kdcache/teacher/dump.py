@@ -15,7 +15,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,19 +114,50 @@ def _make_shard(writer: CacheWriter, number: int, inputs: Inputs, teacher: Opene
         return
     made, request, positions, rows = inputs.shard_rows(number), TargetRequest.of(writer.manifest), 0, 0
     eos_id: int | None = inputs.tokenizer.eos_token_id
-    with writer.shard(number) as shard, BackgroundWriter() as background:
-        _describe(shard, made, teacher, eos_id)
-        batches = made.rows.batches(teacher.batch_rows)
-        for batch, found in zip(batches, teacher.targets_of(batches, request, shard=number), strict=True):
-            background.submit(functools.partial(_write, shard, batch, found, eos_id))
-            positions, rows = positions + sum(found.counts), rows + len(batch)
+    with writer.shard(number) as shard:
+        describe(shard, made, teacher, eos_id)
+
+        def count(batch_rows: int, batch_positions: int) -> None:
+            nonlocal rows, positions
+            rows, positions = rows + batch_rows, positions + batch_positions
             tally.show(made.documents * rows / len(made.rows), positions)
-        background.finish()
-        tally.stalled_seconds += background.stalled_seconds
+
+        tally.stalled_seconds += write_batches(
+            shard, made.rows.batches(teacher.batch_rows), teacher, request, eos_id, count
+        )
     tally.finish(shard, made.documents)
 
 
-def _describe(shard: NewShard, made: ShardRows, teacher: OpenedTeacher, eos_id: int | None) -> None:
+def write_batches(
+    shard: NewShard,
+    batches: Sequence[Sequence[PackedRow]],
+    teacher: OpenedTeacher,
+    request: TargetRequest,
+    eos_id: int | None,
+    on_batch: Callable[[int, int], None],
+) -> float:
+    """Write the targets of batch after batch into a shard, while the teacher works on the next.
+
+    Args:
+        shard: where to; see `describe`.
+        batches: its rows, in order.
+        teacher: whose targets.
+        request: what is asked of it.
+        eos_id: of the end of sequence, None where there is none.
+        on_batch: called with the rows and the labelled slots of a batch when the teacher is done with it.
+
+    Returns:
+        For how many seconds the teacher waited for encoding and writing.
+    """
+    with BackgroundWriter() as background:
+        for batch, found in zip(batches, teacher.targets_of(batches, request, shard=shard.number), strict=True):
+            background.submit(functools.partial(_write, shard, batch, found, eos_id))
+            on_batch(len(batch), sum(found.counts))
+        background.finish()
+        return background.stalled_seconds
+
+
+def describe(shard: NewShard, made: ShardRows, teacher: OpenedTeacher, eos_id: int | None) -> None:
     """What is known of a shard before its rows are written."""
     shard.documents, shard.dropped_by = made.documents, made.dropped
     shard.bad_records = [{"document": int(bad.document), "reason": bad.reason} for bad in made.bad_records]
@@ -147,7 +178,7 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _write(shard: NewShard, batch: list[PackedRow], found: BatchTargets, eos_id: int | None) -> None:
+def _write(shard: NewShard, batch: Sequence[PackedRow], found: BatchTargets, eos_id: int | None) -> None:
     start = 0
     for row, targets in zip(batch, found.targets.split(found.counts), strict=True):
         if shard.eos_labels is not None:

@@ -37,7 +37,8 @@ def run_pilot(teacher: OpenedTeacher, inputs: Inputs) -> Manifest:
     return manifest
 
 
-def _rows(inputs: Inputs) -> Iterator[PackedRow]:
+def first_rows(inputs: Inputs) -> Iterator[PackedRow]:
+    """The rows of the corpus from the first on: those that a pilot reads."""
     return (row for shard in range(inputs.manifest.shards) for row in inputs.shard_rows(shard).rows)
 
 
@@ -48,7 +49,7 @@ def _fitted(teacher: OpenedTeacher, inputs: Inputs) -> Selection:
 
     def tiles() -> Iterator[torch.Tensor]:
         nonlocal read, kept
-        for row in _rows(inputs):
+        for row in first_rows(inputs):
             for logits in teacher.logits([row]):
                 read += len(logits)
                 carries = None
@@ -72,7 +73,7 @@ def _id_order(teacher: OpenedTeacher, inputs: Inputs, manifest: Manifest) -> tup
     """Ids that the teacher proposes, most often first."""
     order = FrequencyOrder(manifest.vocab_size)
     request = dataclasses.replace(TargetRequest.of(manifest), extras=())
-    for row in _rows(inputs):
+    for row in first_rows(inputs):
         if not order.add(manifest.position_filter.apply(teacher.targets([row], request).targets)):
             break
     return order.ids()

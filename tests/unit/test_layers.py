@@ -29,7 +29,7 @@ LAYERS = [
     {"cache", "cache_writer", "verify"},
     {"convert"},
     {"teacher", "student"},
-    {"report"},
+    {"report", "planning"},
     {"demo"},
     {"testing"},
 ]

@@ -1,0 +1,8 @@
+"""Planning: what a dump will take, from a sample of its corpus and a few measured batches.
+
+sample.py             documents from all over the corpus, tokenised and packed
+trial.py              a small cache in a temporary folder: what its rows take, in bytes and seconds
+selections.py         the same rows under other selections, from the same logits
+student_step.py       a training step from such a cache
+plan.py               all of it together, for the whole corpus
+"""

@@ -1,0 +1,260 @@
+"""The plan of a dump: rows, bytes, hours, money and memory for a whole corpus, and when the cache pays.
+
+Whatever grows with the corpus is counted by the survey that a dump begins with (shards, documents, characters) or comes
+from a sample of the corpus (`sample.py`); what a row takes is measured on a few batches of it (`trial.py`). Nothing is
+written but into a temporary folder.
+Cost: the survey; the start of a dump, with its pilot; two forward passes over the batches and one over the pilot's
+rows; with a student, one more forward pass and a training step for each batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.cache_writer import tokenizer_files
+from kdcache.planning.sample import Sample, take_sample
+from kdcache.planning.selections import Other, measure_others, name_of
+from kdcache.planning.trial import MEASURED, WARM, Speed, Trial, synchronise
+from kdcache.rows import PackedRow
+from kdcache.teacher.config import PlanOptions
+from kdcache.teacher.engines.base import TargetRequest, find_engine, require_answerable
+from kdcache.teacher.inputs import Inputs, open_inputs
+from kdcache.teacher.open_teacher import open_teacher
+from kdcache.teacher.opened_teacher import OpenedTeacher, tile_slices
+from kdcache.teacher.pilot import run_pilot
+
+_HOUR = 3600.0
+_STAGES = ("survey", "teacher", "documents", "pilot", "batches", "other selections", "student")
+
+Progress = Callable[[int, int, str], None]
+"""Called with stages done, stages in all, and the one that begins."""
+
+
+def plan(options: PlanOptions, on_progress: Progress | None = None) -> dict[str, Any]:
+    """Measure a few batches here, and say what the dump of the whole corpus takes.
+
+    Args:
+        options: those of the dump, and what its cost is set against.
+        on_progress: see `Progress`.
+
+    Returns:
+        What `kdcache plan --json` prints; docs/commands/plan.md names its parts.
+
+    Raises:
+        KdcacheError: what the dump would be refused for, and a student that cannot learn from such a cache.
+    """
+    if options.student:
+        from kdcache.student.model import require_students
+
+        require_students([options.student])
+    clock = _Clock(on_progress)
+    clock.begin("survey")
+    inputs = open_inputs(options)
+    request = TargetRequest.of(inputs.manifest)
+    require_answerable(find_engine(options.engine), request, inputs.manifest.position_filter)
+    clock.begin("teacher")
+    with tempfile.TemporaryDirectory(prefix="kdcache-plan-") as scratch:
+        spec, filters = options.teacher_spec, inputs.manifest.position_filter
+        with open_teacher(spec, inputs.manifest.row_spec, request, filters) as teacher:
+            inputs = inputs.with_known(teacher.engine.knows.known(inputs.manifest.rule, inputs.manifest.temperatures))
+            clock.begin("documents")
+            sample = take_sample(inputs, options.batch_rows)
+            batches = sample.batches(options.batches, options.batch_rows)
+            clock.begin("pilot")
+            inputs = dataclasses.replace(inputs, manifest=run_pilot(teacher, inputs))
+            inputs.manifest.require_sound()
+            clock.begin("batches")
+            trial = Trial(Path(scratch) / "chosen", inputs.manifest, tokenizer_files(inputs.tokenizer))
+            speed = trial.run(teacher, sample, batches, inputs.tokenizer.eos_token_id)
+            memory = _memory(options, teacher, batches)
+            clock.begin("other selections")
+            like = [trial.commit(WARM), trial.commit(MEASURED)]
+            others = measure_others(options, teacher, inputs, batches, like, Path(scratch) / "others")
+            teacher_row = _teacher_seconds(teacher, batches) if options.student else 0.0
+        found = _whole(options, inputs, sample, trial, others)
+        found["sample"]["batches"] = len(batches)
+        found["seconds"] = _seconds(clock, inputs, sample, speed)
+        found["machines"] = _machines(options, found["seconds"], len(inputs.plan))
+        found["memory"] = memory
+        found["training"] = None
+        if options.student:
+            from kdcache.planning.student_step import student_seconds  # which loads much that a dump does without
+
+            clock.begin("student")
+            student_row = student_seconds(options, trial.folder, Path(scratch) / "student")
+            found["training"] = _training(options, found, student_row, teacher_row)
+        found["problems"] = _problems(options, found)
+        clock.end()
+    return found
+
+
+class _Clock:
+    """How long each stage took."""
+
+    def __init__(self, on_progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_progress, self._stage, self._started = on_progress, "", 0.0
+
+    def begin(self, stage: str) -> None:
+        """End the stage before, and begin one."""
+        self.end()
+        self._stage, self._started = stage, time.perf_counter()
+        if self._on_progress:
+            self._on_progress(_STAGES.index(stage), len(_STAGES), stage)
+
+    def end(self) -> None:
+        """End the stage."""
+        if self._stage:
+            self.seconds[self._stage] = time.perf_counter() - self._started
+
+
+def _whole(
+    options: PlanOptions, inputs: Inputs, sample: Sample, trial: Trial, others: Sequence[Other]
+) -> dict[str, Any]:
+    """Rows, positions and bytes of the whole corpus."""
+    sizes, described, plan = trial.sizes(), sample.described, inputs.plan
+    labels = sample.labels / sample.share
+    positions = round(labels * sizes.positions / max(1, sizes.labels))
+
+    def line(name: str, chosen: bool, taken: int | None, problem: str | None = None) -> dict[str, Any]:
+        each = None if taken is None else taken / max(1, positions)
+        return {"name": name, "chosen": chosen, "bytes": taken, "bytes_per_position": each, "problem": problem}
+
+    rule = inputs.manifest.rule
+    selections = [line(name_of(rule), True, sizes.of(sample, len(plan)))]
+    for other in others:
+        taken = None if other.sizes is None else other.sizes.of(sample, len(plan))
+        selections.append(line(name_of(other.rule), False, taken, other.problem))
+    return {
+        "teacher": options.teacher,
+        "corpus": options.corpus,
+        "engine": options.engine,
+        "documents": plan.documents,
+        "shards": len(plan),
+        "characters": int(plan.characters.sum()),
+        "rows": round(sample.rows / sample.share),
+        "tokens": round(sample.tokens / sample.share),
+        "labels": round(labels),
+        "positions": positions,
+        "seq_len": options.seq_len,
+        "sample": {
+            "documents": described.documents,
+            "characters": sample.characters,
+            "share": sample.share,
+            "rows": sample.rows,
+            "dropped": described.dropped,
+            "bad": len(described.bad_records),
+            "cut": described.cut,
+            "truncated": described.truncated,
+        },
+        "precision": str(inputs.manifest.precision),
+        "temperatures": list(inputs.manifest.temperatures),
+        "selections": selections,
+        "bytes": selections[0]["bytes"],
+        "bytes_per_position": selections[0]["bytes_per_position"],
+    }
+
+
+def _seconds(clock: _Clock, inputs: Inputs, sample: Sample, speed: Speed) -> dict[str, float]:
+    """What one machine like this one takes for the whole dump, by what it does."""
+    found = {
+        "start": clock.seconds["survey"] + clock.seconds["teacher"],
+        "pilot": clock.seconds["pilot"],
+        "documents": sample.seconds / sample.share,
+        "teacher": speed.a_slot * sample.slots / sample.share,
+        "shards": speed.a_shard * len(inputs.plan),
+    }
+    return {**found, "total": sum(found.values())}
+
+
+def _machines(options: PlanOptions, seconds: dict[str, float], shards: int) -> list[dict[str, Any]]:
+    """Hours and price for one machine, and for as many as are asked for."""
+    fixed = seconds["start"] + seconds["pilot"]  # every worker opens the corpus and its teacher
+    found = []
+    for machines in dict.fromkeys((1, options.workers)):
+        share = math.ceil(shards / machines) / shards  # of the one that has most shards
+        wall = fixed + (seconds["total"] - fixed) * share
+        hours = machines * wall / _HOUR
+        price = None if options.price_per_hour is None else hours * options.price_per_hour
+        found.append({"machines": machines, "seconds": wall, "teacher_hours": hours, "price": price})
+    return found
+
+
+def _memory(options: PlanOptions, teacher: OpenedTeacher, batches: Sequence[Sequence[PackedRow]]) -> dict[str, Any]:
+    """The most memory so far, and that of the logits which are there at once."""
+    device = teacher.device
+    if device.type == "cuda":
+        peak, kind = torch.cuda.max_memory_allocated(device), "GPU memory that torch allocated"
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak, kind = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident memory of the process"
+    vocab = teacher.engine.padded_vocab_size or teacher.rows.vocab_size
+    positions = max(sum(len(row.tokens) for row in batch) for batch in batches)
+    tiles = tile_slices(positions, vocab, device) if options.tile_head else [slice(0, positions)]
+    return {"peak_bytes": peak, "kind": kind, "logits_bytes": 4 * vocab * max(s.stop - s.start for s in tiles)}
+
+
+def _teacher_seconds(teacher: OpenedTeacher, batches: Sequence[Sequence[PackedRow]]) -> float:
+    """Seconds that the bare teacher takes for a row, its logits included; it is warm."""
+    synchronise(teacher.device)
+    started = time.perf_counter()
+    for batch in batches:
+        for _ in teacher.logits(batch):
+            pass
+    synchronise(teacher.device)
+    return (time.perf_counter() - started) / sum(map(len, batches))
+
+
+def _training(options: PlanOptions, found: dict[str, Any], student_row: float, teacher_row: float) -> dict[str, Any]:
+    """The cache against the teacher inside the training loop."""
+    rows, dump, passes = found["rows"], found["seconds"]["total"], options.students * options.epochs
+    student, teacher = rows * student_row, rows * teacher_row
+    cached, live = dump + passes * student, passes * (student + teacher)
+    return {
+        "student": options.student,
+        "students": options.students,
+        "epochs": options.epochs,
+        "passes": passes,
+        "student_seconds_per_pass": student,
+        "teacher_seconds_per_pass": teacher,
+        "cached_seconds": cached,
+        "live_seconds": live,
+        "break_even_passes": dump / teacher,
+        "pays": cached < live,
+    }
+
+
+def _problems(options: PlanOptions, found: dict[str, Any]) -> list[str]:
+    """What will not fit, in sentences."""
+    problems = []
+    if options.out and "://" not in options.out:
+        folder = Path(options.out).expanduser().absolute()
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+        if found["bytes"] > free:
+            problems.append(
+                f"the cache takes {found['bytes']:,} bytes, but the disk of {options.out} has {free:,} free"
+            )
+    if options.workers > found["shards"]:
+        problems.append(
+            f"{options.workers} workers share {found['shards']} shards, so {options.workers - found['shards']} of them "
+            "have nothing to do; make shards smaller with chars_per_shard"
+        )
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if found["memory"]["kind"].startswith("resident") and found["memory"]["peak_bytes"] > 0.9 * total:
+        problems.append(
+            f"the dump takes {found['memory']['peak_bytes']:,} bytes of memory, more than nine tenths of the "
+            f"{total:,} here"
+        )
+    return problems

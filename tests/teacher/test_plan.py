@@ -1,0 +1,170 @@
+"""The plan: what it says of a dump is what the dump then takes, and it leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kdcache_cli.plan_table import print_plan
+from rich.console import Console
+
+from kdcache.errors import ConfigError, ModelError
+from kdcache.planning import selections
+from kdcache.planning.plan import plan
+from kdcache.planning.sample import take_sample
+from kdcache.teacher.config import PlanOptions
+from kdcache.teacher.dump import dump
+from kdcache.teacher.inputs import open_inputs
+from tests.making import dump_options
+
+NEAR = 0.1
+"""The share by which planned bytes may be off."""
+
+
+def plan_options(teacher: Path, corpus: Path, **changes: Any) -> PlanOptions:
+    asked = {field.name: getattr(given, field.name) for given in (dump_options(teacher, corpus, Path("unused")),)
+             for field in dataclasses.fields(given)}  # fmt: skip
+    return PlanOptions(**{**asked, "out": "", **changes})
+
+
+def of(found: dict[str, Any], name: str) -> dict[str, Any]:
+    (line,) = [line for line in found["selections"] if line["name"] == name]
+    return line
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "6"},
+        pytest.param({"pack": "none", "overlong": "truncate"}, marks=pytest.mark.slow),
+        pytest.param({"store": "zarr", "positions": "entropy>1", "precision": None}, marks=pytest.mark.slow),
+        pytest.param(
+            {"select": "ipps", "adaptive": True, "temperatures": "1", "precision": None}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["topk", "unpacked", "filtered zarr", "adaptive"],
+)
+def test_a_small_corpus_is_counted_and_its_bytes_are_near(
+    teacher: Path, corpus: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    found = plan(plan_options(teacher, corpus, **changes))
+    made = dump(dump_options(teacher, corpus, tmp_path / "c", **changes))
+    for name in ("documents", "rows", "labels"):
+        assert found[name] == made[name]
+    assert found["sample"]["share"] == 1 and found["shards"] == made["shards"]["planned"]
+    assert found["sample"]["dropped"] == made["dropped"]
+    assert found["positions"] == pytest.approx(made["positions"], rel=NEAR)
+    assert found["bytes"] == found["selections"][0]["bytes"] == pytest.approx(made["bytes"], rel=NEAR)
+    assert found["bytes_per_position"] == pytest.approx(made["bytes_per_position"], rel=NEAR)
+
+
+def test_other_selections_take_what_they_would_take(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    found = plan(plan_options(teacher, corpus, precision=None))
+    assert [line["chosen"] for line in found["selections"]] == [True] + 5 * [False]
+    for name, changes in (
+        ("ipps 12", {"select": "ipps", "k": 12}),
+        ("topp 0.9", {"select": "topp", "top_p": 0.9, "k": None}),
+        ("topk 128", {"k": 128}),
+    ):
+        made = dump(dump_options(teacher, corpus, tmp_path / name, precision=None, **changes))
+        assert of(found, name)["bytes"] == pytest.approx(made["bytes"], rel=NEAR), name
+
+
+def test_a_selection_that_cannot_be_had_says_why(teacher: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selections, "OTHERS", ({"kind": "topk", "k": 321}, {"kind": "ipps", "k": 12}))
+    changes = {"select": "sample", "k": None, "draws": 8, "temperatures": "2", "sample_temperature": 2.0, "batches": 1}
+    found = plan(plan_options(teacher, corpus, **changes))
+    assert "320" in of(found, "topk 321")["problem"] and of(found, "topk 321")["bytes"] is None
+    assert of(found, "sample 8")["problem"] is None and of(found, "sample 8")["bytes"] > 0
+    assert of(found, "ipps 12")["bytes"] > 0  # drawn at T = 1, which is always kept
+
+
+def test_a_sample_stands_for_the_whole(teacher: Path, corpus: Path) -> None:
+    inputs = open_inputs(plan_options(teacher, corpus, docs_per_shard=6))
+    whole = take_sample(inputs, 4)
+    part = take_sample(inputs, 4, whole.characters // 3)
+    assert whole.share == 1 and len(whole.parts) == len(inputs.plan)
+    assert 0.25 < part.share < 0.6 and len(part.parts) == 16
+    documents = [d for each in part.parts for row in each.rows for d in row.piece_documents]
+    assert min(documents) < 10 and max(documents) > 95  # from everywhere, not only the first
+    assert part.tokens / part.share == pytest.approx(whole.tokens, rel=0.1)
+    assert part.labels / part.share == pytest.approx(whole.labels, rel=0.1)
+
+
+def test_machines_share_the_shards_but_not_the_start(teacher: Path, corpus: Path) -> None:
+    found = plan(plan_options(teacher, corpus, batches=1, workers=3, price_per_hour=7.0))
+    one, three = found["machines"]
+    seconds = found["seconds"]
+    fixed = seconds["start"] + seconds["pilot"]
+    assert one["seconds"] == seconds["total"] == pytest.approx(sum(v for k, v in seconds.items() if k != "total"))
+    assert three["seconds"] == pytest.approx(fixed + (seconds["total"] - fixed) * 2 / 4)  # two of four shards
+    assert three["price"] == pytest.approx(3 * three["seconds"] / 3600 * 7)
+
+
+def test_the_cache_against_the_teacher_in_the_loop(
+    teacher: Path, corpus: Path, student_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found = plan(plan_options(teacher, corpus, student=str(student_config), students=3, epochs=2.0, batches=2))
+    training = found["training"]
+    assert training["passes"] == 6
+    dump_seconds = found["seconds"]["total"]
+    at = training["break_even_passes"]  # there, both ways take as long
+    student, live = training["student_seconds_per_pass"], training["teacher_seconds_per_pass"]
+    assert dump_seconds + at * student == pytest.approx(at * (student + live))
+    assert training["pays"] == (at < 6)
+    assert not list(tmp_path.iterdir())  # nothing is left
+    text = io.StringIO()
+    print_plan(Console(file=text, width=120), found)
+    for words in ("ipps 12", "bytes per position", "teacher hours", "3 students for 2 epochs", "of disk"):
+        assert words in text.getvalue()
+
+
+def test_what_will_not_fit_is_said(
+    teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdcache.planning import plan as module
+
+    full = module.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(module.os, "sysconf", lambda _: 1)
+    disk, workers, memory = plan(plan_options(teacher, corpus, batches=1, out=str(tmp_path / "a/b"), workers=9))[
+        "problems"
+    ]
+    assert "1,000 free" in disk and "5 of them" in workers and "of memory" in memory
+    assert not (tmp_path / "a").exists()
+
+
+def test_bad_options_are_named(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    for changes, words in (
+        ({"batches": 0}, "batches is 0"),
+        ({"workers": 0}, "workers is 0"),
+        ({"epochs": 0.0}, "epochs is 0"),
+        ({"price_per_hour": -1.0}, "price_per_hour is -1"),
+        ({"worker": "0/2"}, "worker is 0/2"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            plan_options(teacher, corpus, **changes)
+    with pytest.raises(ModelError, match="nowhere"):
+        plan(plan_options(teacher, corpus, student=str(tmp_path / "nowhere.json")))
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+@pytest.mark.parametrize("corpus_name", ["tinystories.txt", "wikitext2-valid.txt"])
+@pytest.mark.parametrize(("name", "seq_len", "documents"), [("stories260K", 256, 1500), ("lab32k", 512, 150)])
+def test_bytes_are_near_for_real_teachers(
+    assets: Path, tmp_path: Path, corpus_name: str, name: str, seq_len: int, documents: int
+) -> None:
+    changes: dict[str, Any] = {
+        "seq_len": seq_len, "limit_docs": documents, "docs_per_shard": 50, "precision": None, "batch_rows": 8, "k": 64,
+    }  # fmt: skip
+    where = (assets / "models" / name, assets / "text" / corpus_name)
+    found = plan(plan_options(*where, **changes))
+    for line, more in (("topk 64", {}), ("ipps 12", {"select": "ipps", "k": 12})):
+        made = dump(dump_options(*where, tmp_path / line, **{**changes, **more}))
+        assert of(found, line)["bytes"] == pytest.approx(made["bytes"], rel=NEAR), line
