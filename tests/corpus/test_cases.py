@@ -102,7 +102,7 @@ def test_a_bad_record_near_the_end(place: Workplace, documents: int) -> None:
     (bad,) = place.summary["bad_records"]
     assert bad["document"] == documents - 10 and "roles must alternate" in bad["reason"]
     assert "corpus.jsonl" in bad["reason"]
-    with pytest.raises(CorpusError, match=f"document {documents - 10:,}"):
+    with pytest.raises(CorpusError, match=f"document {documents - 10} cannot be used"):
         place.cache(corpus, STRICT, out="stopped", docs_per_shard=20, on_bad_record="stop")
 
 

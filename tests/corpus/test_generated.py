@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ class Rules:
 
 
 RULES = st.builds(
-    Rules, template=st.sampled_from(list(TEMPLATES)), seq_len=st.sampled_from([16, 64, 600, 600]),
+    Rules, template=st.sampled_from(list(TEMPLATES)), seq_len=st.sampled_from([600, 600, 24, 90, 600]),
     eos=st.sampled_from(["auto", "always", "never"]), pack=st.sampled_from(["best-fit", "none"]),
     overlong=st.sampled_from(["auto", "auto", "cut", "truncate", "drop"]), min_chars=st.sampled_from([0, 0, 4]),
     docs_per_shard=st.integers(1, 5),
@@ -326,9 +326,9 @@ def config(teachers: dict[str, str], corpus: Path, out: Path, rules: Rules, **mo
 
 
 def check(made: Made, rules: Rules, teachers: dict[str, str]) -> None:
+    if made.form == "token_ids":
+        rules = replace(rules, min_chars=0)  # tokens have no characters
     expected = expected_of(made, rules)
-    if made.form == "token_ids" and rules.min_chars:
-        return  # which one sentence refuses; see the test of filters
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = made.write(folder)
