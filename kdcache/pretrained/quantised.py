@@ -17,15 +17,15 @@ from kdcache.lazy_torch import torch
 from kdcache.pretrained.files import is_gguf
 
 _PACKAGES = {
-    "aqlm": "aqlm",
-    "awq": "gptqmodel",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
-    "gptq": "gptqmodel",
-    "hqq": "hqq",
-    "torchao": "torchao",
+    "aqlm": ("aqlm",),
+    "awq": ("gptqmodel",),
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed-tensors",),
+    "gptq": ("gptqmodel", "optimum"),
+    "hqq": ("hqq",),
+    "torchao": ("torchao",),
 }
-"""The package that transformers needs for a form."""
+"""The packages that transformers needs for a form."""
 
 
 def quantisation(path: Path) -> str | None:
@@ -70,11 +70,11 @@ def loading_options(path: Path, role: str, device: torch.device | None) -> dict[
         raise ModelError(
             f"the {role} {path} is quantised by {form}, which transformers {transformers.__version__} does not know"
         )
-    package = _PACKAGES.get(form)
-    if package is not None and find_spec(package.replace("-", "_")) is None:
+    missing = [package for package in _PACKAGES.get(form, ()) if find_spec(package.replace("-", "_")) is None]
+    if missing:
         raise ModelError(
-            f"the {role} {path} is quantised by {form}, for which transformers needs the package {package}, which is "
-            f"not installed: pip install {package}"
+            f"the {role} {path} is quantised by {form}, for which transformers needs the package {missing[0]}, which "
+            f"is not installed: pip install {' '.join(missing)}"
         )
     dequantised = form in ("fp8", "mxfp8", "compressed-tensors", "gguf")
     if form == "mxfp4" and device is not None and device.type == "cpu":

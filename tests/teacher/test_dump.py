@@ -374,7 +374,7 @@ BAD: dict[str, tuple[type[KdcacheError], str, dict[str, Any]]] = {
     "row too long": (ConfigError, "seq_len is 200, above the 128 positions", {"seq_len": 200}),
     "no corpus": (CorpusError, "does not exist", {"corpus": "/nowhere.txt"}),
     "no column": (CorpusError, "has no column 'body'; it has text", {"text_column": "body"}),
-    "all dropped": (CorpusError, r"none of the 108 documents has a token to predict .*108 min-chars", {"min_chars": 10**6}),
+    "all dropped": (CorpusError, r"none of the 108 documents has a token .*108 min-chars", {"min_chars": 10**6}),
     "temperatures": (ConfigError, "temperatures", {"temperatures": "1,x"}),
     "negative temperature": (ConfigError, "temperatures", {"temperatures": "1,-2"}),
     "precision": (ConfigError, "precision is float8", {"precision": "float8"}),

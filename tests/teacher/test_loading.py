@@ -224,16 +224,16 @@ def test_folders_that_hold_no_model(teacher: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "package"), [("bitsandbytes", "bitsandbytes"), ("gptq", "gptqmodel"), ("awq", "gptqmodel"),
+    ("form", "packages"), [("bitsandbytes", "bitsandbytes"), ("gptq", "gptqmodel optimum"), ("awq", "gptqmodel"),
                           ("compressed-tensors", "compressed-tensors")],
 )  # fmt: skip
 def test_a_form_whose_package_is_not_installed(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, package: str
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, packages: str
 ) -> None:
     monkeypatch.setattr(quantised, "find_spec", lambda name: None)
     folder = changed(teacher, tmp_path / "t", quantization_config={"quant_method": form, "bits": 4})
     with pytest.raises(
-        ModelError, match=f"is quantised by {form}, .* needs the package {package}, .*: pip install {package}$"
+        ModelError, match=f"by {form}, .* needs the package {packages.split()[0]}, .*: pip install {packages}$"
     ):
         load(folder)
 
@@ -254,6 +254,36 @@ def test_bitsandbytes(teacher: Path, tmp_path: Path, bits: int) -> None:
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
     assert torch.equal(logits(model), logits(made))
     assert 0 < (logits(model) - logits(load(teacher))).abs().max() < 10
+
+
+_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def test_mxfp4_is_dequantised_on_a_cpu(tmp_path: Path) -> None:
+    """As gpt-oss is published: experts of 4 bits, 32 with one scale, two to a byte."""
+    experts = {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+    make_model(tmp_path / "m", "gpt_oss", head_dim=16, sliding_window=32, **experts)
+    torch.manual_seed(0)
+    stored, meant = {}, {}
+    for name, weight in weights_of(tmp_path / "m").items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            stored[name] = meant[name] = weight
+            continue
+        number, inputs, outputs = weight.shape
+        blocks = torch.randint(0, 256, (number, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 122, blocks.shape[:3], dtype=torch.uint8)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        values = torch.stack([_FP4[(blocks & 15).long()], _FP4[(blocks >> 4).long()]], -1).flatten(-2)
+        meant[name] = (values * torch.exp2(scales.float() - 127)[..., None]).flatten(-2).transpose(1, 2)
+    form = {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router", "embed_tokens", "lm_head"]}
+    packed = changed(tmp_path / "m", tmp_path / "packed", stored, quantization_config=form)
+    model = load(packed)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(logits(model), logits(load(changed(tmp_path / "m", tmp_path / "meant", meant))))
+    name = "model.layers.0.mlp.experts.down_proj"
+    bare = {n: w for n, w in stored.items() if n != f"{name}_scales"}
+    with pytest.raises(ModelError, match=f"lacks the scales of 1 of its quantised weights, {name}_blocks among them$"):
+        load(changed(packed, tmp_path / "bare", bare))
 
 
 TEXT = {
@@ -294,8 +324,6 @@ def test_the_text_of_multimodal_checkpoints(tmp_path: Path, made: Callable[[], d
     whole = AutoModelForImageTextToText.from_config(AutoConfig.for_model(made.__name__, **made())).eval()
     whole.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(whole))
-    if made is qwen2_5_vl:
-        return  # whose attention does not honour positions
     spec = TeacherSpec(model=str(tmp_path), device="cpu")
     with open_teacher(spec, RowSpec(vocab_size=320, seq_len=64, isolate=True)) as opened:  # probed, its head in tiles
         assert opened.compute["attention"] == "sdpa"
