@@ -30,7 +30,7 @@ def test_messages_in_other_shapes(messages: Any) -> None:
 
 def test_half_of_a_pair_is_found_in_messages_that_are_json_in_a_text() -> None:
     told = [{"role": "user", "content": "\ud83d"}, WANTED[1]]
-    with pytest.raises(BadDocument, match="^lone surrogate"):
+    with pytest.raises(BadDocument, match=r"^lone surrogate"):
         read_chat({"messages": json.dumps(told)})
     told[0]["content"] = "🙂"
     assert read_chat({"messages": json.dumps(told)}).messages[0] == told[0]  # type: ignore[union-attr]
