@@ -34,6 +34,7 @@ from typing import Any
 
 from kdcache.corpus.chat_template import ChatTemplate, Rendering, Span
 from kdcache.corpus.documents import BadDocument, Conversation, Message, text_of
+from kdcache.corpus.records import is_nested_too_deeply
 
 _MARKER = "kdcachemarker"
 """Stands for an answer, to see where a template puts one."""
@@ -106,11 +107,18 @@ def _with_arguments(call: dict[str, Any], kind: type) -> dict[str, Any]:
     if kind is str and isinstance(given, dict):
         return {**call, "arguments": json.dumps(given, ensure_ascii=False)}
     if kind is dict and isinstance(given, str):
-        try:
-            return {**call, "arguments": json.loads(given)}
-        except ValueError:
-            return call
+        parsed = _object_in(given)
+        return call if parsed is None else {**call, "arguments": parsed}
     return call
+
+
+def _object_in(text: str) -> dict[str, Any] | None:
+    """The object that a text is as JSON; None where it is none that can be walked through."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and not is_nested_too_deeply(found) else None
 
 
 class _Shown:
@@ -437,11 +445,8 @@ def _said(message: Message, *, answer: bool) -> Iterator[tuple[str, str]]:
 def _leaves(value: Any) -> Iterator[str]:
     """The texts in the arguments of a call."""
     if isinstance(value, str):
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = None
-        if isinstance(parsed, dict):
+        parsed = _object_in(value)
+        if parsed is not None:
             yield from _leaves(parsed)
         else:
             yield value.strip()

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from kdcache.corpus.records import Unreadable
+from kdcache.corpus.records import Unreadable, is_nested_too_deeply
 
 _LONGEST_INTEGER = 400
 """Digits; Python refuses integers of some thousand, and a longer one is no number that anyone counts with."""
@@ -57,6 +57,8 @@ def parse_record(data: bytes, columns: Sequence[str] | None, where: str) -> dict
     if columns is None:
         return record
     found = wanted_of(record, columns)
+    if is_nested_too_deeply(found):
+        return Unreadable(data, f"nested too deeply: {where}")
     for column, value in found.items():
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -100,7 +102,8 @@ def value_spans(data: bytes, whole: bool) -> list[tuple[int, int]]:
 def _filled(data: bytes, start: int, stop: int) -> list[tuple[int, int]]:
     """What stands in some bytes beside white space and commas, as one value."""
     rest = data[start:stop].lstrip(_BETWEEN)
-    return [(stop - len(rest), stop)] if rest else []
+    begin = stop - len(rest)
+    return [(begin, begin + len(rest.rstrip(_BETWEEN)))] if rest else []
 
 
 def _quotes(text: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from kdcache.corpus.documents import BadDocument, Conversation, Message, kind_of
+from kdcache.corpus.documents import BadDocument, Conversation, Message, kind_of, require_encodable
+from kdcache.corpus.records import is_nested_too_deeply
 
 _SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
@@ -98,9 +99,16 @@ def _from_json(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        found = json.loads(value)
     except ValueError:
         raise BadDocument(f"not JSON: {what} is text that is not JSON") from None
+    except RecursionError:
+        raise BadDocument(f"nested too deeply: {what}") from None
+    if is_nested_too_deeply(found):
+        raise BadDocument(f"nested too deeply: {what}")
+    if "\\ud" in value.lower():  # an escape that may be half of a pair
+        require_encodable(json.dumps(found, ensure_ascii=False))
+    return found
 
 
 def _message(message: Any, number: int) -> tuple[Message, bool]:

@@ -36,3 +36,19 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nulls(item) for item in value]
     return value
+
+
+_MOST_LEVELS = 100
+"""Levels of a record: far more than the definition of any tool has, and far fewer than what Python can follow."""
+
+
+def is_nested_too_deeply(value: Any, levels: int = _MOST_LEVELS) -> bool:
+    """Whether lists and objects stand in each other so deeply that a record cannot be walked through."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return False
+    return not levels or any(is_nested_too_deeply(item, levels - 1) for item in value if type(item) not in _FLAT)
+
+
+_FLAT = (str, int, bool, float, type(None))

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from kdcache.corpus.file_bytes import FileBytes
 from kdcache.corpus.find_files import DataFile, names_of
 from kdcache.corpus.json_records import parse_record, value_spans, wanted_of
-from kdcache.corpus.records import Record, Unreadable
+from kdcache.corpus.records import Record, Unreadable, is_nested_too_deeply
 from kdcache.errors import CorpusError
 
 Addresses = Sequence[int] | NDArray[np.int64]
@@ -275,7 +275,8 @@ class TextFiles:
         with suppress(orjson.JSONDecodeError, AttributeError):  # a blank line, or a record to be looked at more closely
             if columns is not None:
                 records = [wanted_of(orjson.loads(record), columns) for record in found]
-                return records, base + starts
+                if not any(map(is_nested_too_deeply, records)):
+                    return records, base + starts
         found = _records(data, form)[0]
         filled = [(at, record) for at, record in zip(starts.tolist(), found, strict=True) if record.strip()]
         records = [parse_record(each.rstrip(b"\r\n"), columns, self._where(file, base + at)) for at, each in filled]

@@ -211,8 +211,10 @@ def _why(reading: ShardReading) -> str:
     if not reading.dropped:
         return ""
     counts = ", ".join(f"{count} {reason}" for reason, count in reading.dropped.most_common())
-    bad = reading.bad_records[:1]
-    return f" (left out: {counts}{''.join(f'; document {first.document}: {first.reason}' for first in bad)})"
+    more = "".join(f"; document {first.document}: {first.reason}" for first in reading.bad_records[:1])
+    if "overlong" in reading.dropped:
+        more += "; of what is overlong, no answer begins in the first seq_len tokens"
+    return f" (left out: {counts}{more})"
 
 
 def _existing_plan(storage: Storage, corpus: Corpus, rule: dict[str, int]) -> tuple[Plan, str, str] | None:

@@ -102,7 +102,7 @@ def test_a_bad_record_near_the_end(place: Workplace, documents: int) -> None:
     (bad,) = place.summary["bad_records"]
     assert bad["document"] == documents - 10 and "roles must alternate" in bad["reason"]
     assert "corpus.jsonl" in bad["reason"]
-    with pytest.raises(CorpusError, match=f"document {documents - 10:,}"):
+    with pytest.raises(CorpusError, match=f"document {documents - 10} cannot be used"):
         place.cache(corpus, STRICT, out="stopped", docs_per_shard=20, on_bad_record="stop")
 
 
@@ -319,6 +319,22 @@ def test_files_by_their_names_and_without(place: Workplace) -> None:
     ):  # fmt: skip
         (place.folder / name).write_bytes(content)
         assert tokens_of(place.cache(place.folder / name, out=f"cache-{name}")) == wanted, name
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
+def test_a_corpus_that_is_smaller_than_what_it_says_is_resumed(place: Workplace, kind: str) -> None:
+    """A second worker finds its shards at places that lie behind the size of the file."""
+    path = place.folder / f"same.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pa.table({"text": ["One day."] * 3000}), path)
+    else:
+        path.write_bytes(gzip.compress(b'{"text": "One day."}\n' * 3000))
+    with pytest.raises(IncompleteCacheError):
+        place.cache(path, worker="0/2", docs_per_shard=1500)
+    cache = place.cache(path, worker="1/2", docs_per_shard=1500)
+    assert cache.manifest.documents == 3000 and place.summary["complete"]
+    if kind == "parquet":
+        assert path.stat().st_size < 1500
 
 
 # Nothing but the assistant's words stands in a span.

@@ -6,11 +6,12 @@ with a function that writes the same by hand, a token is a byte, and the rules f
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ class Rules:
 
 
 RULES = st.builds(
-    Rules, template=st.sampled_from(list(TEMPLATES)), seq_len=st.sampled_from([16, 64, 600, 600]),
+    Rules, template=st.sampled_from(list(TEMPLATES)), seq_len=st.sampled_from([600, 600, 24, 90, 600]),
     eos=st.sampled_from(["auto", "always", "never"]), pack=st.sampled_from(["best-fit", "none"]),
     overlong=st.sampled_from(["auto", "auto", "cut", "truncate", "drop"]), min_chars=st.sampled_from([0, 0, 4]),
     docs_per_shard=st.integers(1, 5),
@@ -326,9 +327,9 @@ def config(teachers: dict[str, str], corpus: Path, out: Path, rules: Rules, **mo
 
 
 def check(made: Made, rules: Rules, teachers: dict[str, str]) -> None:
+    if made.form == "token_ids":
+        rules = replace(rules, min_chars=0)  # tokens have no characters
     expected = expected_of(made, rules)
-    if made.form == "token_ids" and rules.min_chars:
-        return  # which one sentence refuses; see the test of filters
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = made.write(folder)
@@ -411,3 +412,32 @@ def test_the_command_line_says_one_sentence(teachers: dict[str, str], tmp_path: 
         assert "Traceback" not in done.output
         if done.exit_code:
             assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+
+
+def nested(levels: int, kind: str = "[") -> str:
+    return "[" * levels + "]" * levels if kind == "[" else '{"a":' * levels + "1" + "}" * levels
+
+
+@pytest.mark.parametrize("levels", [99, 500, 990, 1020, 100_000])
+def test_records_that_are_nested_deeply(teachers: dict[str, str], tmp_path: Path, levels: int) -> None:
+    """However deeply, nothing but one record is left out, and nothing runs out of stack."""
+    good = '{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Tom."'
+    call = '{"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", '
+    call += '"tool_calls": [{"function": {"name": "f", '
+    lines = [
+        f'{{"messages": [{good}}}]}}',
+        f'{{"messages": {nested(levels)}}}',
+        json.dumps({"messages": nested(levels)}),
+        call + f'"arguments": {nested(levels, "{")}}}}}]}}]}}',
+        call + f'"arguments": {json.dumps(nested(levels, "{"))}}}}}]}}]}}',
+        f'{{"messages": [{good}, "more": {nested(levels)}}}]}}',
+        f'{{"messages": [{good}}}], "tools": [{{"a": {nested(levels)}}}]}}',
+    ]
+    (tmp_path / "deep.jsonl").write_text("\n".join(lines))
+    told = check_data(CheckOptions(
+        teacher=teachers["chatml"], corpus=str(tmp_path / "deep.jsonl"), seq_len=900, overlong="cut",
+        chat_template=f"{teachers['chatml']}/chatml.jinja",
+    ))  # fmt: skip
+    assert told["documents"] == len(lines) and told["forms"]["chat"] >= 1
+    reasons = {bad["reason"].partition(": ")[0] for bad in told["bad_records"]}
+    assert reasons <= {"nested too deeply", "not JSON", "not a message", "wrong type", "refused by the chat template"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -25,6 +26,14 @@ WANTED = [{"role": "user", "content": "Who is he?"}, {"role": "assistant", "cont
 def test_messages_in_other_shapes(messages: Any) -> None:
     found = read_chat({"messages": messages})
     assert found is not None and (found.messages, found.taught) == (WANTED, [False, True])
+
+
+def test_half_of_a_pair_is_found_in_messages_that_are_json_in_a_text() -> None:
+    told = [{"role": "user", "content": "\ud83d"}, WANTED[1]]
+    with pytest.raises(BadDocument, match=r"^lone surrogate"):
+        read_chat({"messages": json.dumps(told)})
+    told[0]["content"] = "🙂"
+    assert read_chat({"messages": json.dumps(told)}).messages[0] == told[0]  # type: ignore[union-attr]
 
 
 def test_lists_of_fields_of_unequal_length_are_no_conversation() -> None:

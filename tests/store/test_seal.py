@@ -236,7 +236,7 @@ def test_names_are_checked_before_they_are_used(copy: Path, lie: Callable[[pa.Ta
 @pytest.mark.parametrize(
     "lie",
     [
-        change("documents", 7), change("cut", 1), change("eos_labels", None),
+        change("documents", lambda n: n + 1), change("cut", lambda n: n - 1), change("eos_labels", None),
         change("tokens_sha256", b"0" * 32), change("compute", "{}"),
         change("entropy", lambda x: np.nextafter(x, 0)), change("objects", lambda o: [{**o[0], "sha256": b"1" * 32}]),
     ],
