@@ -81,7 +81,7 @@ def plan(options: PlanOptions, on_progress: Progress | None = None) -> dict[str,
             memory = _memory(options, teacher, batches)
             clock.begin("other selections")
             like = [trial.commit(WARM), trial.commit(MEASURED)]
-            others = measure_others(options, teacher, inputs, batches, like, Path(scratch) / "others")
+            others = measure_others(options, teacher, inputs, sample, batches, like, Path(scratch) / "others")
             teacher_row = _teacher_seconds(teacher, batches) if options.student else 0.0
         found = _whole(options, inputs, sample, trial, others)
         found["sample"]["batches"] = len(batches)

@@ -1,8 +1,8 @@
 """A sample of a corpus: documents from all over it, tokenised and packed as a dump would.
 
-Guarantee: a corpus of at most two million characters is read whole, so its rows are counted and not estimated. Of a
-larger one the beginnings of shards are read, evenly spread over it.
-Cost: tokenising two million characters; more where single documents are very long.
+Guarantee: a corpus of at most two million characters (more where rows are long) is read whole, so its rows are counted
+and not estimated. Of a larger one the beginnings of shards are read, evenly spread over it.
+Cost: tokenising so many characters; more where single documents are very long.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from kdcache.rows import IGNORE, PackedRow, RowSpec
 from kdcache.teacher.inputs import Inputs
 
 _CHARACTERS = 1 << 21
+_CHARACTERS_A_SLOT = 1 << 11
+"""So each of 16 places fills some 32 rows: the last of them, which is not full, then weighs little."""
+
 _LEAST_PLACES = 16
 """Places of the corpus at which documents are read, if it has as many shards."""
 
@@ -89,22 +92,23 @@ class Sample:
         return [rows[start : start + batch_rows] for start in range(0, count, batch_rows)]
 
 
-def take_sample(inputs: Inputs, batch_rows: int, characters: int = _CHARACTERS) -> Sample:
+def take_sample(inputs: Inputs, batch_rows: int, characters: int | None = None) -> Sample:
     """Read a sample of a corpus.
 
     Args:
         inputs: the corpus, its plan, and what makes rows of it.
         batch_rows: rows of a batch.
-        characters: about as many are read.
+        characters: about as many are read; None for what the length of rows asks for.
 
     Raises:
         CorpusError: documents cannot be read.
     """
     started = time.perf_counter()
     plan, spec = inputs.plan, inputs.manifest.row_spec
+    wanted = characters or max(_CHARACTERS, _CHARACTERS_A_SLOT * spec.seq_len)
     total, read = int(plan.characters.sum()), 0
     parts = []
-    for stretch in _stretches(inputs.corpus, plan, characters):
+    for stretch in _stretches(inputs.corpus, plan, wanted):
         parts.append(shard_rows(inputs.corpus, stretch, 0, inputs.shaping))
         read += int(stretch.characters[0])
     seconds = time.perf_counter() - started

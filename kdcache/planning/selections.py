@@ -13,6 +13,7 @@ from typing import Any
 
 from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.errors import ConfigError
+from kdcache.planning.sample import Sample
 from kdcache.planning.trial import MEASURED, WARM, Sizes, Trial
 from kdcache.rows import PackedRow
 from kdcache.selection import Selection, select
@@ -25,7 +26,6 @@ from kdcache.teacher.engines.base import TargetRequest, require_answerable
 from kdcache.teacher.engines.batch import Batch
 from kdcache.teacher.inputs import Inputs
 from kdcache.teacher.opened_teacher import OpenedTeacher
-from kdcache.teacher.pilot import first_rows
 
 OTHERS: tuple[dict[str, Any], ...] = (
     {"kind": "topk", "k": 12},
@@ -63,6 +63,7 @@ def measure_others(
     options: PlanOptions,
     teacher: OpenedTeacher,
     inputs: Inputs,
+    sample: Sample,
     batches: Sequence[Sequence[PackedRow]],
     like: Sequence[Commit],
     folder: Path,
@@ -73,6 +74,7 @@ def measure_others(
         options: of the plan.
         teacher: that is open.
         inputs: whose manifest says everything but the selection.
+        sample: whose first rows are those of a pilot.
         batches: the rows.
         like: the commits of the warm and the measured shard of the chosen selection.
         folder: for caches that are thrown away.
@@ -92,7 +94,7 @@ def measure_others(
         for other, _ in manifests:
             other.problem = f"the engine {teacher.engine.name} gives no logits to select from"
         return found
-    orders = _orders(teacher, inputs, [manifest for _, manifest in manifests])
+    orders = _orders(teacher, sample, [manifest for _, manifest in manifests])
     trials = []
     for i, ((_, manifest), order) in enumerate(zip(manifests, orders, strict=True)):
         trials.append(Trial(folder / str(i), dataclasses.replace(manifest, id_order=order)))
@@ -135,11 +137,11 @@ def _manifest(options: PlanOptions, teacher: OpenedTeacher, inputs: Inputs, rule
     return manifest
 
 
-def _orders(teacher: OpenedTeacher, inputs: Inputs, manifests: Sequence[Manifest]) -> list[tuple[int, ...]]:
+def _orders(teacher: OpenedTeacher, sample: Sample, manifests: Sequence[Manifest]) -> list[tuple[int, ...]]:
     """The order of ids that a pilot finds for each."""
     orders = [FrequencyOrder(manifest.vocab_size) for manifest in manifests]
     wanting = [i for i, manifest in enumerate(manifests) if manifest.codec.orders_ids]
-    for row in first_rows(inputs) if wanting else ():
+    for row in (row for part in sample.parts for row in part.rows) if wanting else ():
         found, _ = _select_all(teacher, [row], [TargetRequest.of(manifests[i]) for i in wanting], 0, 0)
         more = [
             i for i, part in zip(wanting, found, strict=True)

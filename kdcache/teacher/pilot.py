@@ -37,8 +37,7 @@ def run_pilot(teacher: OpenedTeacher, inputs: Inputs) -> Manifest:
     return manifest
 
 
-def first_rows(inputs: Inputs) -> Iterator[PackedRow]:
-    """The rows of the corpus from the first on: those that a pilot reads."""
+def _rows(inputs: Inputs) -> Iterator[PackedRow]:
     return (row for shard in range(inputs.manifest.shards) for row in inputs.shard_rows(shard).rows)
 
 
@@ -49,7 +48,7 @@ def _fitted(teacher: OpenedTeacher, inputs: Inputs) -> Selection:
 
     def tiles() -> Iterator[torch.Tensor]:
         nonlocal read, kept
-        for row in first_rows(inputs):
+        for row in _rows(inputs):
             for logits in teacher.logits([row]):
                 read += len(logits)
                 carries = None
@@ -73,7 +72,7 @@ def _id_order(teacher: OpenedTeacher, inputs: Inputs, manifest: Manifest) -> tup
     """Ids that the teacher proposes, most often first."""
     order = FrequencyOrder(manifest.vocab_size)
     request = dataclasses.replace(TargetRequest.of(manifest), extras=())
-    for row in first_rows(inputs):
+    for row in _rows(inputs):
         if not order.add(manifest.position_filter.apply(teacher.targets([row], request).targets)):
             break
     return order.ids()
