@@ -109,16 +109,11 @@ def _usual(names: Sequence[str], columns: Columns) -> Form | None:
 
 
 def _chat(wanted: dict[str, str], columns: Columns, form: str = "chat") -> Form:
-    """A form of messages, with what may stand beside them.
-
-    A column `system` belongs to ShareGPT and Alpaca; beside `messages` it may be anything.
-    """
+    """A form of messages, with what may stand beside them."""
     beside = {
         "tools": columns.tools or "tools", "documents": columns.documents or "documents",
-        "functions": "functions", "settings": "chat_template_kwargs",
+        "functions": "functions", "settings": "chat_template_kwargs", "system": "system",
     }  # fmt: skip
-    if wanted.get("messages") in ("conversations", "conversation") or "instruction" in wanted:
-        beside["system"] = "system"
     if "instruction" in wanted:
         beside |= {"input": "input", "history": "history"}
     return Form(name=form, columns=wanted, optional=_but(beside, columns))

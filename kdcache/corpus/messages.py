@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from kdcache.corpus.documents import BadDocument, Conversation, Message, kind_of, require_encodable
+from kdcache.corpus.documents import BadDocument, Conversation, Message, kind_of, require_encodable, text_of
 from kdcache.corpus.records import is_nested_too_deeply
 
 _SPEAKERS = {
@@ -61,9 +61,15 @@ def _conversation(messages: Any, found: Mapping[str, Any], only_after: int = 0) 
     if not isinstance(messages, list) or not messages:
         raise BadDocument(f"not a conversation: it is {'an empty list' if messages == [] else kind_of(messages)}")
     taken = [_message(message, number) for number, message in enumerate(messages)]
-    if isinstance(system := found.get("system"), str) and system and taken[0][0]["role"] != "system":
-        taken.insert(0, ({"role": "system", "content": system}, False))
-        only_after += 1
+    if system := found.get("system"):
+        first = taken[0][0]
+        if not isinstance(system, str):
+            raise BadDocument(f"wrong type: system is {kind_of(system)}")
+        if first["role"] != "system":
+            taken.insert(0, ({"role": "system", "content": system}, False))
+            only_after += 1
+        elif text_of(first.get("content")) != system:
+            raise BadDocument("two system prompts: the column system and the first message differ")
     settings = _from_json(found.get("settings") or {}, "chat_template_kwargs")
     if not isinstance(settings, dict):
         raise BadDocument(f"wrong type: chat_template_kwargs is {kind_of(settings)}")

@@ -73,6 +73,9 @@ def _read_completion(found: Mapping[str, Any]) -> Document | None:
         require_encodable(value)
     if not completion:
         raise BadDocument("no answer: the completion is empty")
+    for beside in ("system", "tools", "documents"):
+        if found.get(beside):
+            raise BadDocument(f"no place for {beside}: the prompt is a text, which no chat template sees")
     return Completion(prompt=prompt, completion=completion)
 
 

@@ -66,3 +66,23 @@ def test_a_column_that_says_what_counts_is_refused_beside_messages_too(names: li
         choose_form("it", names, Columns())
     assert choose_form("it", names, Columns(ignored=(column,)))
     assert choose_form("it", ["text", column], Columns()).name == "text"
+
+
+def test_a_system_prompt_beside_the_messages_is_the_first_message() -> None:
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    found = read_chat({"messages": talk, "system": "Be kind."})
+    assert found is not None
+    assert found.messages == [{"role": "system", "content": "Be kind."}, *talk] and found.taught == [False, False, True]
+    same = read_chat({"messages": found.messages, "system": "Be kind."})
+    assert same is not None and same.messages == found.messages
+    with pytest.raises(BadDocument, match="two system prompts"):
+        read_chat({"messages": found.messages, "system": "Be quick."})
+    with pytest.raises(BadDocument, match="wrong type: system is a number"):
+        read_chat({"messages": talk, "system": 3})
+
+
+@pytest.mark.parametrize("beside", [{"system": "Be kind."}, {"tools": [{"name": "x"}]}, {"documents": [{"text": "x"}]}])
+def test_a_prompt_that_is_a_text_has_no_place_for_what_a_template_shows(beside: dict[str, Any]) -> None:
+    form = choose_form("c", ["prompt", "completion", *beside], Columns())
+    with pytest.raises(BadDocument, match=f"no place for {next(iter(beside))}"):
+        form.document({"prompt": "a", "completion": "b", **beside})
