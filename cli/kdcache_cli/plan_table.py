@@ -56,10 +56,11 @@ def _selections(plan: dict[str, Any]) -> Table:
     table.add_column("bytes per position", justify="right")
     table.add_column("in all", justify="right")
     table.add_column("")
+    without = "without the extras" if plan["extras"] else ""
     temperatures = ", ".join(f"{t:g}" for t in plan["temperatures"])
     for each in plan["selections"]:
         known = each["bytes"] is not None
-        note = f"the one asked for, T = {temperatures}" if each["chosen"] else each["problem"] or ""
+        note = f"the one asked for, T = {temperatures}" if each["chosen"] else each["problem"] or without
         table.add_row(
             Text("  " + each["name"]),
             f"{each['bytes_per_position']:.1f}" if known else "",

@@ -161,6 +161,7 @@ def _whole(
         },
         "precision": str(inputs.manifest.precision),
         "temperatures": list(inputs.manifest.temperatures),
+        "extras": list(inputs.manifest.extras),
         "selections": selections,
         "bytes": selections[0]["bytes"],
         "bytes_per_position": selections[0]["bytes_per_position"],

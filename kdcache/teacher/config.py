@@ -236,6 +236,6 @@ class PlanOptions(DumpConfig):
         if not 0 < self.epochs < float("inf"):
             raise ConfigError(f"epochs is {self.epochs}, but must be positive")
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < float("inf"):
-            raise ConfigError(f"price_per_hour is {self.price_per_hour}, but must not be negative")
+            raise ConfigError(f"price_per_hour is {self.price_per_hour}, but must be at least 0")
         if self.worker is not None:
-            raise ConfigError(f"worker is {self.worker}, but a plan is for all workers together; use workers")
+            raise ConfigError(f"worker is {self.worker}, but a plan is for all workers together; leave it out")

@@ -161,12 +161,12 @@ def test_bad_options_are_named(teacher: Path, corpus: Path, tmp_path: Path) -> N
 @pytest.mark.assets
 @pytest.mark.slow
 @pytest.mark.parametrize("corpus_name", ["tinystories.txt", "wikitext2-valid.txt"])
-@pytest.mark.parametrize(("name", "seq_len", "documents"), [("stories260K", 256, 1500), ("lab32k", 512, 150)])
+@pytest.mark.parametrize(("name", "seq_len", "documents"), [("stories260K", 256, 600), ("lab32k", 512, 30)])
 def test_bytes_are_near_for_real_teachers(
     assets: Path, tmp_path: Path, corpus_name: str, name: str, seq_len: int, documents: int
 ) -> None:
     changes: dict[str, Any] = {
-        "seq_len": seq_len, "limit_docs": documents, "docs_per_shard": 50, "precision": None, "batch_rows": 8, "k": 64,
+        "seq_len": seq_len, "limit_docs": documents, "docs_per_shard": 10, "precision": None, "batch_rows": 4, "k": 64,
     }  # fmt: skip
     where = (assets / "models" / name, assets / "text" / corpus_name)
     found = plan(plan_options(*where, **changes))
