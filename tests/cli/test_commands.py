@@ -44,6 +44,7 @@ def test_options_are_the_configuration(command: str, config: type, monkeypatch: 
         assert "[default" not in field.metadata["help"]  # rich would take it for markup and drop it
 
 
+@pytest.mark.slow
 def test_the_whole_loop_in_real_processes(teacher: Path, corpus: Path, student_config: Path, tmp_path: Path) -> None:
     cache, student = tmp_path / "c", tmp_path / "s"
     dumped = kdcache(

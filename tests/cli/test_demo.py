@@ -26,6 +26,7 @@ def texts() -> list[str]:
     return manuals()
 
 
+@pytest.mark.slow
 def test_the_manuals_are_many_and_each_is_there_once(texts: list[str]) -> None:
     assert sum(map(len, texts)) > 1_000_000
     assert len(set(texts)) == len(texts)

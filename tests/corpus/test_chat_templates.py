@@ -107,6 +107,7 @@ def test_stock_templates(tokenizer: Any) -> None:
     assert len(refused) <= seen / 10, refused
 
 
+@pytest.mark.slow
 def test_templates_that_mark_answers_are_believed(tokenizer: Any) -> None:
     """The supervised tokens are those that transformers' own mask gives, wherever it gives any."""
     compared = 0
@@ -145,6 +146,7 @@ AWKWARD = [
 """Words of which templates, and other messages, are made."""
 
 
+@pytest.mark.slow
 def test_spans_do_not_depend_on_the_words(tokenizer: Any) -> None:
     """Wherever a template writes messages as they are, their spans are those of plain words in their places."""
     chance, same, refused = random.Random(0), 0, []

@@ -21,6 +21,8 @@ from kdcache.student.config import TrainConfig
 from kdcache.student.train import train
 from tests.examples.loading import EXAMPLES, example
 
+pytestmark = pytest.mark.slow
+
 STUDENT = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 256, "hidden_size": 32,
     "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4,

@@ -159,6 +159,7 @@ def test_no_tensor_is_as_large_as_positions_by_vocabulary(monkeypatch: pytest.Mo
     assert fused.elements <= max(weight.numel(), 16 * VOCAB)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's own, of its tracing
 def test_in_a_compiled_model() -> None:
     model = make("soft cap")

@@ -94,6 +94,7 @@ def pooled(caches: tuple[Path, Path], weights: tuple[float, float] = (1.0, 1.0))
     return PooledCache([TeacherCache(str(c), open_cache(c), w) for c, w in zip(caches, weights, strict=True)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_student_comes_nearer_to_both_teachers(
     kind: str, caches: Caches, student_config: Path, tmp_path: Path

@@ -74,6 +74,7 @@ def test_a_moving_soft_weight_trains_on_both_terms(cache: Path, student_config: 
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wsd", "linear"])
 def test_a_resumed_run_has_the_same_weights(name: str, cache: Path, student_config: Path, tmp_path: Path) -> None:
     def config(out: Path, **changes: Any) -> TrainConfig:
