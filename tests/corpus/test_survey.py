@@ -63,7 +63,7 @@ def shards(corpus: Corpus, rule: dict[str, int], **options: Any) -> list[list[An
 
 
 @pytest.mark.parametrize("document", ["line", "paragraph"])
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_text_is_cut_where_lines_and_paragraphs_are(
     tmp_path: Path, seed: int, document: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

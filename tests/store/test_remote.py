@@ -237,6 +237,7 @@ def damage(bucket: Bucket, name: str, how: str) -> None:
 DAMAGES = ("flip", "truncate", "empty", "lengthen", "delete")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_data_is_named_and_never_read(local: Path, bucket: Bucket, how: str) -> None:
     url, whole = bucket.upload(local, "c"), open_cache(local)

@@ -145,6 +145,7 @@ def test_the_loss_of_a_step_is_the_divergence_from_the_pool(
     assert logged == pytest.approx(exact, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_pool_does_not_depend_on_who_is_named_first(caches: Caches, student_config: Path, tmp_path: Path) -> None:
     one, two = caches("full")
     runs = [

@@ -33,6 +33,7 @@ def options(cache: Path, student: Path, out: Path, **changes: Any) -> TrainConfi
     return TrainConfig(**{**usual, "cache": str(cache), "student": str(student), "out": str(out), **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -138,6 +139,7 @@ def test_bad_objectives_are_refused_before_anything_is_written(
         assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ipps", "sample", "sample+power"])
 def test_a_student_learns_from_draws(
     kind: str, teacher: Path, corpus: Path, student_config: Path, tmp_path: Path

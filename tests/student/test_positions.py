@@ -187,6 +187,7 @@ def test_a_position_without_a_target_has_no_distillation_term(
     assert all(torch.equal(a, b) for a, b in zip(*same, strict=True))  # num_items is the default
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, {"soft_weight": 1.0, "batch_rows": 1}, {"position_weights": "confidence"}, {"loss": "reverse-kl"},

@@ -34,6 +34,7 @@ def shape(name: str, step: int) -> float:
     }[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["constant", "cosine", "wsd"])
 def test_the_learning_rate(name: str, cache: Path, student_config: Path, tmp_path: Path) -> None:
     train(options(cache, student_config, tmp_path / "s", schedule=name))
@@ -64,6 +65,7 @@ def test_the_soft_weight(cache: Path, student_config: Path, tmp_path: Path) -> N
         weights("down")
 
 
+@pytest.mark.slow
 def test_a_moving_soft_weight_trains_on_both_terms(cache: Path, student_config: Path, tmp_path: Path) -> None:
     """At step 0 of `wsd` the labels alone are learned, whatever --soft-weight says."""
     losses = []

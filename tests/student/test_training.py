@@ -143,6 +143,7 @@ def test_the_loss_that_is_logged_is_the_mean_over_the_steps_positions(
     assert logged == pytest.approx(loss.item(), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
 def test_schedules(cache: Path, student_config: Path, tmp_path: Path, schedule: str) -> None:
     summary = train(options(cache, student_config, tmp_path / "s", schedule=schedule, steps=6))

@@ -97,6 +97,7 @@ def test_value_and_gradient_against_dense(
         require_as_exact_as_naive(given, targets, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 @pytest.mark.parametrize(("loss", "tail"), COMBINATIONS)
 def test_on_real_rows(loss: str, tail: str, real: Problem) -> None:
@@ -126,6 +127,7 @@ def real(assets: Path, request: pytest.FixtureRequest) -> Problem:
     return Problem(hidden + 0.3 * hidden.std() * noise, weight, bias, (hidden @ weight.T).double(), labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "tail"), [*((x, "bucket") for x in DIVERGENCES), *(("forward-kl", x) for x in TAILS)])
 def test_gradcheck(loss: str, tail: str) -> None:
     given = problem(torch.float64)
