@@ -57,7 +57,7 @@ def test_a_cache_in_a_bucket_from_the_dump_to_the_student(
     assert evaluated.returncode == 0 and evaluated.stderr == "", evaluated.stderr
     after = json.loads(trained.stdout)["heldout"]["after"]
     figures = json.loads(evaluated.stdout)
-    assert len(figures.pop("calibration")["bins"]) == 15
+    assert len(figures.pop("calibration")["bins"]) == 15 and figures.pop("logits") == "tiles"
     assert figures == pytest.approx(after, abs=1e-5)
     assert 0 < sum(path.stat().st_size for path in copies.rglob("*") if path.is_file()) <= 100_000
 

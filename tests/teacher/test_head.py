@@ -358,7 +358,7 @@ print((after - before) * 1024 / (4 * vocab * length * rows))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is Linux's")
-@pytest.mark.parametrize(("how", "least", "most"), [("tiled", 0, 0.25), ("whole", 0.35, 9)])
+@pytest.mark.parametrize(("how", "least", "most"), [("tiled", 0, 0.25), ("whole", 0.28, 9)])
 def test_memory_above_the_models_own(how: str, least: float, most: float) -> None:
     """As a share of the logits of 4 rows, probe and check included; of all of them the kernel may take some back."""
     done = subprocess.run(
