@@ -150,6 +150,11 @@ class Corpus:
                 at = cut
 
     @property
+    def plain(self) -> bool:
+        """Whether its files are text, and hold nothing else."""
+        return self._source.plain
+
+    @property
     def one_unit(self) -> bool:
         """Whether a file is read by one process, since it has no places where another may begin (by the first)."""
         return self._source.unit(0, self._source.begin(0)) == END

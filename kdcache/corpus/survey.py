@@ -32,6 +32,7 @@ import numpy as np
 from kdcache.corpus.forms import Columns
 from kdcache.corpus.plan import Address, Plan
 from kdcache.corpus.sources import Corpus, Digests, Part, open_corpus
+from kdcache.corpus.text_files import END
 from kdcache.errors import ConfigError, CorpusError, KdcacheError
 from kdcache.worker import available_cores
 
@@ -189,8 +190,14 @@ def _digests(corpus: Corpus, processes: int) -> Generator[tuple[Part, Digests], 
 
 
 def _examine(corpus: Corpus, part: Part) -> Digests:
-    """What a survey keeps of a part, read some documents at a time."""
+    """What a survey keeps of a part.
+
+    It is read some documents at a time, which keeps memory small and suits a core's own cache; but text at once, which
+    is only hashed.
+    """
     file, start, stop = part
+    if corpus.plain and stop != END:
+        return corpus.examine(part)
     found = [corpus.examine(piece) for piece in corpus.parts((file, start), (file, stop))]
     if len(found) == 1:
         return found[0]
