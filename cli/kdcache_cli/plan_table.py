@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from kdcache.teacher.config import PlanOptions
+from kdcache_cli.frame import in_options
 
 
 def print_plan(console: Console, plan: dict[str, Any]) -> None:
@@ -46,8 +50,9 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
     say(f"  {size(memory['peak_bytes'])} at most ({memory['kind']}); logits at once {size(memory['logits_bytes'])}")
     if plan["problems"]:
         say("\nWill not fit", "bold")
+        names = [field.name for field in dataclasses.fields(PlanOptions)]
         for problem in plan["problems"]:
-            say(f"  {problem}")
+            say(f"  {in_options(problem, names)}")
 
 
 def _selections(plan: dict[str, Any]) -> Table:
