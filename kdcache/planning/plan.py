@@ -249,8 +249,8 @@ def _problems(options: PlanOptions, found: dict[str, Any]) -> list[str]:
             )
     if options.workers > found["shards"]:
         problems.append(
-            f"shards: {found['shards']}, for {options.workers} workers, of which "
-            f"{options.workers - found['shards']} have nothing to do; make shards smaller with chars_per_shard"
+            f"{options.workers} workers share {found['shards']} {'shard' if found['shards'] == 1 else 'shards'}, so "
+            f"{options.workers - found['shards']} of them have nothing to do; make shards smaller with chars_per_shard"
         )
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if found["memory"]["kind"].startswith("resident") and found["memory"]["peak_bytes"] > 0.9 * total:
