@@ -19,7 +19,7 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
     def say(line: str, style: str = "") -> None:
         console.print(Text(line, style=style), soft_wrap=True)
 
-    sample = plan["sample"]
+    sample = plan["sampled"]
     share = "all of it was read" if sample["share"] == 1 else f"from {sample['share']:.2%} of it"
     say("The corpus", "bold")
     say(

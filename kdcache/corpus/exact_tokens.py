@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,9 +133,23 @@ def _straddled(starts: NDArray[np.int64], ends: NDArray[np.int64], edge: int) ->
 
 
 def _covers(starts: NDArray[np.int64], ends: NDArray[np.int64], text: str, begin: int, end: int) -> bool:
-    """Whether tokens cover a span but for white space, which some tokenizers do not keep."""
+    """Whether tokens cover a span.
+
+    What some tokenizers do not keep may be bare: white space, and what composes with the character before it (an accent
+    written by itself), which a normalizer makes one character of.
+    """
     covered = np.zeros(end - begin + 1, np.int64)
     np.add.at(covered, starts - begin, 1)
     np.add.at(covered, ends - begin, -1)
-    bare = np.flatnonzero(np.cumsum(covered)[:-1] == 0)
-    return all(text[begin + place].isspace() for place in bare)
+    bare = [begin + int(place) for place in np.flatnonzero(np.cumsum(covered)[:-1] == 0)]
+    return all(text[place].isspace() or _composes(text, begin, place) for place in bare)
+
+
+def _composes(text: str, begin: int, place: int) -> bool:
+    """Whether a character becomes a part of one before it, in the canonical composition of Unicode."""
+    first = max(begin, place - _MOST_COMPOSED)
+    return len(unicodedata.normalize("NFC", text[first : place + 1])) < len(text[first : place + 1])
+
+
+_MOST_COMPOSED = 4
+"""Characters before one that may be composed with it."""

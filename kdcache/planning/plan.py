@@ -84,7 +84,7 @@ def plan(options: PlanOptions, on_progress: Progress | None = None) -> dict[str,
             others = measure_others(options, teacher, inputs, sample, batches, like, Path(scratch) / "others")
             teacher_row = _teacher_seconds(teacher, batches) if options.student else 0.0
         found = _whole(options, inputs, sample, trial, others)
-        found["sample"]["batches"] = len(batches)
+        found["sampled"]["batches"] = len(batches)
         found["seconds"] = _seconds(clock, inputs, sample, speed)
         found["machines"] = _machines(options, found["seconds"], len(inputs.plan))
         found["memory"] = memory
@@ -149,7 +149,7 @@ def _whole(
         "labels": round(labels),
         "positions": positions,
         "seq_len": options.seq_len,
-        "sample": {
+        "sampled": {
             "documents": described.documents,
             "characters": sample.characters,
             "share": sample.share,

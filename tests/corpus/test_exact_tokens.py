@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,18 @@ def test_an_answer_is_taught_with_its_closing_token_and_nothing_else(tokenizer: 
     talk = [{"role": "user", "content": "Who is he?"}, {"role": "assistant", "content": answer}] * 2
     ((tokens,),) = Tokeniser(tokenizer, len(tokenizer)).tokenise([(0, read_chat({"messages": talk}))])
     assert taught(tokenizer, tokens) == [answer + closing] * 2
+
+
+@pytest.mark.parametrize(
+    "answer", ["cafe\u0301 nai\u0308ve", "tie\u0302\u0301ng Vie\u0323\u0302t", "\u1112\u1161\u11ab\u1100\u116e\u11a8"]
+)
+def test_an_accent_written_by_itself_is_a_part_of_its_letter(tokenizer: Any, answer: str) -> None:
+    """A tokenizer may compose both into one character, whose place is that of the letter."""
+    tokenizer.chat_template = CHATML
+    talk = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": answer}]
+    ((tokens,),) = Tokeniser(tokenizer, len(tokenizer)).tokenise([(0, read_chat({"messages": talk}))])
+    (found,) = taught(tokenizer, tokens)
+    assert unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", answer) + "<|im_end|>"
 
 
 @pytest.mark.parametrize("name", [name for name in ANSWERS if name != "empty"])

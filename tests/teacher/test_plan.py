@@ -55,8 +55,8 @@ def test_a_small_corpus_is_counted_and_its_bytes_are_near(
     made = dump(dump_options(teacher, corpus, tmp_path / "c", **changes))
     for name in ("documents", "rows", "labels"):
         assert found[name] == made[name]
-    assert found["sample"]["share"] == 1 and found["shards"] == made["shards"]["planned"]
-    assert found["sample"]["dropped"] == made["dropped"]
+    assert found["sampled"]["share"] == 1 and found["shards"] == made["shards"]["planned"]
+    assert found["sampled"]["dropped"] == made["dropped"]
     assert found["positions"] == pytest.approx(made["positions"], rel=NEAR)
     assert found["bytes"] == found["selections"][0]["bytes"] == pytest.approx(made["bytes"], rel=NEAR)
     assert found["bytes_per_position"] == pytest.approx(made["bytes_per_position"], rel=NEAR)
