@@ -20,7 +20,7 @@ from kdcache.corpus.survey import shard_rule, survey
 from kdcache.rows import IGNORE
 from kdcache.store.manifest import today
 from kdcache.teacher.config import CheckOptions
-from kdcache.teacher.inputs import corpus_of, open_tokenizer, shaping_of
+from kdcache.teacher.inputs import corpus_of, open_tokenizer, require_no_bad_record, shaping_of
 
 _QUANTILES = {"least": 0.0, "median": 0.5, "0.9": 0.9, "0.99": 0.99, "most": 1.0}
 _MOST_LISTED = 1000
@@ -54,6 +54,8 @@ def check_data(options: CheckOptions, on_progress: Callable[[int, int], None] | 
     sizes = array("q")
     for shard in range(len(plan)):
         tokens = [one for batch in reading.shard(plan, shard) for one in batch]
+        if options.on_bad_record == "stop":
+            require_no_bad_record(reading)
         examples += tokens[: options.examples - len(examples)]
         lengths: Counter[int] = Counter()
         for one in tokens:

@@ -194,16 +194,24 @@ def _survey(corpus: Corpus, rule: dict[str, int], shaping: Shaping, on_bad_recor
         reading = ShardReading(corpus, shaping.tokeniser)
         for shard in range(len(found.plan)):
             for _ in reading.shard(found.plan, shard):
-                if reading.bad_records:
-                    first = reading.bad_records[0]
-                    raise CorpusError(
-                        f"document {first.document} cannot be used: {first.reason}; with on_bad_record=skip it is left "
-                        "out and counted"
-                    )
+                require_no_bad_record(reading)
     labelled, reading = has_label(corpus, found.plan, shaping)
     if not labelled:
         raise CorpusError(f"none of the {found.plan.documents} documents has a token to predict{_why(reading)}")
     return found.plan, found.corpus_sha256
+
+
+def require_no_bad_record(reading: ShardReading) -> None:
+    """Refuse a corpus in which a record was found that cannot be used.
+
+    Raises:
+        CorpusError: naming the first.
+    """
+    for first in reading.bad_records[:1]:
+        raise CorpusError(
+            f"document {first.document} cannot be used: {first.reason}; with on_bad_record skip it is left out and "
+            "counted"
+        )
 
 
 def _why(reading: ShardReading) -> str:

@@ -17,7 +17,8 @@ from kdcache import open_cache
 from kdcache.cache import Cache
 from kdcache.errors import CorpusError, IncompleteCacheError
 from kdcache.rows import IGNORE
-from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.check_data import check_data
+from kdcache.teacher.config import CheckOptions, DumpConfig
 from kdcache.teacher.dump import dump
 
 pytestmark = pytest.mark.assets
@@ -104,6 +105,12 @@ def test_a_bad_record_near_the_end(place: Workplace, documents: int) -> None:
     assert "corpus.jsonl" in bad["reason"]
     with pytest.raises(CorpusError, match=f"document {documents - 10} cannot be used"):
         place.cache(corpus, STRICT, out="stopped", docs_per_shard=20, on_bad_record="stop")
+    options = CheckOptions(
+        teacher=str(place.teacher), corpus=str(corpus), chat_template=str(place.folder / "template.jinja"),
+        on_bad_record="stop",
+    )  # fmt: skip
+    with pytest.raises(CorpusError, match=f"document {documents - 10} cannot be used"):
+        check_data(options)
 
 
 @pytest.mark.parametrize(
