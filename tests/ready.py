@@ -14,7 +14,7 @@ MODULES = (
     "datasets", "matplotlib.backends.backend_agg", "matplotlib.figure", "pydantic.main", "s3fs", "torch._dynamo",
     "torch.distributed.tensor", "transformers.models.llama.modeling_llama",
     "kdcache.convert", "kdcache.report.evaluate", "kdcache.report.inspect", "kdcache.student.train",
-    "kdcache.teacher.dump", "kdcache.verify", "kdcache_cli.main", "kdcache_cli.tables",
+    "kdcache.teacher.dump", "kdcache.teacher.shard_maker", "kdcache.verify", "kdcache_cli.main", "kdcache_cli.tables",
 )  # fmt: skip
 
 

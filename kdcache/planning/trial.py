@@ -22,9 +22,9 @@ from kdcache.store.commit import Commit, commit_name
 from kdcache.store.manifest import NAME, Manifest
 from kdcache.store.open_storage import open_storage
 from kdcache.targets import SparseTargets
-from kdcache.teacher.dump import describe, write_batches
 from kdcache.teacher.engines.base import TargetRequest
 from kdcache.teacher.opened_teacher import OpenedTeacher
+from kdcache.teacher.shard_maker import describe, write_batches
 
 EMPTY, WARM, MEASURED = range(3)
 """The shards of a trial."""

@@ -125,6 +125,7 @@ class DumpConfig(CorpusOptions):
     attn_implementation: str | None = option(
         "attention of the teacher: eager, sdpa, flash_attention_2, ... (default: what transformers takes)", None
     )
+    tensor_parallel: int = option("GPUs that hold one teacher together, each a part of every layer", 1)
     batch_rows: int = option("rows per forward pass", 8)
     tile_head: bool = option(
         "run the output head on tiles of positions, so that the logits of a batch are never all in memory", True
@@ -136,6 +137,8 @@ class DumpConfig(CorpusOptions):
         super().__post_init__()
         if self.batch_rows < 1:
             raise ConfigError(f"batch_rows is {self.batch_rows}, but must be at least 1")
+        if self.tensor_parallel < 1:
+            raise ConfigError(f"tensor_parallel is {self.tensor_parallel}, but must be at least 1")
         if not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed is {self.seed}, but must lie in 0 to 2^63 - 1")
         for name in ("docs_per_shard", "chars_per_shard"):
@@ -168,6 +171,7 @@ class DumpConfig(CorpusOptions):
         return TeacherSpec(
             model=self.teacher, engine=self.engine, device=self.device, device_map=self.device_map, dtype=self.dtype,
             batch_rows=self.batch_rows, tile_head=self.tile_head, attn_implementation=self.attn_implementation,
+            tensor_parallel=self.tensor_parallel,
         )  # fmt: skip
 
     @property

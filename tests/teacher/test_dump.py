@@ -338,7 +338,7 @@ def test_two_writers_of_one_shard(cache: Path, teacher: Path, corpus: Path, tmp_
         return None if shard == 0 and asked.count(0) == 1 else read(Commit, folder, shard, sha256)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdcache.teacher.dump.committed", lambda *_: [1, 3])
+        patch.setattr("kdcache.teacher.shard_maker.committed", lambda *_: [1, 3])
         patch.setattr(Commit, "read", late)
         summary = dump(dump_options(teacher, corpus, out))
     assert summary["complete"] and summary["shards"]["by_this_worker"] == 1

@@ -16,7 +16,7 @@ from kdcache import Selection, SparseTargets, open_cache, select
 from kdcache.errors import ConfigError, EngineError, LogitsError
 from kdcache.report.evaluate import evaluate
 from kdcache.rows import PackedRow, RowSpec
-from kdcache.teacher import dump as dump_module
+from kdcache.teacher import shard_maker
 from kdcache.teacher.dump import dump
 from kdcache.teacher.engines import base
 from kdcache.teacher.engines.base import (
@@ -309,16 +309,16 @@ def test_a_shard_that_another_worker_commits_meanwhile_is_not_run(
 ) -> None:
     options = {"engine": "bigram", "limit_docs": 30, "docs_per_shard": 10}
     dump(dump_options(teacher, corpus, tmp_path / "c", worker="0/3", **options))
-    inner, runs = dump_module.committed, []
+    inner, runs = shard_maker.committed, []
 
     def others_work(*arguments: Any) -> list[int]:
         before = inner(*arguments)
-        monkeypatch.setattr(dump_module, "committed", inner)
+        monkeypatch.setattr(shard_maker, "committed", inner)
         dump(dump_options(teacher, corpus, tmp_path / "c", **options))
         run = Bigram.run
         monkeypatch.setattr(Bigram, "run", lambda self, *given: runs.append(1) or run(self, *given))
         return before
 
-    monkeypatch.setattr(dump_module, "committed", others_work)
+    monkeypatch.setattr(shard_maker, "committed", others_work)
     assert dump(dump_options(teacher, corpus, tmp_path / "c", **options))["shards"]["by_this_worker"] == 0
     assert not runs

@@ -67,6 +67,7 @@ class TeacherSpec:
         batch_rows: rows a forward pass.
         tile_head: whether the output head runs over tiles of positions.
         attn_implementation: attention of the teacher, by the engine's name for it; None for the engine's choice.
+        tensor_parallel: GPUs (or processes) that hold one teacher together, each a part of every layer.
     """
 
     model: str
@@ -77,6 +78,7 @@ class TeacherSpec:
     batch_rows: int = 8
     tile_head: bool = True
     attn_implementation: str | None = None
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,186 @@
+"""What makes the shards of one dump, in any order: its corpus, its teacher and its writer.
+
+Whoever decides which shards are made when (`dump` for one process, another launcher for many) builds a `ShardMaker` and
+calls `make`. It checks everything that can be wrong (folders, corpus, options, a cache of another configuration) when
+it is built, opens and probes the teacher when `create` or `make` first needs it, and only then writes. Each shard is a
+function of its documents only. Shards are written through `kdcache.CacheWriter`; encoding and writing run in a thread
+of their own, during the forward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+import kdcache
+from kdcache.cache_writer import CacheWriter, NewShard, tokenizer_files
+from kdcache.corpus.shards import ShardRows
+from kdcache.errors import CacheMismatchError
+from kdcache.rows import PackedRow
+from kdcache.store.commits import committed
+from kdcache.store.open_storage import open_storage
+from kdcache.store.plan import require_no_other_plan
+from kdcache.store.publish import require_free_or_same
+from kdcache.teacher.background_writer import BackgroundWriter
+from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.engines.base import TargetRequest, find_engine, require_answerable
+from kdcache.teacher.inputs import open_inputs
+from kdcache.teacher.open_teacher import open_teacher
+from kdcache.teacher.opened_teacher import BatchTargets, OpenedTeacher
+from kdcache.teacher.pilot import run_pilot
+
+OnBatch = Callable[[float, int], None]
+"""Called after each batch with the documents (a share of the shard's) and the labelled slots done in this shard."""
+
+
+class ShardMaker:
+    """Makes shards of one cache. Use it as a context manager, or call `close`, to give the teacher back.
+
+    Attributes:
+        storage: where the cache is, or will be.
+        inputs: everything that a shard is a function of.
+        done: the shards that were committed when this was built.
+        stalled_seconds: for how long the teacher has waited for encoding and writing.
+
+    Raises:
+        KdcacheError: see the exception tree; nothing already written is harmed.
+    """
+
+    def __init__(self, config: DumpConfig) -> None:
+        self.storage = open_storage(config.out)
+        self.inputs = open_inputs(config, self.storage)
+        planned = self.inputs.manifest
+        self._request = TargetRequest.of(planned)
+        require_answerable(find_engine(config.engine), self._request, planned.position_filter)
+        # an open engine may know less than its class
+        self._existing = require_free_or_same(self.storage, planned, but_for=("known",))
+        require_no_other_plan(self.storage, self.inputs.plan)
+        self.done = set(committed(self.storage, self._existing)) if self._existing else set()
+        self.stalled_seconds = 0.0
+        self._config = config
+        self._teacher: OpenedTeacher | None = None
+        self._writer = None if self._existing is None else CacheWriter(self.storage, self._existing)
+
+    @property
+    def writer(self) -> CacheWriter:
+        """Writes the cache, which `create` has created if it did not exist."""
+        assert self._writer is not None, "create() comes first"
+        return self._writer
+
+    def create(self) -> None:
+        """Create the cache unless it exists. Opens the teacher, which says what the targets know, if it does not."""
+        if self._writer is None:
+            self._open()
+
+    def make(self, number: int, on_batch: OnBatch) -> NewShard | None:
+        """Make and commit one shard. None if somebody has committed it by now.
+
+        Raises:
+            KdcacheError: see the exception tree; a shard that fails leaves nothing that a reader sees.
+        """
+        teacher = self._open()
+        if self.writer.is_committed(number):
+            return None
+        made, request, positions, rows = self.inputs.shard_rows(number), TargetRequest.of(self.writer.manifest), 0, 0
+        eos_id: int | None = self.inputs.tokenizer.eos_token_id
+        with self.writer.shard(number) as shard:
+            describe(shard, made, teacher, eos_id)
+
+            def count(batch_rows: int, batch_positions: int) -> None:
+                nonlocal rows, positions
+                rows, positions = rows + batch_rows, positions + batch_positions
+                on_batch(made.documents * rows / len(made.rows), positions)
+
+            batches = made.rows.batches(teacher.batch_rows)
+            self.stalled_seconds += write_batches(shard, batches, teacher, request, eos_id, count)
+        return shard
+
+    def close(self) -> None:
+        """Close the teacher."""
+        if self._teacher is not None:
+            self._teacher.close()
+            self._teacher = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _open(self) -> OpenedTeacher:
+        """The teacher, opened once; then the cache exists, too."""
+        if self._teacher is None:
+            planned, existing = self.inputs.manifest, self._existing
+            teacher = open_teacher(self._config.teacher_spec, planned.row_spec, self._request, planned.position_filter)
+            self._teacher = teacher
+            self.inputs = self.inputs.with_known(teacher.engine.knows.known(planned.rule, planned.temperatures))
+            if existing and existing.known != self.inputs.manifest.known:
+                raise CacheMismatchError(f"{self.storage} knows other things of its teacher than this engine does")
+            wanted = existing or run_pilot(teacher, self.inputs)
+            tokenizer = tokenizer_files(self.inputs.tokenizer)
+            self._writer = CacheWriter.create(self.storage, wanted, tokenizer, self.inputs.plan)
+        return self._teacher
+
+
+def write_batches(
+    shard: NewShard,
+    batches: Sequence[Sequence[PackedRow]],
+    teacher: OpenedTeacher,
+    request: TargetRequest,
+    eos_id: int | None,
+    on_batch: Callable[[int, int], None],
+) -> float:
+    """Write the targets of batch after batch into a shard, while the teacher works on the next.
+
+    Args:
+        shard: where to; see `describe`.
+        batches: its rows, in order.
+        teacher: whose targets.
+        request: what is asked of it.
+        eos_id: of the end of sequence, None where there is none.
+        on_batch: called with the rows and the labelled slots of a batch when the teacher is done with it.
+
+    Returns:
+        For how many seconds the teacher waited for encoding and writing.
+    """
+    with BackgroundWriter() as background:
+        for batch, found in zip(batches, teacher.targets_of(batches, request, shard=shard.number), strict=True):
+            background.submit(functools.partial(_write, shard, batch, found, eos_id))
+            on_batch(len(batch), sum(found.counts))
+        background.finish()
+        return background.stalled_seconds
+
+
+def describe(shard: NewShard, made: ShardRows, teacher: OpenedTeacher, eos_id: int | None) -> None:
+    """What is known of a shard before its rows are written."""
+    shard.documents, shard.dropped_by = made.documents, made.dropped
+    shard.bad_records = [{"document": int(bad.document), "reason": bad.reason} for bad in made.bad_records]
+    shard.cut, shard.truncated = made.cut, made.truncated
+    shard.eos_labels = None if eos_id is None else 0
+    shard.compute = {**teacher.compute, **_versions()}
+
+
+@functools.cache
+def _versions() -> dict[str, str | None]:
+    """Versions of what turns a document into tokens: another one might turn it into others."""
+    found: dict[str, str | None] = {"kdcache": kdcache.__version__, "python": platform.python_version()}
+    for name in ("transformers", "tokenizers", "jinja2"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a teacher without a chat template needs no Jinja
+            found[name] = None
+    return found
+
+
+def _write(shard: NewShard, batch: Sequence[PackedRow], found: BatchTargets, eos_id: int | None) -> None:
+    start = 0
+    for row, targets in zip(batch, found.targets.split(found.counts), strict=True):
+        if shard.eos_labels is not None:
+            shard.eos_labels += int((row.labels(len(row.tokens)) == eos_id).sum())
+        stop = start + len(row.tokens)
+        shard.write_row(row, targets, {name: values[start:stop] for name, values in found.extras.items()})
+        start = stop
