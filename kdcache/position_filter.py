@@ -57,13 +57,17 @@ class PositionFilter:
             )
         return above + 0.0  # of -0.0 too
 
-    def mask(self, entropy: Tensor) -> Tensor | None:
-        """`[N]` bool: which of N labelled slots with these entropies carry a target; None for all of them."""
-        return None if self.above is None else entropy > self.above
+    def mask(self, targets: SparseTargets) -> Tensor | None:
+        """`[N]` bool: which of the N labelled slots of these targets carry one; None for all of them.
+
+        Raises:
+            TargetError: the rule needs the entropy, and they do not know it.
+        """
+        if self.above is None:
+            return None
+        return targets.require("entropy", f"the position filter {self.rule}") > self.above
 
     def apply(self, targets: SparseTargets) -> SparseTargets:
         """Targets of N labelled slots, emptied (`count` is 0) at those that are to carry none."""
-        if self.above is None:
-            return targets
-        kept = targets.require("entropy", f"the position filter {self.rule}") > self.above
-        return targets[kept].spread(kept.nonzero()[:, 0], len(targets.count))
+        kept = self.mask(targets)
+        return targets if kept is None else targets[kept].spread(kept.nonzero()[:, 0], len(targets.count))

@@ -81,7 +81,7 @@ def _compare(
             on_progress(done, len(wanted_rows))
         stored, fresh, again = _three_targets(cache, teacher, index)
         has_target, rule = stored.count > 0, cache.manifest.position_filter
-        wanted, mine_again = (rule.mask(each.require("entropy", "a position filter")) for each in (fresh, again))
+        wanted, mine_again = (rule.mask(each) for each in (fresh, again))
         for name, one, mine in (("stored", stored, has_target), ("control", again, mine_again)):
             part = differences(one[has_target], fresh[has_target], cache.manifest.vocab_size)
             if mine is not None and wanted is not None:

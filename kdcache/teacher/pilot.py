@@ -53,7 +53,7 @@ def _fitted(teacher: OpenedTeacher, inputs: Inputs) -> Selection:
                 read += len(logits)
                 carries = None
                 if positions.above is not None:
-                    carries = positions.mask(select(logits, _CHEAPEST).require("entropy", "a position filter"))
+                    carries = positions.mask(select(logits, _CHEAPEST))
                 part = logits if carries is None else logits[carries]
                 kept += len(part)
                 yield part

@@ -112,10 +112,7 @@ def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | No
         labels = labels[labels != IGNORE]
         scores = 4 * torch.randn(len(labels), manifest.vocab_size, generator=logits)
         targets = select(scores, rule, labels=torch.from_numpy(labels), temperatures=manifest.temperatures)
-        carries = manifest.position_filter.mask(targets.require("entropy", "a position filter"))
-        if carries is not None:
-            targets = targets[carries].spread(carries.nonzero()[:, 0], len(labels))
-        found.append((row, targets))
+        found.append((row, manifest.position_filter.apply(targets)))
     return found
 
 

@@ -33,11 +33,13 @@ def dumped(teacher: Path, corpus: Path, out: Path, *options: object) -> subproce
     )  # fmt: skip
 
 
-def test_its_cache_through_every_command(served: Path, student_config: Path, tmp_path: Path) -> None:
+def test_its_cache_through_every_command(teacher: Path, served: Path, student_config: Path, tmp_path: Path) -> None:
     summary = run("inspect-shard", served)
     assert summary["positions"] > 5000 and summary["mean_entropy"] is None and summary["entropy_quantiles"] is None
     assert 0 < summary["mean_tail"] < 1
     assert run("verify", served)["ok"]
+    again = run("verify", served, "--teacher", teacher, "--engine", "top-server", "--rows", 3, "--plugin", PLUGIN)
+    assert again["faithfulness"]["agrees"] and "entropy" not in again["faithfulness"]["stored"]
     at = run("inspect-shard", served, "--row", 0, "--position", 3)
     assert at["entropy"] is None and at["label"]["logprob"] is None and len(at["entries"]) == 8
     trained = run(

@@ -120,10 +120,7 @@ def write(name: str) -> None:
             for number, row in enumerate(rows(shard)):
                 found = targets(row, 10 * shard + number, rule)
                 entropies.append(histogram(found.entropy))
-                chosen = manifest.position_filter.mask(found.entropy)
-                if chosen is not None:
-                    found = found[chosen].spread(chosen.nonzero()[:, 0], len(chosen))
-                writer.write(row, found)
+                writer.write(row, manifest.position_filter.apply(found))
             publish_shard(
                 storage, manifest, writer, documents=8 - shard, entropies=add_histograms(entropies),
                 compute={"dtype": "float32"}, **(LEFT_OUT if shard else {}),

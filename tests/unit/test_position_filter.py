@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from kdcache.errors import ConfigError
+from kdcache import Selection, SparseTargets, select
+from kdcache.errors import ConfigError, TargetError
 from kdcache.position_filter import PositionFilter
 from kdcache.store.commit import LEVELS, MOST_BINS, add_histograms, histogram, quantiles
 
@@ -35,15 +38,23 @@ def test_no_other_rule(rule: str) -> None:
 
 
 def test_what_is_chosen_lies_strictly_above() -> None:
-    entropy = torch.tensor([0.0, 0.5, 0.5000001, 0.1, 3.0])
-    assert PositionFilter().mask(entropy) is None
+    targets = select(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), Selection(k=2))
+    targets = dataclasses.replace(targets, entropy=torch.tensor([0.0, 0.5, 0.5000001, 0.1, 3.0]))
+    assert PositionFilter().mask(targets) is None
     for rule, chosen in (
         ("entropy>0.5", [0, 0, 1, 0, 1]),
         ("entropy>0", [0, 1, 1, 1, 1]),
         ("entropy>0.1", [0, 1, 1, 0, 1]),
     ):
-        found = PositionFilter(rule).mask(entropy)
+        found = PositionFilter(rule).mask(targets)
         assert found is not None and found.tolist() == [bool(x) for x in chosen], rule
+
+
+def test_entropy_is_asked_for_only_where_the_rule_needs_it() -> None:
+    unknown = SparseTargets.from_topk(torch.tensor([[1, 2]]), torch.tensor([[-0.5, -2.0]]))
+    assert PositionFilter().apply(unknown) is unknown
+    with pytest.raises(TargetError, match=r"entropy.*position filter entropy>1"):
+        PositionFilter("entropy>1").mask(unknown)
 
 
 def test_quantiles_are_right_within_their_bin() -> None:
