@@ -1,4 +1,4 @@
-"""torchrun that ends with the exit code of the rank that ended first: `python -m kdcache_cli.torchrun`, with its options.
+"""torchrun that ends with the exit code of the rank that ended first: `python -m kdcache_cli.torchrun OPTIONS`.
 
 torchrun itself ends with 1 whatever its ranks say, so a batch script cannot tell a run that was stopped (75) from one
 that failed. It also dies of SIGUSR1 and leaves its ranks behind; here they are the ones that the signal stops, with as
