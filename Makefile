@@ -1,7 +1,10 @@
 # The two commands of the README are `make demo` and `make test`; each makes .venv when there is none.
 #
 #   make test       linters, types and the tests that a contributor runs: 10 minutes on 2 cores, installation included
-#   make test-all   the tests that `make test` leaves out (the mark `slow`): kills, buckets, SLURM, the demo, ranks
+#   make test-all   the tests that `make test` leaves out (the mark `slow`): kills, buckets, the demo, ranks; then
+#                   make test-cluster
+#   make test-cluster  the tests with the mark `cluster`: installs SLURM, Ray and vLLM where it can, and runs them; what
+#                   it cannot install is skipped, and the summary says why
 #   make gpu        the tests with the mark `gpu` and the GPU benchmarks: 8 minutes on one card; without one it says so
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys, ensurepip; print("$(p)") if (3, 11) <= sys.version_info < (3, 14) else None' 2>/dev/null)))
@@ -13,7 +16,7 @@ STAMP := $(VENV)/.installed
 GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 GPU_RESULTS ?= benchmarks/results/gpu.json
 
-.PHONY: demo test test-all gpu check clean
+.PHONY: demo test test-all test-cluster gpu check clean
 
 demo: $(STAMP)
 	rm -rf kdcache-demo
@@ -23,8 +26,16 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-all: $(STAMP)
-	bash tests/faults/install_slurm.sh
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu"
+	@status=0; \
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu" || status=1; \
+	$(MAKE) --no-print-directory test-cluster || status=1; \
+	exit $$status
+
+test-cluster: $(STAMP)
+	@for script in tests/cluster/install_*.sh; do \
+		PATH="$(abspath $(BIN)):$$PATH" bash $$script || echo "$$script failed: the tests that need it are skipped"; \
+	done
+	$(BIN)/python -m pytest -m "cluster and not gpu"
 
 gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu --json $(GPU_RESULTS)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdcache import stopping
 from kdcache.cache import Cache, open_cache
 from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.errors import CorruptCacheError
@@ -95,10 +96,11 @@ def convert(
         if on_progress:
             on_progress(number, len(mine))
         commit = source.commits[shard]
-        with new_shard(storage, manifest, shard) as writer:
+        with stopping.deferred(), new_shard(storage, manifest, shard) as writer:
             made = functools.partial(_row, source, manifest, shard)
             for packed, targets, record in source.storage.map(made, range(commit.rows)):
                 writer.write(packed, targets, record)
+                stopping.check(stopping.GRACE)
             publish_shard(
                 storage, manifest, writer, documents=commit.documents, entropies=commit.entropy_histogram,
                 compute=commit.compute, dropped_by=commit.dropped_by, bad=commit.bad, bad_records=commit.bad_records,

@@ -2,7 +2,7 @@
 
 A command is a dataclass of options and a function that takes it. This module makes the command line from the fields
 and adds `--config`, `--json`, `--quiet` and `--plugin`. A `KdcacheError` becomes one sentence on stderr and exit code
-2; any other exception keeps its traceback.
+2; any other exception keeps its traceback. SIGTERM and SIGUSR1 end a command as `kdcache.stopping` says.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import inspect
 import json
 import os
 import re
-import signal
 import sys
 import tomllib
 import typing
@@ -26,6 +25,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from kdcache import stopping
 from kdcache.errors import KdcacheError
 from kdcache.plugins import load_plugins
 
@@ -191,6 +191,9 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+_CTRL_C = 130
+
+
 def run_app(app: typer.Typer) -> None:
     """Run the command line; a usage error is one sentence and exit code 2, like any other bad input."""
     usage_error = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -203,7 +206,7 @@ def run_app(app: typer.Typer) -> None:
             print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
         sys.exit(2)
     except typer.Abort:
-        sys.exit(130)
+        sys.exit(_CTRL_C)
     _leave(code if isinstance(code, int) else 0)
 
 
@@ -270,30 +273,18 @@ def _command_errors(worded: Callable[[str], str]) -> Iterator[None]:
     """One sentence for bad input, a traceback for defects, and a clean end for signals."""
     _set_library_defaults()
 
-    def stop(number: int, _: Any) -> None:
-        raise _Stopped(number)
-
-    previous = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        with stopping.handled():
+            yield
     except KdcacheError as error:
         print(f"error: {worded(str(error))}", file=sys.stderr)
         raise typer.Exit(2) from None
-    except (_Stopped, KeyboardInterrupt) as signalled:
-        number = signalled.number if isinstance(signalled, _Stopped) else signal.SIGINT
+    except (stopping.Stopped, KeyboardInterrupt) as how:
         print("stopped; what is finished is kept", file=sys.stderr)
-        raise typer.Exit(128 + number) from None
+        raise typer.Exit(stopping.EXIT_CODE if isinstance(how, stopping.Stopped) else _CTRL_C) from None
     except BrokenPipeError:  # whoever read our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-class _Stopped(BaseException):
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 def _set_library_defaults() -> None:

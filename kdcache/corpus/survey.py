@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from kdcache import stopping
 from kdcache.corpus.forms import Columns
 from kdcache.corpus.plan import Address, Plan
 from kdcache.corpus.sources import Corpus, Digests, Part, open_corpus
@@ -281,7 +282,8 @@ class _Reader:
 
 def serve(told: dict[str, Any], asked: BinaryIO, answers: BinaryIO) -> None:
     """Read the parts that are asked for, until nobody asks: the life of a reader."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this one ends it
+    for number in (signal.SIGINT, *stopping.SIGNALS):
+        signal.signal(number, signal.SIG_IGN)  # whoever started this one ends it
     corpus = open_corpus(
         told["spec"], split=told["split"], split_text=told["split_text"],
         columns=Columns(**{**told["columns"], "ignored": tuple(told["columns"]["ignored"])}),

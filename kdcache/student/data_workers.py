@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdcache import stopping
 from kdcache.errors import CacheError, KdcacheError
 from kdcache.losses import Pool
 from kdcache.targets import SparseTargets
@@ -38,7 +39,7 @@ def detached(loader: Any) -> Any:
         inner = loader.base_dataloader  # accelerate's wrapper only reads through
         inner.multiprocessing_context = START
         inner.collate_fn = _Sender(inner.collate_fn)
-        inner.worker_init_fn = None  # it seeds, and nothing here is random
+        inner.worker_init_fn = stopping.obey_parent  # instead of one that seeds: nothing here is random
     return loader
 
 

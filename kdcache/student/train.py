@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from kdcache import stopping
 from kdcache.cache import Cache
 from kdcache.errors import ModelError
 from kdcache.pretrained import find_device
@@ -70,6 +71,7 @@ def train(
 
     Raises:
         KdcacheError: see the exception tree.
+        Stopped: a signal came; if the training had begun, there is a checkpoint of the step that was finished.
     """
     require_environment(config, find_device(config.device))
     with resume.hold_folder(Path(config.out)) if _leads() else contextlib.nullcontext():
@@ -206,17 +208,19 @@ class _Run:
         config, out = self.config, Path(self.config.out)
         resumable = complete(out) if config.resume else []
         first_step = int(resumable[-1].name.rpartition("-")[2]) if resumable else 0
-        watcher = _Watcher(out if _leads() else None, first_step, config.eval_every, on_progress)
+        vote = distributed.Vote(self.args.device)
+        watcher = _Watcher(out if _leads() else None, first_step, config.eval_every, vote, on_progress)
         mixture = Mixture([len(rows) for rows in self.rows.train], config.seed, caches.weights(self.opened))
         readers = [source.rows for source in self.opened]
         schedule = _schedule(config, self.opened[0], self.steps)
-        with data_workers.translate_worker_errors(), logging_under(out):
+        with data_workers.translate_worker_errors(), logging_under(out), stopping.deferred():
             trainer = DistillationTrainer(
                 self.model, readers, self.rows.train, mixture, config, schedule, self.args, [watcher], first_step
             )
             watcher.measure = lambda: self._measure_and_log(trainer)
             training = time.perf_counter()
             trainer.train(resume_from_checkpoint=str(resumable[-1]) if resumable else None)
+            distributed.stop_together()
             seconds = time.perf_counter() - training
             waited = trainer.waiting.share()
         return trainer, seconds, waited
@@ -254,11 +258,21 @@ def _before(out: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 class _Watcher(TrainerCallback):  # type: ignore[misc]
-    """Writes metrics.jsonl, measures the held-out rows on the way, and reports progress."""
+    """Writes metrics.jsonl, measures the held-out rows on the way, reports progress, and stops for a signal.
 
-    def __init__(self, out: Path | None, first_step: int, eval_every: int, on_progress: Progress | None) -> None:
+    A run that stops after a step whose held-out rows are to be measured leaves that to the run that resumes it.
+    """
+
+    def __init__(
+        self,
+        out: Path | None,
+        first_step: int,
+        eval_every: int,
+        stop: distributed.Vote,
+        on_progress: Progress | None,
+    ) -> None:
         self._path = None if out is None else out / METRICS
-        self._eval_every, self._on_progress = eval_every, on_progress
+        self._eval_every, self._stop, self._on_progress = eval_every, stop, on_progress
         self._latest: dict[str, float] = {}
         self.measure: Callable[[], dict[str, Any]] | None = None
         for path in [] if out is None else [out / METRICS, *out.glob("rows-*.jsonl")]:
@@ -266,6 +280,8 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
         state.save_steps = args.save_steps  # a resumed run has that of its checkpoint otherwise
+        if not any(line["step"] == state.global_step and "eval_nll" in line for line in state.log_history):
+            self._measure_at(state.global_step)
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         figures = {k: v for k, v in (logs or {}).items() if k.partition("/")[0] in _LOGGED}
@@ -273,14 +289,20 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
             self._latest.update(figures)
             self._append({"step": state.global_step, **figures})
 
-    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        if self._eval_every and state.global_step % self._eval_every == 0 and self.measure is not None:
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._stop.any(stopping.requested()):
+            control.should_log = control.should_save = control.should_training_stop = True
+        else:
+            self._measure_at(state.global_step)
+        if self._on_progress:
+            self._on_progress(state.global_step, state.max_steps, self._latest)
+
+    def _measure_at(self, step: int) -> None:
+        if self._eval_every and step and step % self._eval_every == 0 and self.measure is not None:
             figures = self.measure()
             known = {f"heldout {name}": figures[name] for name in ("nll", "kl") if figures[name] is not None}
             self._latest.update(known)
-            self._append({"step": state.global_step, "heldout": figures})
-        if self._on_progress:
-            self._on_progress(state.global_step, state.max_steps, self._latest)
+            self._append({"step": step, "heldout": figures})
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._path is not None:

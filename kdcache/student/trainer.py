@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from kdcache import stopping
 from kdcache.losses import Figures, divisor_of
 from kdcache.rows import IGNORE
 from kdcache.store.atomic_files import sync_folder
@@ -178,7 +179,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Trainer's own, with the time that the loader takes."""
-        return super().get_batch_samples(self.waiting.watch(epoch_iterator), num_batches, device)
+        with stopping.shielded():  # readers are started when the first batch is asked for
+            return super().get_batch_samples(self.waiting.watch(epoch_iterator), num_batches, device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

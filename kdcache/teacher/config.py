@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from kdcache.corpus.rules import require_rules
 from kdcache.errors import ConfigError
 from kdcache.options import option
 from kdcache.position_filter import PositionFilter
+from kdcache.stopping import GRACE
 from kdcache.teacher.engines.base import TeacherSpec, require_engine
 
 EXTRA_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
@@ -132,6 +134,7 @@ class DumpConfig(CorpusOptions):
     )
     # work
     worker: str | None = option("I/N: this process is worker I of N (default: from SLURM or torchrun, else 0/1)", None)
+    grace: float = option("seconds to finish the current shard when a signal stops the dump; then it is dropped", GRACE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,6 +144,8 @@ class DumpConfig(CorpusOptions):
             raise ConfigError(f"tensor_parallel is {self.tensor_parallel}, but must be at least 1")
         if not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed is {self.seed}, but must lie in 0 to 2^63 - 1")
+        if not 0 <= self.grace < math.inf:
+            raise ConfigError(f"grace is {self.grace}, but must be at least 0")
         for name in ("docs_per_shard", "chars_per_shard"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 import kdcache
+from kdcache import stopping
 from kdcache.cache_writer import CacheWriter, NewShard, tokenizer_files
 from kdcache.corpus.shards import ShardRows
 from kdcache.errors import CacheMismatchError
@@ -81,19 +82,21 @@ class ShardMaker:
 
         Raises:
             KdcacheError: see the exception tree; a shard that fails leaves nothing that a reader sees.
+            Stopped: a signal came; the shard is committed if that took no longer than the grace time.
         """
         teacher = self._open()
         if self.writer.is_committed(number):
             return None
         made, request, positions, rows = self.inputs.shard_rows(number), TargetRequest.of(self.writer.manifest), 0, 0
         eos_id: int | None = self.inputs.tokenizer.eos_token_id
-        with self.writer.shard(number) as shard:
+        with stopping.deferred(), self.writer.shard(number) as shard:
             describe(shard, made, teacher, eos_id)
 
             def count(batch_rows: int, batch_positions: int) -> None:
                 nonlocal rows, positions
                 rows, positions = rows + batch_rows, positions + batch_positions
                 on_batch(made.documents * rows / len(made.rows), positions)
+                stopping.check(self._config.grace)
 
             batches = made.rows.batches(teacher.batch_rows)
             self.stalled_seconds += write_batches(shard, batches, teacher, request, eos_id, count)

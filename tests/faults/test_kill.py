@@ -65,17 +65,6 @@ def test_kill_9_and_go_on(teacher: Path, long_corpus: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_sigterm_ends_cleanly(teacher: Path, long_corpus: Path, tmp_path: Path) -> None:
-    process = start(command(teacher, long_corpus, tmp_path / "c"))
-    wait_for_commits(tmp_path / "c", 1, process)
-    process.terminate()
-    _, err = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert err == "stopped; what is finished is kept\n"
-    assert not list((tmp_path / "c").rglob(".*"))
-
-
-@pytest.mark.slow
 def test_workers_side_by_side(teacher: Path, long_corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
     processes = [start([*command(teacher, long_corpus, out), "--worker", f"{i}/3"]) for i in range(3)]

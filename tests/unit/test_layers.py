@@ -17,7 +17,7 @@ import kdcache.student
 
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
-    {"errors", "options", "rows", "compiled", "entry_form", "lazy_torch", "prepared_mask"},
+    {"errors", "options", "rows", "compiled", "entry_form", "lazy_torch", "prepared_mask", "stopping"},
     {"plugins", "known"},
     {"registry", "file_systems"},
     {"extras", "targets", "worker"},
