@@ -110,6 +110,18 @@ def write_new(path: Path, data: bytes) -> bool:
         return file.publish()
 
 
+def write_over(path: Path, data: bytes) -> None:
+    """Give a file these bytes, whether or not it exists: it has the old or the new ones, whole. Nothing is flushed."""
+    temporary = temporary_name(path)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 class NewFolder:
     """A folder of files that appears at `publish`, or leaves nothing behind. It is a context manager."""
 
