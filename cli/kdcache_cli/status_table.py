@@ -55,11 +55,9 @@ def status_view(found: dict[str, Any]) -> RenderableType:
         for maker in found["running"][:_SHOWN]:
             share = "" if maker["share"] is None else f"{maker['share']:.0%}"
             note = "straggler" if maker["shard"] in found["stragglers"] else ""
-            cells = (
-                f"{maker['shard']:,}", maker["worker"], _process(maker), maker["job"], duration(maker["seconds"]), share,
-                f"{maker['positions_per_second']:,.0f}", f"{duration(maker['last_sign_seconds'])} ago", note,
-            )  # fmt: skip
-            table.add_row(*map(Text, cells))
+            numbers = (duration(maker["seconds"]), share, f"{maker['positions_per_second']:,.0f}")
+            cells = (f"{maker['shard']:,}", maker["worker"], _process(maker), maker["job"], *numbers)
+            table.add_row(*map(Text, (*cells, f"{duration(maker['last_sign_seconds'])} ago", note)))
         parts.append(table)
     lines = [
         f"shard {maker['shard']:,}: no sign of {_who(maker)} for {duration(maker['last_sign_seconds'])}"

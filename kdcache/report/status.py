@@ -243,13 +243,11 @@ def _stragglers(running: Sequence[_Maker], all_makers: Sequence[_Maker], mean: f
     before = sum(maker.beat.busy_seconds - maker.beat.seconds for maker in all_makers)
     found = []
     for maker in running:
-        others = [
-            m.beat.seconds / m.done for m in running if m is not maker and m.done
-        ]  # seconds for each unit of size
+        beside = [other.beat.seconds / other.done for other in running if other is not maker and other.done]
         if made:
             usual = before / made / mean * maker.size
-        elif others:
-            usual = statistics.median(others) * maker.size
+        elif beside:
+            usual = statistics.median(beside) * maker.size
         else:
             continue
         if maker.seconds > _STRAGGLER * usual + maker.beat.every:
