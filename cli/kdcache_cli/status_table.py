@@ -49,16 +49,7 @@ def status_view(found: dict[str, Any]) -> RenderableType:
         return parts[0]
     parts += [Text(line) for line in _rates(found)]
     if found["running"]:
-        table = Table(box=None, pad_edge=False)
-        for name in ("shard", "worker", "process", "job", "for", "done", "positions/s", "last sign", ""):
-            table.add_column(name, justify="left" if name in ("worker", "process", "job", "") else "right")
-        for maker in found["running"][:_SHOWN]:
-            share = "" if maker["share"] is None else f"{maker['share']:.0%}"
-            note = "straggler" if maker["shard"] in found["stragglers"] else ""
-            numbers = (duration(maker["seconds"]), share, f"{maker['positions_per_second']:,.0f}")
-            cells = (f"{maker['shard']:,}", maker["worker"], _process(maker), maker["job"], *numbers)
-            table.add_row(*map(Text, (*cells, f"{duration(maker['last_sign_seconds'])} ago", note)))
-        parts.append(table)
+        parts.append(_running(found))
     lines = [
         f"shard {maker['shard']:,}: no sign of {_who(maker)} for {duration(maker['last_sign_seconds'])}"
         for maker in found["silent"]
@@ -73,6 +64,34 @@ def status_view(found: dict[str, Any]) -> RenderableType:
     if hidden:
         parts.append(Text(f"and {hidden:,} more; --json has them all"))
     return Group(*parts)
+
+
+def _running(found: dict[str, Any]) -> Table:
+    """A line for each worker that runs; columns that are empty are left out."""
+    columns: dict[str, list[str]] = {
+        name: [] for name in ("shard", "worker", "process", "job", "for", "done", "positions/s", "last sign", "note")
+    }
+    for maker in found["running"][:_SHOWN]:
+        cells = (
+            f"{maker['shard']:,}",
+            maker["worker"],
+            _process(maker),
+            maker["job"],
+            duration(maker["seconds"]),
+            "" if maker["share"] is None else f"{maker['share']:.0%}",
+            f"{maker['positions_per_second']:,.0f}",
+            f"{duration(maker['last_sign_seconds'])} ago",
+            "straggler" if maker["shard"] in found["stragglers"] else "",
+        )
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell)
+    kept = {name: cells for name, cells in columns.items() if any(cells)}
+    table = Table(box=None, pad_edge=False)
+    for name in kept:
+        table.add_column(name, justify="left" if name in ("worker", "process", "job", "note") else "right")
+    for cells in zip(*kept.values(), strict=True):
+        table.add_row(*map(Text, cells))
+    return table
 
 
 def _rates(found: dict[str, Any]) -> Iterator[str]:

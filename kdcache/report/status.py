@@ -200,8 +200,9 @@ class _Maker:
 
     @property
     def positions_per_second(self) -> float:
-        """In this shard."""
-        return self.beat.labels / self.beat.seconds if self.beat.seconds else 0.0
+        """Labelled slots that it has written a second, with those of the shards before this one."""
+        beat = self.beat
+        return (beat.made_labels + beat.labels) / beat.busy_seconds if beat.busy_seconds else 0.0
 
     def speed(self, mean: float) -> float | None:
         """What it does a second, with shards of a mean size before this one; None while that is not known."""

@@ -46,7 +46,7 @@ class Heartbeat:
         seconds: since the shard was begun.
         rows, planned_rows: rows that are written, and that there will be; None where that is not known.
         labels: labelled slots that are written.
-        made: shards that this process has made before this one.
+        made, made_labels: shards that this process has made before this one, and their labelled slots.
         busy_seconds: since it began the first of them.
     """
 
@@ -63,6 +63,7 @@ class Heartbeat:
     planned_rows: int | None
     labels: int
     made: int
+    made_labels: int
     busy_seconds: float
 
     @property

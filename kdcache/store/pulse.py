@@ -43,7 +43,7 @@ class Pulse:
 
     def __init__(self, storage: Storage, manifest: Manifest, worker: str = "") -> None:
         self._storage, self._manifest_sha256, self._worker = storage, manifest.sha256, worker
-        self._made = 0
+        self._made = self._made_labels = 0
         self._began: float | None = None
 
     @contextmanager
@@ -56,7 +56,8 @@ class Pulse:
         """
         started = time.monotonic()
         self._began = began = started if self._began is None else self._began
-        made, every = self._made, _EVERY_REMOTE if self._storage.remote else _EVERY
+        made, made_labels = self._made, self._made_labels
+        every = _EVERY_REMOTE if self._storage.remote else _EVERY
         host, job = plain_reason(platform.node()), find_job(os.environ)
 
         def write(failure: str = "") -> None:
@@ -65,7 +66,7 @@ class Pulse:
             Heartbeat(
                 shard=shard, manifest_sha256=self._manifest_sha256, failure=failure, host=host, pid=os.getpid(),
                 worker=self._worker, job=job and plain_reason(job), every=every, seconds=now - started, rows=rows,
-                planned_rows=planned, labels=labels, made=made, busy_seconds=now - began,
+                planned_rows=planned, labels=labels, made=made, made_labels=made_labels, busy_seconds=now - began,
             ).write(self._storage)  # fmt: skip
 
         beats = _Beats(write, lambda: self._storage.delete_object(heartbeat_name(shard)), every)
@@ -77,7 +78,7 @@ class Pulse:
         except BaseException:  # stopped, which is no failure
             beats.end()
             raise
-        self._made += 1
+        self._made, self._made_labels = made + 1, made_labels + counts()[2]
         beats.end()
 
 
