@@ -38,6 +38,8 @@ _RESOLUTION = 2.0
 _STRAGGLER = 3
 """A straggler has taken this many times as long as a shard of its size takes."""
 _MOST_AGE = 1e9
+_LEAST_SECONDS = 1e-3
+"""Seconds after which a speed means something."""
 
 
 def watch(path: str, every: float) -> Iterator[dict[str, Any]]:
@@ -202,12 +204,13 @@ class _Maker:
     def positions_per_second(self) -> float:
         """Labelled slots that it has written a second, with those of the shards before this one."""
         beat = self.beat
-        return (beat.made_labels + beat.labels) / beat.busy_seconds if beat.busy_seconds else 0.0
+        busy = beat.busy_seconds
+        return (beat.made_labels + beat.labels) / busy if busy > _LEAST_SECONDS else 0.0
 
     def speed(self, mean: float) -> float | None:
         """What it does a second, with shards of a mean size before this one; None while that is not known."""
         done = self.beat.made * mean + self.done
-        return done / self.beat.busy_seconds if done and self.beat.busy_seconds else None
+        return done / self.beat.busy_seconds if done and self.beat.busy_seconds > _LEAST_SECONDS else None
 
     def fields(self) -> dict[str, Any]:
         """As in the report."""

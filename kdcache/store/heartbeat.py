@@ -12,7 +12,6 @@ plain text.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -28,6 +27,8 @@ MOST_BYTES = 1 << 14
 """Bytes of a heartbeat."""
 _MOST_SECONDS = 1e9
 """Thirty years: a date computed from it exists."""
+_MOST_EVERY = 3600.0
+"""Seconds: who writes more rarely could not be told from who has died."""
 _TEXTS = ("failure", "host", "worker", "job")
 
 
@@ -97,7 +98,7 @@ class Heartbeat:
             found.require_sound()
             if found.shard != shard or found.manifest_sha256 != manifest_sha256:
                 raise ValueError("it is of another shard, or of another cache")
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise CorruptCacheError(f"{storage.path_of(name)} is no heartbeat: {error}") from None
         return found
 
@@ -110,10 +111,12 @@ class Heartbeat:
         for name in _TEXTS:
             if getattr(self, name):
                 require_reason(getattr(self, name))
-        for name in ("every", "seconds", "busy_seconds"):
+        for name, most in (("every", _MOST_EVERY), ("seconds", _MOST_SECONDS), ("busy_seconds", _MOST_SECONDS)):
             value = getattr(self, name)
-            if not 0 <= value <= _MOST_SECONDS or not math.isfinite(value):
-                raise ValueError(f"{name} is {value:g}")
+            if not 0 <= value <= most:
+                raise ValueError(f"{name} is {value:g}, but must be 0 to {most:g}")
+        if self.seconds > self.busy_seconds:
+            raise ValueError(f"seconds is {self.seconds:g}, above busy_seconds, which is {self.busy_seconds:g}")
 
 
 def heartbeat_name(shard: int) -> str:
