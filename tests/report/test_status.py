@@ -19,6 +19,7 @@ from kdcache.report.status import StatusReader, watch
 from kdcache.store.heartbeat import Heartbeat, heartbeat_name
 from kdcache.store.local import LocalStorage
 from kdcache.store.publish import publish_manifest
+from kdcache.store.seal import seal_cache
 from kdcache.testing.example_rows import example_manifest, example_plan, example_rows, of_shards, write_shard
 
 ONE = Heartbeat(
@@ -175,10 +176,13 @@ def test_watching_ends_when_the_cache_is_complete(dump: Dump, monkeypatch: pytes
     assert "complete, 10 shards" in CliRunner().invoke(app, ["status", str(dump.folder), "--watch"]).stdout
 
 
-def test_a_sealed_cache_is_not_listed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sealed_cache_is_not_listed(dump: Dump, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard in range(2, 10):
+        dump.commit(shard)
+    assert seal_cache(dump.storage)
     monkeypatch.setattr(LocalStorage, "modified", lambda *_: 1 / 0)
-    found = StatusReader(str(cache)).look()
-    assert found["complete"] and found["shards"]["committed"] == found["shards"]["planned"] == 4
+    found = dump.look()
+    assert found["complete"] and found["shards"]["committed"] == found["shards"]["planned"] == 10
 
 
 @pytest.mark.parametrize("every", [0.0, -1.0, float("nan"), float("inf")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from kdcache import CacheWriter, open_cache, verify_cache
 from kdcache.convert import convert
@@ -199,6 +201,22 @@ LIES: dict[str, dict[str, Any]] = {
 
 def record(writer: CacheWriter, changes: dict[str, Any]) -> bytes:
     return seal({**GOOD, "manifest_sha256": writer.manifest.sha256, **changes})
+
+
+def test_its_schema_refuses_what_a_reader_refuses(tmp_path: Path) -> None:
+    schema = json.loads((Path(__file__).parents[2] / "docs/schema/heartbeat.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    made = writer(tmp_path / "c")
+    with made.shard(0):
+        beat(made, 0)
+        written = json.loads(made.storage.read(heartbeat_name(0), MOST_BYTES))
+    fields = {field.name for field in dataclasses.fields(Heartbeat)} | {"format", "checksum"}
+    assert set(written) == set(schema["required"]) == set(schema["properties"]) == fields
+    valid = Draft202012Validator(schema).is_valid
+    assert valid(written) and valid({**written, **GOOD})
+    for name in LIES.keys() - {"of another shard", "of another cache", "more in a part"}:  # beyond a schema
+        assert not valid({**written, **GOOD, **LIES[name]}), name
+    assert not any(valid({k: v for k, v in written.items() if k != field}) for field in fields)
 
 
 @pytest.mark.parametrize("name", [*LIES, "unsealed", "large", "no JSON", "empty", "twice"])
