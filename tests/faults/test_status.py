@@ -99,6 +99,7 @@ def test_it_says_what_the_processes_do(teacher: Path, corpus: Path, out: str) ->
         assert 3 < found["silent"][0]["last_sign_seconds"] < PATIENCE
         assert [one["pid"] for one in found["running"]] == [pids[1]]
     workers[1].kill()
+    assert workers[1].wait() == -signal.SIGKILL
     found = wait_for(out, lambda f: f["shards"]["silent"] == 2)
     assert found["shards"]["running"] == 0 and found["shards"]["failed"] == 1 and found["seconds_left"] is None
 
