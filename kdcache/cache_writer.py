@@ -222,19 +222,21 @@ class CacheWriter:
         if not 0 <= number < self.manifest.shards:
             raise ConfigError(f"shard is {number}, but the cache has the shards 0 to {self.manifest.shards - 1}")
         if self.is_committed(number):
-            yield NewShard(self.manifest, number, None)
+            yield NewShard(self.manifest, number)
             return
         unseal(self.storage)
-        with publish.new_shard(self.storage, self.manifest, number) as data:
-            shard = NewShard(self.manifest, number, data)
-            with self._pulse.of(number, lambda: (shard.rows, shard.planned_rows, shard.labels)):
-                yield shard
-                shard.committed = publish.publish_shard(
-                    self.storage, self.manifest, data, documents=shard.documents, entropies=shard.entropies,
-                    compute=shard.compute, dropped_by=shard.dropped_by, bad=len(shard.bad_records),
-                    bad_records=shard.bad_records, cut=shard.cut, truncated=shard.truncated,
-                    eos_labels=shard.eos_labels,
-                )  # fmt: skip
+        shard = NewShard(self.manifest, number)
+        with (
+            self._pulse.of(number, lambda: (shard.rows, shard.planned_rows, shard.labels)),
+            publish.new_shard(self.storage, self.manifest, number) as data,
+        ):
+            shard._data = data
+            yield shard
+            shard.committed = publish.publish_shard(
+                self.storage, self.manifest, data, documents=shard.documents, entropies=shard.entropies,
+                compute=shard.compute, dropped_by=shard.dropped_by, bad=len(shard.bad_records),
+                bad_records=shard.bad_records, cut=shard.cut, truncated=shard.truncated, eos_labels=shard.eos_labels,
+            )  # fmt: skip
 
     def finish(self, shards: Iterable[int] | None = None) -> dict[str, Any]:
         """Remove what writers that died have left, seal the cache if it is complete, and count.
@@ -274,7 +276,7 @@ class NewShard:
         committed: after the `with` block, whether this writer committed the shard; False if another one did.
     """
 
-    def __init__(self, manifest: Manifest, number: int, data: ShardWriter | None) -> None:
+    def __init__(self, manifest: Manifest, number: int) -> None:
         self.number, self.rows, self.labels = number, 0, 0
         self.planned_rows: int | None = None
         self.documents = _share(manifest, number)
@@ -285,7 +287,8 @@ class NewShard:
         self.compute: dict[str, Any] = {}
         self.committed = False
         self.entropies: list[int] | None = [] if manifest.known.entropy else None
-        self._manifest, self._data = manifest, data
+        self._manifest = manifest
+        self._data: ShardWriter | None = None  # of a shard that somebody has committed already
 
     @property
     def dropped(self) -> int:

@@ -57,7 +57,7 @@ def require_free_or_same(storage: Storage, manifest: Manifest, but_for: tuple[st
 
     Raises:
         CacheMismatchError: a cache of another configuration.
-        CacheError: other files.
+        CacheError: other files, or a storage where no cache should be created.
     """
     if storage.size(NAME) is not None:
         existing = Manifest.read(storage)
@@ -72,6 +72,7 @@ def require_free_or_same(storage: Storage, manifest: Manifest, but_for: tuple[st
         return require_free_or_same(storage, manifest, but_for)
     if strangers:
         raise CacheError(f"{storage} holds no cache but other files, such as {strangers[0]}; choose another folder")
+    storage.require_fit()
     return None
 
 

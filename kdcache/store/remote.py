@@ -169,6 +169,17 @@ class RemoteStorage(Storage):
         self._refuses_second_puts = True
         return made
 
+    def require_fit(self) -> None:
+        versioned = False
+        if hasattr(self._fs, "is_bucket_versioned"):
+            with contextlib.suppress(Exception):  # not every user may ask, and not every store answers
+                versioned = self._fs.is_bucket_versioned(self._root.partition("/")[0])
+        if versioned:
+            raise CacheError(
+                f"{self.url} cannot hold a new cache: its bucket keeps versions, so what is deleted or replaced there "
+                "stays and is paid for; suspend versioning, or choose another bucket"
+            )
+
     def _put_new(self, name: str, data: bytes) -> bool:
         with _network(self.path_of(name), "written"):
             for pause in (*_PAUSES, None):

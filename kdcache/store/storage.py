@@ -210,6 +210,13 @@ class Storage(ABC):
         """A lock on a folder between writers that replace data in it."""
         return nullcontext()
 
+    def require_fit(self) -> None:  # noqa: B027  most storages are fit
+        """Refuse a storage where no cache should be created.
+
+        Raises:
+            CacheError: saying why.
+        """
+
     @abstractmethod
     def create(self, name: str, data: bytes) -> bool:
         """Create a small object. False, and nothing changed, if there is one of that name."""
