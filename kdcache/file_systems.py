@@ -50,7 +50,7 @@ def connect(url: str) -> tuple[Any, str]:
 @functools.cache
 def _retry_when_busy() -> None:
     """Make s3fs try again after a 503 without a body, which is how a request for a size is told to slow down."""
-    import s3fs.core
+    import s3fs.core  # type: ignore[import-untyped]
 
     others = s3fs.core.CUSTOM_ERROR_HANDLER
 
