@@ -43,6 +43,7 @@ from kdcache.store.commit import Commit, add_histograms, histogram
 from kdcache.store.commits import committed
 from kdcache.store.manifest import Manifest, today
 from kdcache.store.open_storage import open_storage
+from kdcache.store.pulse import Pulse
 from kdcache.store.row_format import Extras
 from kdcache.store.seal import unseal
 from kdcache.store.shards import ShardWriter
@@ -155,17 +156,29 @@ def create_cache(
 class CacheWriter:
     """Writes the shards of one cache; `create_cache` makes it. It may be sent to other processes.
 
+    While a shard is written, `kdcache status` shows who writes it and how far it is.
+
     Attributes:
         storage: where the cache is.
         manifest: what the cache is.
+        worker: `I/N` if this process is one of several, for `status`.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
-        self.storage, self.manifest = storage, manifest
+    def __init__(self, storage: Storage, manifest: Manifest, worker: str = "") -> None:
+        self.storage, self.manifest, self.worker = storage, manifest, worker
+        self._pulse = Pulse(storage, manifest, worker)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.storage, self.manifest, self.worker)  # another process has a pulse of its own
 
     @classmethod
     def create(
-        cls, storage: Storage, manifest: Manifest, tokenizer: dict[str, bytes], plan: Plan | None = None
+        cls,
+        storage: Storage,
+        manifest: Manifest,
+        tokenizer: dict[str, bytes],
+        plan: Plan | None = None,
+        worker: str = "",
     ) -> Self:
         """The writer of a cache of this manifest, which is created unless it exists.
 
@@ -174,12 +187,13 @@ class CacheWriter:
             manifest: what it is.
             tokenizer: the content of its tokenizer's files, by name.
             plan: of the shards; None where the rows come from no corpus of kdcache.
+            worker: `I/N` if this process is one of several.
 
         Raises:
             CacheMismatchError: there is a cache of another configuration.
             CacheError: it cannot be written.
         """
-        writer = cls(storage, publish.publish_manifest(storage, manifest, tokenizer, plan))
+        writer = cls(storage, publish.publish_manifest(storage, manifest, tokenizer, plan), worker)
         publish.sweep(storage, writer.manifest)
         return writer
 
@@ -208,11 +222,15 @@ class CacheWriter:
         if not 0 <= number < self.manifest.shards:
             raise ConfigError(f"shard is {number}, but the cache has the shards 0 to {self.manifest.shards - 1}")
         if self.is_committed(number):
-            yield NewShard(self.manifest, number, None)
+            yield NewShard(self.manifest, number)
             return
         unseal(self.storage)
-        with publish.new_shard(self.storage, self.manifest, number) as data:
-            shard = NewShard(self.manifest, number, data)
+        shard = NewShard(self.manifest, number)
+        with (
+            self._pulse.of(number, lambda: (shard.rows, shard.planned_rows, shard.labels)),
+            publish.new_shard(self.storage, self.manifest, number) as data,
+        ):
+            shard._data = data
             yield shard
             shard.committed = publish.publish_shard(
                 self.storage, self.manifest, data, documents=shard.documents, entropies=shard.entropies,
@@ -245,6 +263,7 @@ class NewShard:
     Attributes:
         number: its number.
         rows, labels: rows, and labelled slots, written so far.
+        planned_rows: how many rows there will be, for `status`; None where that is not known.
         documents: how many documents the shard covers; set it if they are not the shard's share of all.
         dropped_by: how many of them became no rows, by reason; `dropped` is their sum, and may be set by who knows no
             reasons.
@@ -257,8 +276,9 @@ class NewShard:
         committed: after the `with` block, whether this writer committed the shard; False if another one did.
     """
 
-    def __init__(self, manifest: Manifest, number: int, data: ShardWriter | None) -> None:
+    def __init__(self, manifest: Manifest, number: int) -> None:
         self.number, self.rows, self.labels = number, 0, 0
+        self.planned_rows: int | None = None
         self.documents = _share(manifest, number)
         self.dropped_by: dict[str, int] = {}
         self.bad_records: Sequence[Mapping[str, Any]] = ()
@@ -267,7 +287,8 @@ class NewShard:
         self.compute: dict[str, Any] = {}
         self.committed = False
         self.entropies: list[int] | None = [] if manifest.known.entropy else None
-        self._manifest, self._data = manifest, data
+        self._manifest = manifest
+        self._data: ShardWriter | None = None  # of a shard that somebody has committed already
 
     @property
     def dropped(self) -> int:

@@ -38,9 +38,11 @@ from kdcache.store.publish import (
     require_free_or_same,
     sweep,
 )
+from kdcache.store.pulse import Pulse
 from kdcache.store.registry import find_store
 from kdcache.store.row_format import Record
 from kdcache.store.seal import unseal
+from kdcache.store.shards import ShardWriter
 from kdcache.targets import SparseTargets
 from kdcache.worker import find_worker
 
@@ -91,12 +93,17 @@ def convert(
     mine = [shard for shard in range(manifest.shards) if me.owns(shard) and shard not in done]
     if mine:
         unseal(storage)
+    pulse = Pulse(storage, manifest, me.among_others)
     same_targets = manifest.selection == source.manifest.selection
     for number, shard in enumerate(mine):
         if on_progress:
             on_progress(number, len(mine))
         commit = source.commits[shard]
-        with stopping.deferred(), new_shard(storage, manifest, shard) as writer:
+        with (
+            stopping.deferred(),
+            new_shard(storage, manifest, shard) as writer,
+            pulse.of(shard, functools.partial(_counts, writer, commit.rows)),
+        ):
             made = functools.partial(_row, source, manifest, shard)
             for packed, targets, record in source.storage.map(made, range(commit.rows)):
                 writer.write(packed, targets, record)
@@ -110,6 +117,11 @@ def convert(
     summary = finish(storage, range(me.index, manifest.shards, me.count))
     summary["shards"]["by_this_worker"] = len(mine)
     return {**summary, "seconds": time.perf_counter() - started}
+
+
+def _counts(writer: ShardWriter, rows: int) -> tuple[int, int, int]:
+    """How far a shard is."""
+    return writer.tally.rows, rows, writer.tally.labels
 
 
 def _plan(source: Cache, store: str | None, k: int | None, precision: str | None) -> Manifest:

@@ -6,8 +6,10 @@ from what SLURM's arrays and torchrun put into the environment.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,14 @@ class Worker:
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
             raise ConfigError(f"worker {self.index}/{self.count}: I must lie in 0 to N-1, and N must be at least 1")
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def among_others(self) -> str:
+        """`I/N`; the empty string for the only one."""
+        return str(self) if self.count > 1 else ""
 
     def owns(self, shard: int) -> bool:
         """Whether a shard is this worker's to make."""
@@ -65,6 +75,25 @@ def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)
     return Worker(task * ranks + rank, tasks * ranks)
+
+
+def find_job(environment: Mapping[str, str]) -> str:
+    """What the scheduler that started this process calls it; the empty string without one.
+
+    `slurm 4711` or `slurm 4711_3`, as `squeue` and `scancel` name a job and a task of an array; `ray` and the id of the
+    actor, or of the node where it is a task.
+    """
+    job = environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID")
+    if job:
+        task = environment.get("SLURM_ARRAY_TASK_ID")
+        return f"slurm {job}" + (f"_{task}" if task else "")
+    ray = sys.modules.get("ray")  # a worker of Ray has imported it
+    with contextlib.suppress(Exception):
+        if ray is not None and ray.is_initialized():
+            context = ray.get_runtime_context()
+            actor = context.get_actor_id()
+            return f"ray actor {actor}" if actor else f"ray node {context.get_node_id()}"
+    return ""
 
 
 def available_cores() -> int:

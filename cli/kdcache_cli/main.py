@@ -177,6 +177,31 @@ def inspect_shard(options: InspectOptions, output: Output) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatusOptions:
+    """Options of `status`."""
+
+    cache: str = option("folder or URL of the cache")
+    watch: bool = option("look again and again, until the cache is complete", False)
+    every: float = option("seconds between two looks of --watch", 5.0)
+
+
+@command(app, "status", StatusOptions, positional=("cache",))
+def status(options: StatusOptions, output: Output) -> None:
+    """Show how far a dump is, who works on it, how fast, and what failed."""
+    from kdcache.report.status import StatusReader, watch
+    from kdcache_cli.status_table import status_view, watch_in
+
+    if not options.watch:
+        found = StatusReader(options.cache).look()
+        output.result(found, lambda console: console.print(status_view(found)))
+    elif output.json:
+        *_, last = watch(options.cache, options.every)
+        output.result(last, lambda _: None)
+    else:
+        watch_in(output.console, watch(options.cache, options.every))
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     """Options of `evaluate`."""
 

@@ -8,6 +8,7 @@ holds a lock on its temporary file while it lives, so `sweep` recognises the fil
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -22,6 +23,7 @@ from kdcache.errors import CacheError
 
 _TEMPORARY = ".kdcache-tmp"
 _SWEEP_AGE = 2.0  # seconds
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync_folder(folder: Path) -> None:
@@ -50,6 +52,11 @@ def storage_errors(path: Path | str) -> Iterator[None]:
         raise CacheError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def is_full(error: CacheError) -> bool:
+    """Whether something could not be written because a disk, or this user's share of it, is full."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
+
+
 class NewFile:
     """A file that appears at `publish`, or leaves nothing behind. It is a binary sink and a context manager."""
 
@@ -63,8 +70,13 @@ class NewFile:
         _try_lock(self._file.fileno())
 
     def reserve(self, size: int) -> None:
-        """Set the size of the file before anything is written, so that others count it in full."""
+        """Take room for the whole file before anything is written; where that cannot be done, only set its size."""
         with storage_errors(self.path):
+            try:
+                os.posix_fallocate(self._file.fileno(), 0, max(1, size))
+            except (AttributeError, OSError) as error:  # not every system has it, nor every file system
+                if isinstance(error, OSError) and error.errno in _FULL:
+                    raise
             self._file.truncate(size)
 
     def write(self, data: bytes | memoryview) -> int:
@@ -108,6 +120,18 @@ def write_new(path: Path, data: bytes) -> bool:
     with NewFile(path) as file:
         file.write(data)
         return file.publish()
+
+
+def write_over(path: Path, data: bytes) -> None:
+    """Give a file these bytes, whether or not it exists: it has the old or the new ones, whole. Nothing is flushed."""
+    temporary = temporary_name(path)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 class NewFolder:

@@ -28,7 +28,7 @@ from kdcache.lazy_torch import torch
 from kdcache.store.bad_records import MOST_LISTED, require_listable, require_reason
 from kdcache.store.manifest import FORMAT
 from kdcache.store.sealed_json import parse, read_record, require_fields, seal, short
-from kdcache.store.shards import shard_stem
+from kdcache.store.shards import record_name, shard_stem
 from kdcache.store.storage import Storage, inside
 
 MOST_BINS = 150
@@ -311,4 +311,4 @@ def _number(value: float | None) -> float:
 
 def commit_name(shard: int) -> str:
     """The object that holds the commit of a shard."""
-    return f"{FOLDER}/{shard:05d}.json"
+    return record_name(FOLDER, shard)

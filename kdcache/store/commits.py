@@ -22,6 +22,7 @@ from kdcache.store.bad_records import MOST_REASON, UNPLAIN
 from kdcache.store.commit import COUNTS, FOLDER, RULES, Commit, add_histograms, commit_name
 from kdcache.store.manifest import Manifest
 from kdcache.store.sealed_json import canonical, parse
+from kdcache.store.shards import recorded_shards
 from kdcache.store.storage import Storage
 
 Ints = NDArray[np.int64]
@@ -340,12 +341,7 @@ def _to_fields(commit: Commit) -> dict[str, Any]:
 
 def committed(storage: Storage, manifest: Manifest) -> list[int]:
     """The shards that have a commit, in order; the commits themselves are not read."""
-    shards = []
-    for name in storage.names(FOLDER):
-        number = name.removeprefix(f"{FOLDER}/").removesuffix(".json")
-        if number.isdecimal() and int(number) < manifest.shards and name == commit_name(int(number)):
-            shards.append(int(number))
-    return sorted(shards)
+    return recorded_shards(storage.names(FOLDER), FOLDER, manifest.shards)
 
 
 def read_commits(storage: Storage, manifest: Manifest, shards: Sequence[int] | None = None) -> Commits:

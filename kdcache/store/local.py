@@ -9,20 +9,24 @@ before a byte is read from it: it might never end.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import stat
+import tempfile
+import time
 import weakref
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from kdcache.errors import CacheError, CorruptCacheError
-from kdcache.store.atomic_files import NewFile, NewFolder, locked, storage_errors, sweep, write_new
+from kdcache.store.atomic_files import NewFile, NewFolder, locked, storage_errors, sweep, write_new, write_over
 from kdcache.store.storage import NewData, Sink, Storage
 
-_CHECKPOINT = ("shards", "commits", "tokenizer", "")
+_HEARTBEATS = "running"
+_CHECKPOINT = ("shards", "commits", "tokenizer", _HEARTBEATS, "")
 
 
 class LocalStorage(Storage):
@@ -73,8 +77,33 @@ class LocalStorage(Storage):
             found += [(Path(parent) / f).relative_to(self.folder).as_posix() for f in files if not f.startswith(".")]
         return sorted(found)
 
+    def modified(self, folder: str) -> dict[str, float]:
+        found = {}
+        try:
+            with os.scandir(self.folder / folder) as entries:
+                for entry in entries:
+                    if not entry.name.startswith("."):
+                        with contextlib.suppress(FileNotFoundError):  # deleted just now
+                            found[f"{folder}/{entry.name}"] = entry.stat().st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            raise CacheError(f"{self.folder / folder} cannot be read: {error.strerror or error}") from error
+        return found
+
+    def clock(self) -> float:
+        try:  # on a network file system, its server's clock
+            with tempfile.TemporaryFile(dir=self.folder, prefix=".", buffering=0) as file:
+                file.write(b".")
+                return os.fstat(file.fileno()).st_mtime
+        except OSError:  # this user may only read
+            return time.time()
+
     def create(self, name: str, data: bytes) -> bool:
         return write_new(self.folder / name, data)
+
+    def replace(self, name: str, data: bytes) -> None:
+        write_over(self.folder / name, data)
 
     def new_data(self, stem: str, suffix: str, folder: bool) -> NewData:
         return (_FolderData if folder else _FileData)(self.folder, f"{stem}{suffix}")
@@ -90,9 +119,15 @@ class LocalStorage(Storage):
             else:
                 path.unlink(missing_ok=True)
 
+    def delete_object(self, name: str) -> None:
+        with storage_errors(self.folder / name):
+            (self.folder / name).unlink(missing_ok=True)
+
     def sweep(self, committed: dict[str, set[str]]) -> None:  # noqa: ARG002  names are taken atomically here
         for name in _CHECKPOINT:
             sweep(self.folder / name)
+        with contextlib.suppress(OSError):  # there is none, or somebody makes a shard
+            (self.folder / _HEARTBEATS).rmdir()
 
 
 class LocalFile:

@@ -2,7 +2,9 @@
 
 An object is copied when it is first opened, while the folder stays within its limit. When it is full, copies of other
 caches are deleted first, least recently used first; then objects are read over the network as without a mirror. So a
-cache larger than the limit never thrashes: every pass reads the same share of it locally.
+cache larger than the limit never thrashes: every pass reads the same share of it locally. A disk that is full before
+the limit is reached is the same: room for a copy is taken before anything is fetched, and without it the object is read
+over the network.
 
 A copy is named by the sha256 in the commit, and gets that name only when its bytes have that hash: copies of an older
 cache or of a killed process are never mistaken for it. Processes count and reserve space under one lock, and a process
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import CacheError, CorruptCacheError
-from kdcache.store.atomic_files import NewFile, storage_errors, sweep
+from kdcache.store.atomic_files import NewFile, is_full, storage_errors, sweep
 from kdcache.store.remote import RemoteStorage
 from kdcache.store.storage import Readable
 
@@ -55,9 +57,13 @@ class MirroredStorage(RemoteStorage):
         if promised is None or source.size > self._limit:
             return source
         path = self._mine / str(promised["sha256"])
-        with _locked(self._mine / f".{path.name[:2]}.lock"):
-            if self._stands(path, source.size) or self._copy(source, path):
-                return CopiedFile(path, source)
+        try:
+            with _locked(self._mine / f".{path.name[:2]}.lock"):
+                if self._stands(path, source.size) or self._copy(source, path):
+                    return CopiedFile(path, source)
+        except CacheError as error:
+            if not is_full(error):
+                raise
         return source
 
     def _stands(self, path: Path, size: int) -> bool:

@@ -17,12 +17,14 @@ from kdcache.errors import CacheError, ConfigError
 from kdcache.store.bad_records import LISTING, by_plain_reason, fit, listing
 from kdcache.store.commit import FOLDER, Commit, commit_name, quantiles
 from kdcache.store.commits import Commits, committed, read_commits
+from kdcache.store.heartbeat import FOLDER as HEARTBEATS
+from kdcache.store.heartbeat import heartbeat_name
 from kdcache.store.manifest import NAME, PLAN, Manifest
 from kdcache.store.plan import create_plan, require_plan
 from kdcache.store.registry import find_store
 from kdcache.store.seal import open_commits, seal_cache
 from kdcache.store.shards import FOLDER as SHARDS
-from kdcache.store.shards import Shard, ShardWriter, shard_stem
+from kdcache.store.shards import Shard, ShardWriter, recorded_shards, shard_stem
 from kdcache.store.storage import Storage
 
 
@@ -55,7 +57,7 @@ def require_free_or_same(storage: Storage, manifest: Manifest, but_for: tuple[st
 
     Raises:
         CacheMismatchError: a cache of another configuration.
-        CacheError: other files.
+        CacheError: other files, or a storage where no cache should be created.
     """
     if storage.size(NAME) is not None:
         existing = Manifest.read(storage)
@@ -70,6 +72,7 @@ def require_free_or_same(storage: Storage, manifest: Manifest, but_for: tuple[st
         return require_free_or_same(storage, manifest, but_for)
     if strangers:
         raise CacheError(f"{storage} holds no cache but other files, such as {strangers[0]}; choose another folder")
+    storage.require_fit()
     return None
 
 
@@ -185,8 +188,10 @@ def publish_shard(
 def sweep(storage: Storage, manifest: Manifest) -> None:
     """Delete what writers that died have left in a cache.
 
-    Cost: one listing; in an object store the commit of each shard whose data is there twice.
+    Cost: two listings, one more where there are heartbeats; in an object store the commit of each shard whose data is
+    there twice.
     """
+    _sweep_heartbeats(storage, manifest)
     doubtful: list[int] = []
     if storage.remote:  # in a folder a name is taken at once
         found: dict[int, set[str]] = {}  # names of data by shard
@@ -198,6 +203,13 @@ def sweep(storage: Storage, manifest: Manifest) -> None:
         doubtful = [shard for shard, names in found.items() if len(names) > 1 and shard < manifest.shards]
     commits = read_commits(storage, manifest, doubtful).values()
     storage.sweep({shard_stem(c.shard): {x["name"] for x in c.objects} for c in commits})
+
+
+def _sweep_heartbeats(storage: Storage, manifest: Manifest) -> None:
+    """Delete the heartbeats of shards that are committed: their writers died just before they would have done it."""
+    left = recorded_shards(storage.names(HEARTBEATS), HEARTBEATS, manifest.shards)
+    for shard in set(left).intersection(committed(storage, manifest) if left else ()):
+        storage.delete_object(heartbeat_name(shard))
 
 
 def finish(storage: Storage, shards: Iterable[int] | None = None) -> dict[str, Any]:

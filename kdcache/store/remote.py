@@ -17,6 +17,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -29,6 +31,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _PAUSES = (0.1, 0.5, 2.0)  # seconds between tries of a put that came at the same time as another
+
+_WRITTEN = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
+"""Where libraries of stores say when an object was last written: S3, Azure, Google, others, memory."""
 
 
 class RemoteStorage(Storage):
@@ -119,14 +124,40 @@ class RemoteStorage(Storage):
         return list(self.sizes(folder))
 
     def sizes(self, folder: str = "") -> dict[str, int]:
+        return {name: int(info["size"]) for name, info in self._listing(folder).items()}
+
+    def modified(self, folder: str) -> dict[str, float]:
+        return {name: self._written(name, info) for name, info in self._listing(folder).items()}
+
+    def _written(self, name: str, info: dict[str, Any]) -> float:
+        """When an object was last written, as the library of its store says it."""
+        for key in _WRITTEN:
+            value = info.get(key)
+            with contextlib.suppress(ValueError):
+                value = datetime.fromisoformat(value) if isinstance(value, str) else value
+            if isinstance(value, datetime):
+                return value.timestamp()
+            if isinstance(value, int | float):
+                return float(value)
+        raise CacheError(f"{self.path_of(name)} cannot be dated: its store does not say when it was written")
+
+    def clock(self) -> float:
+        if hasattr(self._fs, "call_s3"):
+            with contextlib.suppress(Exception):  # a bucket that this user may not ask for itself
+                answer = self._fs.call_s3("head_bucket", Bucket=self._root.partition("/")[0])
+                return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+        return time.time()
+
+    def _listing(self, folder: str) -> dict[str, dict[str, Any]]:
+        """What the store says of each object under a folder, by name."""
         with _network(self.path_of(folder), "read"):
             try:
                 found = self._fs.find(self._path(folder), detail=True)
             except FileNotFoundError as error:
                 _require_bucket(error, self.url)
                 return {}
-        names = {path[len(self._root) + 1 :]: int(info["size"]) for path, info in sorted(found.items())}
-        return {n: size for n, size in names.items() if n and not n.endswith("/")}  # consoles put objects for folders
+        names = {path[len(self._root) + 1 :]: info for path, info in sorted(found.items())}
+        return {n: info for n, info in names.items() if n and not n.endswith("/")}  # consoles put objects for folders
 
     def create(self, name: str, data: bytes) -> bool:
         made = self._put_new(name, data)
@@ -137,6 +168,17 @@ class RemoteStorage(Storage):
             )
         self._refuses_second_puts = True
         return made
+
+    def require_fit(self) -> None:
+        versioned = False
+        if hasattr(self._fs, "is_bucket_versioned"):
+            with contextlib.suppress(Exception):  # not every user may ask, and not every store answers
+                versioned = self._fs.is_bucket_versioned(self._root.partition("/")[0])
+        if versioned:
+            raise CacheError(
+                f"{self.url} cannot hold a new cache: its bucket keeps versions, so what is deleted or replaced there "
+                "stays and is paid for; suspend versioning, or choose another bucket"
+            )
 
     def _put_new(self, name: str, data: bytes) -> bool:
         with _network(self.path_of(name), "written"):
@@ -156,6 +198,10 @@ class RemoteStorage(Storage):
                     return True
         return False
 
+    def replace(self, name: str, data: bytes) -> None:
+        with _network(self.path_of(name), "written"):
+            self._fs.pipe_file(self._path(name), data)
+
     def new_data(self, stem: str, suffix: str, folder: bool) -> NewData:  # noqa: ARG002  a prefix needs no making
         return _RemoteData(self, f"{stem}-{secrets.token_hex(6)}{suffix}")
 
@@ -167,6 +213,10 @@ class RemoteStorage(Storage):
     def delete(self, name: str) -> None:
         with _network(self.path_of(name), "deleted"), contextlib.suppress(FileNotFoundError):
             self._fs.rm(self._path(name), recursive=True)
+
+    def delete_object(self, name: str) -> None:
+        with _network(self.path_of(name), "deleted"), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
 
     def sweep(self, committed: dict[str, set[str]]) -> None:
         for name in self.names("shards"):

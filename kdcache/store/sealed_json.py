@@ -73,14 +73,14 @@ def count_values(data: bytes) -> int:
     return sum(map(data.count, (b"{", b"[", b",")))
 
 
-def read_record(storage: Storage, name: str) -> dict[str, Any]:
-    """Read a record and check it.
+def read_record(storage: Storage, name: str, most: int = _MOST_BYTES) -> dict[str, Any]:
+    """Read a record, of at most `most` bytes, and check it.
 
     Raises:
         FileNotFoundError: there is none.
         CorruptCacheError: it is not JSON, or not what it was when it was sealed.
     """
-    data, path = storage.read(name, _MOST_BYTES), storage.path_of(name)
+    data, path = storage.read(name, most), storage.path_of(name)
     try:
         fields = parse(data)
     except ValueError as error:
@@ -136,6 +136,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "int": is_count,
     "int | None": lambda value: value is None or is_count(value),
     "bool": lambda value: isinstance(value, bool),
+    "float": lambda value: type(value) in (int, float),
     "float | None": lambda value: _is_float(value),
     "list[int] | None": lambda value: value is None or _is_list(value, is_count),
     "list[float | None] | None": lambda value: (

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -36,6 +37,21 @@ _NO_LEAST = 1 << 62
 def shard_stem(shard: int) -> str:
     """How the name of a shard's data begins."""
     return f"{FOLDER}/{shard:05d}"
+
+
+def record_name(folder: str, shard: int) -> str:
+    """The object of a folder that holds the record of a shard."""
+    return f"{folder}/{shard:05d}.json"
+
+
+def recorded_shards(names: Iterable[str], folder: str, shards: int) -> list[int]:
+    """The shards, below a number of them, whose records are among the objects of a folder; in order."""
+    found = []
+    for name in names:
+        number = name.removeprefix(f"{folder}/").removesuffix(".json")
+        if number.isdecimal() and int(number) < shards and name == record_name(folder, int(number)):
+            found.append(int(number))
+    return sorted(found)
 
 
 class Tally:

@@ -194,13 +194,36 @@ class Storage(ABC):
         """Bytes of all objects under a folder, by name."""
         return {name: size for name in self.names(folder) if (size := self.size(name)) is not None}
 
+    @abstractmethod
+    def modified(self, folder: str) -> dict[str, float]:
+        """When each object of a folder was last written, by name: seconds since 1970 by the clock of the storage.
+
+        Raises:
+            CacheError: it cannot be read, or the storage does not say.
+        """
+
+    @abstractmethod
+    def clock(self) -> float:
+        """What the clock that `modified` goes by shows now; this machine's own clock where that cannot be asked."""
+
     def exclusive(self, folder: str) -> AbstractContextManager[None]:  # noqa: ARG002  for storages where names collide
         """A lock on a folder between writers that replace data in it."""
         return nullcontext()
 
+    def require_fit(self) -> None:  # noqa: B027  most storages are fit
+        """Refuse a storage where no cache should be created.
+
+        Raises:
+            CacheError: saying why.
+        """
+
     @abstractmethod
     def create(self, name: str, data: bytes) -> bool:
         """Create a small object. False, and nothing changed, if there is one of that name."""
+
+    @abstractmethod
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a small object, over what has its name. It appears whole, but need not survive a loss of power."""
 
     @abstractmethod
     def new_data(self, stem: str, suffix: str, folder: bool) -> NewData:
@@ -209,6 +232,10 @@ class Storage(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Delete a file or a folder of files, if it exists."""
+
+    @abstractmethod
+    def delete_object(self, name: str) -> None:
+        """Delete one object, if it exists, by one request."""
 
     @abstractmethod
     def sweep(self, committed: dict[str, set[str]]) -> None:

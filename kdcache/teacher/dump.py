@@ -77,7 +77,7 @@ def _summary(maker: ShardMaker, worker: Worker, tally: _Tally, seconds: float) -
     return {
         **summary,
         "extras": manifest.extras,
-        "worker": f"{worker.index}/{worker.count}",
+        "worker": str(worker),
         "seconds": seconds,
         "waited_seconds": maker.stalled_seconds,
         "positions_per_second": tally.positions / seconds,

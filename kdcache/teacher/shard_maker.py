@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import platform
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -33,6 +34,7 @@ from kdcache.teacher.inputs import open_inputs
 from kdcache.teacher.open_teacher import open_teacher
 from kdcache.teacher.opened_teacher import BatchTargets, OpenedTeacher
 from kdcache.teacher.pilot import run_pilot
+from kdcache.worker import find_worker
 
 OnBatch = Callable[[float, int], None]
 """Called after each batch with the documents (a share of the shard's) and the labelled slots done in this shard."""
@@ -64,7 +66,8 @@ class ShardMaker:
         self.stalled_seconds = 0.0
         self._config = config
         self._teacher: OpenedTeacher | None = None
-        self._writer = None if self._existing is None else CacheWriter(self.storage, self._existing)
+        self._worker = find_worker(config.worker, os.environ).among_others
+        self._writer = None if self._existing is None else CacheWriter(self.storage, self._existing, self._worker)
 
     @property
     def writer(self) -> CacheWriter:
@@ -87,9 +90,10 @@ class ShardMaker:
         teacher = self._open()
         if self.writer.is_committed(number):
             return None
-        made, request, positions, rows = self.inputs.shard_rows(number), TargetRequest.of(self.writer.manifest), 0, 0
+        request, positions, rows = TargetRequest.of(self.writer.manifest), 0, 0
         eos_id: int | None = self.inputs.tokenizer.eos_token_id
         with stopping.deferred(), self.writer.shard(number) as shard:
+            made = self.inputs.shard_rows(number)
             describe(shard, made, teacher, eos_id)
 
             def count(batch_rows: int, batch_positions: int) -> None:
@@ -125,7 +129,7 @@ class ShardMaker:
                 raise CacheMismatchError(f"{self.storage} knows other things of its teacher than this engine does")
             wanted = existing or run_pilot(teacher, self.inputs)
             tokenizer = tokenizer_files(self.inputs.tokenizer)
-            self._writer = CacheWriter.create(self.storage, wanted, tokenizer, self.inputs.plan)
+            self._writer = CacheWriter.create(self.storage, wanted, tokenizer, self.inputs.plan, self._worker)
         return self._teacher
 
 
@@ -160,7 +164,7 @@ def write_batches(
 
 def describe(shard: NewShard, made: ShardRows, teacher: OpenedTeacher, eos_id: int | None) -> None:
     """What is known of a shard before its rows are written."""
-    shard.documents, shard.dropped_by = made.documents, made.dropped
+    shard.documents, shard.dropped_by, shard.planned_rows = made.documents, made.dropped, len(made.rows)
     shard.bad_records = [{"document": int(bad.document), "reason": bad.reason} for bad in made.bad_records]
     shard.cut, shard.truncated = made.cut, made.truncated
     shard.eos_labels = None if eos_id is None else 0

@@ -76,7 +76,7 @@ class Held(Storage):
     def not_here(self, *_: Any) -> Any:
         raise NotImplementedError
 
-    read = size = names = create = new_data = delete = sweep = not_here
+    read = size = names = create = replace = new_data = delete = delete_object = sweep = modified = clock = not_here
 
 
 class HeldObject:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from kdcache import open_cache
 from tests.making import TEXTS
+from tests.objects import Bucket
 from tests.processes import kdcache
 
 
@@ -27,6 +29,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small file system needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_takes_no_more_local_copies(small_disk: Path, cache: Path, bucket: Bucket) -> None:
+    """What is there is used, the rest is read over the network."""
+    url = bucket.upload(cache, "c")
+    sizes = [data["bytes"] for commit in open_cache(url).commits.values() for data in commit.objects]
+    room = 2 * max(sizes) + (64 << 10)
+    subprocess.run(["mount", "-o", f"remount,size={room}", str(small_disk)], check=True)
+    (small_disk / "other").write_bytes(bytes(60 << 10))
+    assert sum(sizes) > room
+    expected = [row.tokens.tolist() for row in open_cache(cache)]
+    for _ in range(2):
+        read = open_cache(url, local_copy=small_disk / "copies", local_limit="20GB")
+        assert [row.tokens.tolist() for row in read] == expected
+    copies = [path.stat().st_size for path in (small_disk / "copies").glob("*/*") if not path.name.startswith(".")]
+    assert 0 < len(copies) < len(sizes) and set(copies) <= set(sizes)
+    assert not list((small_disk / "copies").rglob("*.kdcache-tmp"))
 
 
 @pytest.mark.slow

@@ -7,7 +7,9 @@ import dataclasses
 import multiprocessing
 import pickle
 import threading
+import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 
 from kdcache import Row, open_cache, verify_cache
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError
+from kdcache.report.status import StatusReader
 from kdcache.store.commit import Commit
 from kdcache.store.open_storage import open_storage, parse_size
 from kdcache.store.publish import new_shard, open_shard, publish_shard, require_free_or_same, sweep
@@ -175,6 +178,61 @@ def test_a_store_that_lets_puts_replace_objects_is_refused(bucket: Bucket, monke
     monkeypatch.setattr(storage._fs, "pipe_file", lambda path, data, **_: put(path, data))
     with pytest.raises(CacheError, match="lets a second put replace an object"):
         storage.create("x", b"1")
+
+
+def test_a_bucket_that_keeps_versions_takes_no_new_cache(
+    cache: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, manifest = bucket.url.removeprefix("s3://"), open_cache(cache).manifest
+    bucket.fs.make_bucket_versioned(name)
+    with pytest.raises(CacheError, match="cannot hold a new cache: its bucket keeps versions"):
+        require_free_or_same(RemoteStorage(f"{bucket.url}/new"), manifest)
+    assert not bucket.names("new")
+    assert require_free_or_same(RemoteStorage(bucket.upload(cache, "old")), manifest) == manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket.fs, "is_bucket_versioned", lambda _: 1 / 0)  # somebody who may not ask
+        assert require_free_or_same(RemoteStorage(f"{bucket.url}/new"), manifest) is None
+    bucket.fs.make_bucket_versioned(name, False)
+    assert require_free_or_same(RemoteStorage(f"{bucket.url}/new"), manifest) is None
+
+
+@pytest.mark.parametrize("kind", ["s3", "memory"])
+def test_objects_are_replaced_and_dated_by_the_clock_of_the_store(
+    bucket: Bucket, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = open_storage(f"{bucket.url}/c" if kind == "s3" else f"memory://{tmp_path.name}/c")
+    assert storage.modified("running") == {}
+    before = time.time()
+    for data in (b"1", b"22"):
+        storage.replace("running/x", data)
+        assert storage.read("running/x", 10) == data
+    assert storage.modified("running")["running/x"] == pytest.approx(before, abs=5)
+    assert storage.clock() == pytest.approx(before, abs=5)
+    if kind == "s3":
+        with monkeypatch.context() as patch:
+            patch.setattr("kdcache.store.remote.time.time", lambda: 0.0)
+            assert storage.clock() == pytest.approx(before, abs=60)
+    for _ in range(2):
+        storage.delete_object("running/x")
+        assert storage.names() == []
+
+
+@pytest.mark.slow
+def test_a_look_at_a_large_dump_costs_a_listing(cache: Path, bucket: Bucket, endpoint: Endpoint) -> None:
+    """One request for a thousand commits, whatever is in them."""
+    url = bucket.upload(cache, "c")
+    storage = RemoteStorage(url)
+    for name in [*storage.names("commits"), "seal.arrow", "kdcache.json"]:
+        storage.delete_object(name)
+    manifest = dataclasses.replace(open_cache(cache).manifest, plan={}, shards=10_000, documents=10_000)
+    manifest.create(storage)
+    paths = {f"{bucket.url.removeprefix('s3://')}/c/commits/{n:05d}.json": b"x" for n in range(2500)}
+    bucket.fs.pipe(paths)
+    reader = StatusReader(url)
+    start = len(endpoint.requests())
+    assert reader.look()["shards"]["committed"] == 2500
+    asked = Counter(method for method, _ in endpoint.asked(bucket.url, start))
+    assert asked["GET"] <= 3 + 2 and asked["HEAD"] == 2 and asked.total() == asked["GET"] + asked["HEAD"]
 
 
 def test_a_writer_killed_before_its_commit_leaves_an_orphan_that_goes(
