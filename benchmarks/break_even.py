@@ -189,7 +189,9 @@ def main() -> None:
         print(json.dumps({**passes(options), "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
         return
     assets, results = Path(options.assets), []
-    print(f"{time.strftime('%Y-%m-%d')}, one core, {options.select} {options.k}, {options.documents} documents; plan / run")
+    print(
+        f"{time.strftime('%Y-%m-%d')}, one core, {options.select} {options.k}, {options.documents} documents; plan / run"
+    )
     for name in [options.teacher] if options.teacher else SEQ_LEN:
         for corpus in [options.corpus] if options.corpus else CORPORA:
             found = measure(options, assets / "models" / name, assets / "text" / corpus)

@@ -238,8 +238,8 @@ def _try_training(
         step = in_own_process(measure_student, options, cache, cache.parent / "student")
     except NoRoomError:
         found["problems"].append(
-            f"training the student {options.student} with {options.batch_rows} rows per forward pass takes more than the "
-            f"{room(device):,} bytes of memory here"
+            f"training the student {options.student} with {options.batch_rows} rows per forward pass does not fit into "
+            f"the {room(device):,} bytes of memory here, or was stopped by the system"
         )
         return
     found["memory"]["training"] = step.memory
