@@ -3,10 +3,10 @@
     python -m benchmarks.break_even [--assets DIR] [--teacher NAME] [--corpus NAME] [--documents 400] [--core N]
                                     [--select topk] [--k 64] [--json FILE]
 
-Cached: one dump, then passes of training from the cache. Live: passes of the same trainer with the same student, rows and
-loss, whose targets the teacher makes when a step needs them; the rows lie tokenised in memory. Both ways are really run,
-over all rows of the corpus, a process each. The cache pays from (seconds of the dump) / (seconds of a live pass - seconds
-of a cached pass) passes on.
+Cached: one dump, then passes of training from the cache. Live: passes of the same trainer with the same student, rows
+and loss, whose targets the teacher makes when a step needs them; the rows lie tokenised in memory. Both ways are really
+run, over all rows of the corpus, a process each. The cache pays from (seconds of the dump) / (seconds of a live pass -
+seconds of a cached pass) passes on.
 
 Everything runs on one core with one thread, and the clock is the processor's: on a core that nobody else uses it is the
 wall's, and other programs do not count. Peak memory is that of the real processes of dump and training.
@@ -56,7 +56,7 @@ def run(command: list[str], core: int, scratch: Path) -> tuple[dict[str, Any], i
     """What a command prints, and its peak memory in bytes."""
     (scratch / "site").mkdir(exist_ok=True)
     (scratch / "site/sitecustomize.py").write_text(SITE)
-    paths = [str(scratch / "site"), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), os.getcwd()]
+    paths = [str(scratch / "site"), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), str(Path.cwd())]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     with (scratch / "out.json").open("w+b") as output:
         process = subprocess.Popen(
@@ -189,9 +189,8 @@ def main() -> None:
         print(json.dumps({**passes(options), "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
         return
     assets, results = Path(options.assets), []
-    print(
-        f"{time.strftime('%Y-%m-%d')}, one core, {options.select} {options.k}, {options.documents} documents; plan / run"
-    )
+    date = time.strftime("%Y-%m-%d")
+    print(f"{date}, one core, {options.select} {options.k}, {options.documents} documents; plan / run")
     for name in [options.teacher] if options.teacher else SEQ_LEN:
         for corpus in [options.corpus] if options.corpus else CORPORA:
             found = measure(options, assets / "models" / name, assets / "text" / corpus)

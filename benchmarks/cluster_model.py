@@ -1,9 +1,9 @@
 """A dump by many workers as discrete events: what is lost to failures, stragglers and the store, without running it.
 
-The protocol is that of kdcache: worker I of N makes the shards s with s mod N = I (or, `shared`, whoever is idle takes the
-next missing one); a shard counts when it is committed; a worker that is lost comes back after a while, asks what is
-committed, and loses only the shard that it was at. What the protocol asks of the store is a `Protocol`, counted from the
-real code by `count_requests`.
+The protocol is that of kdcache: worker I of N makes the shards s with s mod N = I (or, `shared`, whoever is idle takes
+the next missing one); a shard counts when it is committed; a worker that is lost comes back after a while, asks what is
+committed, and loses only the shard that it was at. What the protocol asks of the store is a `Protocol`, counted from
+the real code by `count_requests`.
 Guarantee: a function of the cluster and its seed; no clock is read.
 
 Not modelled: a network that is slow for everybody, a file system that stalls, shards that fail by themselves.
@@ -26,7 +26,7 @@ PAGE = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Requests by kind (`GET`, `HEAD`, `PUT`, `DELETE`; `LIST` of all shards; `LOOK` for one name) of each step of a dump.
+    """Requests of each step of a dump by kind: `GET`, `HEAD`, `PUT`, `DELETE`, `LIST` of all shards, `LOOK` for a name.
 
     Attributes:
         create: of a worker that starts where no cache is.
@@ -145,6 +145,7 @@ class _Run:
         self.waiting: list[tuple[float, int, Steps]] = []
         self.numbers = itertools.count()
         self.kills = dict(cluster.kills)
+        self.idle: list[int] = []
 
     def go(self) -> Outcome:
         for worker in range(self.cluster.workers):
@@ -161,7 +162,7 @@ class _Run:
 
     def ask(self, *what: Mapping[str, float], times: float = 1.0, at_once: int = 1) -> float:
         """Count requests, and the time at which the store has answered them."""
-        pages = math.ceil(self.cluster.shards / PAGE)
+        pages = max(1, math.ceil((self.cluster.shards - self.missing) / PAGE))
         total = 0.0
         for requests in what:
             for kind, count in requests.items():
@@ -181,31 +182,38 @@ class _Run:
             return self.queue
         return deque(s for s in range(worker, self.cluster.shards, self.cluster.workers) if not self.committed[s])
 
-    def worker(self, worker: int) -> Steps:
-        cluster, protocol = self.cluster, self.cluster.protocol
+    def worker(self, worker: int, idle: bool = False) -> Steps:
+        """A worker until it has nothing to do; one that is idle has started already."""
+        cluster = self.cluster
         while True:
-            self.outcome.starts += 1
             failure = self.now + self.exponential(cluster.mtbf)
             if worker in self.kills and self.kills[worker] > self.now:
                 failure = min(failure, self.kills.pop(worker))
             preempted = self.now + self.exponential(cluster.preempted)
-            lost = yield from self.life(worker, min(failure, preempted), preempted < failure)
+            stop, graceful = min(failure, preempted), preempted < failure
+            lost = (not idle and (yield from self.start(stop))) or (yield from self.life(worker, stop, graceful))
             if not lost:
                 return
+            idle = False
             yield self.now + cluster.requeue
 
-    def life(self, worker: int, stop: float, graceful: bool) -> Generator[float, None, bool]:
-        """One process of a worker; whether it was stopped."""
-        cluster, protocol, slower = self.cluster, self.cluster.protocol, self.node()
-        ready = self.now + cluster.start + (0.0 if self.exists else cluster.create)
+    def start(self, stop: float) -> Generator[float, None, bool]:
+        """Launch a process; whether it was stopped before it was ready."""
+        self.outcome.starts += 1
+        existed, protocol = self.exists, self.cluster.protocol
+        ready = self.now + self.cluster.start + (0.0 if existed else self.cluster.create)
         if ready > stop:
             self.outcome.lost_seconds += stop - self.now
-            yield stop
+        yield min(ready, stop)
+        if ready > stop:
             return True
-        existed = self.exists
-        yield ready
         self.exists = True
         yield self.ask(protocol.join if existed else protocol.create)
+        return False
+
+    def life(self, worker: int, stop: float, graceful: bool) -> Generator[float, None, bool]:
+        """Make shards; whether the process was stopped before it had no more to make."""
+        cluster, protocol, slower = self.cluster, self.cluster.protocol, self.node()
         shards = self.own(worker)
         while shards:
             shard = shards.popleft()
@@ -217,9 +225,11 @@ class _Run:
                     self.spawn(self.twin(shard, end))
                 else:
                     self.outcome.lost_seconds += stop - began
+                yield stop
                 if cluster.shared:
                     shards.appendleft(shard)
-                yield stop
+                    if self.idle:
+                        self.spawn(self.worker(self.idle.pop(), idle=True))
                 return True
             yield end
             yield self.ask(protocol.shard, self.beats(end - began))
@@ -232,6 +242,8 @@ class _Run:
             yield self.ask(protocol.seal)
             yield self.ask(protocol.seal_each, times=cluster.shards, at_once=cluster.at_once)
             self.outcome.makespan = self.now
+        elif cluster.shared:
+            self.idle.append(worker)
         elif not last:
             yield self.ask(protocol.finish)
             own = cluster.shards / cluster.workers

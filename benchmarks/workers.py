@@ -1,6 +1,7 @@
 """Two workers with a core each against one with a core: positions per second of the same dump.
 
-    python -m benchmarks.workers [--assets DIR] [--teacher NAME] [--corpus NAME] [--rounds 3] [--limit-docs N] [--json FILE]
+    python -m benchmarks.workers [--assets DIR] [--teacher NAME] [--corpus NAME] [--rounds 3] [--limit-docs N]
+                                 [--json FILE]
 
 Each round makes the same cache twice, by one worker on one core and by two at the same time on two cores; rounds take
 turns in which comes first and on which core the one runs. Three clocks, since other programs may use the cores as well:

@@ -28,7 +28,7 @@ class NoRoomError(Exception):
 
 
 def peak(device: torch.device) -> dict[str, Any]:
-    """`peak_bytes`, the most memory that this process has had at once where its tensors are, and `kind`, which that is."""
+    """`peak_bytes`, the most memory that this process has had at once where its tensors are, and `kind` of memory."""
     if device.type == "cuda":
         return {"peak_bytes": torch.cuda.max_memory_allocated(device), "kind": "GPU memory that torch allocated"}
     unit = 1 if sys.platform == "darwin" else 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
 from dataclasses import dataclass
@@ -88,4 +89,4 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
     def a_step(self, name: str) -> float:
         """The mean of what one of the two grows by in a step, the first left out."""
         values: list[float] = getattr(self, name)
-        return statistics.mean(after - before for before, after in zip(values, values[1:], strict=False))
+        return statistics.mean(after - before for before, after in itertools.pairwise(values))
