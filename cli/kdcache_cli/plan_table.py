@@ -45,9 +45,11 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
     if plan["training"]:
         say("\nTraining from the cache, or with the teacher inside the training loop", "bold")
         say(_training(plan["training"], plan["bytes"]))
-    memory = plan["memory"]
     say("\nMemory", "bold")
-    say(f"  {size(memory['peak_bytes'])} at most ({memory['kind']}); logits at once {size(memory['logits_bytes'])}")
+    memory, training = plan["memory"]["dump"], plan["memory"]["training"]
+    say(f"  dump: {size(memory['peak_bytes'])} ({memory['kind']}); logits at once {size(memory['logits_bytes'])}")
+    if training:
+        say(f"  training: {size(training['peak_bytes'])} ({training['kind']})")
     if plan["problems"]:
         say("\nWill not fit", "bold")
         names = [field.name for field in dataclasses.fields(PlanOptions)]
@@ -78,11 +80,12 @@ def _selections(plan: dict[str, Any]) -> Table:
 def _training(training: dict[str, Any], disk: int) -> str:
     students = "1 student" if training["students"] == 1 else f"{training['students']:,} students"
     verdict = "pays" if training["pays"] else "does not pay"
+    at = training["break_even_passes"]
+    later = "never does: reading it takes as long as the teacher" if at is None else f"does from {at:.2f} passes on"
     return (
         f"  {students} for {training['epochs']:g} epochs each: {duration(training['cached_seconds'])} with the cache "
         f"(its dump included), {duration(training['live_seconds'])} with the teacher in the loop\n"
-        f"  the cache {verdict}; it does from {training['break_even_passes']:.2f} passes on (students times epochs), "
-        f"and takes {size(disk)} of disk"
+        f"  the cache {verdict}; it {later} (students times epochs), and takes {size(disk)} of disk"
     )
 
 

@@ -4,26 +4,26 @@ Whatever grows with the corpus is counted by the survey that a dump begins with 
 from a sample of the corpus (`sample.py`); what a row takes is measured on a few batches of it (`trial.py`). Nothing is
 written but into a temporary folder.
 Cost: the survey; the start of a dump, with its pilot; two forward passes over the batches and one over the pilot's
-rows; with a student, one more forward pass and a training step for each batch.
+rows; with a student, one more forward pass and a training step for each batch, in a process of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import os
-import resource
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kdcache.cache_writer import tokenizer_files
+from kdcache.errors import ModelError
+from kdcache.planning.memory import NoRoomError, in_own_process, peak, room
 from kdcache.planning.sample import Sample, take_sample
 from kdcache.planning.selections import Other, measure_others, name_of
 from kdcache.planning.trial import MEASURED, WARM, Speed, Trial, synchronise
@@ -34,6 +34,9 @@ from kdcache.teacher.inputs import Inputs, open_inputs
 from kdcache.teacher.open_teacher import open_teacher
 from kdcache.teacher.opened_teacher import OpenedTeacher, tile_slices
 from kdcache.teacher.pilot import run_pilot
+
+if TYPE_CHECKING:
+    from kdcache.planning.student_step import StudentStep
 
 _HOUR = 3600.0
 _STAGES = ("survey", "teacher", "documents", "pilot", "batches", "other selections", "student")
@@ -67,7 +70,7 @@ def plan(options: PlanOptions, on_progress: Progress | None = None) -> dict[str,
     clock.begin("teacher")
     with tempfile.TemporaryDirectory(prefix="kdcache-plan-") as scratch:
         spec, filters = options.teacher_spec, inputs.manifest.position_filter
-        with open_teacher(spec, inputs.manifest.row_spec, request, filters) as teacher:
+        with _room_for(options), open_teacher(spec, inputs.manifest.row_spec, request, filters) as teacher:
             inputs = inputs.with_known(teacher.engine.knows.known(inputs.manifest.rule, inputs.manifest.temperatures))
             clock.begin("documents")
             sample = take_sample(inputs, options.batch_rows)
@@ -78,24 +81,21 @@ def plan(options: PlanOptions, on_progress: Progress | None = None) -> dict[str,
             clock.begin("batches")
             trial = Trial(Path(scratch) / "chosen", inputs.manifest, tokenizer_files(inputs.tokenizer))
             speed = trial.run(teacher, sample, batches, inputs.tokenizer.eos_token_id)
-            memory = _memory(options, teacher, batches)
+            memory: dict[str, Any] = {"dump": _dump_memory(options, teacher, batches), "training": None}
             clock.begin("other selections")
             like = [trial.commit(WARM), trial.commit(MEASURED)]
             others = measure_others(options, teacher, inputs, sample, batches, like, Path(scratch) / "others")
-            teacher_row = _teacher_seconds(teacher, batches) if options.student else 0.0
+            teacher_row = _teacher_seconds(teacher, batches, trial) if options.student else 0.0
+            device = teacher.device
         found = _whole(options, inputs, sample, trial, others)
         found["sampled"]["batches"] = len(batches)
         found["seconds"] = _seconds(clock, inputs, sample, speed)
         found["machines"] = _machines(options, found["seconds"], len(inputs.plan))
         found["memory"] = memory
-        found["training"] = None
+        found["training"], found["problems"] = None, _problems(options, found, device)
         if options.student:
-            from kdcache.planning.student_step import student_seconds  # which loads much that a dump does without
-
             clock.begin("student")
-            student_row = student_seconds(options, trial.folder, Path(scratch) / "student")
-            found["training"] = _training(options, found, student_row, teacher_row)
-        found["problems"] = _problems(options, found)
+            _try_training(options, found, trial.folder, teacher_row, device)
         clock.end()
     return found
 
@@ -193,52 +193,90 @@ def _machines(options: PlanOptions, seconds: dict[str, float], shards: int) -> l
     return found
 
 
-def _memory(options: PlanOptions, teacher: OpenedTeacher, batches: Sequence[Sequence[PackedRow]]) -> dict[str, Any]:
+@contextlib.contextmanager
+def _room_for(options: PlanOptions) -> Iterator[None]:
+    """Turn a GPU that is too small for the teacher into one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"the teacher {options.teacher} with {options.batch_rows} rows per forward pass takes more memory than the "
+            "GPU has; lower batch_rows, or spread it with device_map"
+        ) from None
+
+
+def _dump_memory(
+    options: PlanOptions, teacher: OpenedTeacher, batches: Sequence[Sequence[PackedRow]]
+) -> dict[str, Any]:
     """The most memory so far, and that of the logits which are there at once."""
-    device = teacher.device
-    if device.type == "cuda":
-        peak, kind = torch.cuda.max_memory_allocated(device), "GPU memory that torch allocated"
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak, kind = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident memory of the process"
     vocab = teacher.engine.padded_vocab_size or teacher.rows.vocab_size
     positions = max(sum(len(row.tokens) for row in batch) for batch in batches)
-    tiles = tile_slices(positions, vocab, device) if options.tile_head else [slice(0, positions)]
-    return {"peak_bytes": peak, "kind": kind, "logits_bytes": 4 * vocab * max(s.stop - s.start for s in tiles)}
+    tiles = tile_slices(positions, vocab, teacher.device) if options.tile_head else [slice(0, positions)]
+    return {**peak(teacher.device), "logits_bytes": 4 * vocab * max(s.stop - s.start for s in tiles)}
 
 
-def _teacher_seconds(teacher: OpenedTeacher, batches: Sequence[Sequence[PackedRow]]) -> float:
-    """Seconds that the bare teacher takes for a row, its logits included; it is warm."""
+def _teacher_seconds(teacher: OpenedTeacher, batches: Sequence[Sequence[PackedRow]], trial: Trial) -> float:
+    """Seconds that the teacher takes for the targets of a row, when nothing is written; it is warm."""
+    request = TargetRequest.of(trial.writer.manifest)
     synchronise(teacher.device)
     started = time.perf_counter()
     for batch in batches:
-        for _ in teacher.logits(batch):
-            pass
+        teacher.targets(batch, request)
     synchronise(teacher.device)
     return (time.perf_counter() - started) / sum(map(len, batches))
 
 
-def _training(options: PlanOptions, found: dict[str, Any], student_row: float, teacher_row: float) -> dict[str, Any]:
-    """The cache against the teacher inside the training loop."""
+def _try_training(
+    options: PlanOptions, found: dict[str, Any], cache: Path, teacher_row: float, device: torch.device
+) -> None:
+    """Add to a plan what training from a trial's cache takes, or that it does not fit."""
+    from kdcache.planning.student_step import measure_student  # which loads much that a dump does without
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the student is given the whole GPU
+    try:
+        step = in_own_process(measure_student, options, cache, cache.parent / "student")
+    except NoRoomError:
+        found["problems"].append(
+            f"training the student {options.student} with {options.batch_rows} rows per forward pass does not fit into "
+            f"the {room(device):,} bytes of memory here, or was stopped by the system"
+        )
+        return
+    found["memory"]["training"] = step.memory
+    found["training"] = _training(options, found, step, teacher_row)
+    found["problems"] += _too_large("training", step.memory, device)
+
+
+def _training(options: PlanOptions, found: dict[str, Any], step: StudentStep, teacher_row: float) -> dict[str, Any]:
+    """The cache against the teacher inside the training loop, which reads no cache."""
     rows, dump, passes = found["rows"], found["seconds"]["total"], options.students * options.epochs
-    student, teacher = rows * student_row, rows * teacher_row
-    cached, live = dump + passes * student, passes * (student + teacher)
+    student, reading, teacher = rows * step.row_seconds, rows * step.reading_seconds, rows * teacher_row
+    cached, live = dump + passes * student, passes * (student - reading + teacher)
     return {
         "student": options.student,
         "students": options.students,
         "epochs": options.epochs,
         "passes": passes,
         "student_seconds_per_pass": student,
+        "reading_seconds_per_pass": reading,
         "teacher_seconds_per_pass": teacher,
         "cached_seconds": cached,
         "live_seconds": live,
-        "break_even_passes": dump / teacher,
+        "break_even_passes": dump / (teacher - reading) if teacher > reading else None,
         "pays": cached < live,
     }
 
 
-def _problems(options: PlanOptions, found: dict[str, Any]) -> list[str]:
-    """What will not fit, in sentences."""
+def _too_large(what: str, memory: dict[str, Any], device: torch.device) -> list[str]:
+    """A sentence if this needs more than nine tenths of what there is."""
+    most, there = memory["peak_bytes"], room(device)
+    if most <= 0.9 * there:
+        return []
+    return [f"{what} takes {most:,} bytes ({memory['kind']}), more than nine tenths of the {there:,} here"]
+
+
+def _problems(options: PlanOptions, found: dict[str, Any], device: torch.device) -> list[str]:
+    """What of a dump will not fit, in sentences."""
     problems = []
     if options.out and "://" not in options.out:
         folder = Path(options.out).expanduser().absolute()
@@ -252,10 +290,4 @@ def _problems(options: PlanOptions, found: dict[str, Any]) -> list[str]:
             f"{options.workers} workers share {found['shards']} {'shard' if found['shards'] == 1 else 'shards'}, so "
             f"{options.workers - found['shards']} of them have nothing to do; make shards smaller with chars_per_shard"
         )
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if found["memory"]["kind"].startswith("resident") and found["memory"]["peak_bytes"] > 0.9 * total:
-        problems.append(
-            f"the dump takes {found['memory']['peak_bytes']:,} bytes of memory, more than nine tenths of the "
-            f"{total:,} here"
-        )
-    return problems
+    return problems + _too_large("the dump", found["memory"]["dump"], device)

@@ -1,28 +1,46 @@
-"""A training step of a student from a cache, as `train-student` takes it."""
+"""A training step of a student from a cache, as `train-student` takes it: how long it takes, and in which memory."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from kdcache.cache import open_cache
+from kdcache.planning.memory import peak
 from kdcache.planning.trial import MEASURED, synchronise
 from kdcache.pretrained import find_device
 from kdcache.student.config import TrainConfig
 from kdcache.student.mixture import Mixture
 from kdcache.student.model import load_student
 from kdcache.student.schedule import Schedule
-from kdcache.student.trainer import DistillationTrainer, arguments
+from kdcache.student.trainer import DistillationTrainer, Waiting, arguments
 from kdcache.teacher.config import PlanOptions
 
 
-def student_seconds(options: PlanOptions, cache: Path, out: Path) -> float:
-    """Seconds of training for a row, from the rows of a trial's measured shard; the first step is not counted.
+@dataclass(frozen=True, kw_only=True)
+class StudentStep:
+    """What training takes for a row.
+
+    Attributes:
+        row_seconds: of a step, by its rows.
+        reading_seconds: the part of these in which the step waits for rows from the cache.
+        memory: see `memory.peak`; of the whole process, so measure in one that does nothing else.
+    """
+
+    row_seconds: float
+    reading_seconds: float
+    memory: dict[str, Any]
+
+
+def measure_student(options: PlanOptions, cache: Path, out: Path) -> StudentStep:
+    """Train a student on the rows of a trial's measured shard; the first step is not counted.
 
     Args:
         options: which student, batch and device.
@@ -44,18 +62,31 @@ def student_seconds(options: PlanOptions, cache: Path, out: Path) -> float:
     args = dataclasses.replace(arguments(config, steps, device, remote=False), save_strategy="no")
     clock, mixture = _Clock(device), Mixture([len(rows)], config.seed, [1.0])
     schedule = Schedule.of(config, measured.manifest, steps)
-    DistillationTrainer(model, [measured], [rows], mixture, config, schedule, args, [clock]).train()
-    steps_taken = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
-    return statistics.mean(steps_taken) / config.batch_rows
+    trainer = DistillationTrainer(model, [measured], [rows], mixture, config, schedule, args, [clock])
+    clock.waiting = trainer.waiting
+    trainer.train()
+    return StudentStep(
+        row_seconds=clock.a_step("ends") / config.batch_rows,
+        reading_seconds=clock.a_step("waited") / config.batch_rows,
+        memory=peak(device),
+    )
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
-    """Records when each step ends."""
+    """Records when each step ends, and for how long rows were waited for until then."""
 
     def __init__(self, device: Any) -> None:
         self.device = device
+        self.waiting = Waiting()
         self.ends: list[float] = []
+        self.waited: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         synchronise(self.device)
         self.ends.append(time.perf_counter())
+        self.waited.append(self.waiting.seconds)
+
+    def a_step(self, name: str) -> float:
+        """The mean of what one of the two grows by in a step, the first left out."""
+        values: list[float] = getattr(self, name)
+        return statistics.mean(after - before for before, after in itertools.pairwise(values))

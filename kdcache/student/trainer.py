@@ -66,6 +66,11 @@ class Waiting:
                 self._waited += self._clock() - asked
             yield batch
 
+    @property
+    def seconds(self) -> float:
+        """All that it took, the first batch left out."""
+        return self._waited
+
     def share(self) -> float:
         """Of all the time since the first batch; 0 before it."""
         return 0.0 if self._begun is None else _share(self._waited, self._clock() - self._begun)

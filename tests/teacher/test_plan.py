@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,11 @@ from kdcache_cli.plan_table import print_plan
 from rich.console import Console
 
 from kdcache.errors import ConfigError, ModelError
-from kdcache.planning import selections
+from kdcache.planning import memory, selections
+from kdcache.planning import plan as plan_module
 from kdcache.planning.plan import plan
 from kdcache.planning.sample import take_sample
+from kdcache.pretrained import find_device
 from kdcache.teacher.config import PlanOptions
 from kdcache.teacher.dump import dump
 from kdcache.teacher.inputs import open_inputs
@@ -114,33 +120,81 @@ def test_the_cache_against_the_teacher_in_the_loop(
     teacher: Path, corpus: Path, student_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(plan_module, "in_own_process", lambda function, *args: function(*args))
     found = plan(plan_options(teacher, corpus, student=str(student_config), students=3, epochs=2.0, batches=2))
     training = found["training"]
     assert training["passes"] == 6
-    dump_seconds = found["seconds"]["total"]
+    names = ("student_seconds_per_pass", "reading_seconds_per_pass", "teacher_seconds_per_pass")
+    student, reading, of_teacher = (training[name] for name in names)
+    assert 0 < reading < student and of_teacher > 0
     at = training["break_even_passes"]  # there, both ways take as long
-    student, live = training["student_seconds_per_pass"], training["teacher_seconds_per_pass"]
-    assert dump_seconds + at * student == pytest.approx(at * (student + live))
-    assert training["pays"] == (at < 6)
+    if at is None:
+        assert of_teacher <= reading and not training["pays"]
+    else:
+        live = student - reading + of_teacher
+        assert found["seconds"]["total"] + at * student == pytest.approx(at * live)
+        assert training["pays"] == (at < 6)
+    assert found["memory"]["training"]["peak_bytes"] >= found["memory"]["dump"]["peak_bytes"] > 1 << 26
     assert not list(tmp_path.iterdir())  # nothing is left
     text = io.StringIO()
     print_plan(Console(file=text, width=120), found)
-    for words in ("ipps 12", "bytes per position", "teacher hours", "3 students for 2 epochs", "of disk"):
+    for words in ("ipps 12", "bytes per position", "teacher hours", "3 students for 2 epochs", "of disk", "training: "):
         assert words in text.getvalue()
+
+
+def test_a_student_that_does_not_fit_is_a_problem(
+    teacher: Path, corpus: Path, student_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise memory.NoRoomError
+
+    monkeypatch.setattr(plan_module, "in_own_process", killed)
+    found = plan(plan_options(teacher, corpus, student=str(student_config), batches=1))
+    assert found["training"] is None and found["memory"]["training"] is None
+    (problem,) = found["problems"]
+    assert "does not fit" in problem and str(student_config) in problem
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_says_how_it_ended() -> None:
+    assert memory.in_own_process(os.getpid) != os.getpid()
+    with pytest.raises(memory.NoRoomError):
+        memory.in_own_process(os._exit, 9)
+    with pytest.raises(ConfigError, match="nowhere"):
+        memory.in_own_process(find_device, "nowhere")
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_real_runs(teacher: Path, corpus: Path, student_config: Path, tmp_path: Path) -> None:
+    asked = ["--teacher", teacher, "--corpus", corpus, "--seq-len", "64", "--docs-per-shard", "25", "--device", "cpu"]
+
+    def run(command: str, *options: object) -> tuple[dict[str, Any], int]:
+        with (tmp_path / command).open("w+b") as output:
+            words = [sys.executable, "-m", "kdcache_cli", command, *map(str, options), "--json"]
+            process = subprocess.Popen(words, stdout=output)
+            _, status, used = os.wait4(process.pid, 0)
+            assert status == 0
+            output.seek(0)
+            return json.load(output), used.ru_maxrss * 1024
+
+    planned, _ = run("plan", *asked, "--student", student_config)
+    _, dumped = run("dump-teacher", *asked, "--out", tmp_path / "c")
+    _, trained = run("train-student", "--cache", tmp_path / "c", "--student", student_config, "--out", tmp_path / "s",
+                     "--device", "cpu", "--steps", "4")  # fmt: skip
+    assert planned["memory"]["dump"]["peak_bytes"] == pytest.approx(dumped, rel=0.15)
+    assert planned["memory"]["training"]["peak_bytes"] == pytest.approx(trained, rel=0.15)
 
 
 def test_what_will_not_fit_is_said(
     teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kdcache.planning import plan as module
-
-    full = module.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: full)
-    monkeypatch.setattr(module.os, "sysconf", lambda _: 1)
-    disk, workers, memory = plan(plan_options(teacher, corpus, batches=1, out=str(tmp_path / "a/b"), workers=9))[
+    full = plan_module.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(memory.os, "sysconf", lambda _: 1)
+    disk, workers, too_large = plan(plan_options(teacher, corpus, batches=1, out=str(tmp_path / "a/b"), workers=9))[
         "problems"
     ]
-    assert "1,000 free" in disk and "5 of them" in workers and "of memory" in memory
+    assert "1,000 free" in disk and "5 of them" in workers and "the dump takes" in too_large
     assert not (tmp_path / "a").exists()
 
 
