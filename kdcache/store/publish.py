@@ -7,6 +7,7 @@ one commit a shard and one seal.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -209,7 +210,8 @@ def _sweep_heartbeats(storage: Storage, manifest: Manifest) -> None:
     """Delete the heartbeats of shards that are committed: their writers died just before they would have done it."""
     left = recorded_shards(storage.names(HEARTBEATS), HEARTBEATS, manifest.shards)
     for shard in set(left).intersection(committed(storage, manifest) if left else ()):
-        storage.delete_object(heartbeat_name(shard))
+        with contextlib.suppress(CacheError):  # they harm nobody
+            storage.delete_object(heartbeat_name(shard))
 
 
 def finish(storage: Storage, shards: Iterable[int] | None = None) -> dict[str, Any]:

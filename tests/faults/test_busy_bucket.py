@@ -19,8 +19,9 @@ pytestmark = pytest.mark.slow
 def test_dump_and_training_end_right(
     teacher: Path, corpus: Path, student_config: Path, bucket: Bucket, endpoint: Endpoint, tmp_path: Path
 ) -> None:
-    """One corpus is dumped to a bucket, by two workers, and to a folder at the same time; a student reads from both."""
-    here, there = tmp_path / "c", f"{bucket.url}/c"
+    """One corpus is dumped to a bucket, by two workers, and to a folder at the same time, and a part of it to another
+    folder; a student reads from a bucket and a folder."""
+    here, there, part = tmp_path / "c", f"{bucket.url}/c", tmp_path / "part"
     dumping = [
         "dump-teacher", "--teacher", teacher, "--corpus", corpus, "--seq-len", 64, "--k", 8, "--docs-per-shard", 20,
         "--device", "cpu", "--json",
@@ -31,13 +32,14 @@ def test_dump_and_training_end_right(
             ReadyMade("-m", "kdcache_cli", *dumping, "--out", there, "--worker", f"{i}/2", env=env) for i in range(2)
         ]
         workers.append(ReadyMade("-m", "kdcache_cli", *dumping, "--out", here))
+        workers.append(ReadyMade("-m", "kdcache_cli", *dumping, "--limit-docs", 30, "--out", part))
         told = [(*worker.communicate(), worker.returncode) for worker in workers]
-        assert [(err, code) for _, err, code in told] == [("", 0)] * 3
+        assert [(err, code) for _, err, code in told] == [("", 0)] * 4
         assert sum(json.loads(out)["shards"]["by_this_worker"] for out, _, _ in told[:2]) == 6
 
         def train(out: Path, **options: object) -> bytes:
             done = kdcache(
-                "train-student", "--cache", there, "--cache", here, "--student", student_config, "--out", out,
+                "train-student", "--cache", there, "--cache", part, "--student", student_config, "--out", out,
                 "--steps", 3, "--batch-rows", 4, "--json", **options,
             )  # fmt: skip
             assert done.returncode == 0 and done.stderr == "", done.stderr
