@@ -182,7 +182,7 @@ class RowFormat:
         columns = self.codec.columns(record.streams, record.positions)
         before = np.concatenate([[0], np.cumsum(labelled)])  # labelled slots before each token
         carried = np.concatenate([[0], np.cumsum(targets.count.numpy() > 0)])  # targets before each labelled slot
-        extras = {}
+        extras: dict[str, tuple[NDArray[Any], bool]] = {}
         for name, spec in self.extras.items():
             for stream in stream_names(name, spec).values():
                 vectors = len(row.tokens) if spec.per == "token" else int(before[-1])
@@ -206,10 +206,8 @@ class RowFormat:
     def join(self, row: PackedRow, parts: Sequence[Part]) -> tuple[SparseTargets, Record]:
         """The targets of the labelled slots of a row, and its record, from what is stored of its contexts."""
         columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
-        extras = {}
-        for name in self.extra_shapes:
-            vectors = [part.by_token.get(name, part.by_label.get(name)) for part in parts]
-            extras[name] = np.concatenate(vectors).reshape(-1)
+        stored = [{**part.by_token, **part.by_label} for part in parts]
+        extras = {name: np.concatenate([part[name] for part in stored]).reshape(-1) for name in self.extra_shapes}
         targets = SparseTargets.cat([part.targets for part in parts])
         return targets, self._record(row, targets.count > 0, self.codec.from_columns(columns), extras)
 

@@ -44,7 +44,7 @@ _DAMAGE = (OSError, ValueError, pa.ArrowException)
 
 def labelled_tokens(row: PackedRow) -> NDArray[np.bool_]:
     """`[n]` which tokens of a row are in labelled slots."""
-    return row.labels(len(row.tokens)) != IGNORE
+    return np.asarray(row.labels(len(row.tokens)) != IGNORE)
 
 
 def content_keys(row: PackedRow, labelled: NDArray[np.bool_], spec: RowSpec) -> Keys:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kdcache.corpus.packing import PackedRows
 from kdcache.rows import PackedRow, RowSpec
 from kdcache.targets import SparseTargets
+from kdcache.teacher.context_index import labelled_tokens
 from kdcache.teacher.engines.base import TargetRequest
 from kdcache.teacher.engines.batch import Batch
 from kdcache.teacher.opened_teacher import OpenedTeacher
@@ -50,6 +51,12 @@ class _Context:
     place: Place
     start: int
     row: PackedRow
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """`[n, 2]` the row of the shard and the slot there of each of its tokens."""
+        slots = self.start + np.arange(len(self.row.tokens), dtype=np.int64)
+        return np.stack([np.full_like(slots, self.place[0]), slots], -1)
 
 
 def compute(
@@ -83,7 +90,7 @@ def compute(
         for contexts in [waiting.pop(0) for _ in found.counts]:
             for context in contexts:
                 tokens = slice(token, token + len(context.row.tokens))
-                labels = slice(label, label + int((context.row.labels(len(context.row.tokens)) >= 0).sum()))
+                labels = slice(label, label + int(labelled_tokens(context.row).sum()))
                 extras = {name: values[tokens] for name, values in found.extras.items()}
                 yield context.place, Computed(row=context.row, targets=found.targets[labels], extras=extras)
                 token, label = tokens.stop, labels.stop
@@ -113,7 +120,8 @@ def _missing(row: PackedRow, number: int, known: NDArray[np.bool_], spec: RowSpe
     found, pieces = [], np.cumsum(row.piece_lengths)
     for index, tokens in enumerate(spec.contexts(row)):
         if not known[index]:
-            inside = slice(*np.searchsorted(pieces, [tokens.start + 1, tokens.stop]) + [0, 1])
+            first, last = np.searchsorted(pieces, [tokens.start + 1, tokens.stop])
+            inside = slice(first, last + 1)
             alone = PackedRow(
                 tokens=row.tokens[tokens],
                 piece_lengths=row.piece_lengths[inside],
@@ -125,11 +133,8 @@ def _missing(row: PackedRow, number: int, known: NDArray[np.bool_], spec: RowSpe
 
 
 def _batch(rows: Sequence[Sequence[_Context]], spec: RowSpec, shard: int) -> Batch:
-    places = [
-        np.concatenate([np.stack(np.broadcast_arrays(c.place[0], c.start + np.arange(len(c.row.tokens))), -1) for c in row])
-        for row in rows
-    ]
-    return Batch([_joined([c.row for c in row]) for row in rows], spec, shard, places=places)
+    places = [np.concatenate([context.places for context in row]) for row in rows]
+    return Batch([_joined([context.row for context in row]) for row in rows], spec, shard, places=places)
 
 
 def _joined(rows: Sequence[PackedRow]) -> PackedRow:
