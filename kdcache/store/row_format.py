@@ -211,6 +211,11 @@ class RowFormat:
         targets = SparseTargets.cat([part.targets for part in parts])
         return targets, self._record(row, targets.count > 0, self.codec.from_columns(columns), extras)
 
+    def copy(self, record: Record, row: PackedRow, targets: SparseTargets) -> Record:
+        """The record of another row of the same tokens and pieces, of other documents, from one of the same codec."""
+        stored = {name: record.streams[name] for name in self.codec.streams(record.positions)}
+        return self._record(row, targets.count > 0, stored, {name: record.streams[name] for name in self.extra_shapes})
+
     def repack(self, record: Record, row: PackedRow, targets: SparseTargets) -> Record:
         """The record of a row with other targets; the streams of its extras are taken over as they are."""
         return self._pack(row, targets, {name: record.streams[name] for name in self.extra_shapes})

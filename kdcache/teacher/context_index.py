@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,7 +108,10 @@ def open_index(cache: Cache) -> ContextIndex:
         CorruptCacheError: a row of the cache is damaged.
         OSError: the index cannot be written.
     """
-    folder = (user_cache_folder() or Path(tempfile.gettempdir()) / f"kdcache-{os.getuid()}") / "reuse"
+    home = user_cache_folder()
+    if home is None:
+        raise OSError("there is no home folder")
+    folder = home / "reuse"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_name(cache)}.arrow"
     with _locked(path.with_suffix(".lock")):

@@ -18,7 +18,7 @@ from kdcache.cache_writer import NewShard
 from kdcache.corpus.packing import PackedRows
 from kdcache.rows import PackedRow
 from kdcache.store.manifest import Manifest
-from kdcache.store.row_format import Part
+from kdcache.store.row_format import Part, Record
 from kdcache.targets import SparseTargets
 from kdcache.teacher.background_writer import BackgroundWriter
 from kdcache.teacher.context_index import labelled_tokens
@@ -85,22 +85,32 @@ class MixedShard:
     def _write(self, numbers: range, new: dict[Place, Computed], wrote: Callable[[PackedRow], None]) -> None:
         self._reuse.read_ahead(self._found.places[numbers.start : numbers.stop])
         for number in numbers:
-            row, places = self._rows[number], self._found.places[number]
+            row = self._rows[number]
             if self._found.known[number].any():
-                labelled, parts = labelled_tokens(row), []
-                for index, tokens in enumerate(self._spec.contexts(row)):
-                    if (number, index) in new:
-                        parts.append(self._encoded(new[number, index]))
-                    else:
-                        parts.append(self._reuse.part(places[index], row.tokens[tokens], labelled[tokens]))
-                        self.positions += int((parts[-1].targets.count > 0).sum())
-                targets, record = self._form.join(row, parts)
+                targets, record = self._copied(row, number, new)
                 self._shard.write_row(row, targets, record=record)
             else:
-                made = [new[number, index] for index in range(len(places))]
+                made = [new[number, index] for index in range(len(self._found.known[number]))]
                 extras = {name: torch.cat([each.extras[name] for each in made]) for name in self._request.extras}
                 self._shard.write_row(row, SparseTargets.cat([each.targets for each in made]), extras)
             wrote(row)
+
+    def _copied(self, row: PackedRow, number: int, new: dict[Place, Computed]) -> tuple[SparseTargets, Record]:
+        """Targets and record of a row of which something is copied."""
+        places, known = self._found.places[number], self._found.known[number]
+        if known.all() and self._found.same_order[places[0, 0]]:
+            found = self._reuse.whole(places, row, self._form)
+            if found is not None:
+                self.positions += found[1].positions
+                return found
+        labelled, parts = labelled_tokens(row), []
+        for index, tokens in enumerate(self._spec.contexts(row)):
+            if known[index]:
+                parts.append(self._reuse.part(places[index], row.tokens[tokens], labelled[tokens]))
+                self.positions += int((parts[-1].targets.count > 0).sum())
+            else:
+                parts.append(self._encoded(new[number, index]))
+        return self._form.join(row, parts)
 
     def _encoded(self, computed: Computed) -> Part:
         """What will be stored of a context that the teacher has run."""

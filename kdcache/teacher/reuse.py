@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 
 from kdcache.cache import Cache
 from kdcache.corpus.packing import PackedRows
-from kdcache.errors import CacheError, CacheMismatchError, ConfigError
+from kdcache.errors import CacheError, CacheMismatchError, ConfigError, one_line
 from kdcache.known import Known
-from kdcache.rows import RowSpec
+from kdcache.rows import PackedRow, RowSpec
 from kdcache.store.manifest import Manifest
-from kdcache.store.row_format import Part
+from kdcache.store.row_format import Part, Record, RowFormat
 from kdcache.store.sealed_json import short
 from kdcache.store.storage import LastUsed, Storage
+from kdcache.targets import SparseTargets
 from kdcache.teacher.context_index import ContextIndex, content_keys, labelled_tokens, open_index
 
 _MOST_BYTES = 256 << 20
@@ -61,10 +62,12 @@ class Found:
         places: of each row `[C, 4]`: index of a cache, its shard, the row there, and the context in that; -1 where it
             is nowhere.
         documents: how many documents of the shard have no context that is nowhere.
+        same_order: of each cache, whether it stores ids in the order of the one that is made.
     """
 
     places: Sequence[NDArray[np.int64]]
     documents: int
+    same_order: Sequence[bool]
 
     @cached_property
     def known(self) -> list[NDArray[np.bool_]]:
@@ -84,7 +87,7 @@ class Found:
     @property
     def shards(self) -> list[tuple[int, int]]:
         """The caches and shards in which they are."""
-        found = np.concatenate([places[known, :2] for places, known in zip(self.places, self.known, strict=True)])
+        found = np.concatenate([np.zeros((0, 2), np.int64), *(places[places[:, 0] >= 0, :2] for places in self.places)])
         return [(int(cache), int(shard)) for cache, shard in np.unique(found, axis=0)]
 
 
@@ -111,7 +114,7 @@ class Reuse:
         extras = sum(4 * spec.width for spec in manifest.extra_specs.values())
         row = max(cache.manifest.seq_len for cache in caches) * (20 * manifest.width + extras + 64)
         self._most_rows = min(max(4, _MOST_BYTES // row), 1 << 10)
-        self._rows: LastUsed[list[Part]] = LastUsed(self._most_rows)
+        self._rows: LastUsed[_Source] = LastUsed(self._most_rows)
 
     @property
     def known(self) -> Known:
@@ -149,12 +152,13 @@ class Reuse:
     def _indices(self) -> list[ContextIndex]:
         return [open_index(cache) for cache in self._caches]
 
-    def find(self, rows: PackedRows, spec: RowSpec) -> Found:
+    def find(self, rows: PackedRows, manifest: Manifest) -> Found:
         """Where the contexts of a shard's rows are.
 
         Raises:
             CacheError: a cache is damaged, or its index cannot be written.
         """
+        spec = manifest.row_spec
         exact, wider = [], []  # a context whose every slot is labelled has what any other one of its tokens wants
         for row in rows:
             exact.append(content_keys(row, labelled_tokens(row), spec))
@@ -170,9 +174,16 @@ class Reuse:
                     there = missing[found[:, 0] >= 0]
                     places[there, 0], places[there, 1:] = number, found[found[:, 0] >= 0]
         except OSError as error:
-            raise CacheError(f"the index of what is reused cannot be written: {error}") from None
+            raise CacheError(
+                f"the index of what is reused cannot be kept: {one_line(error)}; let XDG_CACHE_HOME name a folder "
+                "that can be written"
+            ) from None
         by_row = np.split(places, ends[:-1]) if len(ends) else []
-        return Found(places=by_row, documents=_whole_documents(rows, by_row))
+        return Found(
+            places=by_row,
+            documents=_whole_documents(rows, by_row),
+            same_order=[cache.manifest.id_order == manifest.id_order for cache in self._caches],
+        )
 
     def read_ahead(self, places: Iterable[NDArray[np.int64]]) -> None:
         """Read the rows of some contexts, several at once where the cache is far away."""
@@ -196,22 +207,45 @@ class Reuse:
         number, shard, row, context = (int(x) for x in place)
         cache = self._caches[number]
         sound = shard in cache.commits and row < cache.commits[shard].rows
-        parts = self._row((number, shard, row)) if sound else []
+        parts = self._row((number, shard, row)).parts if sound else []
         found = parts[context] if context < len(parts) else None
         if found is None or not np.array_equal(found.tokens, tokens) or (labelled & ~found.labelled).any():
             raise CacheError(f"{self._indices[number].path} is not the index of {cache.storage}; delete it")
         return found if np.array_equal(found.labelled, labelled) else found.labelled_at(labelled)
 
-    def _row(self, place: tuple[int, int, int]) -> list[Part]:
+    def whole(self, places: NDArray[np.int64], row: PackedRow, form: RowFormat) -> tuple[SparseTargets, Record] | None:
+        """Targets and record of a row that stands somewhere as it is, so that no context need be cut out of it.
+
+        Args:
+            places: `[C, 4]` where its contexts were found, in a cache that stores ids in the same order.
+            row: what it must be.
+            form: of the cache that is made.
+
+        Returns:
+            None where its contexts are not one row.
+        """
+        number, shard, place, _ = (int(x) for x in places[0])
+        commits = self._caches[number].commits
+        one = (places[:, :3] == places[0, :3]).all() and (places[:, 3] == np.arange(len(places))).all()
+        if not one or shard not in commits or place >= commits[shard].rows:
+            return None
+        source = self._row((number, shard, place))
+        for name in ("tokens", "piece_lengths"):
+            if not np.array_equal(getattr(source.row, name), getattr(row, name)):
+                return None
+        if not np.array_equal(labelled_tokens(source.row), labelled_tokens(row)):
+            return None
+        return source.targets, form.copy(source.record, row, source.targets)
+
+    def _row(self, place: tuple[int, int, int]) -> _Source:
         number, shard, row = place
 
-        def cut() -> list[Part]:
+        def read() -> _Source:
             cache = self._caches[number]
-            form, spec = cache.manifest.row_format, cache.manifest.row_spec
             packed, targets, record = cache.shard(shard).read_with_record(row)
-            return form.cut(record, packed, targets, spec.contexts(packed))
+            return _Source(cache.manifest.row_format, cache.manifest.row_spec, packed, targets, record)
 
-        return self._rows.get(place, cut)
+        return self._rows.get(place, read)
 
     def describe(self, found: Found, positions: int) -> dict[str, Any]:
         """What a commit records about what was copied: how much, from where, and how that was computed."""
@@ -226,6 +260,22 @@ class Reuse:
             "caches": [self._caches[cache].manifest.sha256 for cache in sorted({cache for cache, _ in found.shards})],
             "compute": computes[:_MOST_COMPUTES],
         }
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A row of a cache that is reused."""
+
+    form: RowFormat
+    spec: RowSpec
+    row: PackedRow
+    targets: SparseTargets
+    record: Record
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Its contexts."""
+        return self.form.cut(self.record, self.row, self.targets, self.spec.contexts(self.row))
 
 
 def _require_alike(cache: Cache, manifest: Manifest) -> None:

@@ -97,7 +97,7 @@ class ShardMaker:
             return None
         manifest, positions, rows = self.writer.manifest, 0, 0
         made, eos_id = self.inputs.shard_rows(number), self.inputs.tokenizer.eos_token_id
-        found = self._reuse.find(made.rows, manifest.row_spec) if self._reuse else None
+        found = self._reuse.find(made.rows, manifest) if self._reuse else None
         teacher = self._open() if found is None or not found.everything else None
         with self.writer.shard(number) as shard:
             describe(shard, made, teacher, eos_id)
@@ -107,7 +107,7 @@ class ShardMaker:
                 rows, positions = rows + batch_rows, positions + batch_positions
                 on_batch(made.documents * rows / len(made.rows), positions)
 
-            if self._reuse is None or found is None or found.nothing:
+            if self._reuse is None or found is None or (teacher is not None and found.nothing):
                 assert teacher is not None
                 batches, request = made.rows.batches(teacher.batch_rows), TargetRequest.of(manifest)
                 self.stalled_seconds += write_batches(shard, batches, teacher, request, eos_id, count)
