@@ -14,12 +14,14 @@ Shapes: C contexts.
 
 from __future__ import annotations
 
+import bisect
 import fcntl
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +33,9 @@ from kdcache.rows import IGNORE, PackedRow, RowSpec
 
 Keys = NDArray[np.uint64]
 """`[C, 2]` the content of contexts."""
+
+Place = tuple[int, int, int]
+"""Shard, row, and number inside the row."""
 
 _ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<u4"), ("row", "<u4"), ("context", "<u4")])
 _SCHEMA = pa.schema([pa.field(name, pa.from_numpy_dtype(_ENTRY[name]), nullable=False) for name in _ENTRY.names or ()])
@@ -76,25 +81,41 @@ class ContextIndex:
             file = pa.ipc.open_file(source)
             if file.schema != _SCHEMA or file.num_record_batches != _PARTS:
                 raise ValueError(f"{path} is not an index")
-            self._parts = [file.get_batch(part) for part in range(_PARTS)]
+            batches = [file.get_batch(part) for part in range(_PARTS)]
+        self._parts = [{name: batch.column(name).to_numpy() for name in _SCHEMA.names} for batch in batches]
 
     def find(self, keys: Keys) -> NDArray[np.int64]:
-        """`[C, 3]` shard, row and number inside the row of the first context of each key; -1 where there is none."""
-        found = np.full((len(keys), 3), -1, np.int64)
-        parts = _part(keys[:, 0])
+        """`[C, 3]` shard, row and number inside the row of a context of each key; -1 where there is none.
+
+        Of several it is the next behind the context that was found before: where nothing moved, each finds itself.
+        """
+        found, previous = np.full((len(keys), 3), -1, np.int64), (-1, -1, -1)
+        parts, ranges = _part(keys[:, 0]), np.zeros((len(keys), 2), np.int64)
         for part in np.unique(parts):
-            wanted, columns = np.flatnonzero(parts == part), self._columns(int(part))
-            high, low = columns["high"], columns["low"]
-            for key, at in zip(wanted, np.searchsorted(high, keys[wanted, 0]), strict=True):
-                while at < len(high) and high[at] == keys[key, 0] and low[at] != keys[key, 1]:
-                    at += 1
-                if at < len(high) and high[at] == keys[key, 0]:
-                    found[key] = [columns[name][at] for name in ("shard", "row", "context")]
+            wanted = np.flatnonzero(parts == part)
+            for column, side in enumerate(("left", "right")):
+                ranges[wanted, column] = np.searchsorted(self._parts[int(part)]["high"], keys[wanted, 0], side)
+        for key in np.flatnonzero(ranges[:, 0] < ranges[:, 1]):
+            place = self._next(self._parts[int(parts[key])], range(*ranges[key]), keys[key, 1], previous)
+            if place is not None:
+                found[key] = previous = place
         return found
 
-    def _columns(self, part: int) -> dict[str, NDArray[np.unsignedinteger]]:
-        batch = self._parts[part]
-        return {name: batch.column(name).to_numpy() for name in batch.schema.names}
+    def _next(
+        self, entries: dict[str, NDArray[Any]], candidates: Sequence[int], low: np.uint64, previous: Place
+    ) -> Place | None:
+        """The place of the first entry behind another place, or of the first of all, among those of a key."""
+
+        def place(at: int) -> Place:
+            return int(entries["shard"][at]), int(entries["row"][at]), int(entries["context"][at])
+
+        lows = entries["low"][candidates[0] : candidates[-1] + 1]
+        if (lows != low).any():  # other content with the same half of a key
+            candidates = [candidates[at] for at in np.flatnonzero(lows == low)]
+        if not candidates:
+            return None
+        at = bisect.bisect_right(candidates, previous, key=place) if len(candidates) > 1 else 0
+        return place(candidates[at % len(candidates)])
 
 
 def _part(high: NDArray[np.uint64]) -> NDArray[np.uint64]:

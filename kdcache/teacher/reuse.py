@@ -205,12 +205,10 @@ class Reuse:
             CacheError: something else is there.
         """
         number, shard, row, context = (int(x) for x in place)
-        cache = self._caches[number]
-        sound = shard in cache.commits and row < cache.commits[shard].rows
-        parts = self._row((number, shard, row)).parts if sound else []
+        parts = self._row((number, shard, row)).parts
         found = parts[context] if context < len(parts) else None
         if found is None or not np.array_equal(found.tokens, tokens) or (labelled & ~found.labelled).any():
-            raise CacheError(f"{self._indices[number].path} is not the index of {cache.storage}; delete it")
+            raise self._wrong_index(number)
         return found if np.array_equal(found.labelled, labelled) else found.labelled_at(labelled)
 
     def whole(self, places: NDArray[np.int64], row: PackedRow, form: RowFormat) -> tuple[SparseTargets, Record] | None:
@@ -225,9 +223,8 @@ class Reuse:
             None where its contexts are not one row.
         """
         number, shard, place, _ = (int(x) for x in places[0])
-        commits = self._caches[number].commits
         one = (places[:, :3] == places[0, :3]).all() and (places[:, 3] == np.arange(len(places))).all()
-        if not one or shard not in commits or place >= commits[shard].rows:
+        if not one:
             return None
         source = self._row((number, shard, place))
         for name in ("tokens", "piece_lengths"):
@@ -239,13 +236,18 @@ class Reuse:
 
     def _row(self, place: tuple[int, int, int]) -> _Source:
         number, shard, row = place
+        cache = self._caches[number]
+        if shard not in cache.commits or row >= cache.commits[shard].rows:
+            raise self._wrong_index(number)
 
         def read() -> _Source:
-            cache = self._caches[number]
             packed, targets, record = cache.shard(shard).read_with_record(row)
             return _Source(cache.manifest.row_format, cache.manifest.row_spec, packed, targets, record)
 
         return self._rows.get(place, read)
+
+    def _wrong_index(self, number: int) -> CacheError:
+        return CacheError(f"{self._indices[number].path} is not the index of {self._caches[number].storage}; delete it")
 
     def describe(self, found: Found, positions: int) -> dict[str, Any]:
         """What a commit records about what was copied: how much, from where, and how that was computed."""
