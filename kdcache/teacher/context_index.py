@@ -18,7 +18,7 @@ import bisect
 import fcntl
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,29 +93,29 @@ class ContextIndex:
         parts, ranges = _part(keys[:, 0]), np.zeros((len(keys), 2), np.int64)
         for part in np.unique(parts):
             wanted = np.flatnonzero(parts == part)
-            for column, side in enumerate(("left", "right")):
-                ranges[wanted, column] = np.searchsorted(self._parts[int(part)]["high"], keys[wanted, 0], side)
+            high = self._parts[int(part)]["high"]
+            ranges[wanted, 0] = np.searchsorted(high, keys[wanted, 0], "left")
+            ranges[wanted, 1] = np.searchsorted(high, keys[wanted, 0], "right")
         for key in np.flatnonzero(ranges[:, 0] < ranges[:, 1]):
-            place = self._next(self._parts[int(parts[key])], range(*ranges[key]), keys[key, 1], previous)
+            entries, (first, last) = self._parts[int(parts[key])], ranges[key].tolist()
+            place = _next(entries, first, last, keys[key, 1], previous)
             if place is not None:
                 found[key] = previous = place
         return found
 
-    def _next(
-        self, entries: dict[str, NDArray[Any]], candidates: Sequence[int], low: np.uint64, previous: Place
-    ) -> Place | None:
-        """The place of the first entry behind another place, or of the first of all, among those of a key."""
 
-        def place(at: int) -> Place:
-            return int(entries["shard"][at]), int(entries["row"][at]), int(entries["context"][at])
+def _next(entries: dict[str, NDArray[Any]], first: int, last: int, low: np.uint64, previous: Place) -> Place | None:
+    """The place behind another one, or the first of all, among those of a key whose first half is found already."""
 
-        lows = entries["low"][candidates[0] : candidates[-1] + 1]
-        if (lows != low).any():  # other content with the same half of a key
-            candidates = [candidates[at] for at in np.flatnonzero(lows == low)]
-        if not candidates:
-            return None
-        at = bisect.bisect_right(candidates, previous, key=place) if len(candidates) > 1 else 0
-        return place(candidates[at % len(candidates)])
+    def place(at: int) -> Place:
+        return int(entries["shard"][at]), int(entries["row"][at]), int(entries["context"][at])
+
+    lows = entries["low"][first:last]
+    same = range(first + int(np.searchsorted(lows, low, "left")), first + int(np.searchsorted(lows, low, "right")))
+    if not same:
+        return None
+    at = bisect.bisect_right(same, previous, key=place) if len(same) > 1 else 0
+    return place(same[at % len(same)])
 
 
 def _part(high: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -167,7 +167,7 @@ def _build(cache: Cache, path: Path) -> None:
         made = Path(scratch) / "index"
         with pa.OSFile(str(made), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             for entries in parts:
-                ordered = entries[np.argsort(entries["high"], kind="stable")]
+                ordered = entries[np.lexsort((entries["low"], entries["high"]))]
                 columns = [np.ascontiguousarray(ordered[name]) for name in _SCHEMA.names]
                 writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
         made.replace(path)
