@@ -30,7 +30,7 @@ from kdcache.known import Known
 from kdcache.rows import PackedRow, RowSpec
 from kdcache.store.manifest import Manifest
 from kdcache.store.row_format import Part, Record, RowFormat
-from kdcache.store.sealed_json import short
+from kdcache.store.sealed_json import canonical, short
 from kdcache.store.storage import LastUsed, Storage
 from kdcache.targets import SparseTargets
 from kdcache.teacher.context_index import ContextIndex, content_keys, labelled_tokens, open_index
@@ -51,7 +51,8 @@ _SAME = {
 }
 """What must be equal, and what to say where it is not."""
 
-_MOST_COMPUTES = 16
+_MOST_COMPUTES, _MOST_COMPUTE = 16, 4096
+"""How many ways to compute a commit names, and the bytes of one that are not too many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ class Reuse:
             _require_alike(cache, manifest)
         extras = sum(4 * spec.width for spec in manifest.extra_specs.values())
         row = max(cache.manifest.seq_len for cache in caches) * (20 * manifest.width + extras + 64)
-        self._most_rows = min(max(4, _MOST_BYTES // row), 1 << 10)
+        self._most_rows = min(max(1, _MOST_BYTES // row), 1 << 10)
         self._rows: LastUsed[_Source] = LastUsed(self._most_rows)
 
     @property
@@ -254,8 +255,11 @@ class Reuse:
         computes: list[dict[str, Any]] = []
         for cache, shard in found.shards:
             compute = dict(self._caches[cache].commits[shard].compute)
-            earlier = compute.pop("reused", {}).get("compute", [])
-            computes += [each for each in (compute, *earlier) if each not in computes]
+            earlier = compute.pop("reused", None)
+            earlier = earlier.get("compute") if isinstance(earlier, dict) else None
+            for each in (compute, *(earlier if isinstance(earlier, list) else ())):
+                if each not in computes and len(canonical(each)) <= _MOST_COMPUTE:
+                    computes.append(each)
         return {
             "positions": positions,
             "documents": found.documents,
