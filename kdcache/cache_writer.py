@@ -44,7 +44,7 @@ from kdcache.store.commits import committed
 from kdcache.store.manifest import Manifest, today
 from kdcache.store.open_storage import open_storage
 from kdcache.store.pulse import Pulse
-from kdcache.store.row_format import Extras
+from kdcache.store.row_format import Extras, Record
 from kdcache.store.seal import unseal
 from kdcache.store.shards import ShardWriter
 from kdcache.store.storage import Storage
@@ -346,16 +346,25 @@ class NewShard:
             raise TargetError(f"{where} has{at} {what}")
         self.write_row(row, targets, extras)
 
-    def write_row(self, row: PackedRow, targets: SparseTargets, extras: Extras | None = None) -> None:
+    def write_row(
+        self,
+        row: PackedRow,
+        targets: SparseTargets,
+        extras: Extras | None = None,
+        *,
+        record: Record | None = None,
+    ) -> None:
         """Append a packed row, the targets `[N]` of its labelled slots, which are not checked, and its extras.
 
-        Those that the cache's position filter leaves out are dropped; the entropies of all are counted.
+        Those that the cache's position filter leaves out are dropped; the entropies of all are counted. A row that is
+        packed already, so that `targets` lacks what was left out, comes with its record; its extras are not looked at.
         """
         if self._data is not None:
             counted = self.entropies
             if counted is not None:
                 counted = add_histograms([counted, histogram(targets.require("entropy", "a cache that knows it"))])
-            self._data.write(row, self._manifest.position_filter.apply(targets), extras=extras)
+            kept = targets if record else self._manifest.position_filter.apply(targets)
+            self._data.write(row, kept, record, extras)
             self.entropies = counted  # a row that was refused counts for nothing
         self.rows, self.labels = self.rows + 1, self.labels + len(targets.count)
 

@@ -33,6 +33,15 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 _MOST_BYTES = 1 << 16
 
 
+def user_cache_folder() -> Path | None:
+    """Where a program may keep what it can make again, `kdcache` in the user's cache folder; None without a home."""
+    named = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(named) if named else Path.home() / ".cache") / "kdcache"
+    except RuntimeError:  # no home folder is known
+        return None
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal; from memory if they are known.
 
@@ -66,12 +75,8 @@ def _identity(path: Path) -> dict[str, Any]:
 
 def _entry(path: Path) -> Path | None:
     """Where the hash of a file is remembered; None without a cache folder."""
-    named = os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(named) if named else Path.home() / ".cache"
-    except RuntimeError:  # no home folder is known
-        return None
-    return folder / "kdcache/sha256" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+    folder = user_cache_folder()
+    return folder and folder / "sha256" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
 
 
 def _read(entry: Path) -> dict[str, Any]:

@@ -43,6 +43,13 @@ class RowSpec:
         """L, the slots of each row in a batch of these."""
         return self.seq_len if self.packed else max(len(row.tokens) for row in rows)
 
+    def contexts(self, row: PackedRow) -> list[slice]:
+        """The tokens of each context of a row: those that a teacher sees together, and no others."""
+        if not self.isolate:
+            return [slice(0, len(row.tokens))]
+        ends = np.cumsum(row.piece_lengths).tolist()
+        return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
     def position_ids(self, segments: NDArray[np.int64]) -> NDArray[np.int64]:
         """`[..., L]` restarting where a context begins: at each piece, or once a row where rows are not isolated."""
         return position_ids(segments if self.isolate else np.zeros_like(segments))

@@ -67,6 +67,9 @@ def dump_teacher(config: DumpConfig, output: Output) -> None:
             console.print(line, markup=False, highlight=False)
         if summary["entropy_quantiles"]:
             console.print(f"entropy of the teacher in nats: {tables.quantiles(summary['entropy_quantiles'])}")
+        if summary["reused"]["positions"]:
+            reused = summary["reused"]
+            console.print(f"copied {reused['positions']:,} positions of {reused['documents']:,} documents")
         if summary["waited_seconds"] > 0.05 * summary["seconds"]:
             console.print(f"the teacher waited {summary['waited_seconds']:.1f} s for encoding and writing")
 

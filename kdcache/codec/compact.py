@@ -58,6 +58,7 @@ from kdcache.codec.streams import (
     PROBLEMS,
     VALUES,
     Bytes,
+    Columns,
     Doubles,
     Floats,
     Ids,
@@ -76,8 +77,8 @@ from kdcache.targets import SparseTargets
 _BYTE = np.dtype("u1")
 _NOTHING = np.zeros(0, np.uint8)
 _NOTHING.flags.writeable = False
-Packed = tuple[dict[str, Ints], Streams, NDArray[np.float64], list[NDArray[np.float64]]]
-"""Counts by name, the streams of entries, `[*, n]` log-odds, and nats in front of those that every kind has."""
+Packed = tuple[Keys, Ints, NDArray[np.float64], list[NDArray[np.float64]]]
+"""Sorted keys, `[n]` heavies, `[*, n]` log-odds, and nats in front of those that every kind has."""
 
 _SMALL_TAIL = -1e-3  # log of a tail above which one minus it is known worse than the entries' own sum
 
@@ -184,14 +185,14 @@ class CompactCodec:
         Raises:
             TargetError: targets that do not fit the layout.
         """
-        pack = self._pack_sampled if self.layout.sampled else self._pack_truncated
-        numbers, streams, odds, nats = pack(targets, self.layout.counts(targets))
+        pack, counts = self._pack_sampled if self.layout.sampled else self._pack_truncated, self.layout.counts(targets)
+        keys, heavies, odds, nats = pack(targets, counts)
         if targets.entropy is not None:
             nats.append(targets.entropy.numpy().astype(np.float64))
         if targets.label_logprob is not None:
             nats.append(-targets.label_logprob.numpy().astype(np.float64))
         words = [odds_to_words(odds), *([nats_to_words(np.stack(nats))] if nats else [])]
-        return {**streams, **self._numbers.pack(numbers, np.concatenate(words))}
+        return self._streams(keys, counts, heavies, np.concatenate(words))
 
     def decode(self, streams: Mapping[str, NDArray[Any]], positions: int) -> SparseTargets:
         """Unpack the targets of a row that has `positions` of them.
@@ -225,6 +226,34 @@ class CompactCodec:
             entropy=entropy if layout.known.entropy else None,
             label_logprob=label if layout.known.label_logprob else None,
         )
+
+    def columns(self, streams: Mapping[str, NDArray[Any]], positions: int) -> Columns:
+        """What is stored of each position: ids, levels or numbers of draws, counts, and words of measures."""
+        n, width = positions, self.layout.width
+        numbers, words = self._numbers.unpack(*self._numbers.take(streams, n))
+        counts = numbers.get("count", np.full(n, width, np.int64))
+        heavies = numbers.get("heavies", np.zeros_like(counts) if self.layout.sampled else counts)
+        ids = np.tile(np.arange(width, dtype=np.int32), n)
+        if self.layout.named_ids:
+            near = whole(streams, "ids", _BYTE, 0, self._runs.most(n * width))
+            problem = unpack_ids(near, int(counts.sum()), counts, heavies, self._runs.table, ids)
+            if problem:
+                raise CorruptCacheError(PROBLEMS[problem])
+        starts, stops = self._valued(counts, heavies)
+        column, values = np.arange(width), np.zeros((n, width), np.uint16)
+        values[(column >= starts[:, None]) & (column < stops[:, None])] = merge(streams["values"], self._value_planes)
+        if "floor" in numbers:
+            values += numbers["floor"].astype(np.uint16)[:, None]
+        return {
+            "ids": ids.reshape(n, width), "values": values, "counts": counts, "heavies": heavies, "words": words.T,
+        }  # fmt: skip
+
+    def from_columns(self, columns: Columns) -> Streams:
+        """The streams of positions."""
+        counts, heavies = columns["counts"], columns["heavies"]
+        light = np.arange(self.layout.width) >= heavies[:, None]
+        keys, _ = self._runs.keys(columns["ids"], counts, light, columns["values"].astype(np.int64))
+        return self._streams(keys, counts, heavies, columns["words"].T)
 
     @property
     def _unpack(self) -> Any:
@@ -270,9 +299,8 @@ class CompactCodec:
             raise TargetError("an entry has no log-probability")
         if not self.layout.named_ids and (keys >> self.bits != np.arange(self.layout.width)).any():
             raise TargetError("a target of every id does not name each once")
-        values, floors = self._values(keys, np.zeros_like(counts), counts, lift=True)
         odds = _tail_odds(targets) if self._odds else np.empty((0, len(counts)))
-        return {"count": counts, "floor": floors}, self._entries(keys, counts, counts, values), odds, []
+        return keys, heavies, odds, []
 
     def _pack_sampled(self, targets: SparseTargets, counts: Ints) -> Packed:
         layout = self.layout
@@ -281,33 +309,36 @@ class CompactCodec:
         weights = np.where(valid, targets.weights.double().numpy(), 0.0)
         if layout.draws is None:
             keys, heavies = self._sort(targets, counts)
-            values, _ = self._values(keys, np.zeros_like(counts), heavies, lift=False)
         else:
             keys, heavies = self._runs.keys(
                 targets.ids.numpy(), counts, light, multiplicities(layout.draws, weights, light)
             )
-            values, _ = self._values(keys, heavies, counts, lift=False)
         if heavies.max(initial=0) > self.layout.most_heavies:
             raise TargetError("a sampled target has more entries with a probability than its forced label")
         odds = light_odds(weights, light)[None] if layout.heavies else np.empty((0, len(counts)))
         partitions = targets.log_partition.numpy()
         nats = [renyi_entropy(partitions[:, column], layout.temperatures[column]) for column in layout.others]
-        return {"count": counts, "heavies": heavies}, self._entries(keys, counts, heavies, values), odds, nats
+        return keys, heavies, odds, nats
 
     def _sort(self, targets: SparseTargets, counts: Ints) -> tuple[Keys, Ints]:
         ids = np.ascontiguousarray(targets.ids.numpy(), np.int64)
         logprobs = np.ascontiguousarray(targets.logprobs.numpy(), np.float32)
         return self._levels.keys(self._runs, ids, logprobs, counts)
 
-    def _values(self, keys: Keys, starts: Ints, stops: Ints, *, lift: bool) -> tuple[NDArray[Any], Ints]:
+    def _valued(self, counts: Ints, heavies: Ints) -> tuple[Ints, Ints]:
+        """`[n]` the first entry of each position that has a value, and where those end."""
+        return (np.zeros_like(counts), heavies) if self.layout.draws is None else (heavies, counts)
+
+    def _streams(self, keys: Keys, counts: Ints, heavies: Ints, words: NDArray[np.uint16]) -> Streams:
+        """All streams, from sorted keys."""
+        starts, stops = self._valued(counts, heavies)
         values: Any = np.empty(int((stops - starts).sum()), np.uint8 if self._value_planes == 1 else np.uint16)
         floors = np.empty_like(starts)
+        lift = not self.layout.sampled
         pack_levels(keys, starts, stops, (1 << self._runs.payload_bits) - 1, lift, floors, values)
-        return values, floors
-
-    def _entries(self, keys: Keys, counts: Ints, heavies: Ints, values: NDArray[Any]) -> Streams:
         ids = {"ids": self._runs.pack(keys, counts, heavies)} if self.layout.named_ids else {}
-        return {**ids, "values": split(values, self._value_planes)}
+        numbers = {"count": counts, "heavies": heavies, "floor": floors}
+        return {**ids, "values": split(values, self._value_planes), **self._numbers.pack(numbers, words)}
 
 
 def _tail_odds(targets: SparseTargets) -> NDArray[np.float64]:

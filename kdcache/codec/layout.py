@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codec.streams import Floats, Ids, Ints, Shapes, Streams
+from kdcache.codec.streams import Columns, Floats, Ids, Ints, Shapes, Streams
 from kdcache.entry_form import EntryForm
 from kdcache.errors import ConfigError, TargetError
 from kdcache.known import Known
@@ -245,3 +245,12 @@ class Codec(Protocol):
         Raises:
             CorruptCacheError: a stream whose length or numbers cannot be what was encoded.
         """
+
+    def columns(self, streams: Mapping[str, NDArray[Any]], positions: int) -> Columns:
+        """What streams that `decode` has accepted store of each position, by name.
+
+        Positions of several rows can be joined, whatever the order of ids of each: nothing is rounded again.
+        """
+
+    def from_columns(self, columns: Columns) -> Streams:
+        """The streams of positions; of all those of one row, taken as they are, its own streams again."""

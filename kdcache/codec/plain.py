@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from kdcache.codec.layout import Layout
 from kdcache.codec.lights import light_odds, multiplicities, unpack_lights
-from kdcache.codec.streams import PROBLEMS, Floats, Ints, Shapes, Streams, id_dtype, take, whole
+from kdcache.codec.streams import PROBLEMS, Columns, Floats, Ints, Shapes, Streams, id_dtype, take, whole
 from kdcache.errors import ConfigError, CorruptCacheError, TargetError
 from kdcache.lazy_torch import torch
 from kdcache.targets import SparseTargets
@@ -143,26 +143,32 @@ class PlainCodec:
         # Heavies first, and `full` by id; else as they are.
         order = np.argsort(np.where(valid, light, 2) if self.layout.named_ids else ids, axis=-1, kind="stable")
         ids, logprobs, weights, light = (np.take_along_axis(x, order, -1) for x in (ids, logprobs, weights, light))
+        heavies = counts - light.sum(-1)
+        if not self.layout.heavies and heavies.any() and self.layout.sampled:
+            raise TargetError("a drawn entry has a log-probability")
+        if not self.layout.named_ids and (ids != np.arange(self.layout.width)).any():
+            raise TargetError("a target of every id does not name each once")
+        doubles = np.where(valid, weights, 0).astype(np.float64)
+        values = self._values(logprobs, doubles, light, valid & ~light)
+        odds = light_odds(doubles, light) if self._odds else None
+        return self._streams(counts, heavies, ids[valid], values, weights[valid], self._scalars(targets, odds))
+
+    def _streams(
+        self, counts: Ints, heavies: Ints, ids: Ints, values: NDArray[Any], weights: Floats, scalars: NDArray[Any]
+    ) -> Streams:
+        """All streams; those of entries come as `[E]`, or as many as have a value, heavies of a position first."""
         streams: Streams = {}
         if self.layout.ragged:
-            heavies = counts - light.sum(-1)
-            if not self.layout.heavies and heavies.any() and self.layout.sampled:
-                raise TargetError("a drawn entry has a log-probability")
             found = [counts, heavies] if self.layout.heavies else [counts]
             streams["counts"] = np.stack(found).astype(self._count_dtype).reshape(-1)
         if self.layout.named_ids:
-            streams["ids"] = ids[valid].astype(self.id_dtype)
-        elif (ids != np.arange(self.layout.width)).any():
-            raise TargetError("a target of every id does not name each once")
-        doubles = np.where(valid, weights, 0).astype(np.float64)
-        streams["values"] = self._values(logprobs, doubles, light, valid & ~light)
+            streams["ids"] = ids.astype(self.id_dtype)
+        streams["values"] = values
         if self._exact:
-            exact = weights[valid].astype(_SINGLE)
-            derived = _exp(streams["values"])
-            same = not self.layout.sampled and np.array_equal(exact, derived)
+            exact = weights.astype(_SINGLE)
+            same = not self.layout.sampled and np.array_equal(exact, _exp(values))
             streams["weights"] = exact[:0] if same else exact
-        odds = light_odds(doubles, light) if self._odds else None
-        return {**streams, "scalars": self._scalars(targets, odds)}
+        return {**streams, "scalars": scalars}
 
     def _values(self, logprobs: Floats, weights: NDArray[np.float64], light: Mask, heavy: Mask) -> NDArray[Any]:
         if self._draws:
@@ -219,6 +225,35 @@ class PlainCodec:
             entropy=row.scalars.get("entropy"),
             label_logprob=row.scalars.get("label"),
         )
+
+    def columns(self, streams: Mapping[str, NDArray[Any]], positions: int) -> Columns:
+        """What is stored of each position: ids, values, weights, counts and scalars."""
+        counts, heavies = self._counts(streams, positions)
+        valid, valued = self._in_use(counts, heavies)
+        ids, values = np.zeros(valid.shape, np.int32), np.zeros(valid.shape, self._value_dtype)
+        ids[valid] = streams["ids"] if self.layout.named_ids else np.tile(np.arange(self.layout.width), positions)
+        values[valued] = streams["values"]
+        weights = np.zeros(valid.shape, _SINGLE)
+        if self._exact:
+            stored = streams["weights"]
+            weights[valid] = stored if len(stored) else _exp(streams["values"])
+        scalars = streams["scalars"].reshape(len(self._scalar_names), positions).T
+        return {
+            "ids": ids, "values": values, "weights": weights, "counts": counts, "heavies": heavies, "scalars": scalars,
+        }  # fmt: skip
+
+    def from_columns(self, columns: Columns) -> Streams:
+        """The streams of positions."""
+        counts, heavies = columns["counts"], columns["heavies"]
+        valid, valued = self._in_use(counts, heavies)
+        ids, values, weights = columns["ids"][valid], columns["values"][valued], columns["weights"][valid]
+        return self._streams(counts, heavies, ids, values, weights, columns["scalars"].T.reshape(-1))
+
+    def _in_use(self, counts: Ints, heavies: Ints) -> tuple[Mask, Mask]:
+        """`[n, K]` entries, and those of them that have a value."""
+        column = np.arange(self.layout.width)
+        valid, heavy = column < counts[:, None], column < heavies[:, None]
+        return valid, valid & ~heavy if self._draws else heavy
 
     def _counts(self, streams: Mapping[str, NDArray[Any]], positions: int) -> tuple[Ints, Ints]:
         """`[n]` entries, and `[n]` heavies: all of them in truncated kinds."""

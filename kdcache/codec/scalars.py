@@ -78,6 +78,15 @@ class ScalarLayout:
         low = take(streams, "scalars_low", _BYTE, lows * positions)
         return high.reshape(highs, positions), low.reshape(lows, positions)
 
+    def unpack(self, high: NDArray[np.uint8], low: NDArray[np.uint8]) -> tuple[dict[str, Ints], NDArray[np.uint16]]:
+        """`[n]` counts by name and `[W, n]` words of planes: the inverse of `pack`."""
+        counts, plane = {}, 0
+        for name, size in zip(self.counts, self.sizes, strict=True):
+            counts[name] = np.empty(high.shape[1], np.int64)
+            read_count(high, plane, size, counts[name])
+            plane += size
+        return counts, high[plane:].astype(np.uint16) << np.uint16(8) | low
+
 
 def odds_to_words(odds: NDArray[np.float64]) -> NDArray[np.uint16]:
     """Words of log-odds; -inf has a word of its own."""

@@ -45,6 +45,8 @@ LEVEL = 1
 Buffer = bytes | memoryview
 Streams = dict[str, NDArray[Any]]
 Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+Columns = dict[str, NDArray[Any]]
+"""What a codec stores of each position, `[n, ...]` by name: its numbers as they are stored, and ids as such."""
 
 _ZSTD = pa.Codec("zstd", compression_level=LEVEL)
 _MAGIC = b"\x28\xb5\x2f\xfd"

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codec.layout import Layout
-from kdcache.codec.streams import Shapes, Streams, take
+from kdcache.codec.streams import Columns, Shapes, Streams, take
 from kdcache.errors import CorruptCacheError
 from kdcache.lazy_torch import torch
 from kdcache.targets import SparseTargets
@@ -100,3 +100,11 @@ class WeightedCodec:
             weights=heavy.weights * torch.from_numpy(unit.copy())[:, None],
             logprobs=torch.where(heavy.valid, torch.nan, -torch.inf),
         )
+
+    def columns(self, streams: Mapping[str, NDArray[Any]], positions: int) -> Columns:
+        """What is stored of each position."""
+        return {**self.inner.columns(streams, positions), _UNIT: take(streams, _UNIT, _SINGLE, positions)}
+
+    def from_columns(self, columns: Columns) -> Streams:
+        """The streams of positions."""
+        return {**self.inner.from_columns(columns), _UNIT: columns[_UNIT].astype(_SINGLE)}

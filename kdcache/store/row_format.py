@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codec import Codec
-from kdcache.codec.streams import inflate
+from kdcache.codec.streams import Columns, Streams, inflate
 from kdcache.errors import CorruptCacheError, TargetError
 from kdcache.extras import ExtraSpec, stream_names
 from kdcache.lazy_torch import torch
@@ -59,6 +59,38 @@ class Record:
             data = np.ascontiguousarray(stream).view(np.uint8)
             running.update(struct.pack("<Q", data.size))
             running.update(data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What is stored of one context of a row, and where that is not rounded yet, what will be.
+
+    Attributes:
+        tokens: `[n]` its tokens.
+        labelled: `[n]` bool, which of its slots are labelled.
+        targets: of these; `count` is 0 where the position filter left one out.
+        columns: what a codec stores of those that carry a target.
+        by_token, by_label: the streams of extras by name, `[n, ...]` and `[labels, ...]`.
+    """
+
+    tokens: NDArray[np.integer[Any]]
+    labelled: NDArray[np.bool_]
+    targets: SparseTargets
+    columns: Columns
+    by_token: Streams = field(default_factory=dict)
+    by_label: Streams = field(default_factory=dict)
+
+    def labelled_at(self, wanted: NDArray[np.bool_]) -> Part:
+        """The same, of some of its labelled slots only; `wanted` is `[n]`."""
+        kept = wanted[self.labelled]
+        carrying = self.targets.count.numpy() > 0
+        return dataclasses.replace(
+            self,
+            labelled=wanted,
+            targets=self.targets[torch.from_numpy(kept)],
+            columns={name: values[kept[carrying]] for name, values in self.columns.items()},
+            by_label={name: values[kept] for name, values in self.by_label.items()},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,19 +170,69 @@ class RowFormat:
         """
         return self._pack(row, targets, self._pack_extras(row, extras or {}))
 
+    def cut(self, record: Record, row: PackedRow, targets: SparseTargets, contexts: Sequence[slice]) -> list[Part]:
+        """What is stored of each context of a row, to be put into other rows by `join`.
+
+        Args:
+            record: of the row.
+            row, targets: what it says, from `unpack` or as given to `pack`.
+            contexts: the tokens of each.
+        """
+        labelled = row.labels(self.seq_len)[: len(row.tokens)] != IGNORE
+        columns = self.codec.columns(record.streams, record.positions)
+        before = np.concatenate([[0], np.cumsum(labelled)])  # labelled slots before each token
+        carried = np.concatenate([[0], np.cumsum(targets.count.numpy() > 0)])  # targets before each labelled slot
+        extras: dict[str, tuple[NDArray[Any], bool]] = {}
+        for name, spec in self.extras.items():
+            for stream in stream_names(name, spec).values():
+                vectors = len(row.tokens) if spec.per == "token" else int(before[-1])
+                extras[stream] = record.streams[stream].reshape(vectors, -1), spec.per == "token"
+        parts = []
+        for tokens in contexts:
+            labels = slice(before[tokens.start], before[tokens.stop])
+            positions = slice(carried[labels.start], carried[labels.stop])
+            parts.append(
+                Part(
+                    tokens=row.tokens[tokens],
+                    labelled=labelled[tokens],
+                    targets=targets[labels],
+                    columns={name: values[positions] for name, values in columns.items()},
+                    by_token={name: values[tokens] for name, (values, each) in extras.items() if each},
+                    by_label={name: values[labels] for name, (values, each) in extras.items() if not each},
+                )
+            )
+        return parts
+
+    def join(self, row: PackedRow, parts: Sequence[Part]) -> tuple[SparseTargets, Record]:
+        """The targets of the labelled slots of a row, and its record, from what is stored of its contexts."""
+        columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
+        stored = [{**part.by_token, **part.by_label} for part in parts]
+        extras = {name: np.concatenate([part[name] for part in stored]).reshape(-1) for name in self.extra_shapes}
+        targets = SparseTargets.cat([part.targets for part in parts])
+        return targets, self._record(row, targets.count > 0, self.codec.from_columns(columns), extras)
+
+    def copy(self, record: Record, row: PackedRow, targets: SparseTargets) -> Record:
+        """The record of another row of the same tokens and pieces, of other documents, from one of the same codec."""
+        stored = {name: record.streams[name] for name in self.codec.streams(record.positions)}
+        return self._record(row, targets.count > 0, stored, {name: record.streams[name] for name in self.extra_shapes})
+
     def repack(self, record: Record, row: PackedRow, targets: SparseTargets) -> Record:
         """The record of a row with other targets; the streams of its extras are taken over as they are."""
         return self._pack(row, targets, {name: record.streams[name] for name in self.extra_shapes})
 
     def _pack(self, row: PackedRow, targets: SparseTargets, extras: dict[str, NDArray[Any]]) -> Record:
+        carries = targets.count > 0
+        return self._record(row, carries, self.codec.encode(targets[carries] if self.filtered else targets), extras)
+
+    def _record(self, row: PackedRow, carries: torch.Tensor, targets: Streams, extras: Streams) -> Record:
+        """The record of a row whose targets and extras are streams already; `carries` is of its labelled slots."""
         pieces = np.stack([row.piece_lengths, row.piece_documents], -1).astype("<i8")
         supervised = np.zeros(0, np.uint8) if row.supervised is None else row.supervised.astype(np.uint8)
         streams = {"tokens": row.tokens.astype(self.codec.id_dtype), "pieces": pieces.ravel(), "supervised": supervised}
         if self.filtered:
-            carries = targets.count > 0
             streams["chosen"] = np.packbits(carries.numpy(), bitorder="little")
-            targets = targets[carries]
-        return Record(positions=len(targets.count), streams={**streams, **self.codec.encode(targets), **extras})
+        positions = int(carries.sum()) if self.filtered else len(carries)
+        return Record(positions=positions, streams={**streams, **targets, **extras})
 
     def _pack_extras(self, row: PackedRow, extras: Extras) -> dict[str, NDArray[Any]]:
         if set(extras) != set(self.extras):
@@ -179,7 +261,7 @@ class RowFormat:
         for name, (_, shape) in self.shapes(record.positions).items():
             if record.streams[name].size > math.prod(shape):
                 raise CorruptCacheError(f"its stream {name} has {record.streams[name].size} numbers, above {shape}")
-        row = self._row(record.streams)
+        row = self.tokens(record)
         labelled = row.labels(self.seq_len)[: len(row.tokens)] != IGNORE
         labels = int(labelled.sum())
         slots = _slots_with_target(record.streams["chosen"], labels) if self.filtered else None
@@ -205,8 +287,13 @@ class RowFormat:
         spread[labelled] = vectors
         return spread
 
-    def _row(self, streams: dict[str, NDArray[Any]]) -> PackedRow:
-        tokens, pieces, supervised = (streams[name] for name in ("tokens", "pieces", "supervised"))
+    def tokens(self, record: Record) -> PackedRow:
+        """The row alone; what is stored of its targets and extras is not looked at.
+
+        Raises:
+            CorruptCacheError: streams that no row can have.
+        """
+        tokens, pieces, supervised = (record.streams[name] for name in ("tokens", "pieces", "supervised"))
         if len(pieces) % 2:
             raise CorruptCacheError("its pieces are not pairs of a length and a document")
         lengths, documents = pieces.reshape(-1, 2).T

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -242,9 +243,20 @@ class Shard(ABC):
 
     def read_with_record(self, row: int) -> tuple[PackedRow, SparseTargets, Record]:
         """The same, and the streams that it was made of."""
-        try:
+        with self._naming(row):
             record = self.record(row)
             return (*self.form.unpack(record), record)
+
+    def read_tokens(self, row: int) -> PackedRow:
+        """A row alone, whose targets are not decoded."""
+        with self._naming(row):
+            return self.form.tokens(self.record(row))
+
+    @contextmanager
+    def _naming(self, row: int) -> Iterator[None]:
+        """Make of damage a sentence that names the row."""
+        try:
+            yield
         except _DAMAGE as error:
             what = f"{self.storage.path_of(self.name)}, row {row}: {error}{self.storage.damage_note}"
             raise CorruptCacheError(what) from None

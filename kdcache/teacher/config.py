@@ -119,6 +119,9 @@ class DumpConfig(CorpusOptions):
     chars_per_shard: int | None = option(
         "minimum of characters per shard (default: a 64th of the corpus, from 256 thousand to 16 million)", None
     )
+    reuse: tuple[str, ...] = option(
+        "cache of the same teacher whose targets are copied for what it holds already; may be repeated", ()
+    )
     # compute
     engine: str = option("what runs the teacher: transformers, or the engine of a plug-in", "transformers")
     device: str = option("auto, cpu, cuda, cuda:1 or mps", "auto")
@@ -158,7 +161,9 @@ class DumpConfig(CorpusOptions):
             raise ConfigError(f"dtype {self.dtype} is not one of auto, float32, bfloat16, float16")
         if self.device_map not in (None, "auto"):
             raise ConfigError(f"device_map {self.device_map} is not auto")
-        object.__setattr__(self, "extra", (self.extra,) if isinstance(self.extra, str) else tuple(self.extra))
+        for name in ("extra", "reuse"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         if self.extra_precision not in EXTRA_PRECISIONS:
             raise ConfigError(f"extra_precision {self.extra_precision} is not one of {', '.join(EXTRA_PRECISIONS)}")
         if self.extra and not self.tile_head:

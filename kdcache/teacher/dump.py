@@ -80,5 +80,6 @@ def _summary(maker: ShardMaker, worker: Worker, tally: _Tally, seconds: float) -
         "worker": str(worker),
         "seconds": seconds,
         "waited_seconds": maker.stalled_seconds,
+        "reused": maker.reused,
         "positions_per_second": tally.positions / seconds,
     }

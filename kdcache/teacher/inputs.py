@@ -79,12 +79,13 @@ def _extras(config: DumpConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
+def open_inputs(config: DumpConfig, storage: Storage | None = None, date: str | None = None) -> Inputs:
     """Open what the options name, and refuse what can be refused before a teacher is loaded.
 
     Args:
         config: the options.
         storage: where the cache is, or will be; its plan is taken if there is one. None to plan anew.
+        date: the day that templates see in a cache that is planned anew; None for today.
 
     Raises:
         KdcacheError: see the exception tree.
@@ -95,7 +96,7 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None) -> Inputs:
     corpus = corpus_of(config)
     asked = shard_rule(corpus, config.docs_per_shard, config.chars_per_shard)
     existing = _existing_plan(storage, corpus, asked) if storage else None
-    date = existing[2] if existing else today()
+    date = existing[2] if existing else date or today()
     shaping = shaping_of(config, tokenizer, vocab_size, date)
     plan, corpus_sha256, _ = existing or (*_survey(corpus, asked, shaping, config.on_bad_record), date)
     manifest = Manifest(

@@ -90,21 +90,30 @@ class OpenedTeacher:
             LogitsError: NaN or infinite logits, with the document and offset.
             EngineError: the engine gave something else than was asked.
         """
-        return self._start(rows, request, shard, first_row).finish()
+        return self._start(Batch(rows, self.rows, shard, first_row), request).finish()
 
     def targets_of(
         self, batches: Iterable[Sequence[PackedRow]], request: TargetRequest, *, shard: int = 0
     ) -> Iterator[BatchTargets]:
-        """Targets of batch after batch, the rows of a shard from its first on; see `targets`.
+        """Targets of batch after batch, the rows of a shard from its first on; see `targets_of_batches`."""
+
+        def in_order() -> Iterator[Batch]:
+            first_row = 0
+            for rows in batches:
+                yield Batch(rows, self.rows, shard, first_row)
+                first_row += len(rows)
+
+        return self.targets_of_batches(in_order(), request)
+
+    def targets_of_batches(self, batches: Iterable[Batch], request: TargetRequest) -> Iterator[BatchTargets]:
+        """Targets of batch after batch; see `targets`.
 
         The engine is given a few batches (`Engine.lookahead`) before what it gave for the first is looked at and
         written.
         """
         started: deque[_StartedBatch] = deque()
-        first_row = 0
-        for rows in batches:
-            started.append(self._start(rows, request, shard, first_row))
-            first_row += len(rows)
+        for batch in batches:
+            started.append(self._start(batch, request))
             if len(started) > self.engine.lookahead:
                 yield started.popleft().finish()
         while started:
@@ -143,9 +152,9 @@ class OpenedTeacher:
         self.close()
 
     @torch.inference_mode()
-    def _start(self, rows: Sequence[PackedRow], request: TargetRequest, shard: int, first_row: int) -> _StartedBatch:
+    def _start(self, batch: Batch, request: TargetRequest) -> _StartedBatch:
         """Give the engine a batch and the device its selection, and do not wait for them."""
-        batch, near = Batch(rows, self.rows, shard, first_row), select_device(self.device)
+        near = select_device(self.device)
         draw, labels = draws(request.selection, request.seed, send(batch.keys, near)), send(batch.labels, near)
         output = self._run(batch, request)
         self._require_extras(output, batch, request)

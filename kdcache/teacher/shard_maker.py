@@ -3,8 +3,8 @@
 Whoever decides which shards are made when (`dump` for one process, another launcher for many) builds a `ShardMaker` and
 calls `make`. It checks everything that can be wrong (folders, corpus, options, a cache of another configuration) when
 it is built, opens and probes the teacher when `create` or `make` first needs it, and only then writes. Each shard is a
-function of its documents only. Shards are written through `kdcache.CacheWriter`; encoding and writing run in a thread
-of their own, during the forward pass.
+function of its documents only; what other caches hold of them is copied (`reuse`), which may change last bits. Shards
+are written through `kdcache.CacheWriter`; encoding and writing run in a thread of their own, during the forward pass.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Self
 
 import kdcache
 from kdcache import stopping
+from kdcache.cache import open_cache
 from kdcache.cache_writer import CacheWriter, NewShard, tokenizer_files
 from kdcache.corpus.shards import ShardRows
 from kdcache.errors import CacheMismatchError
@@ -31,9 +32,11 @@ from kdcache.teacher.background_writer import BackgroundWriter
 from kdcache.teacher.config import DumpConfig
 from kdcache.teacher.engines.base import TargetRequest, find_engine, require_answerable
 from kdcache.teacher.inputs import open_inputs
+from kdcache.teacher.mixed_shard import MixedShard
 from kdcache.teacher.open_teacher import open_teacher
 from kdcache.teacher.opened_teacher import BatchTargets, OpenedTeacher
 from kdcache.teacher.pilot import run_pilot
+from kdcache.teacher.reuse import Reuse
 from kdcache.worker import find_worker
 
 OnBatch = Callable[[float, int], None]
@@ -48,6 +51,7 @@ class ShardMaker:
         inputs: everything that a shard is a function of.
         done: the shards that were committed when this was built.
         stalled_seconds: for how long the teacher has waited for encoding and writing.
+        reused: positions and documents of the shards made here that were copied from other caches.
 
     Raises:
         KdcacheError: see the exception tree; nothing already written is harmed.
@@ -55,7 +59,8 @@ class ShardMaker:
 
     def __init__(self, config: DumpConfig) -> None:
         self.storage = open_storage(config.out)
-        self.inputs = open_inputs(config, self.storage)
+        caches = [open_cache(path, partial=True) for path in config.reuse]
+        self.inputs = open_inputs(config, self.storage, caches[0].manifest.date if caches else None)
         planned = self.inputs.manifest
         self._request = TargetRequest.of(planned)
         require_answerable(find_engine(config.engine), self._request, planned.position_filter)
@@ -64,6 +69,9 @@ class ShardMaker:
         require_no_other_plan(self.storage, self.inputs.plan)
         self.done = set(committed(self.storage, self._existing)) if self._existing else set()
         self.stalled_seconds = 0.0
+        self.reused = {"positions": 0, "documents": 0}
+        self._reuse = Reuse(caches, self._existing or planned, self.storage) if caches else None
+        self._ready = False
         self._config = config
         self._teacher: OpenedTeacher | None = None
         self._worker = find_worker(config.worker, os.environ).among_others
@@ -76,9 +84,11 @@ class ShardMaker:
         return self._writer
 
     def create(self) -> None:
-        """Create the cache unless it exists. Opens the teacher, which says what the targets know, if it does not."""
+        """Create the cache unless it exists. Opens the teacher for that, which says what its targets know, unless a
+        cache that is reused says it.
+        """
         if self._writer is None:
-            self._open()
+            self._prepare()
 
     def make(self, number: int, on_batch: OnBatch) -> NewShard | None:
         """Make and commit one shard. None if somebody has committed it by now.
@@ -87,13 +97,15 @@ class ShardMaker:
             KdcacheError: see the exception tree; a shard that fails leaves nothing that a reader sees.
             Stopped: a signal came; the shard is committed if that took no longer than the grace time.
         """
-        teacher = self._open()
+        self._prepare()
         if self.writer.is_committed(number):
             return None
-        request, positions, rows = TargetRequest.of(self.writer.manifest), 0, 0
+        manifest, positions, rows = self.writer.manifest, 0, 0
         eos_id: int | None = self.inputs.tokenizer.eos_token_id
         with stopping.deferred(), self.writer.shard(number) as shard:
             made = self.inputs.shard_rows(number)
+            found = self._reuse.find(made.rows, manifest) if self._reuse else None
+            teacher = self._open() if found is None or not found.everything else None
             describe(shard, made, teacher, eos_id)
 
             def count(batch_rows: int, batch_positions: int) -> None:
@@ -102,8 +114,19 @@ class ShardMaker:
                 on_batch(made.documents * rows / len(made.rows), positions)
                 stopping.check(self._config.grace)
 
-            batches = made.rows.batches(teacher.batch_rows)
-            self.stalled_seconds += write_batches(shard, batches, teacher, request, eos_id, count)
+            if self._reuse is None or found is None or (teacher is not None and found.nothing):
+                assert teacher is not None
+                batches, request = made.rows.batches(teacher.batch_rows), TargetRequest.of(manifest)
+                self.stalled_seconds += write_batches(shard, batches, teacher, request, eos_id, count)
+                return shard
+            if manifest.position_filter.above is not None:
+                shard.entropies = None  # of what was left out, nobody knows them any more
+            mixed = MixedShard(shard, manifest, made.rows, self._reuse, found)
+            self.stalled_seconds += mixed.write(teacher, functools.partial(_count_ends, shard, eos_id), count)
+            shard.compute["reused"] = self._reuse.describe(found, mixed.positions)
+        if shard.committed:
+            self.reused["positions"] += mixed.positions
+            self.reused["documents"] += found.documents
         return shard
 
     def close(self) -> None:
@@ -118,18 +141,32 @@ class ShardMaker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def _prepare(self) -> None:
+        """Make everything ready for shards, once: the cache exists, and the teacher is open if it may be needed."""
+        if self._ready:
+            return
+        wanted = self._existing
+        if self._reuse is None:
+            teacher = self._open()
+            wanted = wanted or run_pilot(teacher, self.inputs)
+        else:
+            if wanted is None and self._reuse.known != self.inputs.manifest.known:
+                self._open()  # an open engine may know less
+            wanted = wanted or self._reuse.complete(self.inputs.manifest)
+            self._reuse.require_known(wanted.known)
+        tokenizer = tokenizer_files(self.inputs.tokenizer)
+        self._writer = CacheWriter.create(self.storage, wanted, tokenizer, self.inputs.plan, self._worker)
+        self._ready = True
+
     def _open(self) -> OpenedTeacher:
-        """The teacher, opened once; then the cache exists, too."""
+        """The teacher, opened once."""
         if self._teacher is None:
-            planned, existing = self.inputs.manifest, self._existing
+            planned, existing = self.inputs.manifest, self._writer and self._writer.manifest
             teacher = open_teacher(self._config.teacher_spec, planned.row_spec, self._request, planned.position_filter)
             self._teacher = teacher
             self.inputs = self.inputs.with_known(teacher.engine.knows.known(planned.rule, planned.temperatures))
             if existing and existing.known != self.inputs.manifest.known:
                 raise CacheMismatchError(f"{self.storage} knows other things of its teacher than this engine does")
-            wanted = existing or run_pilot(teacher, self.inputs)
-            tokenizer = tokenizer_files(self.inputs.tokenizer)
-            self._writer = CacheWriter.create(self.storage, wanted, tokenizer, self.inputs.plan, self._worker)
         return self._teacher
 
 
@@ -162,13 +199,13 @@ def write_batches(
         return background.stalled_seconds
 
 
-def describe(shard: NewShard, made: ShardRows, teacher: OpenedTeacher, eos_id: int | None) -> None:
+def describe(shard: NewShard, made: ShardRows, teacher: OpenedTeacher | None, eos_id: int | None) -> None:
     """What is known of a shard before its rows are written."""
     shard.documents, shard.dropped_by, shard.planned_rows = made.documents, made.dropped, len(made.rows)
     shard.bad_records = [{"document": int(bad.document), "reason": bad.reason} for bad in made.bad_records]
     shard.cut, shard.truncated = made.cut, made.truncated
     shard.eos_labels = None if eos_id is None else 0
-    shard.compute = {**teacher.compute, **_versions()}
+    shard.compute = {**(teacher.compute if teacher else {}), **_versions()}
 
 
 @functools.cache
@@ -186,8 +223,12 @@ def _versions() -> dict[str, str | None]:
 def _write(shard: NewShard, batch: Sequence[PackedRow], found: BatchTargets, eos_id: int | None) -> None:
     start = 0
     for row, targets in zip(batch, found.targets.split(found.counts), strict=True):
-        if shard.eos_labels is not None:
-            shard.eos_labels += int((row.labels(len(row.tokens)) == eos_id).sum())
+        _count_ends(shard, eos_id, row)
         stop = start + len(row.tokens)
         shard.write_row(row, targets, {name: values[start:stop] for name, values in found.extras.items()})
         start = stop
+
+
+def _count_ends(shard: NewShard, eos_id: int | None, row: PackedRow) -> None:
+    if shard.eos_labels is not None:
+        shard.eos_labels += int((row.labels(len(row.tokens)) == eos_id).sum())

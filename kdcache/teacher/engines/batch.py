@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.rows import IGNORE, PackedRow, RowSpec
@@ -43,6 +44,8 @@ class Batch:
         spec: their common shape.
         shard: theirs.
         first_row: number of the first of them in the shard.
+        places: `[n, 2]` of each row, the row of the shard and the slot there that each of its tokens belongs to, where
+            these rows are not those of the shard; None where they are.
         every_slot: take every token's slot for labelled; `labels` is then -100 where there is none.
     """
 
@@ -50,12 +53,13 @@ class Batch:
     spec: RowSpec
     shard: int = 0
     first_row: int = 0
+    places: Sequence[NDArray[np.int64]] | None = None
     every_slot: bool = False
 
     @cached_property
     def length(self) -> int:
-        """L, the slots of each row: `seq_len`, or where rows are not packed the tokens of the longest."""
-        return self.spec.length(self.rows)
+        """L, the slots of each row: `seq_len`, or where rows are not packed or not of a shard the longest's tokens."""
+        return self.spec.length(self.rows) if self.places is None else max(len(row.tokens) for row in self.rows)
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -94,7 +98,11 @@ class Batch:
     def keys(self) -> Tensor:
         """`[N, 3]` int64, shard, row and slot of each, which its random numbers are drawn from."""
         slots = self.slots
-        return torch.cat([torch.full_like(slots[:, :1], self.shard), slots + torch.tensor([self.first_row, 0])], -1)
+        places = slots + torch.tensor([self.first_row, 0])
+        if self.places is not None:
+            wanted = [mask[: len(row.tokens)] for mask, row in zip(self._wanted, self.rows, strict=True)]
+            places = torch.from_numpy(np.concatenate(self.places))[torch.cat(wanted)]
+        return torch.cat([torch.full_like(slots[:, :1], self.shard), places], -1)
 
     @cached_property
     def counts(self) -> list[int]:
@@ -110,14 +118,12 @@ class Batch:
         """The contexts in order, those without a labelled slot left out. Their slots together are the batch's."""
         first = 0
         for row, wanted in zip(self.rows, self._wanted, strict=True):
-            lengths = row.piece_lengths.tolist() if self.spec.isolate else [len(row.tokens)]
-            start = 0
-            for length in lengths:
-                slots = wanted[start : start + length].nonzero()[:, 0]
+            for context in self.spec.contexts(row):
+                slots = wanted[context].nonzero()[:, 0]
                 if len(slots):
-                    tokens = torch.from_numpy(row.tokens[start : start + length].astype(np.int64))
+                    tokens = torch.from_numpy(row.tokens[context].astype(np.int64))
                     yield Piece(tokens=tokens, slots=slots, first=first)
-                first, start = first + len(slots), start + length
+                first += len(slots)
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
