@@ -8,6 +8,7 @@
     │   ├── LogitsError          NaN or infinite logits out of the teacher
     │   └── EngineError          an engine that gives something other than was asked
     ├── TargetError              a sparse target asked for something that it does not hold
+    ├── LaunchError              workers that die again and again
     └── CacheError               a cache that is missing or cannot be written
         ├── CacheMismatchError   the folder holds a cache of another configuration
         ├── IncompleteCacheError shards that are planned but not committed
@@ -56,6 +57,10 @@ class EngineError(ModelError):
 
 class TargetError(KdcacheError):
     """A sparse target asked for something that it does not hold."""
+
+
+class LaunchError(KdcacheError):
+    """Workers that die again and again."""
 
 
 class CacheError(KdcacheError):

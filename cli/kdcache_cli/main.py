@@ -12,7 +12,7 @@ import typer
 
 from kdcache.options import option
 from kdcache.student.config import TrainConfig
-from kdcache.teacher.config import CheckOptions, DumpConfig, PlanOptions
+from kdcache.teacher.config import CheckOptions, DumpOptions, PlanOptions
 from kdcache_cli.frame import Output, command, run_app
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ def main(
     """Run a teacher once, cache a small sparse target for every token, distil any number of students."""
 
 
-@command(app, "dump-teacher", DumpConfig)
-def dump_teacher(config: DumpConfig, output: Output) -> None:
+@command(app, "dump-teacher", DumpOptions)
+def dump_teacher(options: DumpOptions, output: Output) -> None:
     """Run the teacher over a corpus once and write its targets into a cache."""
-    from kdcache.teacher.dump import dump
+    from kdcache.teacher.launch import launch
     from kdcache_cli import tables
 
     with output.progress("dump", "documents") as bar:
-        summary = dump(config, lambda done, total, positions: bar(done, total, f"{positions:,} positions"))
+        summary = launch(options, lambda done, total, positions: bar(done, total, f"{positions:,} positions"))
 
     def show(console: Console) -> None:
         shards = summary["shards"]

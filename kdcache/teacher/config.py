@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kdcache.corpus.rules import require_rules
 from kdcache.errors import ConfigError
+from kdcache.launcher import LaunchOptions
 from kdcache.options import option
 from kdcache.position_filter import PositionFilter
 from kdcache.teacher.engines.base import TeacherSpec, require_engine
@@ -196,6 +198,26 @@ class DumpConfig(CorpusOptions):
         if len(set(named)) != len(named) or not all(0.01 <= t <= 100 for t in named):
             raise ConfigError(f"temperatures {self.temperatures!r} must be different and lie in 0.01 to 100")
         return named if 1.0 in named else (*named, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpOptions(LaunchOptions, DumpConfig):
+    """Options of `dump-teacher`: a dump, and who starts its workers.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    def __post_init__(self) -> None:
+        DumpConfig.__post_init__(self)
+        self.require_launch("local", "ray")
+        if self.launch is not None and self.worker is not None:
+            raise ConfigError("worker and launch exclude each other")
+
+    @property
+    def config(self) -> DumpConfig:
+        """The dump alone."""
+        return DumpConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(DumpConfig)})
 
 
 @dataclass(frozen=True, kw_only=True)
