@@ -1,12 +1,14 @@
 """A Ray cluster: connected to, or started on this machine, for as long as a command needs it.
 
 Guarantee: where nobody answers, or somebody who is no Ray cluster, a sentence says so within half a minute (Ray itself
-would wait for minutes). Ray's handler of SIGTERM, which would exit from anywhere, is taken back.
+would wait for minutes). Ray's handler of SIGTERM, which would exit from anywhere, is taken back, and what Ray prints of
+nodes that leave does not come out among a command's results.
 Cost: some seconds to connect; about ten to start a cluster.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -15,8 +17,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from kdcache.errors import ConfigError, one_line
@@ -34,7 +36,7 @@ _HANDED_ON = (
 )  # fmt: skip
 
 
-@contextmanager
+@contextlib.contextmanager
 def connected(address: str | None, cpus: float, gpus: float) -> Iterator[Any]:
     """Ray, connected.
 
@@ -58,19 +60,20 @@ def connected(address: str | None, cpus: float, gpus: float) -> Iterator[Any]:
         _require_answer(address)
     before = signal.getsignal(signal.SIGTERM) if _in_main_thread() else None
     mine = {"include_dashboard": False} if address == LOCAL else {}
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **mine)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise ConfigError(f"the Ray cluster {address} cannot be used: {one_line(error)}") from error
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-    try:
-        if address == LOCAL:
-            _require_room(ray.cluster_resources(), cpus, gpus)
-        yield ray
-    finally:
-        ray.shutdown()
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **mine)
+        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            raise ConfigError(f"the Ray cluster {address} cannot be used: {one_line(error)}") from error
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+        try:
+            if address == LOCAL:
+                _require_room(ray.cluster_resources(), cpus, gpus)
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def require_ray() -> None:
