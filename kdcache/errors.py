@@ -83,3 +83,14 @@ def one_line(error: BaseException) -> str:
     """The first line of what a library said, and the next when the first only announces it; for a sentence of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def rebuilt(name: str, message: str) -> KdcacheError:
+    """An error that another process told of, by the name of its class and its sentence.
+
+    It is of that class where this is one of ours and needs no more than a sentence, else of a class above it.
+    """
+    kind = globals().get(name, KdcacheError)
+    if kind is LogitsError:
+        return ModelError(message)
+    return kind(message) if isinstance(kind, type) and issubclass(kind, KdcacheError) else KdcacheError(message)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kdcache.options import option
-from kdcache.student.config import TrainConfig
+from kdcache.student.config import TrainOptions
 from kdcache.teacher.config import CheckOptions, DumpOptions, PlanOptions
 from kdcache_cli.frame import Output, command, run_app
 
@@ -70,7 +70,8 @@ def dump_teacher(options: DumpOptions, output: Output) -> None:
         if summary["waited_seconds"] > 0.05 * summary["seconds"]:
             console.print(f"the teacher waited {summary['waited_seconds']:.1f} s for encoding and writing")
 
-    output.result(summary, show)
+    if summary:
+        output.result(summary, show)
 
 
 @command(app, "check-data", CheckOptions)
@@ -105,14 +106,14 @@ def plan(options: PlanOptions, output: Output) -> None:
     output.result(found, show)
 
 
-@command(app, "train-student", TrainConfig)
-def train_student(config: TrainConfig, output: Output) -> None:
+@command(app, "train-student", TrainOptions)
+def train_student(options: TrainOptions, output: Output) -> None:
     """Train a student from a cache; the teacher is not needed."""
-    from kdcache.student.train import train
+    from kdcache.student.launch import launch
 
     with output.progress("train", "steps") as bar:
-        summary = train(
-            config,
+        summary = launch(
+            options,
             lambda done, total, latest: bar(done, total, "  ".join(f"{k} {v:.4g}" for k, v in latest.items())),
             lambda done, total: bar(done, total, "rows read for --where"),
         )

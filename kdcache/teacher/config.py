@@ -11,7 +11,7 @@ from kdcache.errors import ConfigError
 from kdcache.launcher import LaunchOptions
 from kdcache.options import option
 from kdcache.position_filter import PositionFilter
-from kdcache.teacher.engines.base import TeacherSpec, require_engine
+from kdcache.teacher.engines.base import TeacherSpec, ranks_of, require_engine
 
 EXTRA_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 """The same as in `kdcache.extras`, which is not imported here because it loads torch."""
@@ -155,6 +155,8 @@ class DumpConfig(CorpusOptions):
             raise ConfigError(f"dtype {self.dtype} is not one of auto, float32, bfloat16, float16")
         if self.device_map not in (None, "auto"):
             raise ConfigError(f"device_map {self.device_map} is not auto")
+        if self.device_map is not None and self.tensor_parallel > 1:
+            raise ConfigError("device_map and tensor_parallel exclude each other: both spread one teacher over GPUs")
         object.__setattr__(self, "extra", (self.extra,) if isinstance(self.extra, str) else tuple(self.extra))
         if self.extra_precision not in EXTRA_PRECISIONS:
             raise ConfigError(f"extra_precision {self.extra_precision} is not one of {', '.join(EXTRA_PRECISIONS)}")
@@ -213,6 +215,11 @@ class DumpOptions(LaunchOptions, DumpConfig):
         self.require_launch("local", "ray")
         if self.launch is not None and self.worker is not None:
             raise ConfigError("worker and launch exclude each other")
+        if self.launch is not None and ranks_of(self.teacher_spec) > 1:
+            raise ConfigError(
+                f"tensor_parallel is {self.tensor_parallel}, for which the engine {self.engine} needs the ranks of "
+                "torchrun, and launch starts none: start it by torchrun, or use device_map auto"
+            )
 
     @property
     def config(self) -> DumpConfig:

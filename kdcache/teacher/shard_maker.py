@@ -23,15 +23,17 @@ from kdcache.errors import CacheMismatchError
 from kdcache.rows import PackedRow
 from kdcache.store.commits import committed
 from kdcache.store.open_storage import open_storage
+from kdcache.store.manifest import Manifest
 from kdcache.store.plan import require_no_other_plan
 from kdcache.store.publish import require_free_or_same
 from kdcache.teacher.background_writer import BackgroundWriter
 from kdcache.teacher.config import DumpConfig
-from kdcache.teacher.engines.base import TargetRequest, find_engine, require_answerable
+from kdcache.teacher.engines.base import TargetRequest, find_engine, ranks_of, require_answerable
 from kdcache.teacher.inputs import open_inputs
 from kdcache.teacher.open_teacher import open_teacher
 from kdcache.teacher.opened_teacher import BatchTargets, OpenedTeacher
 from kdcache.teacher.pilot import run_pilot
+from kdcache.teacher.tensor_group import join_group
 
 OnBatch = Callable[[float, int], None]
 """Called after each batch with the documents (a share of the shard's) and the labelled slots done in this shard."""
@@ -41,6 +43,7 @@ class ShardMaker:
     """Makes shards of one cache. Use it as a context manager, or call `close`, to give the teacher back.
 
     Attributes:
+        group: the processes that hold the teacher together; usually this one.
         storage: where the cache is, or will be.
         inputs: everything that a shard is a function of.
         done: the shards that were committed when this was built.
@@ -51,19 +54,28 @@ class ShardMaker:
     """
 
     def __init__(self, config: DumpConfig) -> None:
+        self.group = join_group(ranks_of(config.teacher_spec))
         self.storage = open_storage(config.out)
-        self.inputs = open_inputs(config, self.storage)
-        planned = self.inputs.manifest
-        self._request = TargetRequest.of(planned)
-        require_answerable(find_engine(config.engine), self._request, planned.position_filter)
-        # an open engine may know less than its class
-        self._existing = require_free_or_same(self.storage, planned, but_for=("known",))
-        require_no_other_plan(self.storage, self.inputs.plan)
-        self.done = set(committed(self.storage, self._existing)) if self._existing else set()
+        if self.group.leads:
+            self.inputs = open_inputs(config, self.storage)
+        planned = self.group.lead(lambda: self.inputs.planned)
+        if not self.group.leads:
+            self.inputs = open_inputs(config, self.storage, planned)
+        wanted = self.inputs.manifest
+        self._request = TargetRequest.of(wanted)
+        require_answerable(find_engine(config.engine), self._request, wanted.position_filter)
+        self._existing, self.done = self.group.lead(self._find)
         self.stalled_seconds = 0.0
         self._config = config
         self._teacher: OpenedTeacher | None = None
         self._writer = None if self._existing is None else CacheWriter(self.storage, self._existing)
+
+    def _find(self) -> tuple[Manifest | None, set[int]]:
+        """The manifest of the cache if it exists, and the shards that are committed."""
+        # an open engine may know less than its class
+        existing = require_free_or_same(self.storage, self.inputs.manifest, but_for=("known",))
+        require_no_other_plan(self.storage, self.inputs.plan)
+        return existing, set(committed(self.storage, existing)) if existing else set()
 
     @property
     def writer(self) -> CacheWriter:
@@ -77,16 +89,20 @@ class ShardMaker:
             self._open()
 
     def make(self, number: int, on_batch: OnBatch) -> NewShard | None:
-        """Make and commit one shard. None if somebody has committed it by now.
+        """Make and commit one shard. None if somebody has committed it by now, or if the leader of the group writes it.
 
         Raises:
             KdcacheError: see the exception tree; a shard that fails leaves nothing that a reader sees.
         """
         teacher = self._open()
-        if self.writer.is_committed(number):
+        if self.group.lead(lambda: self.writer.is_committed(number)):
             return None
         made, request, positions, rows = self.inputs.shard_rows(number), TargetRequest.of(self.writer.manifest), 0, 0
         eos_id: int | None = self.inputs.tokenizer.eos_token_id
+        if not self.group.leads:
+            for _ in teacher.targets_of(made.rows.batches(teacher.batch_rows), request, shard=number):
+                pass
+            return None
         with self.writer.shard(number) as shard:
             describe(shard, made, teacher, eos_id)
 
@@ -122,7 +138,9 @@ class ShardMaker:
                 raise CacheMismatchError(f"{self.storage} knows other things of its teacher than this engine does")
             wanted = existing or run_pilot(teacher, self.inputs)
             tokenizer = tokenizer_files(self.inputs.tokenizer)
-            self._writer = CacheWriter.create(self.storage, wanted, tokenizer, self.inputs.plan)
+            self._writer = self.group.lead(
+                lambda: CacheWriter.create(self.storage, wanted, tokenizer, self.inputs.plan)
+            )
         return self._teacher
 
 

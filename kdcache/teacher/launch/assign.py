@@ -129,7 +129,7 @@ class _Assignment:
     def _take(self, worker: int, outcome: Outcome) -> None:
         """What a worker has done, or has failed to do."""
         if outcome.refused is not None:
-            raise _rebuilt(*outcome.refused)
+            raise errors.rebuilt(*outcome.refused)
         if outcome.crashed is not None:
             return self._replace(worker, "the last one failed", outcome.crashed)
         task = self._busy.pop(worker)
@@ -188,9 +188,3 @@ class _Assignment:
 def _key(task: Task, worker: int) -> tuple[Task, int]:
     """What failures are counted by: a shard may go to any worker."""
     return task, -1 if task.kind == MAKE else worker
-
-
-def _rebuilt(name: str, message: str) -> errors.KdcacheError:
-    """An error of a worker, of the class of its name where that is one of ours and needs no more than a sentence."""
-    kind = getattr(errors, name, errors.KdcacheError)
-    return kind(message) if kind is not errors.LogitsError else errors.ModelError(message)
