@@ -24,7 +24,7 @@ class LaunchOptions:
         "--launch: cores of each worker (default: 1 for ray, an equal share of this machine's for local)", None
     )
     address: str | None = option(
-        "--launch ray: the cluster: auto, HOST:PORT or ray://HOST:PORT (default: RAY_ADDRESS, else one is started here)",
+        "--launch ray: auto, HOST:PORT or ray://HOST:PORT (default: RAY_ADDRESS, else a cluster is started here)",
         None,
     )
 

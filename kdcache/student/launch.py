@@ -70,15 +70,14 @@ def _fit(
     from ray.train.torch import TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
     with _scratch(Path(options.out)) as scratch:
         trainer = TorchTrainer(
             _rank,
-            train_loop_config={"config": options.config, "board": board, "folder": os.getcwd()},
-            scaling_config=ScalingConfig(
-                num_workers=ranks, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})}
-            ),
+            train_loop_config={"config": options.config, "board": board, "folder": str(Path.cwd())},
+            scaling_config=ScalingConfig(num_workers=ranks, use_gpu=gpus > 0, resources_per_worker=resources),
             run_config=RunConfig(
                 name="ray", storage_path=str(scratch), failure_config=FailureConfig(max_failures=FAILURES),
                 worker_runtime_env=handed_on(),
@@ -204,5 +203,7 @@ def _failed(error: Any) -> Exception:
 
     failures = list(getattr(error, "worker_failures", {}).values())
     if failures and all(isinstance(e, RayError) and not isinstance(e, RayTaskError) for e in failures):
-        return LaunchError(f"ranks died {FAILURES + 1} times, one of them each time; the last: {errors.one_line(failures[0])}")
+        return LaunchError(
+            f"ranks died {FAILURES + 1} times, one of them each time; the last: {errors.one_line(failures[0])}"
+        )
     return RuntimeError(f"a rank failed {FAILURES + 1} times: {error}")

@@ -36,7 +36,6 @@ from kdcache.store.storage import Storage
 from kdcache.teacher.config import CorpusOptions, DumpConfig
 from kdcache.teacher.engines.base import find_engine, require_extras
 
-
 Planned = tuple[Plan, str, str]
 """A plan, the fingerprint of its corpus, and the day on which it was made."""
 

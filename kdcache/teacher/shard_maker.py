@@ -22,8 +22,8 @@ from kdcache.corpus.shards import ShardRows
 from kdcache.errors import CacheMismatchError
 from kdcache.rows import PackedRow
 from kdcache.store.commits import committed
-from kdcache.store.open_storage import open_storage
 from kdcache.store.manifest import Manifest
+from kdcache.store.open_storage import open_storage
 from kdcache.store.plan import require_no_other_plan
 from kdcache.store.publish import require_free_or_same
 from kdcache.teacher.background_writer import BackgroundWriter

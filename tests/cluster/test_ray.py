@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,7 +193,7 @@ def test_a_stopped_driver_ends_its_actors_and_is_resumed(cluster: Any, work: Pat
     require_the_cache_of_one(work, cache)
 
 
-BROKEN = '''
+BROKEN = """
 from kdcache import register_engine
 from kdcache.teacher.engines.transformers import TransformersEngine
 
@@ -203,7 +205,7 @@ class Broken(TransformersEngine):
         if batch.keys[:1, 0].tolist() == [3]:
             raise RuntimeError("a shard that nobody can make")
         return super().run(batch, request)
-'''
+"""
 
 
 def test_a_shard_that_fails_again_and_again_is_named_with_its_traceback(cluster: Any, work: Path) -> None:
@@ -224,14 +226,27 @@ def test_bad_input_that_a_worker_finds_is_one_sentence(cluster: Any, work: Path)
     assert not (work / "b" / "kdcache.json").exists()
 
 
-def test_an_address_where_nobody_is(cluster: Any, work: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
-        port = silent.getsockname()[1]
-        for address, said in ((f"127.0.0.1:{port}", "is no Ray cluster"), (f"ray://127.0.0.1:{port}", "cannot be used")):
-            code, out, err = Command(*dumping("n", "--launch", "ray", "--address", address), cwd=work).end()
-            assert code == 2 and out == "" and err.count("\n") == 1 and said in err, err
-    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
-        code, _, err = Command(*dumping("n", "--launch", "ray", "--address", address), cwd=work).end()
-        assert code == 2
-        assert err == f"error: no Ray cluster answers at {address}: [Errno 111] Connection refused\n"
+def test_an_address_where_nobody_is(work: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+
+        def chat() -> None:  # as a server of HTTP/1 would
+            with contextlib.suppress(OSError):  # until the port is closed
+                while True:
+                    with other.accept()[0] as connection:
+                        connection.recv(64)
+                        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        threading.Thread(target=chat, daemon=True).start()
+        for scheme in ("", "ray://"):
+            refused(work, f"{scheme}127.0.0.1:{port}", f"what answers at {scheme}127.0.0.1:{port} is no Ray cluster")
+    for scheme in ("", "ray://"):
+        address = f"{scheme}127.0.0.1:{port}"
+        refused(work, address, f"no Ray cluster answers at {address}: [Errno 111] Connection refused")
+    refused(work, "rubbish", "--address is rubbish, but must be auto, HOST:PORT or ray://HOST:PORT")
     assert not (work / "n").exists()
+
+
+def refused(work: Path, address: str, said: str) -> None:
+    code, out, err = Command(*dumping("n", "--launch", "ray", "--address", address), cwd=work).end()
+    assert (code, out, err) == (2, "", f"error: {said}\n")

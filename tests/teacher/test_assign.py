@@ -11,7 +11,7 @@ from kdcache.errors import CorpusError, LaunchError
 from kdcache.teacher.launch.assign import Answer, run
 from kdcache.teacher.launch.shard_worker import FINISH, MAKE, OPEN, Outcome, Task
 
-SHARDS = {shard: 10 for shard in range(6)}
+SHARDS = dict.fromkeys(range(6), 10)
 
 
 class Scripted:
@@ -70,20 +70,20 @@ def test_a_shard_whose_workers_end_twice_is_made_by_the_third(fate: str) -> None
 
 
 def test_a_shard_that_ends_three_workers_is_named() -> None:
-    with pytest.raises(LaunchError, match="^shard 3 ended 3 workers, one after the other; the last one died$"):
+    with pytest.raises(LaunchError, match=r"^shard 3 ended 3 workers, one after the other; the last one died$"):
         run(Scripted(2, {(MAKE, 3): ["dies"] * 3}), None)
     with pytest.raises(RuntimeError, match=r"shard 3 ended 3 workers(.|\n)*Traceback of it"):
         run(Scripted(2, {(MAKE, 3): ["fails", "dies", "fails"]}), None)
 
 
 def test_a_worker_that_dies_each_time_it_opens_the_cache() -> None:
-    with pytest.raises(LaunchError, match="^the task to open the cache ended 3 workers"):
+    with pytest.raises(LaunchError, match=r"^the task to open the cache ended 3 workers"):
         run(Scripted(2, {(OPEN, -1): ["dies"] * 3}), None)
 
 
 def test_what_a_worker_refuses_is_not_tried_again() -> None:
     crew = Scripted(2, {(MAKE, 3): ["refuses"]})
-    with pytest.raises(CorpusError, match="^no such corpus$"):
+    with pytest.raises(CorpusError, match=r"^no such corpus$"):
         run(crew, None)
 
 

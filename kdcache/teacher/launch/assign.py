@@ -1,4 +1,4 @@
-"""Who makes which shard: an idle worker takes the next one that nobody has; of a worker that dies another takes it over.
+"""Who makes which shard: an idle worker takes the next that nobody has; the shard of one that dies goes to another.
 
 The first worker opens the inputs and creates the cache; then the others start, each as soon as there is room for it.
 A worker that dies, or fails with an exception that is no `KdcacheError`, is replaced, and its shard is the next that is
@@ -11,6 +11,7 @@ always. Cost: the driver keeps a number for each missing shard.
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ _TICK = 0.5
 """Seconds between looks at the progress of the workers."""
 
 _PATIENCE = 60.0
-"""Seconds without a worker after which a note says that there is none."""
+"""Seconds without a word from any worker after which a warning says so."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,13 @@ class _Assignment:
         self._summary: dict[str, Any] | None = None
         self._done = self._made = self._positions = self._replaced = 0
         self._waited = 0.0
+        self._heard = False
 
     def run(self) -> dict[str, Any]:
         self._start(0)
         while self._summary is None:
             for answer in self._crew.answers(_TICK):
+                self._heard = True
                 if answer.progress is not None:
                     self._shown[answer.worker] = answer.progress
                 elif answer.died is not None:
@@ -106,6 +109,9 @@ class _Assignment:
                     self._take(answer.worker, answer.outcome)
             self._assign()
             self._show()
+            if not self._heard and time.perf_counter() - self._started > _PATIENCE:
+                self._heard = True
+                warnings.warn(f"no worker has started for {_PATIENCE:.0f} s: is there room for one?", stacklevel=2)
         seconds = time.perf_counter() - self._started
         self._summary["shards"]["by_this_worker"] = self._made
         return {
@@ -144,7 +150,7 @@ class _Assignment:
             self._made, self._positions = self._made + committed, self._positions + positions
             self._waited += waited
         elif self._waiting is None:
-            self._documents = {shard: documents for shard, documents in outcome.value}
+            self._documents = dict(outcome.value)
             self._waiting = deque(self._documents)
             for other in range(1, min(self._crew.count, len(self._waiting))):
                 self._start(other)

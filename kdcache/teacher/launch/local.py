@@ -111,7 +111,9 @@ class Processes:
             if not said:
                 self._ready.unregister(key.fileobj)
                 code = self._processes[worker].wait()
-                yield Answer(worker, died=f"ended with exit code {code}" if code >= 0 else f"was ended by {_name(-code)}")
+                yield Answer(
+                    worker, died=f"ended with exit code {code}" if code >= 0 else f"was ended by {_name(-code)}"
+                )
                 continue
             *lines, self._read[worker] = (self._read[worker] + said).split(b"\n")
             for line in lines:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -85,7 +86,7 @@ class RayActors:
     def start(self, worker: int) -> None:
         """See `Crew`."""
         self._forget(worker)
-        self._actors[worker] = self._kind.remote(self._config, os.getcwd())
+        self._actors[worker] = self._kind.remote(self._config, str(Path.cwd()))
 
     def ask(self, worker: int, task: Task) -> None:
         """See `Crew`."""
@@ -116,13 +117,15 @@ class RayActors:
             self._forget(worker)
 
     def _progress(self) -> Iterator[Answer]:
-        """How far the busy actors are: what came of the last question, and the next one."""
+        """How far the busy actors are: what came of the last question, and the next one.
+
+        One that has not started answers when it has.
+        """
         for future in ray.wait(list(self._looked), num_returns=len(self._looked), timeout=0)[0] if self._looked else ():
             worker = self._looked.pop(future)
             with contextlib.suppress(RayError):  # of one that died, its task tells
                 yield Answer(worker, progress=ray.get(future))
-        waiting = set(self._looked.values())
-        for worker in set(self._asked.values()) & self._alive - waiting:
+        for worker in set(self._asked.values()) - set(self._looked.values()):
             self._looked[self._actors[worker].progress.options(concurrency_group=_LOOKING).remote()] = worker
 
     def _forget(self, worker: int) -> None:
