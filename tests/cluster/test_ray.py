@@ -20,7 +20,7 @@ import pytest
 
 from kdcache.cache import open_cache
 from kdcache.verify import verify_cache
-from tests.making import TEXTS, make_model, make_tokenizer
+from tests.making import STUDENT, TEXTS, make_model, make_tokenizer
 from tests.processes import PATIENCE, kdcache, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -116,14 +116,25 @@ def committed(cache: Path) -> int:
     return len(list((cache / "commits").glob("*.json")))
 
 
+def children(node: Any) -> list[psutil.Process]:
+    """The processes of workers on a node."""
+    return psutil.Process(node.all_processes["raylet"][0].process.pid).children()
+
+
+def title(process: psutil.Process) -> str:
+    """What Ray has named a process, such as ray::Actor.do."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline()[:1])
+    return ""
+
+
 def actors(node: Any) -> list[psutil.Process]:
     """The processes of our actors on a node."""
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    return [child for child in raylet.children() if child.cmdline()[:1] and "Actor" in child.cmdline()[0]]
+    return [child for child in children(node) if "Actor" in title(child)]
 
 
 def works_on(node: Any) -> Callable[[], bool]:
-    return lambda: any(".do" in actor.cmdline()[0] for actor in actors(node))
+    return lambda: any(".do" in title(actor) for actor in actors(node))
 
 
 def require_the_cache_of_one(work: Path, cache: Path) -> None:
@@ -250,3 +261,62 @@ def test_an_address_where_nobody_is(work: Path) -> None:
 def refused(work: Path, address: str, said: str) -> None:
     code, out, err = Command(*dumping("n", "--launch", "ray", "--address", address), cwd=work).end()
     assert (code, out, err) == (2, "", f"error: {said}\n")
+
+
+def training(work: Path, out: str, *more: object) -> list[object]:
+    return [
+        "train-student", "--cache", "one", "--student", "student.json", "--out", out, "--steps", 8, "--batch-rows", 2,
+        "--lr", "5e-3", "--heldout", "0.1", "--temperature", 2, "--soft-weight", 0.7, "--device", "cpu",
+        "--dtype", "float32", "--save-every", 2, "--json", *more,
+    ]  # fmt: skip
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("data_wait_share", None)  # a time
+    return lines
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(work: Path) -> Path:
+    """What two ranks of torchrun make."""
+    student = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **STUDENT, "max_position_embeddings": 512}
+    (work / "student.json").write_text(json.dumps(student))
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kdcache_cli"]
+    command = [sys.executable, *words, *map(str, training(work, "torchrun"))]
+    done = subprocess.run(command, cwd=work, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return work / "torchrun"
+
+
+def ranks(cluster: Any) -> list[psutil.Process]:
+    """The processes of the ranks that Ray Train has started on the nodes of the cluster."""
+    return [child for node in cluster.list_all_nodes() for child in children(node) if "TrainWorker" in title(child)]
+
+
+def require_the_run_of_torchrun(by_torchrun: Path, out: Path) -> None:
+    assert curve(out) == curve(by_torchrun)
+    assert (out / "model.safetensors").read_bytes() == (by_torchrun / "model.safetensors").read_bytes()
+    assert not (out / ".ray").exists()
+
+
+def test_ray_train_makes_the_loss_curve_of_torchrun(cluster: Any, work: Path, by_torchrun: Path) -> None:
+    second = cluster.add_node(num_cpus=1)
+    try:
+        on = ("--launch", "ray", "--address", cluster.address, "--workers", 2)
+        code, out, err = Command(*training(work, "trained", *on), cwd=work).end()
+        assert (code, err) == (0, "")
+        assert json.loads(out)["steps"] == 8
+        require_the_run_of_torchrun(by_torchrun, work / "trained")
+        code, out, err = Command(*training(work, "trained", *on), cwd=work).end()
+        assert (code, out) == (2, "") and "--resume" in err and err.count("\n") == 1, err
+
+        driver = Command(*training(work, "killed-rank", *on), cwd=work)
+        wait_until(lambda: any((work / "killed-rank").glob("checkpoint-*")), driver, "there is no checkpoint")
+        ranks(cluster)[0].kill()
+        code, out, err = driver.end()
+        assert (code, err) == (0, "")
+        require_the_run_of_torchrun(by_torchrun, work / "killed-rank")
+    finally:
+        cluster.remove_node(second)
