@@ -8,6 +8,7 @@
     │   ├── LogitsError          NaN or infinite logits out of the teacher
     │   └── EngineError          an engine that gives something other than was asked
     ├── TargetError              a sparse target asked for something that it does not hold
+    ├── LaunchError              workers that die again and again
     └── CacheError               a cache that is missing or cannot be written
         ├── CacheMismatchError   the folder holds a cache of another configuration
         ├── IncompleteCacheError shards that are planned but not committed
@@ -58,6 +59,10 @@ class TargetError(KdcacheError):
     """A sparse target asked for something that it does not hold."""
 
 
+class LaunchError(KdcacheError):
+    """Workers that die again and again."""
+
+
 class CacheError(KdcacheError):
     """A cache that is missing or cannot be written."""
 
@@ -78,3 +83,14 @@ def one_line(error: BaseException) -> str:
     """The first line of what a library said, and the next when the first only announces it; for a sentence of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def rebuilt(name: str, message: str) -> KdcacheError:
+    """An error that another process told of, by the name of its class and its sentence.
+
+    It is of that class where this is one of ours and needs no more than a sentence, else of a class above it.
+    """
+    kind = globals().get(name, KdcacheError)
+    if kind is LogitsError:
+        return ModelError(message)
+    return kind(message) if isinstance(kind, type) and issubclass(kind, KdcacheError) else KdcacheError(message)

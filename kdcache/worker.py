@@ -41,20 +41,21 @@ class Worker:
         return shard % self.count == self.index
 
 
-def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
+def find_worker(named: str | None, environment: Mapping[str, str], tensor_parallel: int = 1) -> Worker:
     """The worker that is named, as I/N, else the one the launcher made this process.
 
     Inside a SLURM array, I is the task's place in the array; under torchrun it is the rank; with
     both, every rank of every task is a worker of its own.
 
+    Args:
+        named: I/N, or None.
+        environment: variables of this process.
+        tensor_parallel: neighbouring ranks that are one worker together.
+
     Raises:
-        ConfigError: not of the form I/N, or variables that make no sense.
+        ConfigError: not of the form I/N, or variables that make no sense; torchrun started no multiple of
+            `tensor_parallel`.
     """
-    if named is not None:
-        match = re.fullmatch(r"(\d+)/(\d+)", named.strip())
-        if not match:
-            raise ConfigError(f"worker {named!r} is not of the form I/N, like 0/4")
-        return Worker(int(match[1]), int(match[2]))
 
     def number(name: str, default: int) -> int:
         try:
@@ -62,6 +63,20 @@ def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
         except ValueError:
             raise ConfigError(f"{name} is {environment[name]!r}, which is not a number") from None
 
+    rank, ranks = 0, 1
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)
+    if ranks % tensor_parallel:
+        raise ConfigError(
+            f"tensor_parallel is {tensor_parallel}, but the number of processes is {ranks}: start that many, or a "
+            f"multiple, by torchrun --nproc-per-node {tensor_parallel} --no-python kdcache ..."
+        )
+    rank, ranks = rank // tensor_parallel, ranks // tensor_parallel
+    if named is not None:
+        match = re.fullmatch(r"(\d+)/(\d+)", named.strip())
+        if not match:
+            raise ConfigError(f"worker {named!r} is not of the form I/N, like 0/4")
+        return Worker(int(match[1]), int(match[2]))
     task, tasks = 0, 1
     if "SLURM_ARRAY_TASK_ID" in environment:
         step = number("SLURM_ARRAY_TASK_STEP", 1)
@@ -71,9 +86,6 @@ def find_worker(named: str | None, environment: Mapping[str, str]) -> Worker:
             raise ConfigError(
                 "the SLURM array is not evenly spaced; use one like --array=0-15, or name the worker, I/N"
             )
-    rank, ranks = 0, 1
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)
     return Worker(task * ranks + rank, tasks * ranks)
 
 

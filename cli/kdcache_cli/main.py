@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kdcache.options import option
-from kdcache.student.config import TrainConfig
-from kdcache.teacher.config import CheckOptions, DumpConfig, PlanOptions
+from kdcache.student.config import TrainOptions
+from kdcache.teacher.config import CheckOptions, DumpOptions, PlanOptions
 from kdcache_cli.frame import Output, command, run_app
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ def main(
     """Run a teacher once, cache a small sparse target for every token, distil any number of students."""
 
 
-@command(app, "dump-teacher", DumpConfig)
-def dump_teacher(config: DumpConfig, output: Output) -> None:
+@command(app, "dump-teacher", DumpOptions)
+def dump_teacher(options: DumpOptions, output: Output) -> None:
     """Run the teacher over a corpus once and write its targets into a cache."""
-    from kdcache.teacher.dump import dump
+    from kdcache.teacher.launch import launch
     from kdcache_cli import tables
 
     with output.progress("dump", "documents") as bar:
-        summary = dump(config, lambda done, total, positions: bar(done, total, f"{positions:,} positions"))
+        summary = launch(options, lambda done, total, positions: bar(done, total, f"{positions:,} positions"))
 
     def show(console: Console) -> None:
         shards = summary["shards"]
@@ -73,7 +73,8 @@ def dump_teacher(config: DumpConfig, output: Output) -> None:
         if summary["waited_seconds"] > 0.05 * summary["seconds"]:
             console.print(f"the teacher waited {summary['waited_seconds']:.1f} s for encoding and writing")
 
-    output.result(summary, show)
+    if summary:
+        output.result(summary, show)
 
 
 @command(app, "check-data", CheckOptions)
@@ -108,14 +109,14 @@ def plan(options: PlanOptions, output: Output) -> None:
     output.result(found, show)
 
 
-@command(app, "train-student", TrainConfig)
-def train_student(config: TrainConfig, output: Output) -> None:
+@command(app, "train-student", TrainOptions)
+def train_student(options: TrainOptions, output: Output) -> None:
     """Train a student from a cache; the teacher is not needed."""
-    from kdcache.student.train import train
+    from kdcache.student.launch import launch
 
     with output.progress("train", "steps") as bar:
-        summary = train(
-            config,
+        summary = launch(
+            options,
             lambda done, total, latest: bar(done, total, "  ".join(f"{k} {v:.4g}" for k, v in latest.items())),
             lambda done, total: bar(done, total, "rows read for --where"),
         )

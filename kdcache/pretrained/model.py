@@ -49,6 +49,7 @@ def load_model(
     device: torch.device | None = None,
     device_map: str | None = None,
     attn_implementation: str | None = None,
+    tensor_parallel: int = 1,
 ) -> Any:
     """Load a causal language model, or the text part of a multimodal one.
 
@@ -60,6 +61,7 @@ def load_model(
         device: where it goes; None for the CPU.
         device_map: as transformers takes it, instead of `device`.
         attn_implementation: as transformers takes it; None for its choice.
+        tensor_parallel: processes of this one's group, each of which loads its part of every layer.
 
     Raises:
         ModelError: transformers cannot make a model of the files, would have to invent weights, or leaves some out; or
@@ -73,6 +75,15 @@ def load_model(
         if "/" in attn_implementation:
             raise ConfigError(f"attn_implementation {attn_implementation} names code of the hub, which is never run")
         options["attn_implementation"] = attn_implementation
+    if tensor_parallel > 1:
+        if quantisation(path) is not None:
+            raise ModelError(
+                f"the {role} {path} is quantised by {quantisation(path)}, which cannot be cut for tensor_parallel "
+                f"{tensor_parallel}: use device_map auto"
+            )
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(tp_size=tensor_parallel)
     packed = "quantization_config" not in options and quantisation(path) is not None
     where, more = place(path)
     if is_gguf(path):
@@ -100,9 +111,9 @@ def load_model(
     keep_attention_cap(model, attn_implementation)
     if not packed:
         _to_one_dtype(model, dtype)
-    if device is not None and options["device_map"] is None:
+    if device is not None and options["device_map"] is None and tensor_parallel == 1:
         model.to(device)
-    if packed or attn_implementation:
+    if packed or attn_implementation or tensor_parallel > 1:
         _require_runs(model, path, role)
     return model
 

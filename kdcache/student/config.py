@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from kdcache.errors import ConfigError
+from kdcache.launcher import LaunchOptions
 from kdcache.options import option
 from kdcache.student.row_filter import parse_rows, parse_where
 
@@ -154,3 +156,21 @@ class TrainConfig:
         if len(rest) > 1 or not all(0 < t < float("inf") for t in (first, last)):  # NaN included
             raise ConfigError(f"temperature is {self.temperature}, but must be positive, or two such as 3:1")
         return first, last
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(LaunchOptions, TrainConfig):
+    """Options of `train-student`: a run, and who starts its ranks.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        self.require_launch("ray")
+
+    @property
+    def config(self) -> TrainConfig:
+        """The run alone."""
+        return TrainConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)})

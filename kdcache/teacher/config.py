@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kdcache.corpus.rules import require_rules
 from kdcache.errors import ConfigError
+from kdcache.launcher import LaunchOptions
 from kdcache.options import option
 from kdcache.position_filter import PositionFilter
 from kdcache.stopping import GRACE
-from kdcache.teacher.engines.base import TeacherSpec, require_engine
+from kdcache.teacher.engines.base import TeacherSpec, ranks_of, require_engine
 
 EXTRA_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 """The same as in `kdcache.extras`, which is not imported here because it loads torch."""
@@ -161,6 +163,8 @@ class DumpConfig(CorpusOptions):
             raise ConfigError(f"dtype {self.dtype} is not one of auto, float32, bfloat16, float16")
         if self.device_map not in (None, "auto"):
             raise ConfigError(f"device_map {self.device_map} is not auto")
+        if self.device_map is not None and self.tensor_parallel > 1:
+            raise ConfigError("device_map and tensor_parallel exclude each other: both spread one teacher over GPUs")
         for name in ("extra", "reuse"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
@@ -172,6 +176,8 @@ class DumpConfig(CorpusOptions):
                 "tile_head=False"
             )
         require_engine(self.engine)
+        if self.reuse and ranks_of(self.teacher_spec) > 1:
+            raise ConfigError(f"reuse and tensor_parallel exclude each other for the engine {self.engine}")
         object.__setattr__(self, "positions", PositionFilter(self.positions).rule)
         _ = self.stored_temperatures
 
@@ -206,6 +212,31 @@ class DumpConfig(CorpusOptions):
         if len(set(named)) != len(named) or not all(0.01 <= t <= 100 for t in named):
             raise ConfigError(f"temperatures {self.temperatures!r} must be different and lie in 0.01 to 100")
         return named if 1.0 in named else (*named, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpOptions(LaunchOptions, DumpConfig):
+    """Options of `dump-teacher`: a dump, and who starts its workers.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    def __post_init__(self) -> None:
+        DumpConfig.__post_init__(self)
+        self.require_launch("local", "ray")
+        if self.launch is not None and self.worker is not None:
+            raise ConfigError("worker and launch exclude each other")
+        if self.launch is not None and ranks_of(self.teacher_spec) > 1:
+            raise ConfigError(
+                f"tensor_parallel is {self.tensor_parallel}, for which the engine {self.engine} needs the ranks of "
+                "torchrun, and launch starts none: start it by torchrun, or use device_map auto"
+            )
+
+    @property
+    def config(self) -> DumpConfig:
+        """The dump alone."""
+        return DumpConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(DumpConfig)})
 
 
 @dataclass(frozen=True, kw_only=True)

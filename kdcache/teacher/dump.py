@@ -16,6 +16,7 @@ from typing import Any
 from kdcache.cache_writer import NewShard
 from kdcache.store.commits import read_commits
 from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.engines.base import ranks_of
 from kdcache.teacher.shard_maker import ShardMaker
 from kdcache.worker import Worker, find_worker
 
@@ -27,23 +28,24 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     """Run the teacher over this worker's share of the shards that are not committed yet.
 
     Returns:
-        The summary that `kdcache dump-teacher --json` prints.
+        The summary that `kdcache dump-teacher --json` prints; nothing in a process that holds a part of a teacher whose
+        targets another one writes.
 
     Raises:
         KdcacheError: see the exception tree; nothing already written is harmed.
     """
     started = time.perf_counter()
-    worker = find_worker(config.worker, os.environ)
+    worker = find_worker(config.worker, os.environ, ranks_of(config.teacher_spec))
     with ShardMaker(config) as maker:
         if maker.done:  # refuses a damaged commit
             read_commits(maker.storage, maker.writer.manifest, [s for s in maker.done if worker.owns(s)])
         plan = maker.inputs.plan
         mine = [s for s in range(len(plan)) if worker.owns(s) and s not in maker.done]
-        tally = _Tally(on_progress, sum(plan.documents_of(s) for s in mine))
+        tally = _Tally(on_progress if maker.group.leads else None, sum(plan.documents_of(s) for s in mine))
         maker.create()
         for shard in mine:
             tally.finish(maker.make(shard, tally.show), plan.documents_of(shard))
-    return _summary(maker, worker, tally, time.perf_counter() - started)
+    return _summary(maker, worker, tally, time.perf_counter() - started) if maker.group.leads else {}
 
 
 @dataclass

@@ -36,6 +36,9 @@ from kdcache.store.storage import Storage
 from kdcache.teacher.config import CorpusOptions, DumpConfig
 from kdcache.teacher.engines.base import find_engine, require_extras
 
+Planned = tuple[Plan, str, str]
+"""A plan, the fingerprint of its corpus, and the day on which it was made."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
@@ -65,6 +68,11 @@ class Inputs:
         """
         return shard_rows(self.corpus, self.plan, shard, self.shaping)
 
+    @property
+    def planned(self) -> Planned:
+        """What another process needs to open the same inputs without a survey."""
+        return self.plan, self.manifest.corpus_sha256, self.manifest.date
+
     def with_known(self, known: Known) -> Inputs:
         """The same, for targets that know this."""
         manifest = dataclasses.replace(self.manifest, known=known)
@@ -79,12 +87,15 @@ def _extras(config: DumpConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def open_inputs(config: DumpConfig, storage: Storage | None = None, date: str | None = None) -> Inputs:
+def open_inputs(
+    config: DumpConfig, storage: Storage | None = None, planned: Planned | None = None, date: str | None = None
+) -> Inputs:
     """Open what the options name, and refuse what can be refused before a teacher is loaded.
 
     Args:
         config: the options.
         storage: where the cache is, or will be; its plan is taken if there is one. None to plan anew.
+        planned: a plan that another process has made or found.
         date: the day that templates see in a cache that is planned anew; None for today.
 
     Raises:
@@ -95,7 +106,7 @@ def open_inputs(config: DumpConfig, storage: Storage | None = None, date: str | 
     rule.width(vocab_size)
     corpus = corpus_of(config)
     asked = shard_rule(corpus, config.docs_per_shard, config.chars_per_shard)
-    existing = _existing_plan(storage, corpus, asked) if storage else None
+    existing = planned or (_existing_plan(storage, corpus, asked) if storage else None)
     date = existing[2] if existing else date or today()
     shaping = shaping_of(config, tokenizer, vocab_size, date)
     plan, corpus_sha256, _ = existing or (*_survey(corpus, asked, shaping, config.on_bad_record), date)
@@ -226,8 +237,8 @@ def _why(reading: ShardReading) -> str:
     return f" (left out: {counts}{more})"
 
 
-def _existing_plan(storage: Storage, corpus: Corpus, rule: dict[str, int]) -> tuple[Plan, str, str] | None:
-    """The plan of the cache that is there, the fingerprint of its corpus, and the day on which it was created.
+def _existing_plan(storage: Storage, corpus: Corpus, rule: dict[str, int]) -> Planned | None:
+    """The plan of the cache that is there.
 
     Raises:
         CorpusError: the corpus has other files, or is read in another way.

@@ -25,18 +25,20 @@ from kdcache.corpus.shards import ShardRows
 from kdcache.errors import CacheMismatchError
 from kdcache.rows import PackedRow
 from kdcache.store.commits import committed
+from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
 from kdcache.store.plan import require_no_other_plan
 from kdcache.store.publish import require_free_or_same
 from kdcache.teacher.background_writer import BackgroundWriter
 from kdcache.teacher.config import DumpConfig
-from kdcache.teacher.engines.base import TargetRequest, find_engine, require_answerable
+from kdcache.teacher.engines.base import TargetRequest, find_engine, ranks_of, require_answerable
 from kdcache.teacher.inputs import open_inputs
 from kdcache.teacher.mixed_shard import MixedShard
 from kdcache.teacher.open_teacher import open_teacher
 from kdcache.teacher.opened_teacher import BatchTargets, OpenedTeacher
 from kdcache.teacher.pilot import run_pilot
 from kdcache.teacher.reuse import Reuse
+from kdcache.teacher.tensor_group import join_group
 from kdcache.worker import find_worker
 
 OnBatch = Callable[[float, int], None]
@@ -47,6 +49,7 @@ class ShardMaker:
     """Makes shards of one cache. Use it as a context manager, or call `close`, to give the teacher back.
 
     Attributes:
+        group: the processes that hold the teacher together; usually this one.
         storage: where the cache is, or will be.
         inputs: everything that a shard is a function of.
         done: the shards that were committed when this was built.
@@ -58,24 +61,33 @@ class ShardMaker:
     """
 
     def __init__(self, config: DumpConfig) -> None:
+        self.group = join_group(ranks_of(config.teacher_spec))
         self.storage = open_storage(config.out)
         caches = [open_cache(path, partial=True) for path in config.reuse]
-        self.inputs = open_inputs(config, self.storage, caches[0].manifest.date if caches else None)
-        planned = self.inputs.manifest
-        self._request = TargetRequest.of(planned)
-        require_answerable(find_engine(config.engine), self._request, planned.position_filter)
-        # an open engine may know less than its class
-        self._existing = require_free_or_same(self.storage, planned, but_for=("known",))
-        require_no_other_plan(self.storage, self.inputs.plan)
-        self.done = set(committed(self.storage, self._existing)) if self._existing else set()
+        if self.group.leads:
+            self.inputs = open_inputs(config, self.storage, date=caches[0].manifest.date if caches else None)
+        planned = self.group.lead(lambda: self.inputs.planned)
+        if not self.group.leads:
+            self.inputs = open_inputs(config, self.storage, planned)
+        wanted = self.inputs.manifest
+        self._request = TargetRequest.of(wanted)
+        require_answerable(find_engine(config.engine), self._request, wanted.position_filter)
+        self._existing, self.done = self.group.lead(self._find)
         self.stalled_seconds = 0.0
         self.reused = {"positions": 0, "documents": 0}
-        self._reuse = Reuse(caches, self._existing or planned, self.storage) if caches else None
+        self._reuse = Reuse(caches, self._existing or wanted, self.storage) if caches else None
         self._ready = False
         self._config = config
         self._teacher: OpenedTeacher | None = None
-        self._worker = find_worker(config.worker, os.environ).among_others
+        self._worker = find_worker(config.worker, os.environ, self.group.size).among_others
         self._writer = None if self._existing is None else CacheWriter(self.storage, self._existing, self._worker)
+
+    def _find(self) -> tuple[Manifest | None, set[int]]:
+        """The manifest of the cache if it exists, and the shards that are committed."""
+        # an open engine may know less than its class
+        existing = require_free_or_same(self.storage, self.inputs.manifest, but_for=("known",))
+        require_no_other_plan(self.storage, self.inputs.plan)
+        return existing, set(committed(self.storage, existing)) if existing else set()
 
     @property
     def writer(self) -> CacheWriter:
@@ -91,17 +103,20 @@ class ShardMaker:
             self._prepare()
 
     def make(self, number: int, on_batch: OnBatch) -> NewShard | None:
-        """Make and commit one shard. None if somebody has committed it by now.
+        """Make and commit one shard. None if somebody has committed it by now, or if the leader of the group writes it.
 
         Raises:
             KdcacheError: see the exception tree; a shard that fails leaves nothing that a reader sees.
             Stopped: a signal came; the shard is committed if that took no longer than the grace time.
         """
         self._prepare()
-        if self.writer.is_committed(number):
+        if self.group.lead(lambda: self.writer.is_committed(number)):
             return None
         manifest, positions, rows = self.writer.manifest, 0, 0
         eos_id: int | None = self.inputs.tokenizer.eos_token_id
+        if not self.group.leads:
+            self._follow(number)
+            return None
         with stopping.deferred(), self.writer.shard(number) as shard:
             made = self.inputs.shard_rows(number)
             found = self._reuse.find(made.rows, manifest) if self._reuse else None
@@ -129,6 +144,13 @@ class ShardMaker:
             self.reused["documents"] += found.documents
         return shard
 
+    def _follow(self, number: int) -> None:
+        """Take part in the forward passes of a shard that the leader writes."""
+        teacher, request = self._open(), TargetRequest.of(self.writer.manifest)
+        batches = self.inputs.shard_rows(number).rows.batches(teacher.batch_rows)
+        for _ in teacher.targets_of(batches, request, shard=number):
+            pass
+
     def close(self) -> None:
         """Close the teacher."""
         if self._teacher is not None:
@@ -155,7 +177,9 @@ class ShardMaker:
             wanted = wanted or self._reuse.complete(self.inputs.manifest)
             self._reuse.require_known(wanted.known)
         tokenizer = tokenizer_files(self.inputs.tokenizer)
-        self._writer = CacheWriter.create(self.storage, wanted, tokenizer, self.inputs.plan, self._worker)
+        self._writer = self.group.lead(
+            lambda: CacheWriter.create(self.storage, wanted, tokenizer, self.inputs.plan, self._worker)
+        )
         self._ready = True
 
     def _open(self) -> OpenedTeacher:

@@ -196,12 +196,15 @@ class Engine(ABC):
         knows: what it knows of the teacher's distribution. Asked of the class first, before a teacher is loaded; an
             engine that learns more of it when it opens sets it on itself, and is asked again.
         device: where its logits come out, for example `cpu` or `cuda:0`.
+        parallel_ranks: whether `tensor_parallel` means so many ranks of torchrun, each with the engine; otherwise it is
+            the engine's own matter.
         lookahead: batches that it is given before the first of them is waited for: 1 for a device that works by itself.
         padded_vocab_size: V of its head, which tiles are sized by; None for the vocabulary of the rows.
     """
 
     name: ClassVar[str]
     knows: EngineKnowledge = EngineKnowledge()
+    parallel_ranks: ClassVar[bool] = False
     device: Any = "cpu"
     lookahead: int = 0
     padded_vocab_size: int | None = None
@@ -274,6 +277,15 @@ def find_engine(name: str) -> type[Engine]:
         found = getattr(importlib.import_module(module), attribute)
         assert isinstance(found, type)
     return found
+
+
+def ranks_of(spec: TeacherSpec) -> int:
+    """How many ranks of torchrun hold this teacher together.
+
+    Raises:
+        ConfigError: no such engine.
+    """
+    return spec.tensor_parallel if spec.tensor_parallel > 1 and find_engine(spec.engine).parallel_ranks else 1
 
 
 def require_answerable(

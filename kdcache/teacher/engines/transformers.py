@@ -21,6 +21,7 @@ from kdcache.rows import RowSpec
 from kdcache.teacher.engines.base import Engine, EngineOutput, HiddenStates, Logits, TargetRequest, TeacherSpec
 from kdcache.teacher.engines.batch import Batch, send
 from kdcache.teacher.engines.tiled_head import TiledHead, require_same_logits
+from kdcache.teacher.tensor_group import join_group
 
 HIDDEN = "hidden:-1"
 """The extra array that it offers: the hidden state of each token that the head is given."""
@@ -39,13 +40,18 @@ class TransformersEngine(Engine):
     """
 
     name = "transformers"
+    parallel_ranks = True
 
     def __init__(self, spec: TeacherSpec, folder: Path, rows: RowSpec) -> None:
         self.device = find_device(spec.device)
         dtype = spec.dtype
         if dtype == "auto" and self.device.type == "cpu":
             dtype = "float32"
-        self.model = load_model(folder, "teacher", dtype, self.device, spec.device_map, spec.attn_implementation).eval()
+        join_group(spec.tensor_parallel)
+        self.model = load_model(
+            folder, "teacher", dtype, self.device, spec.device_map, spec.attn_implementation, spec.tensor_parallel
+        ).eval()
+        self._tensor_parallel = spec.tensor_parallel
         if spec.device_map:
             self.device = self.model.device
         self.lookahead = 1 if self.device.type == "cuda" else 0
@@ -96,6 +102,7 @@ class TransformersEngine(Engine):
             "tile_head": self.head is not None,
             **({"mask": "prepared"} if has_prepared_masks(self.model) else {}),
             "attention": self.model.config._attn_implementation,
+            **({"tensor_parallel": self._tensor_parallel} if self._tensor_parallel > 1 else {}),
             "machine": platform.machine(),
             "torch": torch.__version__.partition("+")[0],
         }
