@@ -29,7 +29,9 @@ class CorpusOptions:
         ConfigError: a value out of range.
     """
 
-    teacher: str = option("folder, .gguf file or hub name of a causal language model")
+    teacher: str = option(
+        "folder, .gguf file or hub name of a causal language model; with --engine server the URL of a served one"
+    )
     corpus: str = option(
         ".txt, .jsonl, .json, .parquet or .arrow files, compressed or not: a file, glob, folder or URL of them; "
         "a save_to_disk folder; or hf:NAME[:CONFIG]"
@@ -63,6 +65,11 @@ class CorpusOptions:
         if self.seq_len < 2:
             raise ConfigError(f"seq_len is {self.seq_len}, but must be at least 2")
         require_rules(vars(self))
+
+    @property
+    def teacher_spec(self) -> TeacherSpec:
+        """Which teacher is meant."""
+        return TeacherSpec(model=self.teacher)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +125,17 @@ class DumpConfig(CorpusOptions):
         "minimum of characters per shard (default: a 64th of the corpus, from 256 thousand to 16 million)", None
     )
     # compute
-    engine: str = option("what runs the teacher: transformers, or the engine of a plug-in", "transformers")
+    engine: str = option(
+        "what runs the teacher: transformers, vllm, server (one that is served already), or the engine of a plug-in",
+        "transformers",
+    )
+    engine_python: str | None = option(
+        "vllm: Python of the environment that vLLM is installed in (default: this one)", None
+    )
+    engine_set: tuple[str, ...] = option("NAME=VALUE: a setting of the engine; may be repeated", ())
+    tokenizer: str | None = option(
+        "server: folder or hub name of the teacher's tokenizer (default: what the server names)", None
+    )
     device: str = option("auto, cpu, cuda, cuda:1 or mps", "auto")
     device_map: str | None = option("auto: spread the teacher over several GPUs", None)
     dtype: str = option("auto (float32 on a CPU, else that of the checkpoint), float32, bfloat16 or float16", "auto")
@@ -162,6 +179,9 @@ class DumpConfig(CorpusOptions):
                 "tile_head=False"
             )
         require_engine(self.engine)
+        object.__setattr__(
+            self, "engine_set", (self.engine_set,) if isinstance(self.engine_set, str) else tuple(self.engine_set)
+        )
         object.__setattr__(self, "positions", PositionFilter(self.positions).rule)
         _ = self.stored_temperatures
 
@@ -171,7 +191,8 @@ class DumpConfig(CorpusOptions):
         return TeacherSpec(
             model=self.teacher, engine=self.engine, device=self.device, device_map=self.device_map, dtype=self.dtype,
             batch_rows=self.batch_rows, tile_head=self.tile_head, attn_implementation=self.attn_implementation,
-            tensor_parallel=self.tensor_parallel,
+            tensor_parallel=self.tensor_parallel, tokenizer=self.tokenizer, engine_python=self.engine_python,
+            engine_set=tuple(self.engine_set),
         )  # fmt: skip
 
     @property

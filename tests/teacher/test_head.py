@@ -28,7 +28,9 @@ from kdcache.teacher.dump import dump
 from kdcache.teacher.engines.base import HiddenStates, TargetRequest
 from kdcache.teacher.engines.tiled_head import TiledHead, require_same_logits
 from kdcache.teacher.open_teacher import open_teacher
-from kdcache.teacher.opened_teacher import OpenedTeacher, tile_slices
+from kdcache.teacher.engines import tiles
+from kdcache.teacher.engines.tiles import tile_slices
+from kdcache.teacher.opened_teacher import OpenedTeacher
 from tests.making import TEACHER, dump_options
 from tests.processes import PATIENCE
 
@@ -92,8 +94,8 @@ def in_one_piece(model: Any, tokens: Tensor, positions: Tensor, slots: Tensor) -
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of at most 4 positions."""
-    monkeypatch.setitem(opened_teacher.TILE_LOGITS, "cpu", 4 * 384)
-    monkeypatch.setattr(opened_teacher, "_LEAST_POSITIONS", 1)
+    monkeypatch.setitem(tiles.TILE_LOGITS, "cpu", 4 * 384)
+    monkeypatch.setattr(tiles, "_LEAST_POSITIONS", 1)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -17,8 +17,8 @@ import kdcache.student
 
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
-    {"errors", "options", "rows", "compiled", "entry_form", "lazy_torch", "prepared_mask"},
-    {"plugins", "known"},
+    {"errors", "rows", "compiled", "entry_form", "lazy_torch", "prepared_mask"},
+    {"options", "plugins", "known"},
     {"registry", "file_systems"},
     {"extras", "targets", "worker"},
     {"position_filter", "selection", "losses", "codec", "isolation"},

@@ -37,7 +37,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, EngineError
+from kdcache.options import parse_settings
 from kdcache.registry import Registry
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class TeacherSpec:
     """Which teacher is run, by which engine, and how.
 
     Attributes:
-        model: folder, .gguf file or hub name.
+        model: folder, .gguf file or hub name; of a served teacher, the URL of its server.
         engine: name of a registered engine.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         device_map: `auto` spreads the teacher over several GPUs.
@@ -68,6 +69,9 @@ class TeacherSpec:
         tile_head: whether the output head runs over tiles of positions.
         attn_implementation: attention of the teacher, by the engine's name for it; None for the engine's choice.
         tensor_parallel: GPUs (or processes) that hold one teacher together, each a part of every layer.
+        tokenizer: folder or hub name of the tokenizer, for an engine that is given no model folder.
+        engine_python: the Python that an engine runs its teacher in, where it does so in another environment.
+        engine_set: settings of the engine, each `NAME=VALUE`; see `Engine.settings`.
     """
 
     model: str
@@ -79,6 +83,24 @@ class TeacherSpec:
     tile_head: bool = True
     attn_implementation: str | None = None
     tensor_parallel: int = 1
+    tokenizer: str | None = None
+    engine_python: str | None = None
+    engine_set: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFiles:
+    """What is known of a teacher before it is loaded.
+
+    Attributes:
+        folder: local folder (or .gguf file) of its tokenizer, and of the model itself where the engine loads it.
+        context: positions that it was made for; None if unknown.
+        sha256: its fingerprint: equal for equal teachers. Called when it is needed, as weights may have to be hashed.
+    """
+
+    folder: Path
+    context: int | None
+    sha256: Callable[[], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +199,12 @@ class EngineOutput:
 
     Attributes:
         positions: of its N labelled slots, in order. `SparseTargets` must be what the request asks for, on the CPU.
+        finite: beside `SparseTargets`, `[N]` whether all logits of a slot were finite; None where they are known to be.
         extras: `[tokens, width]` for each name of the request, one vector for each token of the batch, row after row.
     """
 
     positions: HiddenStates | Logits | SparseTargets
+    finite: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -198,6 +222,8 @@ class Engine(ABC):
         device: where its logits come out, for example `cpu` or `cuda:0`.
         lookahead: batches that it is given before the first of them is waited for: 1 for a device that works by itself.
         padded_vocab_size: V of its head, which tiles are sized by; None for the vocabulary of the rows.
+        settings: what `engine_set` may set, by name, with the default, whose type is the setting's.
+        own_python: whether it can run its teacher in the Python of `engine_python`.
     """
 
     name: ClassVar[str]
@@ -205,6 +231,8 @@ class Engine(ABC):
     device: Any = "cpu"
     lookahead: int = 0
     padded_vocab_size: int | None = None
+    settings: ClassVar[Mapping[str, Any]] = {}
+    own_python: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, spec: TeacherSpec, folder: Path, rows: RowSpec) -> None: ...
@@ -217,6 +245,48 @@ class Engine(ABC):
         (`batch.pieces()`). One that selects by itself follows `request` and `batch.keys`. It need not wait for its
         device.
         """
+
+    def logits(self, batch: Batch) -> HiddenStates | Logits:
+        """The logits of the labelled slots, or what they come of; an engine that selects in `run` may give them here.
+
+        Raises:
+            EngineError: it gives ready entries only.
+        """
+        from kdcache.selection import Selection
+
+        given = self.run(batch, TargetRequest(selection=Selection())).positions
+        if isinstance(given, HiddenStates | Logits):
+            return given
+        raise EngineError(f"the engine {self.name} gives entries, and no logits of the whole vocabulary")
+
+    @classmethod
+    def teacher_files(cls, spec: TeacherSpec) -> TeacherFiles:
+        """Where the tokenizer of a teacher is, and what is known of it before it is loaded.
+
+        Raises:
+            KdcacheError: there is no such teacher.
+        """
+        from kdcache.pretrained import context_length, fingerprint, model_folder, read_config
+
+        cls.settings_of(spec)
+        if spec.engine_python is not None and not cls.own_python:
+            raise ConfigError(f"engine_python is not for the engine {cls.name}, which runs in this Python")
+        if spec.tokenizer is not None:
+            raise ConfigError(f"tokenizer is not for the engine {cls.name}: that of the teacher's folder is taken")
+        folder = model_folder(spec.model, "teacher")
+        return TeacherFiles(
+            folder=folder, context=context_length(read_config(folder)), sha256=lambda: fingerprint(folder)
+        )
+
+    @classmethod
+    def settings_of(cls, spec: TeacherSpec) -> dict[str, Any]:
+        """Every setting of the engine: what `engine_set` says, and the defaults of the others.
+
+        Raises:
+            ConfigError: a setting that the engine does not have, or a value of another type.
+        """
+        given = parse_settings("engine_set", spec.engine_set, {name: type(v) for name, v in cls.settings.items()})
+        return {**cls.settings, **given}
 
     @classmethod
     def extra_widths(cls, folder: Path) -> dict[str, int]:  # noqa: ARG003 - for engines that offer some
@@ -241,6 +311,8 @@ _ENGINES: Registry[str | type[Engine]] = Registry("engine")
 """By name: the class, or where it is, so that an engine of this package is imported only when it is used."""
 
 _ENGINES.register("transformers", "kdcache.teacher.engines.transformers:TransformersEngine")
+_ENGINES.register("vllm", "kdcache.teacher.engines.vllm:VllmEngine")
+_ENGINES.register("server", "kdcache.teacher.engines.server:ServerEngine")
 
 
 def register_engine(engine: type[Engine]) -> type[Engine]:
