@@ -37,9 +37,9 @@ from kdcache.isolation import packed_forward
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
-from kdcache.teacher.engines import tiles
 from kdcache.teacher.background_writer import BackgroundWriter
 from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.engines import tiles
 from kdcache.teacher.engines.base import TargetRequest
 from kdcache.teacher.engines.batch import Batch
 from kdcache.teacher.engines.transformers import TransformersEngine

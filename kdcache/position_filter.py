@@ -57,9 +57,15 @@ class PositionFilter:
             )
         return above + 0.0  # of -0.0 too
 
-    def mask(self, entropy: Tensor) -> Tensor | None:
-        """`[N]` bool: which of N labelled slots with these entropies carry a target; None for all of them."""
-        return None if self.above is None else entropy > self.above
+    def mask(self, entropy: Tensor | None) -> Tensor | None:
+        """`[N]` bool: which of N labelled slots with these entropies carry a target; None for all of them.
+
+        Where all do, the entropies need not be known.
+        """
+        if self.above is None:
+            return None
+        assert entropy is not None, "who asks has made sure that they are known"
+        return entropy > self.above
 
     def apply(self, targets: SparseTargets) -> SparseTargets:
         """Targets of N labelled slots, emptied (`count` is 0) at those that are to carry none."""

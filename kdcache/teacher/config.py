@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdcache.corpus.rules import require_rules
 from kdcache.errors import ConfigError
@@ -73,7 +73,30 @@ class CorpusOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DumpConfig(CorpusOptions):
+class EngineOptions:
+    """What runs a teacher, and how that is set up."""
+
+    engine: str = option(
+        "what runs the teacher: transformers, vllm, server (one that is served already), or the engine of a plug-in",
+        "transformers",
+    )
+    engine_python: str | None = option(
+        "vllm: Python of the environment that vLLM is installed in (default: this one)", None
+    )
+    engine_set: tuple[str, ...] = option("NAME=VALUE: a setting of the engine; may be repeated", ())
+    tokenizer: str | None = option(
+        "server: folder or hub name of the teacher's tokenizer (default: what the server names)", None
+    )
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """All but the engine's name, as `TeacherSpec` takes them."""
+        texts = (self.engine_set,) if isinstance(self.engine_set, str) else tuple(self.engine_set)
+        return {"engine_python": self.engine_python, "engine_set": texts, "tokenizer": self.tokenizer}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpConfig(EngineOptions, CorpusOptions):
     """Settings of one dump, checked when built.
 
     Raises:
@@ -125,17 +148,6 @@ class DumpConfig(CorpusOptions):
         "minimum of characters per shard (default: a 64th of the corpus, from 256 thousand to 16 million)", None
     )
     # compute
-    engine: str = option(
-        "what runs the teacher: transformers, vllm, server (one that is served already), or the engine of a plug-in",
-        "transformers",
-    )
-    engine_python: str | None = option(
-        "vllm: Python of the environment that vLLM is installed in (default: this one)", None
-    )
-    engine_set: tuple[str, ...] = option("NAME=VALUE: a setting of the engine; may be repeated", ())
-    tokenizer: str | None = option(
-        "server: folder or hub name of the teacher's tokenizer (default: what the server names)", None
-    )
     device: str = option("auto, cpu, cuda, cuda:1 or mps", "auto")
     device_map: str | None = option("auto: spread the teacher over several GPUs", None)
     dtype: str = option("auto (float32 on a CPU, else that of the checkpoint), float32, bfloat16 or float16", "auto")
@@ -179,9 +191,6 @@ class DumpConfig(CorpusOptions):
                 "tile_head=False"
             )
         require_engine(self.engine)
-        object.__setattr__(
-            self, "engine_set", (self.engine_set,) if isinstance(self.engine_set, str) else tuple(self.engine_set)
-        )
         object.__setattr__(self, "positions", PositionFilter(self.positions).rule)
         _ = self.stored_temperatures
 
@@ -191,8 +200,7 @@ class DumpConfig(CorpusOptions):
         return TeacherSpec(
             model=self.teacher, engine=self.engine, device=self.device, device_map=self.device_map, dtype=self.dtype,
             batch_rows=self.batch_rows, tile_head=self.tile_head, attn_implementation=self.attn_implementation,
-            tensor_parallel=self.tensor_parallel, tokenizer=self.tokenizer, engine_python=self.engine_python,
-            engine_set=tuple(self.engine_set),
+            tensor_parallel=self.tensor_parallel, **self.engine_options,
         )  # fmt: skip
 
     @property

@@ -38,6 +38,7 @@ def open_teacher(
     try:
         if request is not None:
             require_answerable(opened, request, position_filter)  # an open engine may know less than its class
+            opened.prepare(request)
         return OpenedTeacher(opened, rows, spec.batch_rows)
     except BaseException:
         opened.close()

@@ -259,6 +259,13 @@ class Engine(ABC):
             return given
         raise EngineError(f"the engine {self.name} gives entries, and no logits of the whole vocabulary")
 
+    def prepare(self, request: TargetRequest) -> None:  # noqa: B027 - most engines know all when they are open
+        """Called once before the first batch, with what will be asked: refuse what only the open teacher knows.
+
+        Raises:
+            KdcacheError: the teacher cannot give it.
+        """
+
     @classmethod
     def teacher_files(cls, spec: TeacherSpec) -> TeacherFiles:
         """Where the tokenizer of a teacher is, and what is known of it before it is loaded.
@@ -269,10 +276,9 @@ class Engine(ABC):
         from kdcache.pretrained import context_length, fingerprint, model_folder, read_config
 
         cls.settings_of(spec)
-        if spec.engine_python is not None and not cls.own_python:
-            raise ConfigError(f"engine_python is not for the engine {cls.name}, which runs in this Python")
-        if spec.tokenizer is not None:
-            raise ConfigError(f"tokenizer is not for the engine {cls.name}: that of the teacher's folder is taken")
+        require_defaults(cls.name, spec, tokenizer="that of the teacher's folder is taken")
+        if not cls.own_python:
+            require_defaults(cls.name, spec, engine_python="it runs in this Python")
         folder = model_folder(spec.model, "teacher")
         return TeacherFiles(
             folder=folder, context=context_length(read_config(folder)), sha256=lambda: fingerprint(folder)
@@ -346,6 +352,23 @@ def find_engine(name: str) -> type[Engine]:
         found = getattr(importlib.import_module(module), attribute)
         assert isinstance(found, type)
     return found
+
+
+def require_defaults(engine: str, spec: TeacherSpec, **options: str) -> None:
+    """Refuse options that an engine takes no notice of.
+
+    Args:
+        engine: its name.
+        spec: the options.
+        options: names of such, each with what stands in its place.
+
+    Raises:
+        ConfigError: naming one that was given.
+    """
+    plain = TeacherSpec(model=spec.model)
+    for name, instead in options.items():
+        if getattr(spec, name) != getattr(plain, name):
+            raise ConfigError(f"{name} is not for the engine {engine}: {instead}")
 
 
 def require_answerable(

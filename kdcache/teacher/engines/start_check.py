@@ -15,7 +15,6 @@ Shapes: n slots of a piece, K entries.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +32,7 @@ from kdcache.selection import Selection
 from kdcache.targets import SparseTargets
 from kdcache.teacher.engines.base import TargetRequest
 from kdcache.teacher.engines.batch import Batch
+from kdcache.teacher.engines.free_memory import free_memory
 
 if TYPE_CHECKING:
     from kdcache.teacher.engines.base import Engine
@@ -48,6 +48,9 @@ _MOST_TOKENS = 4096
 
 _MEMORY_SHARE = 3
 """Part of the free memory that the weights in float32 may take."""
+
+_ROUNDED = 0.1
+"""How far targets of one token in two prompts may be apart, in the mean, where the model runs in 16 or 8 bits."""
 
 _TEMPERATURES = (1.0, 2.0)
 
@@ -112,7 +115,7 @@ def _reference(folder: Path, pieces: list[np.ndarray], vocab_size: int) -> list[
     if quantisation(folder) is not None:  # the engine rounds what it is given, transformers does not
         return None
     stored = sum(file.stat().st_size for file in weight_files(folder, "teacher"))
-    if 2 * stored > _free_memory() / _MEMORY_SHARE:
+    if 2 * stored > free_memory() / _MEMORY_SHARE:
         return None
     try:
         model = load_model(folder, "teacher", "float32", torch.device("cpu")).eval()
@@ -132,7 +135,7 @@ def _logprobs(model: torch.nn.Module, pieces: list[np.ndarray], vocab_size: int)
 
 
 def _distance(targets: SparseTargets, truth: Tensor) -> Tensor:
-    """`[n]` how far targets are from log-probabilities `[n, V]`: of the entries, the mass that they miss, and at T = 2."""
+    """`[n]` how far targets are from log-probabilities `[n, V]`: of entries, the mass that they miss, and at T = 2."""
     own = truth.gather(-1, targets.ids)
     missed = truth.topk(targets.ids.shape[-1]).values.exp().sum(-1) - own.exp().sum(-1)
     partition = (truth / _TEMPERATURES[1]).logsumexp(-1) - targets.log_partition[:, 1]
@@ -168,17 +171,5 @@ def _require_same_as_prefixes(
         )
 
 
-_ROUNDED = 0.1
-"""How far targets of one token in two prompts may be apart, in the mean, where the model runs in 16 or 8 bits."""
-
-
 def _mean(parts: object) -> float:
     return float(torch.cat(list(parts)).mean())  # type: ignore[call-overload]
-
-
-def _free_memory() -> int:
-    """Bytes of memory that are free here."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (ValueError, OSError):
-        return 0

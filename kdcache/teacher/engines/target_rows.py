@@ -54,7 +54,7 @@ def unpack_targets(
     The shape must be right; what the numbers say is for `find_fault` to check.
     """
     widths = columns(selection, temperatures, vocab_size, labelled=True)
-    *parts, finite = rows.split([*widths.values(), 1], -1)
+    *parts, finite = torch.split(rows, [*widths.values(), 1], -1)
     fields = dict(zip(widths, parts, strict=True))
     per_entry = {"ids", "logprobs", "weights", "log_partition", "log_tail"}
     values = {name: part if name in per_entry else part[:, 0] for name, part in fields.items()}

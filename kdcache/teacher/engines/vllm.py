@@ -11,7 +11,6 @@ Cost: a start of vLLM (on a CPU about 10 s), that comparison, and the entries tw
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -27,7 +26,14 @@ from kdcache.errors import ConfigError, EngineError
 from kdcache.pretrained import hidden_width
 from kdcache.pretrained.files import is_gguf
 from kdcache.rows import RowSpec
-from kdcache.teacher.engines.base import Engine, EngineOutput, HiddenStates, TargetRequest, TeacherSpec
+from kdcache.teacher.engines.base import (
+    Engine,
+    EngineOutput,
+    HiddenStates,
+    TargetRequest,
+    TeacherSpec,
+    require_defaults,
+)
 from kdcache.teacher.engines.batch import Batch, Piece
 from kdcache.teacher.engines.frames import Arrays
 from kdcache.teacher.engines.start_check import require_faithful
@@ -157,14 +163,12 @@ def _require_own_options(spec: TeacherSpec, folder: Path) -> None:
     """
     if is_gguf(folder):
         raise ConfigError(f"{folder} is a .gguf file, which the engine vllm does not run; use engine transformers")
-    plain = TeacherSpec(model=spec.model)
-    for name, instead in (
-        ("device_map", "tensor_parallel spreads a teacher over several GPUs"),
-        ("attn_implementation", "vLLM chooses its attention"),
-        ("tile_head", "vLLM's head always runs in tiles"),
-    ):
-        if getattr(spec, name) != getattr(plain, name):
-            raise ConfigError(f"{name} is not for the engine vllm: {instead}")
+    require_defaults(
+        VllmEngine.name, spec,
+        device_map="tensor_parallel spreads a teacher over several GPUs",
+        attn_implementation="vLLM chooses its attention",
+        tile_head="vLLM's head always runs in tiles",
+    )  # fmt: skip
 
 
 def _architecture(folder: Path) -> str:

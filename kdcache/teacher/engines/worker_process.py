@@ -7,6 +7,7 @@ closing it, its input ends, and so does it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
@@ -74,10 +75,8 @@ class WorkerProcess:
 
     def close(self) -> None:
         """End the process and all that it has started."""
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None

@@ -99,11 +99,12 @@ class SelectingPooler(Pooler):  # type: ignore[misc]
         """
         cursor = pooling_metadata.get_pooling_cursor()
         counts = cursor.num_scheduled_tokens_cpu.tolist()
-        parts = hidden_states.split(counts)
+        parts = torch.split(hidden_states, counts)
         stops = cursor.seq_lens_cpu.tolist()
-        wanted = [(params.extra_kwargs or {}).get(REQUEST) for params in pooling_metadata.pooling_params]
-        if None in wanted:  # vLLM measures memory with requests of its own
+        carried = [params.extra_kwargs for params in pooling_metadata.pooling_params]
+        if not all(carried):  # vLLM measures memory with requests of its own
             return [self.logits(part).new_zeros(0) for part in parts]
+        wanted: list[Wanted] = [each[REQUEST] for each in carried]
         inside = [_inside(each, stop - count, stop) for each, stop, count in zip(wanted, stops, counts, strict=True)]
         states = [part[near.to(part.device)] for part, (_, near) in zip(parts, inside, strict=True)]
         rows = self._targets(wanted, [one for one, _ in inside], states)
@@ -123,7 +124,7 @@ class SelectingPooler(Pooler):  # type: ignore[misc]
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
-        """`[n, vocab_size]` of hidden states; `[0, 0]` in a process where the parts of the head are not put together."""
+        """`[n, vocab_size]` of hidden states; `[0, 0]` in a process that has only a part of the head's logits."""
         logits = self._compute_logits(states)
         return states.new_zeros(0, 0) if logits is None else logits[:, : self._vocab_size]
 
@@ -146,7 +147,7 @@ class SelectingPooler(Pooler):  # type: ignore[misc]
             if len(logits):
                 uniform = None if draw is None else draw[part]
                 rows.append(pack_targets(*select_ahead(logits, selection, labels[part], temperatures, uniform)))
-        return list(torch.cat(rows).split(counts)) if rows else [hidden.new_zeros(0)] * len(states)
+        return list(torch.split(torch.cat(rows), counts)) if rows else [hidden.new_zeros(0)] * len(states)
 
 
 class WorkerExtension:

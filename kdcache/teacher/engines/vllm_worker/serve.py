@@ -18,6 +18,7 @@ import numpy as np
 
 from kdcache.errors import ConfigError, KdcacheError, ModelError, one_line
 from kdcache.teacher.engines.frames import Arrays, pack_frame, read_frame
+from kdcache.teacher.engines.free_memory import free_memory
 from kdcache.teacher.engines.vllm_worker.settings import REQUEST, TASK, TESTED
 
 _CPU_CACHE_SHARE = 8
@@ -54,7 +55,7 @@ class Served:
         settings = {name: value for name, value in asked["settings"].items() if value}
         given = {name: value for name, value in settings.items() if name in _OF_VLLM}
         if on_cpu:
-            given.setdefault("kv_cache_memory_bytes", _cpu_cache_bytes())
+            given.setdefault("kv_cache_memory_bytes", min(free_memory() // _CPU_CACHE_SHARE, _CPU_CACHE_MOST))
             given.setdefault("enforce_eager", True)  # compiling takes a compiler, and longer than it saves
         dtype = asked["dtype"]
         try:
@@ -65,7 +66,7 @@ class Served:
                 max_model_len=asked["seq_len"],
                 tensor_parallel_size=asked["tensor_parallel"],
                 hf_overrides={"head_dtype": "model"},  # of the head; a pooling model's would be float32
-                worker_extension_cls=f"{WorkerExtension.__module__}:{WorkerExtension.__name__}".replace(":", "."),
+                worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
                 enable_prefix_caching=bool(given.pop("enable_prefix_caching", False)),
                 trust_remote_code=False,
                 disable_log_stats=True,
@@ -191,12 +192,6 @@ def _version(any_version: bool) -> str:
             "try this one with engine_set any_version=true"
         )
     raise ConfigError(f"{sys.executable} has no vLLM; name the Python of vLLM's environment by engine_python")
-
-
-def _cpu_cache_bytes() -> int:
-    import psutil
-
-    return int(min(psutil.virtual_memory().available // _CPU_CACHE_SHARE, _CPU_CACHE_MOST))
 
 
 def answer(served: list[Served], message: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:

@@ -14,7 +14,7 @@ _PACKAGE = Path(__file__).resolve().parents[4]
 
 
 def find_kdcache() -> None:
-    """Make `kdcache` importable from where it lies, without the packages beside it, which are of another environment."""
+    """Make `kdcache` importable without the packages beside it, which are of another environment."""
     if "kdcache" in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(
