@@ -29,6 +29,7 @@ from kdcache.pretrained.files import weight_files
 from kdcache.pretrained.quantised import quantisation
 from kdcache.rows import PackedRow, RowSpec
 from kdcache.selection import Selection
+from kdcache.selection.target_faults import find_fault
 from kdcache.targets import SparseTargets
 from kdcache.teacher.engines.base import TargetRequest
 from kdcache.teacher.engines.batch import Batch
@@ -106,6 +107,9 @@ def _targets(engine: Engine, piece: np.ndarray, rows: RowSpec, request: TargetRe
     assert isinstance(found.positions, SparseTargets)
     if found.finite is not None and not found.finite.all():
         raise EngineError(f"the engine {engine.name} gives NaN or infinite logits for random tokens")
+    fault = find_fault(found.positions, request.selection, request.temperatures, rows.vocab_size, engine.knows)
+    if fault is not None:
+        raise EngineError(f"the engine {engine.name} gives {fault[1]} for random tokens")
     return found.positions
 
 

@@ -147,7 +147,7 @@ class VllmEngine(Engine):
     def _array(self, found: Arrays, name: str, shape: tuple[int, int]) -> Tensor:
         """An array of an answer, refused if it is not float32 of this shape."""
         array = found.get(name)
-        if array is None or array.dtype != np.float32 or (array.size and array.shape != shape):
+        if array is None or array.dtype != np.float32 or (array.shape != shape and (array.size or shape[0])):
             gave = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
             raise EngineError(
                 f"the process of the engine {self.name} gave {gave} as {name}, where float32 {list(shape)} was asked"
