@@ -238,8 +238,8 @@ class Server:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", self.folder, "--port", str(self.port),
-                    "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "256", "--enforce-eager",
+                    PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", self.folder, "--host", "127.0.0.1",
+                    "--port", str(self.port), "--dtype", "float32", "--max-model-len", "256", "--enforce-eager",
                     *self.options,
                 ],
                 stdout=log, stderr=log, start_new_session=True,

@@ -183,7 +183,7 @@ def test_one_of_several_models(served: Served, corpus: Path, tmp_path: Path) -> 
 
 def test_another_tokenizer_is_named(served: Served, corpus: Path, tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "other", 300)
-    with pytest.raises(ModelError, match="has another tokenizer than .*other"):
+    with pytest.raises(ModelError, match=r"has another tokenizer than .*other"):
         dump(options(served, corpus, tmp_path / "c", tokenizer=str(tmp_path / "other")))
 
 
@@ -217,7 +217,7 @@ def test_no_server_is_one_sentence_and_exit_code_2(corpus: Path, tmp_path: Path)
 
 def test_an_api_that_is_another(served: Served, corpus: Path, tmp_path: Path) -> None:
     served.changes = {"models": b"<html>hello</html>"}
-    with pytest.raises(ModelError, match="does not list models .* such as http://host:8000/v1"):
+    with pytest.raises(ModelError, match=r"does not list models .* such as http://host:8000/v1"):
         dump(options(served, corpus, tmp_path / "c"))
 
 

@@ -15,6 +15,7 @@ Shapes: n slots of a piece, K entries.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,8 +45,8 @@ _CLOSE = 1e-3
 _NOISE = 3
 """How much further from float32 the engine may be than transformers in the same dtype."""
 
-_MOST_TOKENS = 4096
-"""Tokens of the longest piece at most."""
+_LONG = 512
+"""Tokens of the longest piece, unless more are needed to exceed what the engine takes at once."""
 
 _MEMORY_SHARE = 3
 """Part of the free memory that the weights in float32 may take."""
@@ -91,7 +92,7 @@ def require_faithful(engine: Engine, folder: Path, rows: RowSpec, dtype: str, ch
 
 def _pieces(rows: RowSpec, chunk: int | None) -> list[np.ndarray]:
     """Tokens of the pieces: short, as long as a row, and two that begin alike."""
-    longest = min(rows.seq_len, max(_MOST_TOKENS, 2 * (chunk or 0)))
+    longest = min(rows.seq_len, max(_LONG, (chunk or 0) + _LONG // 8 if rows.seq_len > (chunk or 0) else 0))
     lengths = sorted({1, 2, min(17, longest), longest})
     rng = np.random.default_rng(0)
     found = [rng.integers(0, rows.vocab_size, length).astype(np.int32) for length in lengths]
@@ -107,7 +108,10 @@ def _targets(engine: Engine, piece: np.ndarray, rows: RowSpec, request: TargetRe
     assert isinstance(found.positions, SparseTargets)
     if found.finite is not None and not found.finite.all():
         raise EngineError(f"the engine {engine.name} gives NaN or infinite logits for random tokens")
-    fault = find_fault(found.positions, request.selection, request.temperatures, rows.vocab_size, engine.knows)
+    labelled = found.positions.label_logprob
+    assert labelled is not None
+    whole = dataclasses.replace(found.positions, label_logprob=labelled.nan_to_num(0))  # the last slot has no label
+    fault = find_fault(whole, request.selection, request.temperatures, rows.vocab_size, engine.knows)
     if fault is not None:
         raise EngineError(f"the engine {engine.name} gives {fault[1]} for random tokens")
     return found.positions

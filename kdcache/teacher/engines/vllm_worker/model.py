@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.pooler.abstract import Pooler
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.registry import ModelRegistry
 
 from kdcache.errors import ConfigError
@@ -165,17 +166,15 @@ class WorkerExtension:
     def kdcache_describe(self) -> dict[str, Any]:
         """What the model is: its device, dtype, the size of its head, and whether that is quantised."""
         model = self.model_runner.get_model()
-        head = next((part for name, part in model.named_modules() if name.endswith("lm_head")), None)
-        if head is None or not hasattr(head, "quant_method"):  # a tied head is the embedding
-            head = next((part for name, part in model.named_modules() if name.endswith("embed_tokens")), None)
-        method = type(getattr(head, "quant_method", None)).__name__
+        embeddings = [part for part in model.modules() if isinstance(part, VocabParallelEmbedding)]
+        heads = [part for part in embeddings if isinstance(part, ParallelLMHead)] or embeddings  # a tied head is one
         device = torch.device(next(model.parameters()).device)
         return {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "dtype": str(self.model_runner.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
-            "head": method,
-            "vocab_size": int(getattr(head, "org_vocab_size", 0)),
+            "head": type(heads[0].quant_method).__name__ if heads else None,
+            "vocab_size": int(heads[0].org_vocab_size) if heads else None,
         }
 
 

@@ -21,10 +21,10 @@ from kdcache.teacher.engines.frames import Arrays, pack_frame, read_frame
 from kdcache.teacher.engines.free_memory import free_memory
 from kdcache.teacher.engines.vllm_worker.settings import REQUEST, TASK, TESTED
 
-_CPU_CACHE_SHARE = 8
+_CPU_CACHE_SHARE = 16
 """Part of the free memory that holds keys and values on a CPU; vLLM would take nine tenths of the whole machine's."""
 
-_CPU_CACHE_MOST = 8 << 30
+_CPU_CACHE_MOST = 4 << 30
 
 
 class Served:
@@ -88,12 +88,14 @@ class Served:
         Raises:
             ModelError: naming what it has.
         """
-        if not self.found["head"].startswith("Unquantized"):
+        head, size = self.found["head"], self.found["vocab_size"]
+        if head is None:
+            raise ModelError(f"vLLM {self.version} runs {asked['architecture']} without a head that is an embedding")
+        if not head.startswith("Unquantized"):
             raise ModelError(
-                f"the output head of the teacher {asked['model']} is quantised ({self.found['head']}), so its "
-                "log-probabilities are not those of the model; take a checkpoint whose head is not"
+                f"the output head of the teacher {asked['model']} is quantised ({head}), which rounds every "
+                "log-probability; take a checkpoint whose head is not"
             )
-        size = self.found["vocab_size"]
         if size < asked["vocab_size"]:
             raise ConfigError(f"the teacher predicts {size} tokens, but its tokenizer has {asked['vocab_size']}")
 
