@@ -114,7 +114,8 @@ class SelectingPooler(Pooler):  # type: ignore[misc]
             kept = state.hidden_states_cache  # vLLM's own place for what a request keeps between its steps
             if stops[index] == counts[index]:
                 kept.clear()  # its first step, maybe once more
-            kept.append((rows[index], parts[index].float() if wanted[index].hidden else None))
+            hidden = parts[index].to(torch.float32, copy=True) if wanted[index].hidden else None  # vLLM reuses its own
+            kept.append((rows[index], hidden))
             if not cursor.finished_mask[index]:
                 found.append(None)
                 continue
