@@ -37,9 +37,9 @@ from kdcache.isolation import packed_forward
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
-from kdcache.teacher import opened_teacher
 from kdcache.teacher.background_writer import BackgroundWriter
 from kdcache.teacher.config import DumpConfig
+from kdcache.teacher.engines import tiles
 from kdcache.teacher.engines.base import TargetRequest
 from kdcache.teacher.engines.batch import Batch
 from kdcache.teacher.engines.transformers import TransformersEngine
@@ -112,7 +112,7 @@ def works(teacher: OpenedTeacher, inputs: Inputs, batches: Batches, sizes: list[
 
     def tiled(size: int, work: Callable[[], None]) -> Callable[[], None]:
         def sized() -> None:
-            opened_teacher.TILE_LOGITS[teacher.device.type] = size
+            tiles.TILE_LOGITS[teacher.device.type] = size
             work()
 
         return sized
@@ -186,8 +186,8 @@ def report(options: argparse.Namespace) -> None:
         f"{slots} positions, batches of {options.batch_rows}, head {'in tiles' if options.tile_head else 'whole'}"
     )
     if options.tile_logits:
-        opened_teacher.GPU_TILES = sys.maxsize
-    sizes = options.tile_logits or [opened_teacher.TILE_LOGITS[teacher.device.type]]
+        tiles.GPU_TILES = sys.maxsize
+    sizes = options.tile_logits or [tiles.TILE_LOGITS[teacher.device.type]]
     seconds = measure(works(teacher, inputs, batches, sizes), options.repeats, teacher.device)
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "teacher", "corpus")}
     write(options.json, str(teacher.device), {**settings, "positions": int(slots)}, {"seconds": seconds})

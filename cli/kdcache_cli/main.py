@@ -12,7 +12,7 @@ import typer
 
 from kdcache.options import option
 from kdcache.student.config import TrainOptions
-from kdcache.teacher.config import CheckOptions, DumpOptions, PlanOptions
+from kdcache.teacher.config import CheckOptions, DumpOptions, EngineOptions, PlanOptions
 from kdcache_cli.frame import Output, command, run_app
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def status(options: StatusOptions, output: Output) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(EngineOptions):
     """Options of `evaluate`."""
 
     cache: str = option("folder or URL of the cache")
@@ -215,7 +215,6 @@ class EvaluateOptions:
     teacher: str | None = option(
         "run the teacher of the cache too, for the dense KL, the acceptance rate and its own ECE", None
     )
-    engine: str = option("what runs the teacher: transformers, or the engine of a plug-in", "transformers")
     prompt: str | None = option("show the most likely next tokens after this text instead", None)
     top: int = option("how many tokens --prompt shows", 10)
     heldout: float | None = option("measure only the rows that train-student holds out with this --heldout", None)
@@ -250,7 +249,8 @@ def _measure_students(options: EvaluateOptions, output: Output) -> tuple[dict[st
     from kdcache.report.evaluate import compare, evaluate
     from kdcache_cli.figures import print_comparison, print_figures
 
-    given = {k: v for k, v in vars(options).items() if k not in ("student", "compare", "prompt", "top", "out")}
+    others = ("student", "compare", "prompt", "top", "out", *options.engine_options)
+    given = {k: v for k, v in vars(options).items() if k not in others} | {"engine_options": options.engine_options}
     with output.progress("evaluate", "rows") as bar:
         if options.student is None:
             both = compare(options.compare or [], **given, on_progress=bar)
@@ -267,18 +267,17 @@ def _ask_students(options: EvaluateOptions, output: Output) -> tuple[dict[str, A
     with output.progress("search", "rows") as bar:
         answer = next_tokens(
             students, options.cache, options.prompt or "", options.teacher, options.top, options.device,
-            options.local_copy, options.local_limit, options.engine, bar,
+            options.local_copy, options.local_limit, options.engine, options.engine_options, bar,
         )  # fmt: skip
     return answer, lambda console: print_next_tokens(console, answer)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions:
+class VerifyOptions(EngineOptions):
     """Options of `verify`."""
 
     cache: str = option("folder or URL of the cache")
     teacher: str | None = option("run the teacher of the cache again over some rows, and compare", None)
-    engine: str = option("what runs the teacher: transformers, or the engine of a plug-in", "transformers")
     rows: int = option("how many rows the teacher runs over again", 32)
     seed: int = option("seed of the random selection of these rows", 0)
     device: str = option("auto, cpu, cuda, cuda:1 or mps", "auto")
@@ -305,6 +304,7 @@ def verify(options: VerifyOptions, output: Output) -> None:
                 options.device,
                 options.dtype,
                 options.engine,
+                options.engine_options,
                 bar,
             )
         value["faithfulness"] = found

@@ -30,9 +30,10 @@ from kdcache.planning.trial import MEASURED, WARM, Speed, Trial, synchronise
 from kdcache.rows import PackedRow
 from kdcache.teacher.config import PlanOptions
 from kdcache.teacher.engines.base import TargetRequest, find_engine, require_answerable
+from kdcache.teacher.engines.tiles import tile_slices
 from kdcache.teacher.inputs import Inputs, open_inputs
 from kdcache.teacher.open_teacher import open_teacher
-from kdcache.teacher.opened_teacher import OpenedTeacher, tile_slices
+from kdcache.teacher.opened_teacher import OpenedTeacher
 from kdcache.teacher.pilot import run_pilot
 
 if TYPE_CHECKING:

@@ -19,7 +19,9 @@ from kdcache.errors import ModelError, one_line
 from kdcache.file_hashes import file_sha256
 from kdcache.store.sealed_json import canonical
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_WEIGHTS = "*.safetensors"
+_HUB_FILES = ["*.json", _WEIGHTS, "*.model", "*.txt", "*.jinja"]
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 _PART = re.compile(r"(.+-)(\d{5})-of-(\d{5})(\.\w+)")
 """Name of one of several files that hold a model together."""
@@ -38,15 +40,8 @@ def model_folder(name: str, role: str) -> Path:
     folder = Path(name).expanduser()
     if is_gguf(folder):
         return _whole_gguf(folder, role)
-    if not folder.exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-        except Exception as error:
-            raise ModelError(
-                f"the {role} {name} is neither a folder here nor on the hub ({one_line(error)})"
-            ) from error
+    if not folder.exists() and _HUB_NAME.fullmatch(name):
+        folder = _snapshot(name, _HUB_FILES, role)
     if not folder.is_dir():
         raise ModelError(f"the {role} folder {name} does not exist")
     if not any(folder.glob("*.safetensors")):
@@ -66,6 +61,34 @@ def model_folder(name: str, role: str) -> Path:
         )
     weight_files(folder, role)
     return folder
+
+
+def tokenizer_folder(name: str) -> Path:
+    """Where a tokenizer is: its folder, a .gguf file, or the hub's snapshot of a name; no weights are fetched.
+
+    Raises:
+        ModelError: nothing there.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or (is_gguf(path) and path.is_file()):
+        return path
+    if not _HUB_NAME.fullmatch(name):
+        raise ModelError(f"the tokenizer folder {name} does not exist")
+    return _snapshot(name, [pattern for pattern in _HUB_FILES if pattern != _WEIGHTS], "tokenizer")
+
+
+def _snapshot(name: str, patterns: list[str], role: str) -> Path:
+    """The local folder of a hub name.
+
+    Raises:
+        ModelError: there is none of this name, or it cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise ModelError(f"the {role} {name} is neither a folder here nor on the hub ({one_line(error)})") from error
 
 
 def is_gguf(path: Path) -> bool:

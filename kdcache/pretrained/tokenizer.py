@@ -19,7 +19,7 @@ from kdcache.store.sealed_json import canonical
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
-_SAMPLE = (
+SAMPLE = (
     "The year 2024, it's 3.14159 and 1000000!  Two spaces,\tone tab\t\ttwo tabs.\n\n\n  def f(x):\n"
     "        return {'a': x**2, \"b\": [1, 22, 333]}  # don't\r\n    if x  ==  10:\n\tpass\n"
     "caf\u00e9 cafe\u0301 na\u00efve \u00c5ngstr\u00f6m \u1e9b\u0323 \ufb01 \uff21\uff22 "
@@ -27,7 +27,8 @@ _SAMPLE = (
     "\u0928\u092e\u0938\u094d\u0924\u0947 \U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea "
     "UPPER lower MiXeD_snake-kebab https://a.b/c?d=e&f=%20 \u00a0\u2003\u200b\u2026 'quoted' \u201ccurly\u201d  "
 )
-"""White space in runs, digits, code, accents composed and not, scripts without spaces, joined emoji, odd spaces."""
+"""A text on which tokenizers differ: white space in runs, digits, code, accents composed and not, scripts without
+spaces, joined emoji, odd spaces."""
 
 
 def load_tokenizer(path: Path, chat_template: str | None = None) -> Any:
@@ -90,12 +91,12 @@ def _ids_of_file(path: Path) -> tuple[int, ...]:
             raise ModelError(f"{path} cannot be read: {one_line(error)}") from error
         backend.no_truncation()
         backend.no_padding()
-        _IDS[key] = tuple(backend.encode(_SAMPLE, add_special_tokens=False).ids)
+        _IDS[key] = tuple(backend.encode(SAMPLE, add_special_tokens=False).ids)
     return _IDS[key]
 
 
 def _encode(tokenizer: Any) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(_SAMPLE, add_special_tokens=False, truncation=False, padding=False, verbose=False))
+    return tuple(tokenizer.encode(SAMPLE, add_special_tokens=False, truncation=False, padding=False, verbose=False))
 
 
 def _difference(found: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
@@ -117,7 +118,7 @@ def _load_gguf(path: Path) -> Any:
     except Exception as error:
         raise ModelError(f"the tokenizer in {path} cannot be loaded: {one_line(error)}") from error
     tokenizer = gguf_file.make_tokenizer(path, made)
-    gguf_file.require_round_trip(path, tokenizer, _SAMPLE)
+    gguf_file.require_round_trip(path, tokenizer, SAMPLE)
     return tokenizer
 
 

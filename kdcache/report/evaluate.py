@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,7 @@ def compare(
     local_copy: str | None = None,
     local_limit: str = "20GB",
     engine: str = "transformers",
+    engine_options: Mapping[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure several students on the same rows of a cache; all of them are in memory at once.
@@ -129,6 +130,7 @@ def compare(
         device: where to run.
         local_copy, local_limit: as for `open_cache`.
         engine: what runs the teacher.
+        engine_options: its `engine_python`, `engine_set` and `tokenizer`, see `TeacherSpec`.
         on_progress: called with (rows done, rows to do).
 
     Returns:
@@ -152,7 +154,9 @@ def compare(
     with ExitStack() as stack:
         live = None
         if teacher is not None:
-            spec = TeacherSpec(model=teacher, engine=engine, device=device, batch_rows=batch_rows)
+            spec = TeacherSpec(
+                model=teacher, engine=engine, device=device, batch_rows=batch_rows, **(engine_options or {})
+            )
             live = _Live(stack.enter_context(open_teacher_of(spec, opened.manifest, opened.storage)))
         measured = [_Measured(name, opened, where, teacher is not None) for name in students]
         _walk(measured, live, opened, wanted, where, batch_rows, on_progress)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ def check_faithfulness(
     device: str = "auto",
     dtype: str = "auto",
     engine: str = "transformers",
+    engine_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Run the teacher again over some rows of a cache.
@@ -53,6 +54,7 @@ def check_faithfulness(
         rows: how many, drawn without replacement.
         seed: of the draw.
         device, dtype, engine: as for a dump.
+        engine_options: `engine_python`, `engine_set` and `tokenizer`, see `TeacherSpec`.
         on_progress: called with (rows done, rows to do).
 
     Returns:
@@ -65,7 +67,7 @@ def check_faithfulness(
     if rows < 1:
         raise ConfigError(f"rows is {rows}, but must be at least 1")
     cache = open_cache(path, partial=True)
-    spec = TeacherSpec(model=teacher, engine=engine, device=device, dtype=dtype)
+    spec = TeacherSpec(model=teacher, engine=engine, device=device, dtype=dtype, **(engine_options or {}))
     with open_teacher_of(spec, cache.manifest, path) as opened:
         return _compare(cache, opened, rows, seed, on_progress)
 

@@ -8,7 +8,7 @@ Probabilities are over the cache's vocabulary, at T = 1 unless a sampled cache w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ def next_tokens(
     local_copy: str | None = None,
     local_limit: str = "20GB",
     engine: str = "transformers",
+    engine_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The most likely next tokens after a prompt.
@@ -52,6 +53,7 @@ def next_tokens(
         device: where to run.
         local_copy, local_limit: as for `open_cache`.
         engine: what runs the teacher.
+        engine_options: its `engine_python`, `engine_set` and `tokenizer`, see `TeacherSpec`.
         on_progress: called with (rows searched, rows of the cache).
 
     Returns:
@@ -86,7 +88,7 @@ def next_tokens(
     answer: dict[str, Any] = {"source": None, "row": None, "position": None, "sampled": False, "temperature": 1.0}
     answer["entries"] = []
     if teacher is not None:
-        spec = TeacherSpec(model=teacher, engine=engine, device=device)
+        spec = TeacherSpec(model=teacher, engine=engine, device=device, **(engine_options or {}))
         with open_teacher_of(spec, opened.manifest, opened.storage) as live:
             answer.update(source="live", entries=shown(_most_likely(live.next_logits(tokens), top)))
     elif (place := find_prompt(opened, tokens, on_progress)) is not None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 from kdcache.entry_form import EntryForm
 from kdcache.errors import ConfigError
 from kdcache.known import Known
+from kdcache.options import TYPES, parse_value, split_settings
 from kdcache.registry import Registry
 from kdcache.selection.entries import Entries
 from kdcache.selection.scan import Scan
@@ -280,14 +281,10 @@ class Selection(metaclass=_Kind):
         """
         given = {name: value for name, value in options.items() if value is not None and value is not False}
         hints = _hints(find_kind(kind))
-        for text in texts:
-            name, found, value = text.partition("=")
-            name = name.strip().replace("-", "_")
-            if not found or not name.isidentifier():
-                raise ConfigError(f"set is {text!r}, but must be NAME=VALUE")
+        for name, text in split_settings("set", texts).items():
             if name in given:
                 raise ConfigError(f"set names {name}, which is given already")
-            given[name] = _parsed(name, value.strip(), hints.get(name, str))
+            given[name] = parse_value(name, text, _alternatives(hints.get(name, str)))
         return Selection(kind=kind, **given)
 
     def same_but_for_pilot(self, other: Selection) -> bool:
@@ -341,9 +338,6 @@ def check_temperatures(temperatures: Sequence[float]) -> None:
             raise ConfigError(f"temperature {t:g} is outside 0.01 to 100")
 
 
-_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
-
 def _fields(kind: type[Selection]) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(cast(Any, kind))
 
@@ -363,7 +357,7 @@ def _of_type(name: str, value: Any, hint: Any) -> Any:
     if type(value) is int and float in types and int not in types:
         value = float(value)
     if type(value) not in types or (type(value) is float and not math.isfinite(value)):
-        wanted = " or ".join(_TYPES[each] for each in _TYPES if each in types)
+        wanted = " or ".join(TYPES[each] for each in TYPES if each in types)
         raise ConfigError(f"{name} is {str(value)[:40]}, but must be {wanted}")
     return value
 
@@ -376,19 +370,3 @@ def _require_inside(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
     words.append(f"at most {most:g}" if most is not None else "")
     shown = f"{value:g}" if isinstance(value, float) else value
     raise ConfigError(f"{name} is {shown}, but must be {' and '.join(filter(None, words))}")
-
-
-def _parsed(name: str, text: str, hint: Any) -> Any:
-    """A setting's value from a text, by its type."""
-    types = _alternatives(hint)
-    if bool in types and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for type_ in (int, float):
-        if type_ in types:
-            try:
-                return type_(text)
-            except ValueError:
-                pass
-    if str in types:
-        return text
-    raise ConfigError(f"{name} is {text[:40]}, but must be {' or '.join(_TYPES[t] for t in _TYPES if t in types)}")

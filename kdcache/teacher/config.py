@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdcache.corpus.rules import require_rules
 from kdcache.errors import ConfigError
@@ -33,7 +33,9 @@ class CorpusOptions:
         ConfigError: a value out of range.
     """
 
-    teacher: str = option("folder, .gguf file or hub name of a causal language model")
+    teacher: str = option(
+        "folder, .gguf file or hub name of a causal language model; with --engine server the URL of a served one"
+    )
     corpus: str = option(
         ".txt, .jsonl, .json, .parquet or .arrow files, compressed or not: a file, glob, folder or URL of them; "
         "a save_to_disk folder; or hf:NAME[:CONFIG]"
@@ -68,9 +70,37 @@ class CorpusOptions:
             raise ConfigError(f"seq_len is {self.seq_len}, but must be at least 2")
         require_rules(vars(self))
 
+    @property
+    def teacher_spec(self) -> TeacherSpec:
+        """Which teacher is meant."""
+        return TeacherSpec(model=self.teacher)
+
 
 @dataclass(frozen=True, kw_only=True)
-class DumpConfig(CorpusOptions):
+class EngineOptions:
+    """What runs a teacher, and how that is set up."""
+
+    engine: str = option(
+        "what runs the teacher: transformers, vllm, server (one that is served already), or the engine of a plug-in",
+        "transformers",
+    )
+    engine_python: str | None = option(
+        "vllm: Python of the environment that vLLM is installed in (default: this one)", None
+    )
+    engine_set: tuple[str, ...] = option("NAME=VALUE: a setting of the engine; may be repeated", ())
+    tokenizer: str | None = option(
+        "server: folder or hub name of the teacher's tokenizer (default: what the server names)", None
+    )
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """All but the engine's name, as `TeacherSpec` takes them."""
+        texts = (self.engine_set,) if isinstance(self.engine_set, str) else tuple(self.engine_set)
+        return {"engine_python": self.engine_python, "engine_set": texts, "tokenizer": self.tokenizer}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpConfig(EngineOptions, CorpusOptions):
     """Settings of one dump, checked when built.
 
     Raises:
@@ -125,7 +155,6 @@ class DumpConfig(CorpusOptions):
         "cache of the same teacher whose targets are copied for what it holds already; may be repeated", ()
     )
     # compute
-    engine: str = option("what runs the teacher: transformers, or the engine of a plug-in", "transformers")
     device: str = option("auto, cpu, cuda, cuda:1 or mps", "auto")
     device_map: str | None = option("auto: spread the teacher over several GPUs", None)
     dtype: str = option("auto (float32 on a CPU, else that of the checkpoint), float32, bfloat16 or float16", "auto")
@@ -187,7 +216,7 @@ class DumpConfig(CorpusOptions):
         return TeacherSpec(
             model=self.teacher, engine=self.engine, device=self.device, device_map=self.device_map, dtype=self.dtype,
             batch_rows=self.batch_rows, tile_head=self.tile_head, attn_implementation=self.attn_implementation,
-            tensor_parallel=self.tensor_parallel,
+            tensor_parallel=self.tensor_parallel, **self.engine_options,
         )  # fmt: skip
 
     @property

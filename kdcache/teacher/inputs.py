@@ -22,11 +22,7 @@ from kdcache.errors import CacheMismatchError, ConfigError, CorpusError
 from kdcache.extras import ExtraSpec
 from kdcache.known import Known
 from kdcache.pretrained import (
-    context_length,
-    fingerprint,
     load_tokenizer,
-    model_folder,
-    read_config,
     tokenizer_fingerprint,
     vocabulary_size,
 )
@@ -34,7 +30,7 @@ from kdcache.store.manifest import NAME, Manifest, today
 from kdcache.store.plan import read_plan
 from kdcache.store.storage import Storage
 from kdcache.teacher.config import CorpusOptions, DumpConfig
-from kdcache.teacher.engines.base import find_engine, require_extras
+from kdcache.teacher.engines.base import TeacherFiles, find_engine, require_extras
 
 Planned = tuple[Plan, str, str]
 """A plan, the fingerprint of its corpus, and the day on which it was made."""
@@ -102,7 +98,7 @@ def open_inputs(
         KdcacheError: see the exception tree.
     """
     rule = config.rule
-    folder, tokenizer, vocab_size = open_tokenizer(config)
+    files, tokenizer, vocab_size = open_tokenizer(config)
     rule.width(vocab_size)
     corpus = corpus_of(config)
     asked = shard_rule(corpus, config.docs_per_shard, config.chars_per_shard)
@@ -111,7 +107,7 @@ def open_inputs(
     shaping = shaping_of(config, tokenizer, vocab_size, date)
     plan, corpus_sha256, _ = existing or (*_survey(corpus, asked, shaping, config.on_bad_record), date)
     manifest = Manifest(
-        teacher_sha256=fingerprint(folder),
+        teacher_sha256=files.sha256(),
         tokenizer_sha256=tokenizer_fingerprint(tokenizer),
         tokenizer_files={},
         corpus_sha256=corpus_sha256,
@@ -136,7 +132,7 @@ def open_inputs(
         error_bound={},
         id_order=(),
         store=config.store,
-        extras=_extras(config, folder),
+        extras=_extras(config, files.folder),
         origin={
             "kdcache": kdcache.__version__,
             "teacher": config.teacher,
@@ -148,22 +144,24 @@ def open_inputs(
         },
     )
     manifest = dataclasses.replace(manifest, error_bound=manifest.codec.error_bound)
-    return Inputs(folder=folder, tokenizer=tokenizer, corpus=corpus, plan=plan, shaping=shaping, manifest=manifest)
+    return Inputs(
+        folder=files.folder, tokenizer=tokenizer, corpus=corpus, plan=plan, shaping=shaping, manifest=manifest
+    )
 
 
-def open_tokenizer(config: CorpusOptions) -> tuple[Path, Any, int]:
-    """The teacher's folder, its tokenizer, and the vocabulary of that.
+def open_tokenizer(config: CorpusOptions) -> tuple[TeacherFiles, Any, int]:
+    """The teacher's files, its tokenizer, and the vocabulary of that.
 
     Raises:
         ModelError: there is no such teacher, or its tokenizer cannot be used.
         ConfigError: rows are longer than what the teacher was made for.
     """
-    folder = model_folder(config.teacher, "teacher")
-    tokenizer = load_tokenizer(folder, config.chat_template)
-    longest = context_length(read_config(folder))
+    files = find_engine(config.teacher_spec.engine).teacher_files(config.teacher_spec)
+    tokenizer = load_tokenizer(files.folder, config.chat_template)
+    longest = files.context
     if longest is not None and config.seq_len > longest:
         raise ConfigError(f"seq_len is {config.seq_len}, above the {longest} positions of the teacher {config.teacher}")
-    return folder, tokenizer, vocabulary_size(tokenizer)
+    return files, tokenizer, vocabulary_size(tokenizer)
 
 
 def shaping_of(config: CorpusOptions, tokenizer: Any, vocab_size: int, date: str) -> Shaping:

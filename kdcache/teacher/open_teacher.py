@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from kdcache.errors import ModelError
 from kdcache.position_filter import PositionFilter
-from kdcache.pretrained import fingerprint, model_folder
 from kdcache.rows import RowSpec
 from kdcache.store.manifest import Manifest
 from kdcache.teacher.engines.base import TargetRequest, TeacherSpec, find_engine, require_answerable, require_extras
@@ -23,7 +22,6 @@ def open_teacher(
         spec: which teacher, and how it is run.
         rows: the shape of the rows that it will be given.
         request: what will be asked of it, to be refused here if the engine cannot answer it; None for its logits.
-
         position_filter: which labelled slots will carry a target.
 
     Raises:
@@ -31,14 +29,16 @@ def open_teacher(
         ModelError: the teacher cannot be run by it.
     """
     engine = find_engine(spec.engine)
-    folder = model_folder(spec.model, "teacher")
     if request is not None:
         require_answerable(engine, request, position_filter)
+    folder = engine.teacher_files(spec).folder
+    if request is not None:
         require_extras(engine, folder, request.extras)
     opened = engine(spec, folder, rows)
     try:
         if request is not None:
             require_answerable(opened, request, position_filter)  # an open engine may know less than its class
+            opened.prepare(request)
         return OpenedTeacher(opened, rows, spec.batch_rows)
     except BaseException:
         opened.close()
@@ -57,7 +57,7 @@ def open_teacher_of(spec: TeacherSpec, manifest: Manifest, cache: object) -> Ope
         ModelError: it is another model, or cannot be run.
         ConfigError: no such engine.
     """
-    if fingerprint(model_folder(spec.model, "teacher")) != manifest.teacher_sha256:
+    if find_engine(spec.engine).teacher_files(spec).sha256() != manifest.teacher_sha256:
         raise ModelError(
             f"the teacher {spec.model} is not the one that made {cache}: its weights or configuration differ"
         )

@@ -21,24 +21,12 @@ from torch import Tensor
 
 from kdcache.errors import EngineError, LogitsError
 from kdcache.rows import PackedRow, RowSpec
-from kdcache.selection import Selection, draws, require_finite, select_ahead, select_device
+from kdcache.selection import draws, require_finite, select_ahead, select_device
 from kdcache.selection.target_faults import drop_unknown, find_fault
 from kdcache.targets import SparseTargets
 from kdcache.teacher.engines.base import Engine, EngineOutput, HiddenStates, Logits, TargetRequest
 from kdcache.teacher.engines.batch import Batch, send
-
-TILE_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits of a tile, by device; others do as a GPU does. On a CPU 16 MiB, which malloc hands out again; above 32 MiB
-it takes fresh pages each time, which costs more than all the calls of small tiles (docs/decisions/0006)."""
-
-GPU_TILES = 6
-"""Tiles of a batch at most, on a GPU: a selection is a hundred small operations or more, however few its positions."""
-
-_MOST_LOGITS = 1 << 28
-"""Logits of a tile at most, however large the batch is."""
-
-_LEAST_POSITIONS = 128
-"""Positions of a tile at least, however large the vocabulary: each tile reads all of the head's weights."""
+from kdcache.teacher.engines.tiles import tile_slices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +148,8 @@ class OpenedTeacher:
         self._require_extras(output, batch, request)
         started = _StartedBatch(self, batch, output, to_cpu=request.selection.form.every_id)
         if isinstance(output.positions, SparseTargets):
+            if output.finite is not None:
+                self.require_finite(output.finite, batch)
             started.take(self._checked(output.positions, batch, request))
             return started
         for logits in self._tiles(output.positions):  # [n, V]
@@ -176,17 +166,18 @@ class OpenedTeacher:
         """What the engine gives, for as many positions as there are labelled slots."""
         output = self.engine.run(batch, request)
         given = output.positions
-        found = len(given.count if isinstance(given, SparseTargets) else given)
+        self._require_count(len(given.count if isinstance(given, SparseTargets) else given), batch)
+        return output
+
+    def _require_count(self, found: int, batch: Batch) -> None:
         if found != len(batch.slots):
             raise EngineError(
                 f"the engine {self.engine.name} gave {found} positions for {len(batch.slots)} labelled slots"
             )
-        return output
 
     def _logits_given(self, batch: Batch) -> HiddenStates | Logits:
-        given = self._run(batch, TargetRequest(selection=Selection())).positions
-        if isinstance(given, SparseTargets):
-            raise EngineError(f"the engine {self.engine.name} gives entries, and no logits of the whole vocabulary")
+        given = self.engine.logits(batch)
+        self._require_count(len(given), batch)
         return given
 
     def _checked(self, targets: SparseTargets, batch: Batch, request: TargetRequest) -> SparseTargets:
@@ -227,8 +218,19 @@ class OpenedTeacher:
             )
         return logits[:, : self.rows.vocab_size]
 
+    def require_finite(self, finite: Tensor, batch: Batch) -> None:
+        """Refuse `[N]` labelled slots whose logits are not all finite.
+
+        Raises:
+            LogitsError: with the document and the token.
+        """
+        try:
+            require_finite(finite)
+        except LogitsError as error:
+            raise self._bad_logits(batch, error.position) from None
+
     @torch.inference_mode()
-    def bad_logits(self, batch: Batch, position: int) -> LogitsError:
+    def _bad_logits(self, batch: Batch, position: int) -> LogitsError:
         """The error for bad logits, found first at a labelled slot: it names the document and token at fault."""
         row, slot = batch.slots[position].tolist()
         document, offset = self._find_bad(batch.rows[row:]) or batch.rows[row].locate(slot)
@@ -315,25 +317,8 @@ class _StartedBatch:
         """Wait for them, and refuse those of bad logits."""
         for copied in self._copied:
             copied.synchronize()
-        try:
-            if self._finite is not None:
-                require_finite(self._finite)
-        except LogitsError as error:
-            raise self._teacher.bad_logits(self._batch, error.position) from None
+        if self._finite is not None:
+            self._teacher.require_finite(self._finite, self._batch)
         extras = {name: values.cpu() for name, values in self._extras.items()}
         targets = drop_unknown(self._targets, self._teacher.engine.knows)
         return BatchTargets(targets=targets, counts=self._batch.counts, extras=extras)
-
-
-def tile_slices(positions: int, vocab_size: int, device: torch.device) -> list[slice]:
-    """Tiles of about equal size that hold so many positions together; at least one.
-
-    Of equal size, because a last one of a few positions would cost as much as a full one.
-    """
-    size = TILE_LOGITS.get(device.type, TILE_LOGITS["cuda"])
-    if device.type != "cpu":
-        size = max(size, min(_MOST_LOGITS, -(-positions // GPU_TILES) * vocab_size))
-    tiles = max(1, -(-positions // max(_LEAST_POSITIONS, size // vocab_size)))
-    small, larger = divmod(positions, tiles)
-    ends = np.cumsum([small + (i < larger) for i in range(tiles)]).tolist()
-    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]

@@ -25,10 +25,12 @@ from kdcache.rows import PackedRow, RowSpec
 from kdcache.selection import draws
 from kdcache.teacher import opened_teacher
 from kdcache.teacher.dump import dump
+from kdcache.teacher.engines import tiles
 from kdcache.teacher.engines.base import HiddenStates, TargetRequest
 from kdcache.teacher.engines.tiled_head import TiledHead, require_same_logits
+from kdcache.teacher.engines.tiles import tile_slices
 from kdcache.teacher.open_teacher import open_teacher
-from kdcache.teacher.opened_teacher import OpenedTeacher, tile_slices
+from kdcache.teacher.opened_teacher import OpenedTeacher
 from tests.making import TEACHER, dump_options
 from tests.processes import PATIENCE
 
@@ -92,8 +94,8 @@ def in_one_piece(model: Any, tokens: Tensor, positions: Tensor, slots: Tensor) -
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of at most 4 positions."""
-    monkeypatch.setitem(opened_teacher.TILE_LOGITS, "cpu", 4 * 384)
-    monkeypatch.setattr(opened_teacher, "_LEAST_POSITIONS", 1)
+    monkeypatch.setitem(tiles.TILE_LOGITS, "cpu", 4 * 384)
+    monkeypatch.setattr(tiles, "_LEAST_POSITIONS", 1)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -116,8 +118,8 @@ def test_logits_in_tiles_are_the_models_own(kind: str, tied: bool) -> None:
 def test_tiles_of_a_gpu_are_few_and_not_too_large() -> None:
     """523 positions are 2^26 logits, 2,092 are 2^28; on a CPU a tile has 128."""
     expected = {0: 1, 523: 1, 524: 2, 3138: 6, 8192: 6, 12_552: 6, 20_920: 10, 262_144: 126}
-    for positions, tiles in expected.items():
-        for device, count in (("cuda", tiles), ("cpu", max(1, -(-positions // 128)))):
+    for positions, wanted in expected.items():
+        for device, count in (("cuda", wanted), ("cpu", max(1, -(-positions // 128)))):
             slices = tile_slices(positions, 128_256, torch.device(device))
             assert len(slices) == count
             assert [i for part in slices for i in range(part.start, part.stop)] == list(range(positions))

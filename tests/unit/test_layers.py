@@ -17,8 +17,8 @@ import kdcache.student
 
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
-    {"errors", "options", "rows", "compiled", "entry_form", "lazy_torch", "prepared_mask", "stopping"},
-    {"plugins", "known", "launcher"},
+    {"errors", "rows", "compiled", "entry_form", "lazy_torch", "prepared_mask", "stopping"},
+    {"options", "plugins", "known", "launcher"},
     {"registry", "file_systems", "ray_cluster"},
     {"extras", "targets", "worker"},
     {"position_filter", "selection", "losses", "codec", "isolation"},

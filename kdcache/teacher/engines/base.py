@@ -37,7 +37,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, EngineError
+from kdcache.options import parse_settings
 from kdcache.registry import Registry
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class TeacherSpec:
     """Which teacher is run, by which engine, and how.
 
     Attributes:
-        model: folder, .gguf file or hub name.
+        model: folder, .gguf file or hub name; of a served teacher, the URL of its server.
         engine: name of a registered engine.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         device_map: `auto` spreads the teacher over several GPUs.
@@ -68,6 +69,9 @@ class TeacherSpec:
         tile_head: whether the output head runs over tiles of positions.
         attn_implementation: attention of the teacher, by the engine's name for it; None for the engine's choice.
         tensor_parallel: GPUs (or processes) that hold one teacher together, each a part of every layer.
+        tokenizer: folder or hub name of the tokenizer, for an engine that is given no model folder.
+        engine_python: the Python that an engine runs its teacher in, where it does so in another environment.
+        engine_set: settings of the engine, each `NAME=VALUE`; see `Engine.settings`.
     """
 
     model: str
@@ -79,6 +83,24 @@ class TeacherSpec:
     tile_head: bool = True
     attn_implementation: str | None = None
     tensor_parallel: int = 1
+    tokenizer: str | None = None
+    engine_python: str | None = None
+    engine_set: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFiles:
+    """What is known of a teacher before it is loaded.
+
+    Attributes:
+        folder: local folder (or .gguf file) of its tokenizer, and of the model itself where the engine loads it.
+        context: positions that it was made for; None if unknown.
+        sha256: its fingerprint: equal for equal teachers. Called when it is needed, as weights may have to be hashed.
+    """
+
+    folder: Path
+    context: int | None
+    sha256: Callable[[], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +199,12 @@ class EngineOutput:
 
     Attributes:
         positions: of its N labelled slots, in order. `SparseTargets` must be what the request asks for, on the CPU.
+        finite: beside `SparseTargets`, `[N]` whether all logits of a slot were finite; None where they are known to be.
         extras: `[tokens, width]` for each name of the request, one vector for each token of the batch, row after row.
     """
 
     positions: HiddenStates | Logits | SparseTargets
+    finite: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -200,6 +224,8 @@ class Engine(ABC):
             the engine's own matter.
         lookahead: batches that it is given before the first of them is waited for: 1 for a device that works by itself.
         padded_vocab_size: V of its head, which tiles are sized by; None for the vocabulary of the rows.
+        settings: what `engine_set` may set, by name, with the default, whose type is the setting's.
+        own_python: whether it can run its teacher in the Python of `engine_python`.
     """
 
     name: ClassVar[str]
@@ -208,6 +234,8 @@ class Engine(ABC):
     device: Any = "cpu"
     lookahead: int = 0
     padded_vocab_size: int | None = None
+    settings: ClassVar[Mapping[str, Any]] = {}
+    own_python: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, spec: TeacherSpec, folder: Path, rows: RowSpec) -> None: ...
@@ -220,6 +248,54 @@ class Engine(ABC):
         (`batch.pieces()`). One that selects by itself follows `request` and `batch.keys`. It need not wait for its
         device.
         """
+
+    def logits(self, batch: Batch) -> HiddenStates | Logits:
+        """The logits of the labelled slots, or what they come of; an engine that selects in `run` may give them here.
+
+        Raises:
+            EngineError: it gives ready entries only.
+        """
+        from kdcache.selection import Selection
+
+        given = self.run(batch, TargetRequest(selection=Selection())).positions
+        if isinstance(given, HiddenStates | Logits):
+            return given
+        raise EngineError(f"the engine {self.name} gives entries, and no logits of the whole vocabulary")
+
+    def prepare(self, request: TargetRequest) -> None:  # noqa: B027 - most engines know all when they are open
+        """Called once before the first batch, with what will be asked: refuse what only the open teacher knows.
+
+        Raises:
+            KdcacheError: the teacher cannot give it.
+        """
+
+    @classmethod
+    def teacher_files(cls, spec: TeacherSpec) -> TeacherFiles:
+        """Where the tokenizer of a teacher is, and what is known of it before it is loaded.
+
+        Raises:
+            KdcacheError: there is no such teacher.
+        """
+        from kdcache.pretrained import context_length, fingerprint, model_folder, read_config
+
+        cls.settings_of(spec)
+        require_defaults(cls.name, spec, tokenizer="that of the teacher's folder is taken")
+        if not cls.own_python:
+            require_defaults(cls.name, spec, engine_python="it runs in this Python")
+        folder = model_folder(spec.model, "teacher")
+        return TeacherFiles(
+            folder=folder, context=context_length(read_config(folder)), sha256=lambda: fingerprint(folder)
+        )
+
+    @classmethod
+    def settings_of(cls, spec: TeacherSpec) -> dict[str, Any]:
+        """Every setting of the engine: what `engine_set` says, and the defaults of the others.
+
+        Raises:
+            ConfigError: a setting that the engine does not have, or a value of another type.
+        """
+        given = parse_settings("engine_set", spec.engine_set, {name: type(v) for name, v in cls.settings.items()})
+        return {**cls.settings, **given}
 
     @classmethod
     def extra_widths(cls, folder: Path) -> dict[str, int]:  # noqa: ARG003 - for engines that offer some
@@ -244,6 +320,8 @@ _ENGINES: Registry[str | type[Engine]] = Registry("engine")
 """By name: the class, or where it is, so that an engine of this package is imported only when it is used."""
 
 _ENGINES.register("transformers", "kdcache.teacher.engines.transformers:TransformersEngine")
+_ENGINES.register("vllm", "kdcache.teacher.engines.vllm:VllmEngine")
+_ENGINES.register("server", "kdcache.teacher.engines.server:ServerEngine")
 
 
 def register_engine(engine: type[Engine]) -> type[Engine]:
@@ -286,6 +364,23 @@ def ranks_of(spec: TeacherSpec) -> int:
         ConfigError: no such engine.
     """
     return spec.tensor_parallel if spec.tensor_parallel > 1 and find_engine(spec.engine).parallel_ranks else 1
+
+
+def require_defaults(engine: str, spec: TeacherSpec, **options: str) -> None:
+    """Refuse options that an engine takes no notice of.
+
+    Args:
+        engine: its name.
+        spec: the options.
+        options: names of such, each with what stands in its place.
+
+    Raises:
+        ConfigError: naming one that was given.
+    """
+    plain = TeacherSpec(model=spec.model)
+    for name, instead in options.items():
+        if getattr(spec, name) != getattr(plain, name):
+            raise ConfigError(f"{name} is not for the engine {engine}: {instead}")
 
 
 def require_answerable(

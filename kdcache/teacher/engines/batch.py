@@ -114,13 +114,17 @@ class Batch:
         """Tokens of each row."""
         return [len(row.tokens) for row in self.rows]
 
-    def pieces(self) -> Iterator[Piece]:
-        """The contexts in order, those without a labelled slot left out. Their slots together are the batch's."""
+    def pieces(self, *, every: bool = False) -> Iterator[Piece]:
+        """The contexts in order; their slots together are the batch's.
+
+        Args:
+            every: also those without a labelled slot, which are left out otherwise.
+        """
         first = 0
         for row, wanted in zip(self.rows, self._wanted, strict=True):
             for context in self.spec.contexts(row):
                 slots = wanted[context].nonzero()[:, 0]
-                if len(slots):
+                if every or len(slots):
                     tokens = torch.from_numpy(row.tokens[context].astype(np.int64))
                     yield Piece(tokens=tokens, slots=slots, first=first)
                 first += len(slots)

