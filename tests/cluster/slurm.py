@@ -122,6 +122,7 @@ def _configure(folder: Path) -> None:
         "ProctrackType": "proctrack/linuxproc", "TaskPlugin": "task/none", "MpiDefault": "none",
         "SelectType": "select/cons_tres", "GresTypes": "gpu", "SlurmdParameters": "config_overrides",
         "PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE",
+        "MinJobAge": 86400,  # what has ended can still be asked about
         "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1",
     }  # fmt: skip
     lines = [f"{name}={value}" for name, value in options.items()]
