@@ -86,7 +86,7 @@ def test_the_handlers_of_whoever_called_come_back() -> None:
 
 def test_a_helper_ends_when_it_is_asked_twice(tmp_path: Path) -> None:
     with stopping.shielded():
-        early = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        early = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(6000)"])
     early.send_signal(signal.SIGTERM)
     early.send_signal(signal.SIGUSR1)
     code = "import pathlib, sys, time; from kdcache import stopping; stopping.obey_parent(0); "
