@@ -260,8 +260,8 @@ def _before(out: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 class _Watcher(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl, measures the held-out rows on the way, reports progress, and stops for a signal.
 
-    A run that stops after a step whose held-out rows are to be measured leaves that to the run that resumes it. Trainer's
-    own `enable_jit_checkpoint` is no help: it knows SIGTERM alone, and each rank would stop by itself.
+    A run that stops after a step whose held-out rows are to be measured leaves that to the run that resumes it.
+    Trainer's own `enable_jit_checkpoint` is no help: it knows SIGTERM alone, and each rank would stop by itself.
     """
 
     def __init__(
