@@ -47,10 +47,12 @@ class Slurm:
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
 
-    def run(self, *command: object, **names: object) -> str:
-        """What a command says, which must succeed; `names` are added to its environment."""
+    def run(self, *command: object, folder: Path | None = None, **names: object) -> str:
+        """What a command says, in a folder, which must succeed; `names` are added to its environment."""
         environment = {**self.environment, **{name: str(value) for name, value in names.items()}}
-        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 

@@ -129,9 +129,9 @@ def test_a_pipeline_whose_tasks_are_cancelled_requeued_and_preempted(trial: Tria
     slurm, work = trial.slurm, trial.work
     names = {
         **trial.names, "TASKS": 6, "TRAIN": "--cpus-per-task=2", "TRAIN_OPTIONS": " ".join(options(2)),
-        "SBATCH_CPUS_PER_TASK": 2, "SBATCH_CHDIR": trial.folder,
+        "SBATCH_CPUS_PER_TASK": 2,
     }  # fmt: skip
-    told = slurm.run("bash", EXAMPLES / "pipeline.sh", *DUMP, **names).replace(",", "").split()
+    told = slurm.run("bash", EXAMPLES / "pipeline.sh", *DUMP, folder=trial.folder, **names).replace(",", "").split()
     jobs = dict(zip(told[::2], told[1::2], strict=True))
     assert slurm.state(jobs["train"]) == "PENDING"
 
