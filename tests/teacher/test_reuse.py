@@ -90,7 +90,10 @@ def assert_same_rows(found: Path | str, expected: Path | str, tolerance: float) 
     for a, b in zip(one, other, strict=True):
         for name in ("tokens", "labels", "segments", "documents"):
             assert torch.equal(getattr(a, name), getattr(b, name))
-        assert a.targets.count.tolist() == b.targets.count.tolist()
+        counts = [
+            (targets.count > 0 if targets.sampled else targets.count).tolist() for targets in (a.targets, b.targets)
+        ]
+        assert counts[0] == counts[1]  # draws of one id are one entry
         for name in ("entropy", "label_logprob", "log_partition", *([] if a.targets.sampled else ["log_tail"])):
             torch.testing.assert_close(getattr(a.targets, name), getattr(b.targets, name), atol=tolerance, rtol=0)
         for name, values in a.extras.items():
@@ -174,7 +177,8 @@ def test_whatever_is_stored(teacher: Path, corpus: Path, tmp_path: Path, ran: li
     first = taken(ran)
     reuse = (str(tmp_path / "old"),)
     summary = dump(dump_options(teacher, larger, tmp_path / "new", reuse=reuse, **case))
-    assert taken(ran) <= 0.05 * first and summary["complete"]
+    most = 0.05 if case.get("isolate", True) else 0.1  # whole rows, many of which hold other documents now
+    assert taken(ran) <= most * first and summary["complete"]
     dump(dump_options(teacher, larger, tmp_path / "nothing", **case))
     step = {"float16": 1e-5, "12": 1 / 128, "6": 1 / 128, "8": 1 / 128}[case["precision"]]
     assert_same_rows(tmp_path / "new", tmp_path / "nothing", step)
