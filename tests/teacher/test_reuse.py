@@ -105,7 +105,9 @@ def assert_same_rows(found: Path | str, expected: Path | str, tolerance: float) 
             torch.testing.assert_close(weights[0][full], weights[1][full], atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("grown", ["end", "middle", "shuffled"])
+@pytest.mark.parametrize(
+    "grown", ["middle", pytest.param("end", marks=pytest.mark.slow), pytest.param("shuffled", marks=pytest.mark.slow)]
+)
 def test_it_has_the_content_of_a_dump_from_nothing(
     teacher: Path, corpus: Path, tmp_path: Path, ran: list[int], grown: str
 ) -> None:
@@ -131,6 +133,7 @@ def test_it_has_the_content_of_a_dump_from_nothing(
     assert open_cache(tmp_path / "new").manifest.origin["reused"] == [open_cache(tmp_path / "old").manifest.sha256]
 
 
+@pytest.mark.slow
 def test_draws_of_what_is_new_are_those_of_a_dump_from_nothing(
     teacher: Path, corpus: Path, tmp_path: Path, ran: list[int]
 ) -> None:
@@ -145,6 +148,7 @@ def test_draws_of_what_is_new_are_those_of_a_dump_from_nothing(
     assert verify_cache(tmp_path / "new").content_sha256 == verify_cache(tmp_path / "nothing").content_sha256
 
 
+@pytest.mark.slow
 def test_a_real_batch_changes_last_bits_only(teacher: Path, cache: Path, tmp_path: Path, ran: list[int]) -> None:
     larger = write(tmp_path / "larger.jsonl", MIDDLE)
     summary = dump(dump_options(teacher, larger, tmp_path / "new", reuse=(str(cache),)))
@@ -187,6 +191,7 @@ def test_whatever_is_stored(teacher: Path, corpus: Path, tmp_path: Path, ran: li
     assert (new.selection, new.id_order, new.date) == (old.selection, old.id_order, old.date)
 
 
+@pytest.mark.slow
 def test_where_everything_is_held_no_teacher_is_opened(
     teacher: Path, corpus: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +314,7 @@ def test_a_damaged_row_is_named(teacher: Path, corpus: Path, tmp_path: Path) -> 
         dump(dump_options(teacher, corpus, tmp_path / "new", reuse=(str(tmp_path / "old"),)))
 
 
+@pytest.mark.slow
 def test_an_incomplete_cache_gives_what_it_has(teacher: Path, corpus: Path, cache: Path, tmp_path: Path) -> None:
     dump(dump_options(teacher, corpus, tmp_path / "half", worker="1/2"))
     summary = dump(dump_options(teacher, corpus, tmp_path / "new", reuse=(str(tmp_path / "half"),)))
