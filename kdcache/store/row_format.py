@@ -184,9 +184,9 @@ class RowFormat:
         carried = np.concatenate([[0], np.cumsum(targets.count.numpy() > 0)])  # targets before each labelled slot
         extras: dict[str, tuple[NDArray[Any], bool]] = {}
         for name, spec in self.extras.items():
-            for stream in stream_names(name, spec).values():
-                vectors = len(row.tokens) if spec.per == "token" else int(before[-1])
-                extras[stream] = record.streams[stream].reshape(vectors, -1), spec.per == "token"
+            each, names = spec.per == "token", stream_names(name, spec)
+            for part, (_, shape) in spec.shapes(len(row.tokens) if each else int(before[-1])).items():
+                extras[names[part]] = record.streams[names[part]].reshape(shape), each
         parts = []
         for tokens in contexts:
             labels = slice(before[tokens.start], before[tokens.stop])

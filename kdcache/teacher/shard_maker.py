@@ -96,9 +96,7 @@ class ShardMaker:
         return self._writer
 
     def create(self) -> None:
-        """Create the cache unless it exists. Opens the teacher for that, which says what its targets know, unless a
-        cache that is reused says it.
-        """
+        """Create the cache unless it exists. Opens the teacher for it, unless a reused cache says what targets know."""
         if self._writer is None:
             self._prepare()
 

@@ -90,7 +90,10 @@ def assert_same_rows(found: Path | str, expected: Path | str, tolerance: float) 
     for a, b in zip(one, other, strict=True):
         for name in ("tokens", "labels", "segments", "documents"):
             assert torch.equal(getattr(a, name), getattr(b, name))
-        assert a.targets.count.tolist() == b.targets.count.tolist()
+        counts = [
+            (targets.count > 0 if targets.sampled else targets.count).tolist() for targets in (a.targets, b.targets)
+        ]
+        assert counts[0] == counts[1]  # draws of one id are one entry
         for name in ("entropy", "label_logprob", "log_partition", *([] if a.targets.sampled else ["log_tail"])):
             torch.testing.assert_close(getattr(a.targets, name), getattr(b.targets, name), atol=tolerance, rtol=0)
         for name, values in a.extras.items():
@@ -102,7 +105,9 @@ def assert_same_rows(found: Path | str, expected: Path | str, tolerance: float) 
             torch.testing.assert_close(weights[0][full], weights[1][full], atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("grown", ["end", "middle", "shuffled"])
+@pytest.mark.parametrize(
+    "grown", ["middle", pytest.param("end", marks=pytest.mark.slow), pytest.param("shuffled", marks=pytest.mark.slow)]
+)
 def test_it_has_the_content_of_a_dump_from_nothing(
     teacher: Path, corpus: Path, tmp_path: Path, ran: list[int], grown: str
 ) -> None:
@@ -128,6 +133,7 @@ def test_it_has_the_content_of_a_dump_from_nothing(
     assert open_cache(tmp_path / "new").manifest.origin["reused"] == [open_cache(tmp_path / "old").manifest.sha256]
 
 
+@pytest.mark.slow
 def test_draws_of_what_is_new_are_those_of_a_dump_from_nothing(
     teacher: Path, corpus: Path, tmp_path: Path, ran: list[int]
 ) -> None:
@@ -142,6 +148,7 @@ def test_draws_of_what_is_new_are_those_of_a_dump_from_nothing(
     assert verify_cache(tmp_path / "new").content_sha256 == verify_cache(tmp_path / "nothing").content_sha256
 
 
+@pytest.mark.slow
 def test_a_real_batch_changes_last_bits_only(teacher: Path, cache: Path, tmp_path: Path, ran: list[int]) -> None:
     larger = write(tmp_path / "larger.jsonl", MIDDLE)
     summary = dump(dump_options(teacher, larger, tmp_path / "new", reuse=(str(cache),)))
@@ -174,7 +181,8 @@ def test_whatever_is_stored(teacher: Path, corpus: Path, tmp_path: Path, ran: li
     first = taken(ran)
     reuse = (str(tmp_path / "old"),)
     summary = dump(dump_options(teacher, larger, tmp_path / "new", reuse=reuse, **case))
-    assert taken(ran) <= 0.05 * first and summary["complete"]
+    most = 0.05 if case.get("isolate", True) else 0.1  # whole rows, many of which hold other documents now
+    assert taken(ran) <= most * first and summary["complete"]
     dump(dump_options(teacher, larger, tmp_path / "nothing", **case))
     step = {"float16": 1e-5, "12": 1 / 128, "6": 1 / 128, "8": 1 / 128}[case["precision"]]
     assert_same_rows(tmp_path / "new", tmp_path / "nothing", step)
@@ -183,6 +191,7 @@ def test_whatever_is_stored(teacher: Path, corpus: Path, tmp_path: Path, ran: li
     assert (new.selection, new.id_order, new.date) == (old.selection, old.id_order, old.date)
 
 
+@pytest.mark.slow
 def test_where_everything_is_held_no_teacher_is_opened(
     teacher: Path, corpus: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +314,7 @@ def test_a_damaged_row_is_named(teacher: Path, corpus: Path, tmp_path: Path) -> 
         dump(dump_options(teacher, corpus, tmp_path / "new", reuse=(str(tmp_path / "old"),)))
 
 
+@pytest.mark.slow
 def test_an_incomplete_cache_gives_what_it_has(teacher: Path, corpus: Path, cache: Path, tmp_path: Path) -> None:
     dump(dump_options(teacher, corpus, tmp_path / "half", worker="1/2"))
     summary = dump(dump_options(teacher, corpus, tmp_path / "new", reuse=(str(tmp_path / "half"),)))
