@@ -182,11 +182,15 @@ def _watched(ray: Any, board: Any, on_progress: Progress | None, on_reading: Rea
     ended, to = threading.Event(), {"progress": on_progress, "reading": on_reading}
 
     def watch() -> None:
+        asked = board.shown.remote()
         while not ended.wait(_TICK):
-            for what, figures in ray.get(board.shown.remote()).items():
+            if not ray.wait([asked], timeout=0)[0]:  # the board is not there yet
+                continue
+            for what, figures in ray.get(asked).items():
                 told: Any = to[what]
                 if told is not None:
                     told(*figures)
+            asked = board.shown.remote()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
