@@ -279,7 +279,7 @@ def test_version() -> None:
 def test_an_option_that_may_be_given_again_is_a_list_in_a_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, expected: tuple[str, ...]
 ) -> None:
-    from kdcache.student import launch as module
+    from kdcache.student import train as module
 
     seen: list[TrainConfig] = []
 
