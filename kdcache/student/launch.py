@@ -3,8 +3,8 @@
 Guarantee: a rank is the same `train` that torchrun would run, in the same process group, so the run is the same run:
 its folder may be resumed by either. A rank that dies (its process, its node) ends the others, and all begin again from
 the newest complete checkpoint, three times at most.
-Cost: above that of torchrun, the start of the actors; this module loads no torch, which the ranks need alone. One small actor beside the driver, the board, carries progress,
-refusals and the summary to it.
+Cost: above that of torchrun, the start of the actors. One small actor beside the driver, the board, carries progress,
+refusals and the summary to it; neither of them loads torch.
 """
 
 from __future__ import annotations

@@ -15,11 +15,13 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kdcache import errors
-from kdcache.teacher.dump import Progress
 from kdcache.teacher.launch.shard_worker import FINISH, MAKE, OPEN, Outcome, Task
+
+if TYPE_CHECKING:
+    from kdcache.teacher.dump import Progress
 
 ATTEMPTS = 3
 """Workers that one task may end."""
