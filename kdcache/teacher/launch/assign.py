@@ -104,7 +104,8 @@ class _Assignment:
             for answer in self._crew.answers(_TICK):
                 self._heard = True
                 if answer.progress is not None:
-                    self._shown[answer.worker] = answer.progress
+                    if answer.worker not in self._idle:  # else it is of a shard that is counted already
+                        self._shown[answer.worker] = answer.progress
                 elif answer.died is not None:
                     self._replace(answer.worker, f"the last one {answer.died}", None)
                 elif answer.outcome is not None:
