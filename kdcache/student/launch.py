@@ -4,7 +4,7 @@ Guarantee: a rank is the same `train` that torchrun would run, in the same proce
 its folder may be resumed by either. A rank that dies (its process, its node) ends the others, and all begin again from
 the newest complete checkpoint, three times at most.
 Cost: above that of torchrun, the start of the actors. One small actor beside the driver, the board, carries progress,
-refusals and the summary to it.
+refusals and the summary to it; neither of them loads torch.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdcache import errors
 from kdcache.errors import KdcacheError, LaunchError
 from kdcache.plugins import load_inherited
 from kdcache.ray_cluster import connected, handed_on, has_gpus
 from kdcache.student.config import TrainOptions
-from kdcache.student.train import Progress, train
+
+if TYPE_CHECKING:
+    from kdcache.student.train import Progress
 
 FAILURES = 3
 """How often the ranks are started again after one of them died."""
@@ -48,6 +50,8 @@ def launch(
         KdcacheError: see the exception tree; `LaunchError` if ranks died again and again.
     """
     if options.launch is None:
+        from kdcache.student.train import train
+
         return train(options.config, on_progress, on_reading)
     cpus, gpus = options.cpus_per_worker or 1, options.gpus_per_worker or 0.0
     with connected(options.address, cpus, gpus) as ray:
@@ -100,6 +104,8 @@ def _fit(
 def _rank(settings: dict[str, Any]) -> None:
     """Be one rank."""
     import ray
+
+    from kdcache.student.train import train
 
     with contextlib.suppress(OSError):  # a node that has no such folder
         os.chdir(settings["folder"])
@@ -182,11 +188,15 @@ def _watched(ray: Any, board: Any, on_progress: Progress | None, on_reading: Rea
     ended, to = threading.Event(), {"progress": on_progress, "reading": on_reading}
 
     def watch() -> None:
+        asked = board.shown.remote()
         while not ended.wait(_TICK):
-            for what, figures in ray.get(board.shown.remote()).items():
+            if not ray.wait([asked], timeout=0)[0]:  # the board is not there yet
+                continue
+            for what, figures in ray.get(asked).items():
                 told: Any = to[what]
                 if told is not None:
                     told(*figures)
+            asked = board.shown.remote()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

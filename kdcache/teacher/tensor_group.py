@@ -67,8 +67,6 @@ def join_group(size: int) -> TensorGroup:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     store, rank, _ = next(rendezvous("env://"))
-    torch.distributed.init_process_group(
-        backend, store=torch.distributed.PrefixStore(f"kdcache-{group}", store), rank=rank % size, world_size=size,
-        timeout=_PATIENCE,
-    )  # fmt: skip
+    own = torch.distributed.PrefixStore(f"kdcache-{group}", store)  # type: ignore[attr-defined]
+    torch.distributed.init_process_group(backend, store=own, rank=rank % size, world_size=size, timeout=_PATIENCE)
     return TensorGroup(size, leads=rank % size == 0)

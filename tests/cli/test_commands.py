@@ -13,8 +13,8 @@ from kdcache_cli.main import app
 from typer.testing import CliRunner
 
 from kdcache.errors import ConfigError
-from kdcache.student.config import TrainConfig
-from kdcache.teacher.config import DumpConfig
+from kdcache.student.config import TrainConfig, TrainOptions
+from kdcache.teacher.config import DumpOptions
 from tests.processes import fresh_kdcache as kdcache
 
 COMMANDS = ("dump-teacher", "train-student", "inspect-shard", "evaluate", "verify", "demo")
@@ -35,7 +35,7 @@ def test_every_command_explains_itself(command: str, monkeypatch: pytest.MonkeyP
         assert flag in out
 
 
-@pytest.mark.parametrize(("command", "config"), [("dump-teacher", DumpConfig), ("train-student", TrainConfig)])
+@pytest.mark.parametrize(("command", "config"), [("dump-teacher", DumpOptions), ("train-student", TrainOptions)])
 def test_options_are_the_configuration(command: str, config: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     _, out, _ = invoke(command, "--help")

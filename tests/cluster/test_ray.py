@@ -26,7 +26,7 @@ from tests.processes import PATIENCE, kdcache, wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'kdcache[ray]'")
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_DISABLE_DASHBOARD": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 class Command(subprocess.Popen[str]):
@@ -47,8 +47,8 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
-            patch.setenv(name, "1" if name == "OMP_NUM_THREADS" else "PASSIVE")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_worker_niceness", "0")  # beside other work, a nice process would not get on
         found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         try:
             yield found

@@ -7,10 +7,12 @@ corpus, and needs no GPU.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdcache.teacher.config import DumpOptions
-from kdcache.teacher.dump import Progress, dump
+
+if TYPE_CHECKING:
+    from kdcache.teacher.dump import Progress
 
 
 def launch(options: DumpOptions, on_progress: Progress | None = None) -> dict[str, Any]:
@@ -23,6 +25,8 @@ def launch(options: DumpOptions, on_progress: Progress | None = None) -> dict[st
         KdcacheError: see the exception tree; nothing already written is harmed.
     """
     if options.launch is None:
+        from kdcache.teacher.dump import dump
+
         return dump(options.config, on_progress)
     from kdcache.teacher.launch.assign import run
 

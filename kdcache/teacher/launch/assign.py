@@ -15,11 +15,13 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kdcache import errors
-from kdcache.teacher.dump import Progress
 from kdcache.teacher.launch.shard_worker import FINISH, MAKE, OPEN, Outcome, Task
+
+if TYPE_CHECKING:
+    from kdcache.teacher.dump import Progress
 
 ATTEMPTS = 3
 """Workers that one task may end."""
@@ -102,7 +104,8 @@ class _Assignment:
             for answer in self._crew.answers(_TICK):
                 self._heard = True
                 if answer.progress is not None:
-                    self._shown[answer.worker] = answer.progress
+                    if answer.worker not in self._idle:  # else it is of a shard that is counted already
+                        self._shown[answer.worker] = answer.progress
                 elif answer.died is not None:
                     self._replace(answer.worker, f"the last one {answer.died}", None)
                 elif answer.outcome is not None:
