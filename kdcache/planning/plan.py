@@ -75,6 +75,7 @@ def plan(options: PlanOptions, on_progress: Progress | None = None) -> dict[str,
             clock.begin("documents")
             sample = take_sample(inputs, options.batch_rows)
             batches = sample.batches(options.batches, options.batch_rows)
+            teacher.targets(batches[0][:1], request)  # compiles loops, once a machine, on nobody's clock
             clock.begin("pilot")
             inputs = dataclasses.replace(inputs, manifest=run_pilot(teacher, inputs))
             inputs.manifest.require_sound()
