@@ -5,8 +5,8 @@
 
 Cached: one dump, then passes of training from the cache. Live: passes of the same trainer with the same student, rows
 and loss, whose targets the teacher makes when a step needs them; the rows lie tokenised in memory. Both ways are really
-run, over all rows of the corpus or 12 steps, a process each. The cache pays from (seconds of the dump) / (seconds of a live pass -
-seconds of a cached pass) passes on.
+run, a process each, over all rows of the corpus, or 12 steps if that is more. The cache pays from (seconds of the dump)
+/ (seconds of a live pass - seconds of a cached pass) passes on.
 
 Everything runs on one core with one thread, and the clock is the processor's: on a core that nobody else uses it is the
 wall's, and other programs do not count. Peak memory is that of the real processes of dump and training.
