@@ -3,10 +3,10 @@
     python -m benchmarks.break_even [--assets DIR] [--teacher NAME] [--corpus NAME] [--documents 400] [--core N]
                                     [--select topk] [--k 64] [--json FILE]
 
-Cached: one dump, then passes of training from the cache. Live: passes of the same trainer with the same student, rows
-and loss, whose targets the teacher makes when a step needs them; the rows lie tokenised in memory. Both ways are really
-run, over all rows of the corpus, a process each. The cache pays from (seconds of the dump) / (seconds of a live pass -
-seconds of a cached pass) passes on.
+Cached: one dump, then passes of training from the cache. Live: the same steps of the same student, with the same rows
+and loss, whose targets the teacher makes when a step needs them; the rows lie tokenised in memory. The steps of both
+ways take turns in one process, so that whatever slows a machine slows both. The cache pays from (seconds of the dump) /
+(seconds of a live pass - seconds of a cached pass) passes on.
 
 Everything runs on one core with one thread, and the clock is the processor's: on a core that nobody else uses it is the
 wall's, and other programs do not count. Peak memory is that of the real processes of dump and training.
@@ -15,21 +15,18 @@ wall's, and other programs do not count. Peak memory is that of the real process
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write
 
-SEQ_LEN = {"stories260K": 256, "lab32k": 512}
+SEQ_LEN = {"stories260K": 256, "lab32k": 128}
 CORPORA = ("tinystories.txt", "wikitext2-valid.txt")
 STUDENTS = {
     "stories260K": {"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -37,7 +34,8 @@ STUDENTS = {
 }
 """Layers of each teacher's student; both have a fraction of their teacher's."""
 
-BATCH_ROWS = 8
+BATCH_ROWS, STEPS = 8, 12
+"""Rows of a step, and steps of each way at least."""
 SITE = "import time; time.perf_counter = time.process_time\n"
 """What makes every clock of a process, and of the processes that it starts, the processor's."""
 
@@ -69,59 +67,47 @@ def run(command: list[str], core: int, scratch: Path) -> tuple[dict[str, Any], i
         return json.load(output), used.ru_maxrss * 1024
 
 
-def passes(options: argparse.Namespace) -> dict[str, float]:
-    """Train one pass, live or from a cache; seconds of its steps, the first one left out and made up for."""
-    from transformers import TrainerCallback
+def take_steps(options: argparse.Namespace) -> dict[str, float]:
+    """Train two students, from the cache and live, in turns; seconds for a row, the first step of each left out."""
+    import torch
 
     from kdcache.cache import open_cache
-    from kdcache.pretrained import find_device
-    from kdcache.rows import PackedRow
-    from kdcache.student.config import TrainConfig
-    from kdcache.student.mixture import Mixture
-    from kdcache.student.model import load_student
-    from kdcache.student.schedule import Schedule
-    from kdcache.student.trainer import DistillationTrainer, arguments
-    from kdcache.targets import SparseTargets
+    from kdcache.losses import Figures, Objective
+    from kdcache.student import Collator, compute_loss, fuse_head, load_student
+    from kdcache.student.data import Item
     from kdcache.teacher.engines.base import TargetRequest, TeacherSpec
     from kdcache.teacher.open_teacher import open_teacher
 
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
-
-    class LiveRows:
-        """Rows in memory, their targets from the teacher when they are asked for."""
-
-        def __init__(self, manifest: Any, rows: list[PackedRow], teacher: Any) -> None:
-            self.manifest, self.rows, self.teacher = manifest, rows, teacher
-            self.request = TargetRequest.of(manifest)
-
-        def read_packed(self, index: int) -> tuple[PackedRow, SparseTargets]:
-            return next(self.read_rows([index]))
-
-        def read_rows(self, indices: Iterable[int]) -> Iterator[tuple[PackedRow, SparseTargets]]:
-            rows = [self.rows[i] for i in indices]
-            found = self.teacher.targets(rows, self.request)
-            yield from zip(rows, found.targets.split(found.counts), strict=True)
-
-    cache, device = open_cache(options.cache), find_device("cpu")
-    config = TrainConfig(cache=options.cache, student=options.student, out=options.out, device="cpu",
-                         batch_rows=BATCH_ROWS)  # fmt: skip
-    rows, steps = range(len(cache)), -(-len(cache) // BATCH_ROWS)
-    model = load_student(config.student, cache, device, config.seed)
-    args = dataclasses.replace(arguments(config, steps, device, remote=False), save_strategy="no")
-    mixture, schedule = Mixture([len(rows)], config.seed, [1.0]), Schedule.of(config, cache.manifest, steps)
-    reader: Any = cache
-    if options.live:
-        spec = TeacherSpec(model=options.teacher, engine="transformers", device="cpu", batch_rows=BATCH_ROWS)
-        request = TargetRequest.of(cache.manifest)
-        teacher = open_teacher(spec, cache.manifest.row_spec, request, cache.manifest.position_filter)
-        reader = LiveRows(cache.manifest, [row for row, _ in cache.read_rows(rows)], teacher)
-    trainer = DistillationTrainer(model, [reader], [rows], mixture, config, schedule, args, [Clock()])
-    trainer.train()
-    return {"seconds": (ends[-1] - ends[0]) / (steps - 1) * steps, "rows": len(rows), "steps": steps}
+    cache = open_cache(options.cache)
+    manifest = cache.manifest
+    request, collate = TargetRequest.of(manifest), Collator([cache])
+    spec = TeacherSpec(model=options.teacher, engine="transformers", device="cpu", batch_rows=BATCH_ROWS)
+    teacher = open_teacher(spec, manifest.row_spec, request, manifest.position_filter)
+    rows = [row for row, _ in cache.read_rows(range(len(cache)))]
+    students = []
+    for _ in range(2):
+        model = load_student(options.student, cache, torch.device("cpu"), 0)
+        students.append((model, fuse_head(model, "cpu"), torch.optim.AdamW(model.parameters(), 1e-4)))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    seconds: dict[str, list[float]] = {name: [] for name in ("cached", "reading", "live", "teacher")}
+    for step in range(max(STEPS, len(rows) // BATCH_ROWS)):
+        chosen = [order[(step * BATCH_ROWS + i) % len(rows)] for i in range(BATCH_ROWS)]
+        ways = (("cached", "reading", students[0]), ("live", "teacher", students[1]))
+        for name, part, (model, head, optimizer) in ways if step % 2 else reversed(ways):
+            started = time.perf_counter()
+            if name == "cached":
+                found = list(cache.read_rows(chosen))
+            else:
+                made = teacher.targets([rows[i] for i in chosen], request)
+                found = list(zip((rows[i] for i in chosen), made.targets.split(made.counts), strict=True))
+            seconds[part].append(time.perf_counter() - started)
+            batch = collate([Item(*each, 0, i) for each, i in zip(found, chosen, strict=True)])
+            loss = compute_loss(model, head, batch, Objective(), vocab_size=manifest.vocab_size, figures=Figures())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: sum(each[1:]) / (len(each) - 1) / BATCH_ROWS for name, each in seconds.items()}
 
 
 def measure(options: argparse.Namespace, teacher: Path, corpus: Path) -> dict[str, Any]:
@@ -134,26 +120,26 @@ def measure(options: argparse.Namespace, teacher: Path, corpus: Path) -> dict[st
             "--select", options.select, "--k", str(options.k), "--device", "cpu", "--batch-rows", str(BATCH_ROWS),
             "--limit-docs", str(options.documents), "--json",
         ]  # fmt: skip
-        cli, ours = "kdcache_cli", ["benchmarks.break_even", "--pass"]
-        cache, core = str(scratch / "cache"), options.core
+        cli, cache, core = "kdcache_cli", str(scratch / "cache"), options.core
         plan, _ = run([cli, "plan", *asked, "--student", str(student)], core, scratch)
         made, dump_memory = run([cli, "dump-teacher", *asked, "--out", cache], core, scratch)
         whole, training_memory = run(
             [cli, "train-student", "--cache", cache, "--student", str(student), "--out", str(scratch / "student"),
              "--device", "cpu", "--epochs", "1", "--json"], core, scratch,
         )  # fmt: skip
-        one = ["--cache", cache, "--teacher", str(teacher), "--student", str(student), "--out", str(scratch / "pass")]
-        cached, _ = run([*ours, *one], core, scratch)
-        live, _ = run([*ours, *one, "--live"], core, scratch)
-    at = made["seconds"] / (live["seconds"] - cached["seconds"])
+        steps, _ = run(
+            ["benchmarks.break_even", "--steps", "--cache", cache, "--teacher", str(teacher), "--student",
+             str(student)], core, scratch,
+        )  # fmt: skip
+    a_pass = {name: made["rows"] * seconds for name, seconds in steps.items()}
+    at = made["seconds"] / (a_pass["live"] - a_pass["cached"])
     planned = plan["training"]
     return {
         "teacher": teacher.name,
         "corpus": corpus.name,
         "positions": made["positions"],
         "dump_seconds": made["seconds"],
-        "cached_pass_seconds": cached["seconds"],
-        "live_pass_seconds": live["seconds"],
+        "pass_seconds": a_pass,
         "train_student_seconds": whole["training_seconds"],
         "break_even_passes": at,
         "planned": planned,
@@ -161,9 +147,9 @@ def measure(options: argparse.Namespace, teacher: Path, corpus: Path) -> dict[st
         "ratios": {
             "bytes": plan["bytes"] / made["bytes"],
             "seconds": plan["seconds"]["total"] / made["seconds"],
-            "cached pass": planned["student_seconds_per_pass"] / cached["seconds"],
-            "live pass": (planned["live_seconds"] / planned["passes"]) / live["seconds"],
-            "break-even": planned["break_even_passes"] / at,
+            "cached pass": planned["student_seconds_per_pass"] / a_pass["cached"],
+            "live pass": (planned["live_seconds"] / planned["passes"]) / a_pass["live"],
+            "break-even": (planned["break_even_passes"] or float("inf")) / at,
             "dump memory": plan["memory"]["dump"]["peak_bytes"] / dump_memory,
             "training memory": plan["memory"]["training"]["peak_bytes"] / training_memory,
         },
@@ -180,13 +166,12 @@ def main() -> None:
     parser.add_argument("--select", default="topk")
     parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--json", help="a file for the results")
-    for name in ("--pass", "--live"):
-        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
-    for name in ("--cache", "--student", "--out"):
+    parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
+    for name in ("--cache", "--student"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if getattr(options, "pass"):
-        print(json.dumps({**passes(options), "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+    if options.steps:
+        print(json.dumps(take_steps(options)))
         return
     assets, results = Path(options.assets), []
     date = time.strftime("%Y-%m-%d")
@@ -197,7 +182,7 @@ def main() -> None:
             results.append(found)
             words = ", ".join(f"{what} {ratio:.2f}" for what, ratio in found["ratios"].items())
             print(f"{name} {corpus}: {found['positions']:,} positions, dump {found['dump_seconds']:.1f} s, pass cached "
-                  f"{found['cached_pass_seconds']:.1f} s, live {found['live_pass_seconds']:.1f} s, break-even "
+                  f"{found['pass_seconds']['cached']:.1f} s, live {found['pass_seconds']['live']:.1f} s, break-even "
                   f"{found['break_even_passes']:.2f}; {words}", flush=True)  # fmt: skip
     settings = {name: getattr(options, name) for name in ("documents", "select", "k")}
     write(options.json, "cpu", settings, results)

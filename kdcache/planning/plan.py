@@ -76,6 +76,7 @@ def plan(options: PlanOptions, on_progress: Progress | None = None) -> dict[str,
             clock.begin("documents")
             sample = take_sample(inputs, options.batch_rows)
             batches = sample.batches(options.batches, options.batch_rows)
+            teacher.targets(batches[0][:1], request)  # compiles loops, once a machine, on nobody's clock
             clock.begin("pilot")
             inputs = dataclasses.replace(inputs, manifest=run_pilot(teacher, inputs))
             inputs.manifest.require_sound()
@@ -88,6 +89,7 @@ def plan(options: PlanOptions, on_progress: Progress | None = None) -> dict[str,
             others = measure_others(options, teacher, inputs, sample, batches, like, Path(scratch) / "others")
             teacher_row = _teacher_seconds(teacher, batches, trial) if options.student else 0.0
             device = teacher.device
+        del teacher  # and its weights with it: training is given the whole GPU
         found = _whole(options, inputs, sample, trial, others)
         found["sampled"]["batches"] = len(batches)
         found["seconds"] = _seconds(clock, inputs, sample, speed)
@@ -234,7 +236,7 @@ def _try_training(
     from kdcache.planning.student_step import measure_student  # which loads much that a dump does without
 
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the student is given the whole GPU
+        torch.cuda.empty_cache()
     try:
         step = in_own_process(measure_student, options, cache, cache.parent / "student")
     except NoRoomError:
