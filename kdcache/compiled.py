@@ -85,7 +85,7 @@ def _kept_for(folder: Path) -> Iterator[None]:
     before = numba.config.CACHE_DIR
     pycache = folder / "__pycache__"
     if before or os.access(pycache if pycache.exists() else folder, os.W_OK):
-        numba.config.CACHE_DIR = str(Path(before or pycache) / f"loops-{_digest(folder)}")
+        numba.config.CACHE_DIR = str(Path(before or pycache) / f"loops-{_digest(folder, numba.__version__)}")
     try:
         yield
     finally:
@@ -93,8 +93,9 @@ def _kept_for(folder: Path) -> Iterator[None]:
 
 
 @functools.cache
-def _digest(folder: Path) -> str:
-    running = hashlib.sha256()
+def _digest(folder: Path, version: str) -> str:
+    """Of the sources and numba's version: two versions would overwrite each other's loops."""
+    running = hashlib.sha256(version.encode())
     for path in sorted(folder.glob("*.py")):
         running.update(path.read_bytes())
     return running.hexdigest()[:16]

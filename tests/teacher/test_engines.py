@@ -274,12 +274,12 @@ def test_names(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     assert find_engine("transformers").name == "transformers"
     with pytest.raises(ConfigError, match="engine named bigram is registered already"):
         register_engine(Bigram)
-    with pytest.raises(ConfigError, match=r"engine steam is not one of transformers, bigram"):
+    with pytest.raises(ConfigError, match=r"engine steam is not one of transformers, vllm, server, bigram"):
         dump_options(teacher, corpus, tmp_path, engine="steam")
     done = kdcache(
         "dump-teacher", "--teacher", teacher, "--corpus", corpus, "--out", tmp_path / "c", "--engine", "steam"
     )
-    assert done.returncode == 2 and done.stderr.endswith("engine steam is not one of transformers\n"), done.stderr
+    assert done.returncode == 2 and done.stderr.endswith("engine steam is not one of transformers, vllm, server\n"), done.stderr
 
 
 class Changing(Bigram):

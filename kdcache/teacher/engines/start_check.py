@@ -49,7 +49,7 @@ _LONG = 512
 """Tokens of the longest piece, unless more are needed to exceed what the engine takes at once."""
 
 _MEMORY_SHARE = 3
-"""Part of the free memory that the weights in float32 may take."""
+"""Part of the free memory that the weights in float32 and the logits of the pieces may take."""
 
 _ROUNDED = 0.1
 """How far targets of one token in two prompts may be apart, in the mean, where the model runs in 16 or 8 bits."""
@@ -123,7 +123,8 @@ def _reference(folder: Path, pieces: list[np.ndarray], vocab_size: int) -> list[
     if quantisation(folder) is not None:  # the engine rounds what it is given, transformers does not
         return None
     stored = sum(file.stat().st_size for file in weight_files(folder, "teacher"))
-    if 2 * stored > free_memory() / _MEMORY_SHARE:
+    logits = 3 * 4 * vocab_size * max(map(len, pieces)) + 4 * vocab_size * sum(map(len, pieces))
+    if 2 * stored + logits > free_memory() / _MEMORY_SHARE:
         return None
     try:
         model = load_model(folder, "teacher", "float32", torch.device("cpu")).eval()
