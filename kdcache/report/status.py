@@ -7,8 +7,8 @@ of the workers and of this machine may be wrong. A worker of which there is no s
 
 A worker's speed is what it has done since it began its first shard, in characters of the plan (in shards where there is
 no plan), so waiting and writing count; the rate is the sum over those that run now.
-Cost of a look: in an object store 4 requests, one more for each thousand commits and one for each shard that is being
-made; the first look reads the manifest and the plan, too. A look at a complete cache is one request.
+Cost of a look: in an object store 4 requests (6 while nobody runs), one more for each thousand commits and one for each
+shard that is being made; the first look reads the manifest and the plan, too. A complete cache takes one a look.
 """
 
 from __future__ import annotations
