@@ -67,7 +67,9 @@ def connected(address: str | None, cpus: float, gpus: float) -> Iterator[Any]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what they say, the error says
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **mine)
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        except (
+            Exception
+        ) as error:  # Ray raises plain ones, too: for a cluster of another version, or one that is too busy
             raise ConfigError(f"the Ray cluster {address} cannot be used: {one_line(error)}") from error
         finally:
             if before is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kdcache.ray_cluster import require_ray
 from kdcache.teacher.config import DumpOptions
 
 if TYPE_CHECKING:
@@ -31,8 +32,12 @@ def launch(options: DumpOptions, on_progress: Progress | None = None) -> dict[st
     from kdcache.teacher.launch.assign import run
 
     if options.launch == "local":
-        from kdcache.teacher.launch.local import local_workers as workers
-    else:
-        from kdcache.teacher.launch.ray_actors import ray_workers as workers
-    with workers(options) as crew:
-        return run(crew, on_progress)
+        from kdcache.teacher.launch.local import local_workers
+
+        with local_workers(options) as processes:
+            return run(processes, on_progress)
+    require_ray()
+    from kdcache.teacher.launch.ray_actors import ray_workers
+
+    with ray_workers(options) as actors:
+        return run(actors, on_progress)

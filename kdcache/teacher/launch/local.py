@@ -166,8 +166,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    fields = json.loads(sys.stdin.readline())
-    worker = ShardWorker(DumpConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}))
+    fields: dict[str, Any] = json.loads(sys.stdin.readline())
+    worker = ShardWorker(DumpConfig(**{**fields, "set": tuple(fields["set"])}))
     try:
         for line in sys.stdin:
             with _telling(worker, answers):

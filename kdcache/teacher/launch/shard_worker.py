@@ -83,7 +83,7 @@ class ShardWorker:
         load_inherited()
         self._maker = maker = ShardMaker(self._config)
         if maker.done:  # refuses a damaged commit
-            read_commits(maker.storage, maker.writer.manifest, maker.done)
+            read_commits(maker.storage, maker.writer.manifest, sorted(maker.done))
         maker.create()
         plan = maker.inputs.plan
         return [[shard, plan.documents_of(shard)] for shard in range(len(plan)) if shard not in maker.done]
