@@ -59,12 +59,12 @@ def plan(options: PlanOptions, on_progress: Progress | None = None) -> dict[str,
     Raises:
         KdcacheError: what the dump would be refused for, and a student that cannot learn from such a cache.
     """
-    if options.student:
-        from kdcache.student.model import require_students
-
-        require_students([options.student])
     clock = _Clock(on_progress)
     clock.begin("survey")
+    if options.student:
+        from kdcache.student.model import require_students  # which loads what a dump's start loads, too
+
+        require_students([options.student])
     inputs = open_inputs(options)
     request = TargetRequest.of(inputs.manifest)
     require_answerable(find_engine(options.engine), request, inputs.manifest.position_filter)
