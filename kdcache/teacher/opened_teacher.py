@@ -149,7 +149,7 @@ class OpenedTeacher:
         started = _StartedBatch(self, batch, output, to_cpu=request.selection.form.every_id)
         if isinstance(output.positions, SparseTargets):
             if output.finite is not None:
-                self.require_finite(output.finite, batch)
+                self.require_finite(output.finite, batch, search=False)
             started.take(self._checked(output.positions, batch, request))
             return started
         for logits in self._tiles(output.positions):  # [n, V]
@@ -218,8 +218,13 @@ class OpenedTeacher:
             )
         return logits[:, : self.rows.vocab_size]
 
-    def require_finite(self, finite: Tensor, batch: Batch) -> None:
+    def require_finite(self, finite: Tensor, batch: Batch, *, search: bool = True) -> None:
         """Refuse `[N]` labelled slots whose logits are not all finite.
+
+        Args:
+            finite: of each slot.
+            batch: theirs.
+            search: run the pieces again, one by one, to find the token at fault; else the first slot is named.
 
         Raises:
             LogitsError: with the document and the token.
@@ -227,13 +232,13 @@ class OpenedTeacher:
         try:
             require_finite(finite)
         except LogitsError as error:
-            raise self._bad_logits(batch, error.position) from None
+            raise self._bad_logits(batch, error.position, search=search) from None
 
     @torch.inference_mode()
-    def _bad_logits(self, batch: Batch, position: int) -> LogitsError:
+    def _bad_logits(self, batch: Batch, position: int, *, search: bool) -> LogitsError:
         """The error for bad logits, found first at a labelled slot: it names the document and token at fault."""
         row, slot = batch.slots[position].tolist()
-        document, offset = self._find_bad(batch.rows[row:]) or batch.rows[row].locate(slot)
+        document, offset = (self._find_bad(batch.rows[row:]) if search else None) or batch.rows[row].locate(slot)
         return LogitsError(
             f"the teacher's logits are NaN or infinite in document {document} of the corpus, {offset} tokens "
             "into its piece; try dtype float32 or bfloat16",

@@ -48,7 +48,7 @@ WIDE = {**TEACHER, "hidden_size": 128, "head_dim": 32, "max_position_embeddings"
 """vLLM's attention on a CPU takes heads of 32 and more."""
 KINDS: dict[str, dict[str, Any]] = {
     "llama": WIDE,
-    "gemma2": {**WIDE, "num_hidden_layers": 2, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0,
+    "gemma2": {**WIDE, "tie_word_embeddings": True, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0,
                "query_pre_attn_scalar": 32, "sliding_window": 64},
     "granite": {**WIDE, "logits_scaling": 3.0, "tie_word_embeddings": True},
 }  # fmt: skip

@@ -279,7 +279,8 @@ def test_names(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     done = kdcache(
         "dump-teacher", "--teacher", teacher, "--corpus", corpus, "--out", tmp_path / "c", "--engine", "steam"
     )
-    assert done.returncode == 2 and done.stderr.endswith("engine steam is not one of transformers, vllm, server\n"), done.stderr
+    assert done.returncode == 2
+    assert done.stderr.endswith("engine steam is not one of transformers, vllm, server\n"), done.stderr
 
 
 class Changing(Bigram):

@@ -26,6 +26,9 @@ _CPU_CACHE_SHARE = 16
 
 _CPU_CACHE_MOST = 4 << 30
 
+_QUOTED = 300
+"""Characters of what vLLM says that an error repeats."""
+
 
 class Served:
     """A teacher that vLLM has opened.
@@ -76,7 +79,7 @@ class Served:
         except Exception as error:
             traceback.print_exc()
             raise ModelError(
-                f"vLLM {self.version} cannot run the teacher {asked['model']}: {one_line(error)}"
+                f"vLLM {self.version} cannot run the teacher {asked['model']}: {one_line(error)[:_QUOTED]}"
             ) from None
         self.found = self.llm.collective_rpc("kdcache_describe")[0]
         self._require_head(asked)
@@ -219,7 +222,7 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
             message, arrays = {"refused": str(error)}, {}
         except Exception as error:
             traceback.print_exc()
-            message, arrays = {"failed": f"{type(error).__name__}: {one_line(error)}"}, {}
+            message, arrays = {"failed": f"{type(error).__name__}: {one_line(error)[:_QUOTED]}"}, {}
         sink.write(pack_frame(message, arrays))
         sink.flush()
 
