@@ -260,8 +260,11 @@ class Server:
         self.process.wait()
 
 
-def test_a_served_teacher(llama: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_served_teacher(corpus: Path, tmp_path: Path) -> None:
     """Its top k are those of transformers; killed in mid-shard and started again, the cache is completed."""
+    llama = tmp_path / "llama"
+    make_tokenizer(llama)
+    make_model(llama, **{**WIDE, "vocab_size": 320})  # a server would give random padding its share
     options = {"temperatures": "1", "docs_per_shard": 12, "k": 24}
     dump(dump_options(llama, corpus, tmp_path / "plain", **options))
     options |= {"engine": "server", "device": "auto", "engine_set": ("concurrency=4", "retries=1")}
