@@ -100,8 +100,8 @@ class ServerEngine(Engine):
         ids, logprobs, _ = self._server.top(tokens, k)
         if ids.max() >= self._rows.vocab_size:
             raise ModelError(
-                f"the server {self._server.address} gives id {ids.max()}, but the tokenizer has {self._rows.vocab_size}; "
-                "a served model whose padded ids have a probability cannot be a teacher"
+                f"the server {self._server.address} gives id {ids.max()}, but the tokenizer has "
+                f"{self._rows.vocab_size} tokens; a model whose padded ids have a probability cannot be served so"
             )
         require_exact(logprobs, self._server.address)
 
