@@ -212,7 +212,7 @@ def test_a_sick_teacher_and_one_that_vllm_does_not_know(llama: Path, corpus: Pat
     )  # fmt: skip
     with (
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(LogitsError, match="in document 9 of the corpus, 1 tokens into its piece"),
+        pytest.raises(LogitsError, match="infinite in document 9 of the corpus, "),
     ):
         patch.setattr("kdcache.teacher.engines.vllm.require_faithful", lambda *_: None)
         with open_teacher(spec_of(sick), RowSpec(vocab_size=320, seq_len=8)) as opened:
