@@ -212,7 +212,7 @@ def test_a_sick_teacher_and_one_that_vllm_does_not_know(llama: Path, corpus: Pat
     )  # fmt: skip
     with (
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(LogitsError, match="in document 9 of the corpus, 1 tokens into its piece"),
+        pytest.raises(LogitsError, match="infinite in document 9 of the corpus, "),
     ):
         patch.setattr("kdcache.teacher.engines.vllm.require_faithful", lambda *_: None)
         with open_teacher(spec_of(sick), RowSpec(vocab_size=320, seq_len=8)) as opened:
@@ -260,8 +260,11 @@ class Server:
         self.process.wait()
 
 
-def test_a_served_teacher(llama: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_served_teacher(corpus: Path, tmp_path: Path) -> None:
     """Its top k are those of transformers; killed in mid-shard and started again, the cache is completed."""
+    llama = tmp_path / "llama"
+    make_tokenizer(llama)
+    make_model(llama, **{**WIDE, "vocab_size": 320})  # a server would give random padding its share
     options = {"temperatures": "1", "docs_per_shard": 12, "k": 24}
     dump(dump_options(llama, corpus, tmp_path / "plain", **options))
     options |= {"engine": "server", "device": "auto", "engine_set": ("concurrency=4", "retries=1")}

@@ -46,7 +46,8 @@ def main(mode: str) -> None:
             count = len(arrays["slots"])
             shape = (count - 1 if mode == "fewer" else count, 32 * 3 + 1 + 2 + 2 + 1 + 1 + 1)
             rows = np.full(shape, -1, np.float64 if mode == "double" else np.float32)
-            rows[:, :32], rows[:, 96], rows[:, -1] = np.arange(32), 32, 0 if mode == "infinite" else 1
+            rows[:, :32], rows[:, 64:96], rows[:, 96] = np.arange(32), 0.01, 32  # ids, weights, count
+            rows[:, 101], rows[:, 103] = 1, mode != "infinite"  # entropy, finite
             sink.write(pack_frame({}, {} if mode == "nothing" else {"targets": rows}))
         sink.flush()
 

@@ -97,7 +97,12 @@ class ServerEngine(Engine):
         k = request.selection.width(self._rows.vocab_size)
         length = min(_CHECKED_TOKENS, self._rows.seq_len)
         tokens = np.random.default_rng(0).integers(0, self._rows.vocab_size, length).tolist()
-        _, logprobs, _ = self._server.top(tokens, k)
+        ids, logprobs, _ = self._server.top(tokens, k)
+        if ids.max() >= self._rows.vocab_size:
+            raise ModelError(
+                f"the server {self._server.address} gives id {ids.max()}, but the tokenizer has "
+                f"{self._rows.vocab_size} tokens; a model whose padded ids have a probability cannot be served so"
+            )
         require_exact(logprobs, self._server.address)
 
     def run(self, batch: Batch, request: TargetRequest) -> EngineOutput:
