@@ -45,7 +45,6 @@ from kdcache.store.manifest import Manifest, today
 from kdcache.store.open_storage import open_storage
 from kdcache.store.pulse import Pulse
 from kdcache.store.row_format import Extras, Record
-from kdcache.store.seal import unseal
 from kdcache.store.shards import ShardWriter
 from kdcache.store.storage import Storage
 from kdcache.targets import SparseTargets
@@ -224,7 +223,6 @@ class CacheWriter:
         if self.is_committed(number):
             yield NewShard(self.manifest, number)
             return
-        unseal(self.storage)
         shard = NewShard(self.manifest, number)
         with (
             self._pulse.of(number, lambda: (shard.rows, shard.planned_rows, shard.labels)),

@@ -41,7 +41,6 @@ from kdcache.store.publish import (
 from kdcache.store.pulse import Pulse
 from kdcache.store.registry import find_store
 from kdcache.store.row_format import Record
-from kdcache.store.seal import unseal
 from kdcache.store.shards import ShardWriter
 from kdcache.targets import SparseTargets
 from kdcache.worker import find_worker
@@ -91,8 +90,6 @@ def convert(
     done = set(committed(storage, manifest))
     read_commits(storage, manifest, [shard for shard in done if me.owns(shard)])  # refuses one that is damaged
     mine = [shard for shard in range(manifest.shards) if me.owns(shard) and shard not in done]
-    if mine:
-        unseal(storage)
     pulse = Pulse(storage, manifest, me.among_others)
     same_targets = manifest.selection == source.manifest.selection
     for number, shard in enumerate(mine):

@@ -23,7 +23,7 @@ from kdcache.store.heartbeat import heartbeat_name
 from kdcache.store.manifest import NAME, PLAN, Manifest
 from kdcache.store.plan import create_plan, require_plan
 from kdcache.store.registry import find_store
-from kdcache.store.seal import open_commits, seal_cache
+from kdcache.store.seal import open_commits, seal_cache, unseal
 from kdcache.store.shards import FOLDER as SHARDS
 from kdcache.store.shards import Shard, ShardWriter, recorded_shards, shard_stem
 from kdcache.store.storage import Storage
@@ -148,6 +148,7 @@ def publish_shard(
     """
     if Commit.read(storage, writer.shard, manifest.sha256) is not None:
         return False
+    unseal(storage)
     objects, ours = writer.publish(find_store(manifest.store).reader)
     try:
         reasons, listed = by_plain_reason(dropped_by or {}), fit(bad_records)

@@ -60,7 +60,7 @@ def seal_cache(storage: Storage) -> bool:
 
 
 def unseal(storage: Storage) -> None:
-    """Take the seal off, if there is one, and the list beside it: a shard is about to be made again."""
+    """Take the seal off, if there is one, and the list beside it: a shard that was made again is about to appear."""
     if storage.size(SEAL) is not None:
         storage.delete(SEAL)
         storage.delete(LISTING)

@@ -18,8 +18,8 @@ import kdcache.student
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
     {"errors", "rows", "compiled", "entry_form", "lazy_torch", "prepared_mask", "stopping"},
-    {"options", "plugins", "known", "launcher"},
-    {"registry", "file_systems", "ray_cluster"},
+    {"options", "plugins", "known"},
+    {"registry", "file_systems", "launcher", "ray_cluster"},
     {"extras", "targets", "worker"},
     {"position_filter", "selection", "losses", "codec", "isolation"},
     {"corpus"},
