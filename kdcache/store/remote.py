@@ -157,7 +157,8 @@ class RemoteStorage(Storage):
                 _require_bucket(error, self.url)
                 return {}
         names = {path[len(self._root) + 1 :]: info for path, info in sorted(found.items())}
-        return {n: info for n, info in names.items() if n and not n.endswith("/")}  # consoles put objects for folders
+        # Consoles put objects for folders; and s3fs lists a folder as one whose first object comes while it looks.
+        return {n: info for n, info in names.items() if n and not n.endswith("/") and info["type"] == "file"}
 
     def create(self, name: str, data: bytes) -> bool:
         made = self._put_new(name, data)
