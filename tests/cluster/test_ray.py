@@ -191,7 +191,7 @@ def test_a_stopped_driver_ends_its_actors_and_is_resumed(cluster: Any, work: Pat
     driver = Command(*on_ray(cluster, "stopped", workers=1), cwd=work)
     wait_until(lambda: committed(cache) == 5, driver, "no shard is committed")
     driver.send_signal(signal.SIGTERM)
-    assert driver.end() == (143, "", "stopped; what is finished is kept\n")
+    assert driver.end() == (75, "", "stopped; what is finished is kept\n")
     end = time.monotonic() + PATIENCE
     while actors(cluster.head_node):
         assert time.monotonic() < end, "the actor does not end"

@@ -58,7 +58,7 @@ def test_a_stopped_driver_ends_its_workers(teacher: Path, corpus: Path, tmp_path
     processes = workers(driver)
     driver.terminate()
     out, err = driver.communicate()
-    assert (driver.returncode, out) == (143, "") and "stopped; what is finished is kept" in err
+    assert (driver.returncode, out) == (75, "") and "stopped; what is finished is kept" in err
     assert processes and not any(process.is_running() for process in processes)
 
 
