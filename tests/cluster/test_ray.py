@@ -251,6 +251,7 @@ def test_an_address_where_nobody_is(work: Path) -> None:
         threading.Thread(target=chat, daemon=True).start()
         for scheme in ("", "ray://"):
             refused(work, f"{scheme}127.0.0.1:{port}", f"what answers at {scheme}127.0.0.1:{port} is no Ray cluster")
+        other.shutdown(socket.SHUT_RDWR)  # or the thread that waits would answer once more
     for scheme in ("", "ray://"):
         address = f"{scheme}127.0.0.1:{port}"
         refused(work, address, f"no Ray cluster answers at {address}: [Errno 111] Connection refused")
