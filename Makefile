@@ -35,7 +35,7 @@ test-cluster: $(STAMP)
 	@for script in tests/cluster/install_*.sh; do \
 		PATH="$(abspath $(BIN)):$$PATH" bash $$script || echo "$$script failed: the tests that need it are skipped"; \
 	done
-	$(BIN)/python -m pytest -m "cluster and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "cluster and not gpu"
 
 gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu --json $(GPU_RESULTS)
