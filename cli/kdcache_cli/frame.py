@@ -211,11 +211,13 @@ def run_app(app: typer.Typer) -> None:
 
 
 def _leave(code: int) -> None:
-    """Exit; under torchrun without the interpreter's teardown.
+    """Exit; under torchrun, and after a signal, without the interpreter's teardown.
 
-    A rank sometimes aborts in that teardown although its work is done, and torchrun then kills the others.
+    A rank sometimes aborts in that teardown although its work is done, and torchrun then kills the others. A signal may
+    stop a command inside an import, whose locks are then never given back: what imports something in the teardown, as
+    torch does, waits for them forever.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ or code == stopping.EXIT_CODE:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
