@@ -213,9 +213,9 @@ def run_app(app: typer.Typer) -> None:
 def _leave(code: int) -> None:
     """Exit; under torchrun, and after a signal, without the interpreter's teardown.
 
-    A rank sometimes aborts in that teardown although its work is done, and torchrun then kills the others. A signal may
-    stop a command inside an import, whose locks are then never given back: what imports something in the teardown, as
-    torch does, waits for them forever.
+    A rank sometimes aborts in that teardown although its work is done, and torchrun then kills the others. A command
+    that a signal had stopped was seen to wait forever for the lock of imports, which torch takes in the teardown: what
+    is stopped inside an import may leave it taken.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or code == stopping.EXIT_CODE:
         sys.stdout.flush()
