@@ -1,8 +1,7 @@
 # The two commands of the README are `make demo` and `make test`; each makes .venv when there is none.
 #
 #   make test       linters, types and the tests that a contributor runs: 10 minutes on 2 cores, installation included
-#   make test-all   the tests that `make test` leaves out (the mark `slow`): kills, buckets, the demo, ranks; then
-#                   make test-cluster
+#   make test-all   the tests that `make test` leaves out (the mark `slow`): kills, buckets, the demo, ranks
 #   make test-cluster  the tests with the mark `cluster`: installs SLURM, Ray and vLLM where it can, and runs them; what
 #                   it cannot install is skipped, and the summary says why
 #   make gpu        the tests with the mark `gpu` and the GPU benchmarks: 8 minutes on one card; without one it says so
@@ -26,10 +25,7 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-all: $(STAMP)
-	@status=0; \
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu" || status=1; \
-	$(MAKE) --no-print-directory test-cluster || status=1; \
-	exit $$status
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu"
 
 test-cluster: $(STAMP)
 	@for script in tests/cluster/install_*.sh; do \
