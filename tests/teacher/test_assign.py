@@ -46,7 +46,7 @@ class Scripted:
         if task.kind == FINISH:
             return {"shards": {"planned": 6, "committed": len(self.made)}}
         self.made.append(task.shard)
-        return [True, 100, 0.25]
+        return [True, 100, 0.25, 7, 2]
 
     def answers(self, seconds: float) -> Iterator[Answer]:
         while self.answered:
@@ -58,7 +58,7 @@ def test_every_shard_is_made_once_and_counted() -> None:
     summary = run(crew, lambda *figures: shown.append(figures))
     assert sorted(crew.made) == list(SHARDS) and crew.started == [0, 1]
     assert summary["shards"]["by_this_worker"] == 6 and summary["replaced"] == 0
-    assert summary["waited_seconds"] == 1.5
+    assert summary["waited_seconds"] == 1.5 and summary["reused"] == {"positions": 42, "documents": 12}
     assert shown[-1] == (60, 60, 600)
 
 

@@ -42,7 +42,7 @@ def test_two_workers_of_which_one_is_killed_make_the_cache_of_one(teacher: Path,
     wait_until(lambda: len(workers(driver)) == 2, driver, "there are no two workers")
     workers(driver)[1].kill()
     out, err = driver.communicate()
-    assert driver.returncode == 0, err
+    assert (driver.returncode, err) == (0, "")
     summary = json.loads(out)
     assert summary["complete"] and summary["workers"] == 2 and summary["replaced"] == 1
     found = subprocess.run(["diff", "-r", tmp_path / "one", tmp_path / "two"], capture_output=True, check=False)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kdcache import stopping
 from kdcache.errors import EngineError, ModelError
 from kdcache.teacher.engines.frames import Arrays, FrameError, pack_frame, read_frame
 
@@ -41,10 +42,11 @@ class WorkerProcess:
         self._name, self._timeout = name, timeout
         self._log = tempfile.TemporaryFile(prefix="kdcache-engine-")  # noqa: SIM115 - closed by `close`
         try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=dict(environment),
-                start_new_session=True, bufsize=0,
-            )  # fmt: skip
+            with stopping.shielded():  # what signals all processes of a job is not to end this one before its shard
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=dict(environment),
+                    start_new_session=True, bufsize=0,
+                )  # fmt: skip
         except OSError as error:
             self._log.close()
             raise ModelError(f"the engine {name} cannot run {command[0]}: {error.strerror or error}") from None

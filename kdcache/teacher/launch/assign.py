@@ -96,6 +96,7 @@ class _Assignment:
         self._summary: dict[str, Any] | None = None
         self._done = self._made = self._positions = self._replaced = 0
         self._waited = 0.0
+        self._reused = {"positions": 0, "documents": 0}
         self._heard = False
 
     def run(self) -> dict[str, Any]:
@@ -124,6 +125,7 @@ class _Assignment:
             "replaced": self._replaced,
             "seconds": seconds,
             "waited_seconds": self._waited,
+            "reused": self._reused,
             "positions_per_second": self._positions / seconds,
         }
 
@@ -147,11 +149,12 @@ class _Assignment:
         if task.kind == FINISH:
             self._summary = outcome.value
         elif task.kind == MAKE:
-            committed, positions, waited = outcome.value
+            committed, positions, waited, *copied = outcome.value
             self._shown.pop(worker, None)
             self._done += self._documents[task.shard]
             self._made, self._positions = self._made + committed, self._positions + positions
             self._waited += waited
+            self._reused = {name: self._reused[name] + more for name, more in zip(self._reused, copied, strict=True)}
         elif self._waiting is None:
             self._documents = dict(outcome.value)
             self._waiting = deque(self._documents)

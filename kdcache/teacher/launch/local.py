@@ -174,6 +174,7 @@ def main() -> None:
                 outcome = worker.do(Task(**json.loads(line)))
             _say(answers, dataclasses.asdict(outcome))
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
         worker.close()
 
 

@@ -40,7 +40,8 @@ class Outcome:
 
     Attributes:
         value: of `open`: `[[shard, documents], ...]`, the shards that are not committed; of `make`: `[committed by this
-            worker, labelled slots, seconds that the teacher waited]`; of `finish`: the summary of the cache.
+            worker, labelled slots, seconds that the teacher waited, positions and documents that were copied]`; of
+            `finish`: the summary of the cache.
         refused: the name and the sentence of a `KdcacheError`.
         crashed: the traceback of any other exception.
     """
@@ -88,12 +89,13 @@ class ShardWorker:
         plan = maker.inputs.plan
         return [[shard, plan.documents_of(shard)] for shard in range(len(plan)) if shard not in maker.done]
 
-    def _make(self, number: int) -> tuple[bool, int, float]:
+    def _make(self, number: int) -> tuple[bool, int, float, int, int]:
         self.progress = (0.0, 0)
-        waited = self._maker.stalled_seconds
+        waited, before = self._maker.stalled_seconds, dict(self._maker.reused)
         made = self._maker.make(number, self._show)
         ours = made is not None and made.committed
-        return ours, made.labels if ours else 0, self._maker.stalled_seconds - waited
+        positions, documents = (self._maker.reused[name] - before[name] for name in ("positions", "documents"))
+        return ours, made.labels if ours else 0, self._maker.stalled_seconds - waited, positions, documents
 
     def _finish(self, _shard: int) -> dict[str, Any]:
         writer = self._maker.writer
