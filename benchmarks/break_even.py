@@ -17,13 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peak import output_and_peak
 from benchmarks.record import write
 
 SEQ_LEN = {"stories260K": 256, "lab32k": 128}
@@ -56,15 +56,8 @@ def run(command: list[str], core: int, scratch: Path) -> tuple[dict[str, Any], i
     (scratch / "site/sitecustomize.py").write_text(SITE)
     paths = [str(scratch / "site"), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), str(Path.cwd())]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    with (scratch / "out.json").open("w+b") as output:
-        process = subprocess.Popen(
-            ["taskset", "-c", str(core), sys.executable, "-m", *command], stdout=output, env=environment
-        )
-        _, status, used = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit(f"{command[1]} ended with {status}")
-        output.seek(0)
-        return json.load(output), used.ru_maxrss * 1024
+    output, peak = output_and_peak(["taskset", "-c", str(core), sys.executable, "-m", *command], environment)
+    return json.loads(output), peak
 
 
 def take_steps(options: argparse.Namespace) -> dict[str, float]:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from kdcache import open_cache
+from kdcache.planning.memory import peak_resident
 from kdcache.report.inspect import inspect_summary
 from kdcache.store.commit import Commit, commit_name
 from kdcache.store.commits import Commits, read_commits
@@ -108,7 +109,7 @@ def main() -> None:
             "summary_s": seconds(lambda: inspect_summary(folder), options.repeats),
             "process_s": seconds(run("-m", "kdcache_cli", "inspect-shard", folder, "--json"), options.repeats),
             "import_torch_s": seconds(run("-c", "import torch"), options.repeats),
-            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "peak_mb": peak_resident() >> 20,
         }
         found["unsealed_over_sealed"] = unsealed["processor"] / found["open_sealed_s"]["processor"]
     print(json.dumps(found, indent=2))

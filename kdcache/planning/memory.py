@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -31,9 +32,20 @@ def peak(device: torch.device) -> dict[str, Any]:
     """`peak_bytes`, the most memory that this process has had at once where its tensors are, and `kind` of memory."""
     if device.type == "cuda":
         return {"peak_bytes": torch.cuda.max_memory_allocated(device), "kind": "GPU memory that torch allocated"}
-    unit = 1 if sys.platform == "darwin" else 1024
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"peak_bytes": most, "kind": "resident memory of the process"}
+    return {"peak_bytes": peak_resident(), "kind": "resident memory of the process"}
+
+
+def peak_resident() -> int:
+    """Bytes of resident memory that this process has had at most.
+
+    On Linux of the program that runs now: getrusage(2) counts what its parent held when it was started, too, so a
+    small command that a large notebook starts would be as large as the notebook.
+    """
+    if sys.platform == "linux":
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found is not None:
+            return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def room(device: torch.device) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache import KdcacheError, open_cache, verify_cache
+from kdcache.planning.memory import peak_resident
 from kdcache.report.inspect import inspect_summary
 
 MOST_SECONDS = 10.0
@@ -52,10 +53,6 @@ def problems(folder: str) -> str:
     return " ".join(f"{p['object']}: {p['what']}" for p in report.problems)
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def main() -> None:
     honest, attacked = json.loads(sys.stdin.read())
     for folder in honest:
@@ -65,7 +62,7 @@ def main() -> None:
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
-    before, found = peak(), {}
+    before, found = peak_resident(), {}
     for name, folder in attacked.items():
         found[name] = {"read": attempt(read_all, folder), "inspect": attempt(inspect_all, folder)}
         began = time.process_time()
@@ -75,7 +72,7 @@ def main() -> None:
             kind = "refused" if isinstance(error, KdcacheError) else type(error).__name__
             found[name]["verify"] = {"kind": kind, "text": str(error)}
         found[name]["verify"]["seconds"] = time.process_time() - began
-        found[name]["grown"] = peak() - before
+        found[name]["grown"] = peak_resident() - before
     sys.stdout.write(json.dumps(found))
 
 

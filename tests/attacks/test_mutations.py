@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import sys
 import time
 import tracemalloc
@@ -27,6 +26,7 @@ import pytest
 
 from kdcache.cache import unpack
 from kdcache.errors import CorruptCacheError, KdcacheError
+from kdcache.planning.memory import peak_resident
 from kdcache.store import arrow_store, zarr_store
 from kdcache.store.commits import read_commits
 from kdcache.store.local import LocalStorage
@@ -202,10 +202,6 @@ class Target:
             self.judge(objects, lies=bool(number % 3))
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_mutations(case: tuple[str, ...], tmp_path: Path, record_property: Any) -> None:
     target, mutator = Target(tmp_path / "c", *case), Mutator(zlib.crc32("-".join(case).encode()))
@@ -214,7 +210,7 @@ def test_mutations(case: tuple[str, ...], tmp_path: Path, record_property: Any) 
     honest = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert target.seen == {"identical rows": ROWS}
-    slowest, before, count = 0.0, peak_bytes(), COUNT // len(CASES)
+    slowest, before, count = 0.0, peak_resident(), COUNT // len(CASES)
     for number in range(count):
         traced = number % 25 == 0
         if traced:
@@ -226,7 +222,7 @@ def test_mutations(case: tuple[str, ...], tmp_path: Path, record_property: Any) 
             most = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             assert most < MOST_MEMORY * honest, (number, most, honest)
-    grown = peak_bytes() - before
+    grown = peak_resident() - before
     sys.stdout.write(f"{'-'.join(case)}: {count:,} mutations, {dict(target.seen)}, ")
     sys.stdout.write(f"slowest {slowest * 1000:.1f} ms, peak memory grew {grown / 1e6:.1f} MB\n")
     assert slowest < MOST_SECONDS

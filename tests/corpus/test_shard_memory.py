@@ -11,15 +11,13 @@ import pytest
 from tests.making import TEXTS
 
 CHILD = """
-import resource, sys
+import sys
 from transformers import AutoTokenizer
 from kdcache.corpus.shards import Shaping, shard_rows
 from kdcache.corpus.sources import open_corpus
 from kdcache.corpus.survey import survey
 from kdcache.corpus.tokenise import Tokeniser
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from kdcache.planning.memory import peak_resident
 
 shaping = Shaping(tokeniser=Tokeniser(AutoTokenizer.from_pretrained(sys.argv[1]), 320), seq_len=256)
 found = []
@@ -27,7 +25,7 @@ for path in sys.argv[2:]:
     corpus = open_corpus(path)
     made = shard_rows(corpus, survey(corpus, {"chars_per_shard": 1 << 40}).plan, 0, shaping)
     tokens = sum(len(row.tokens) for batch in made.rows.batches(8) for row in batch)
-    found.append((tokens, peak()))
+    found.append((tokens, peak_resident()))
 print(*[number for pair in found for number in pair])
 """
 

@@ -62,14 +62,12 @@ def test_bits_and_intersections() -> None:
 
 
 PROGRAM = """
-import itertools, resource, sys
+import itertools, sys
 import numpy as np
+from kdcache.planning.memory import peak_resident as peak
 from kdcache.student.data import RunOrder, split_heldout
 from kdcache.student.mixture import Mixture
 from kdcache.student.row_set import RowSet
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 split_heldout(100_000, 0.02)
 before, rows = peak(), int(sys.argv[1])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kdcache import Selection, SparseTargets, open_cache
@@ -328,43 +328,41 @@ def test_a_dump_can_be_told_to_hold_whole_logits(teacher: Path, corpus: Path, tm
 
 
 PEAK = """
-import resource, sys
+import sys
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from kdcache import Selection
+from kdcache.planning.memory import peak_resident
 from kdcache.rows import PackedRow, RowSpec
-from kdcache.teacher import open_teacher as door
-from kdcache.teacher.engines import transformers
 from kdcache.teacher.engines.base import TargetRequest, TeacherSpec
+from kdcache.teacher.open_teacher import open_teacher
 
-vocab, length, rows = 152_064, 1024, 4
-model = LlamaForCausalLM(LlamaConfig(
-    vocab_size=vocab, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
-    max_position_embeddings=length, tie_word_embeddings=True,
-))
-transformers.load_model = lambda *_: model
-door.model_folder = lambda *_: None
-spec = TeacherSpec(model="", device="cpu", tile_head=sys.argv[1] == "tiled")
+length, rows, folder = 1024, 4, sys.argv[2]
+vocab = AutoConfig.from_pretrained(folder).vocab_size
 tokens = np.random.default_rng(0).integers(0, vocab, length).astype(np.int32)
 row = PackedRow(tokens=tokens, piece_lengths=np.array([length], np.int32), piece_documents=np.zeros(1, int))
-with torch.inference_mode():  # what a forward pass of the body takes, and libraries on first use
-    model.model(input_ids=torch.from_numpy(np.stack([tokens] * rows)).long(), use_cache=False)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-teacher = door.open_teacher(spec, RowSpec(vocab_size=vocab, seq_len=length))
+with torch.inference_mode():  # what a model and a forward pass of its body take, and libraries on first use
+    body = AutoModelForCausalLM.from_pretrained(folder).model
+    body(input_ids=torch.from_numpy(np.stack([tokens] * rows)).long(), use_cache=False)
+before = peak_resident()
+spec = TeacherSpec(model=folder, device="cpu", tile_head=sys.argv[1] == "tiled")
+teacher = open_teacher(spec, RowSpec(vocab_size=vocab, seq_len=length))
 teacher.targets([row] * rows, TargetRequest(selection=Selection(k=64)))
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) * 1024 / (4 * vocab * length * rows))
+print((peak_resident() - before) / (4 * vocab * length * rows))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is Linux's")
 @pytest.mark.parametrize(("how", "least", "most"), [("tiled", 0, 0.25), ("whole", 0.28, 9)])
-def test_memory_above_the_models_own(how: str, least: float, most: float) -> None:
+def test_memory_above_the_models_own(how: str, least: float, most: float, tmp_path: Path) -> None:
     """As a share of the logits of 4 rows, probe and check included; of all of them the kernel may take some back."""
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, how], capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
+    config = LlamaConfig(
+        vocab_size=152_064, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=1024, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    words = [sys.executable, "-c", PEAK, how, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     assert least <= float(done.stdout) <= most

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from kdcache_cli.plan_table import print_plan
 from rich.console import Console
 
+from benchmarks.peak import output_and_peak
 from kdcache.errors import ConfigError, ModelError
 from kdcache.planning import memory, selections
 from kdcache.planning import plan as plan_module
@@ -169,14 +169,9 @@ def test_memory_is_that_of_the_real_runs(teacher: Path, corpus: Path, student_co
     asked = ["--teacher", teacher, "--corpus", corpus, "--seq-len", "64", "--docs-per-shard", "25", "--device", "cpu"]
 
     def run(command: str, *options: object) -> tuple[dict[str, Any], int]:
-        with (tmp_path / command).open("w+b") as output:
-            words = [sys.executable, "-m", "kdcache_cli", command, *map(str, options), "--json"]
-            process = subprocess.Popen(words, stdout=output)
-            _, status, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)  # which Popen has not seen
-            assert process.returncode == 0
-            output.seek(0)
-            return json.load(output), used.ru_maxrss * 1024
+        words = [sys.executable, "-m", "kdcache_cli", command, *map(str, options), "--json"]
+        output, peak = output_and_peak(words)
+        return json.loads(output), peak
 
     planned, _ = run("plan", *asked, "--student", student_config)
     _, dumped = run("dump-teacher", *asked, "--out", tmp_path / "c")
