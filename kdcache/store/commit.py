@@ -27,7 +27,8 @@ from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.lazy_torch import torch
 from kdcache.store.bad_records import MOST_LISTED, require_listable, require_reason
 from kdcache.store.manifest import FORMAT
-from kdcache.store.sealed_json import parse, read_record, require_fields, seal, short
+from kdcache.store.sealed_json import MOST_BYTES, parse, require_fields, seal, short
+from kdcache.store.shard_record import read_shard_record
 from kdcache.store.shards import record_name, shard_stem
 from kdcache.store.storage import Storage, inside
 
@@ -150,24 +151,7 @@ class Commit:
         Raises:
             CorruptCacheError: damaged, or the commit of another shard or cache.
         """
-        path = storage.path_of(commit_name(shard))
-        try:
-            fields = read_record(storage, commit_name(shard))
-        except FileNotFoundError:
-            return None
-        form = fields.pop("format", None)
-        del fields["checksum"]
-        try:
-            if type(form) is not int or form != FORMAT:
-                raise ValueError(f"it is of format {short(repr(form))}")
-            require_fields(fields, cls)
-            commit = cls(**fields)
-            commit.require_sound()
-        except (ValueError, OverflowError, CorruptCacheError) as error:
-            raise CorruptCacheError(f"{path} does not describe a shard: {error}") from None
-        if commit.shard != shard or commit.manifest_sha256 != manifest_sha256:
-            raise CorruptCacheError(f"{path} is the commit of another shard or of another cache")
-        return commit
+        return read_shard_record(cls, storage, commit_name(shard), MOST_BYTES, shard, manifest_sha256)
 
     def require_readable(self) -> None:
         """Refuse to write what no reader would accept: a commit is written once and never again.

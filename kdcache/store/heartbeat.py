@@ -15,10 +15,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Self
 
-from kdcache.errors import CorruptCacheError
 from kdcache.store.bad_records import require_reason
 from kdcache.store.manifest import FORMAT
-from kdcache.store.sealed_json import read_record, require_fields, seal, short
+from kdcache.store.sealed_json import seal
+from kdcache.store.shard_record import read_shard_record
 from kdcache.store.shards import record_name
 from kdcache.store.storage import Storage
 
@@ -83,24 +83,7 @@ class Heartbeat:
         Raises:
             CorruptCacheError: damaged, or of another shard or cache.
         """
-        name = heartbeat_name(shard)
-        try:
-            fields = read_record(storage, name, MOST_BYTES)
-        except FileNotFoundError:
-            return None
-        form = fields.pop("format", None)
-        del fields["checksum"]
-        try:
-            if type(form) is not int or form != FORMAT:
-                raise ValueError(f"it is of format {short(repr(form))}")
-            require_fields(fields, cls)
-            found = cls(**fields)
-            found.require_sound()
-            if found.shard != shard or found.manifest_sha256 != manifest_sha256:
-                raise ValueError("it is of another shard, or of another cache")
-        except (ValueError, OverflowError) as error:
-            raise CorruptCacheError(f"{storage.path_of(name)} is no heartbeat: {error}") from None
-        return found
+        return read_shard_record(cls, storage, heartbeat_name(shard), MOST_BYTES, shard, manifest_sha256)
 
     def require_sound(self) -> None:
         """Check what the types of its fields do not say.

@@ -19,7 +19,8 @@ from typing import Any
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.store.storage import Storage
 
-_MOST_BYTES = 4 << 20
+MOST_BYTES = 4 << 20
+"""Bytes of a record."""
 _MOST_LEVELS, _MOST_VALUES = 32, 1 << 16
 _MOST_COUNT = 1 << 63
 
@@ -42,8 +43,8 @@ def seal(fields: dict[str, Any]) -> bytes:
     """
     sealed = {k: v for k, v in fields.items() if k != "checksum"}
     data = (json.dumps({**sealed, "checksum": checksum(sealed)}, indent=2, ensure_ascii=False) + "\n").encode()
-    if len(data) > _MOST_BYTES:
-        raise CacheError(f"a record of {len(data):,} bytes is above the limit of {_MOST_BYTES:,}")
+    if len(data) > MOST_BYTES:
+        raise CacheError(f"a record of {len(data):,} bytes is above the limit of {MOST_BYTES:,}")
     return data
 
 
@@ -73,7 +74,7 @@ def count_values(data: bytes) -> int:
     return sum(map(data.count, (b"{", b"[", b",")))
 
 
-def read_record(storage: Storage, name: str, most: int = _MOST_BYTES) -> dict[str, Any]:
+def read_record(storage: Storage, name: str, most: int = MOST_BYTES) -> dict[str, Any]:
     """Read a record, of at most `most` bytes, and check it.
 
     Raises:
