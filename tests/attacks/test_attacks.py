@@ -92,6 +92,7 @@ def test_all_attacks_together_take_no_memory(outcomes: dict[str, Any]) -> None:
     assert outcomes[worst]["grown"] < ROOM, (worst, outcomes[worst]["grown"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_commands_name_it_too(name: str, forged: dict[str, tuple[Path, str]]) -> None:
     folder, culprit = forged[name]
@@ -115,6 +116,7 @@ SHARDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f"arrow: {a}" for a in SHARDS + [str(a) for a in RECORDS]])
 def test_training_refuses_it_in_one_sentence(
     name: str, forged: dict[str, tuple[Path, str]], student_config: Path, tmp_path: Path

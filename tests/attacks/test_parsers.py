@@ -45,6 +45,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> LocalStorage:
     return storage
 
 
+@pytest.mark.slow
 @quick
 @given(st.binary(max_size=80) | st.text(max_size=60).map(lambda text: text.encode(errors="replace")))
 @example(b"[" * 200_000)
@@ -136,6 +137,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> list[Target]:
     return [Target(folder / "-".join(case), "arrow", *case) for case in cases]
 
 
+@pytest.mark.slow
 @settings(quick, max_examples=400)
 @given(st.data())
 def test_streams_of_anything_are_a_sound_row_or_refused(targets: list[Target], data: st.DataObject) -> None:

@@ -294,6 +294,7 @@ def test_a_cache_that_no_corpus_made_takes_no_dump(small: Path, teacher: Path, c
         dump(dump_options(teacher, corpus, copy, limit_docs=12, docs_per_shard=6))
 
 
+@pytest.mark.slow
 def test_shards_of_two_plans_do_not_mix(teacher: Path, corpus: Path, tmp_path: Path) -> None:
     """Two caches of one corpus with as many shards, which end elsewhere."""
     one, two, out = (tmp_path / name for name in ("one", "two", "out"))

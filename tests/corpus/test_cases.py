@@ -328,6 +328,7 @@ def test_files_by_their_names_and_without(place: Workplace) -> None:
         assert tokens_of(place.cache(place.folder / name, out=f"cache-{name}")) == wanted, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
 def test_a_corpus_that_is_smaller_than_what_it_says_is_resumed(place: Workplace, kind: str) -> None:
     """A second worker finds its shards at places that lie behind the size of the file."""

@@ -79,6 +79,7 @@ def spans(found: list[AnswerText]) -> list[str]:
     return [each.text[begin:end] for each in found for begin, end in each.spans]
 
 
+@pytest.mark.slow
 def test_stock_templates(tokenizer: Any) -> None:
     """Each answer stands in a span of its own and nothing that somebody else says; few conversations are refused."""
     refused, seen = [], 0

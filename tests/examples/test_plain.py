@@ -48,6 +48,7 @@ def figures(student: Path, cache: Path) -> dict[str, Any]:
     return measure(AutoModelForCausalLM.from_pretrained(student), open_cache(cache), range(20), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_a_plain_model(alone: tuple[Path, list[float]], cache: Path, student_config: Path) -> None:
     from kdcache.student import load_student
 

@@ -38,6 +38,7 @@ def min_p(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
     return out
 
 
+@pytest.mark.slow
 def test_a_truncated_kind_through_every_command(min_p: Path, student_config: Path, tmp_path: Path) -> None:
     summary = run("inspect-shard", min_p)
     assert summary["selection"] == {"kind": "minp", "k": 12, "base": 0.2} and summary["mean_tail"] > 0

@@ -152,6 +152,7 @@ with made.shard(1) as shard:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_its_whole_shards(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "c")], env=environment, check=False)

@@ -128,6 +128,7 @@ class TestZarr(StoreConformance):
                 yield name, int(start), int(start + size)
 
 
+@pytest.mark.slow
 class TestZarrInBlocks(TestZarr):
     """The same where an object holds three rows, so that shards have several of each array, the last one not full."""
 
@@ -144,6 +145,7 @@ class TestArrowInMemory(InMemory, TestArrow):
     pass
 
 
+@pytest.mark.slow
 class TestZarrInMemory(InMemory, TestZarr):
     pass
 

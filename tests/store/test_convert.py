@@ -52,6 +52,7 @@ def test_another_precision_is_what_a_dump_in_it_stores(teacher: Path, corpus: Pa
     assert content(tmp_path / "cut") == content(tmp_path / "6")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"select": "ipps", "k": 6}, {"select": "sample", "draws": 20}, {"select": "topp", "top_p": 0.9}]
 )

@@ -51,6 +51,7 @@ def test_a_row_holds_what_was_given(tmp_path: Path, store: str, positions: str) 
     assert verify_cache(tmp_path / "c").ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"k": 2}, {"precision": "6"}, {"k": 2, "precision": "float16"}], ids=str)
 @pytest.mark.parametrize("stores", [STORES, STORES[::-1]], ids=str)
 def test_conversion_carries_them_bit_for_bit(tmp_path: Path, stores: tuple[str, str], options: dict[str, Any]) -> None:

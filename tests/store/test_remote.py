@@ -42,7 +42,7 @@ def same(one: Row, two: Row) -> bool:
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
-@pytest.fixture(scope="module", params=["arrow", "zarr"])
+@pytest.fixture(scope="module", params=["arrow", pytest.param("zarr", marks=pytest.mark.slow)])
 def local(
     request: pytest.FixtureRequest, teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -112,6 +112,7 @@ def forget(bucket: Bucket, prefix: str) -> None:
             bucket.delete(f"{prefix}/{name}")
 
 
+@pytest.mark.slow
 def test_of_two_writers_one_commits_and_the_others_data_goes(local: Path, bucket: Bucket) -> None:
     url = bucket.upload(local, "c")
     forget(bucket, "c")
@@ -236,6 +237,7 @@ def test_a_look_at_a_large_dump_costs_a_listing(cache: Path, bucket: Bucket, end
     assert asked["HEAD"] + asked["GET"] == asked.total() <= 4 + 2 + 1
 
 
+@pytest.mark.slow
 def test_a_writer_killed_before_its_commit_leaves_an_orphan_that_goes(
     local: Path, teacher: Path, corpus: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,6 +348,7 @@ def test_any_one_damaged_object_of_a_shard_is_enough(local: Path, how: str) -> N
         bucket.put(f"c/{name}", data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_records_are_named_and_never_believed(cache: Path, bucket: Bucket, how: str) -> None:
     url = bucket.upload(cache, "c")
@@ -369,6 +372,7 @@ def test_damaged_records_are_named_and_never_believed(cache: Path, bucket: Bucke
         open_cache(url)
 
 
+@pytest.mark.slow
 def test_objects_of_two_shards_changed_places(local: Path, bucket: Bucket) -> None:
     url = bucket.upload(local, "c")
     one, two = (f"shards/0000{shard}" for shard in (0, 1))
@@ -413,6 +417,7 @@ def test_verify_looks_at_an_object_once_before_it_is_read(local: Path, bucket: B
     assert looks and len(looks) == len(set(looks))
 
 
+@pytest.mark.slow
 def test_requests_are_under_way_together(local: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = open_cache(bucket.upload(local, "c"))
     fs = cache.storage._fs  # type: ignore[attr-defined]

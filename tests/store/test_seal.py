@@ -278,6 +278,7 @@ def many(folder: Path, shards: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_sealed_cache_of_many_shards_opens_without_a_look_at_them(tmp_path: Path) -> None:
     folder = many(tmp_path, 60_000)
     opened = open_cache(folder)
@@ -289,6 +290,7 @@ def test_a_sealed_cache_of_many_shards_opens_without_a_look_at_them(tmp_path: Pa
         opened[opened.index(54_321, 0)]
 
 
+@pytest.mark.slow
 def test_opening_a_sealed_cache_takes_five_requests(cache: Path, bucket: Bucket, endpoint: Endpoint) -> None:
     url = bucket.upload(cache, "c")
     before = len(endpoint.requests())

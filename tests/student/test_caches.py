@@ -62,6 +62,7 @@ def other(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "c"
 
 
+@pytest.mark.slow
 def test_two_caches_are_each_read_once_an_epoch(cache: Path, other: Path, student_config: Path, tmp_path: Path) -> None:
     config = options([cache, other], student_config, tmp_path / "s", steps=None, epochs=1.0)
     summary = train(config)
@@ -86,6 +87,7 @@ def test_two_caches_are_each_read_once_an_epoch(cache: Path, other: Path, studen
     assert after["kl"] < summary["heldout"]["before"]["kl"] and after["kl_kind"] == "lower-bound"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rules", "kinds", "joined"),
     [
@@ -110,6 +112,7 @@ def test_the_kl_of_two_caches_is_of_the_weaker_kind(
     assert (after["acceptance"] is None) == (joined != "dense")
 
 
+@pytest.mark.slow
 def test_weights_set_the_shares_and_a_resumed_mixture_is_the_same(
     cache: Path, other: Path, student_config: Path, tmp_path: Path
 ) -> None:
@@ -255,6 +258,7 @@ def test_rows_that_leave_nothing_are_refused(cache: Path, student_config: Path, 
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_still_being_dumped(cache: Path, student_config: Path, tmp_path: Path) -> None:
     growing = shutil.copytree(cache, tmp_path / "c")
     commit = growing / "commits/00001.json"
@@ -285,6 +289,7 @@ def test_a_cache_that_is_still_being_dumped(cache: Path, student_config: Path, t
         train(dataclasses.replace(config, out=str(again), resume=True))
 
 
+@pytest.mark.slow
 def test_the_wait_for_rows_is_told(cache: Path, student_config: Path, tmp_path: Path) -> None:
     summary = train(options(cache, student_config, tmp_path / "s"))
     assert 0 < summary["data_wait_share"] < 1
@@ -331,6 +336,7 @@ def test_a_folder_that_another_run_writes_is_refused(cache: Path, student_config
     assert train(config)["steps"] == 1
 
 
+@pytest.mark.slow
 def test_a_cache_at_a_url_beside_one_in_a_folder(
     cache: Path, other: Path, bucket: Bucket, student_config: Path, tmp_path: Path
 ) -> None:

@@ -165,6 +165,7 @@ def test_how_many_readers(tmp_path: Path, remote: bool, wished: int | None, expe
         options("c", tmp_path, tmp_path, readers=-1)
 
 
+@pytest.mark.slow
 def test_where_rows_are_read_from_may_change_when_a_run_is_resumed(
     run: tuple[Path, dict[str, Any]], cache: Path, student_config: Path, bucket: Bucket, tmp_path: Path
 ) -> None:

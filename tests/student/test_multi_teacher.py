@@ -158,6 +158,7 @@ def test_a_pool_does_not_depend_on_who_is_named_first(caches: Caches, student_co
         assert mine == (theirs if name == "cache" else pytest.approx(theirs, abs=1e-3)), name
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(caches: Caches, student_config: Path, tmp_path: Path) -> None:
     both, out = caches("ipps"), tmp_path / "s"
     whole = train(options(both, student_config, out, ":2"))
@@ -217,6 +218,7 @@ def test_shards_that_every_teacher_has(caches: Caches, student_config: Path, tmp
     assert summary["rows"]["train"] + summary["rows"]["heldout"] == len(left)
 
 
+@pytest.mark.slow
 def test_a_teacher_may_choose_its_positions(
     caches: Caches, other: Path, corpus: Path, student_config: Path, tmp_path: Path
 ) -> None:
@@ -248,6 +250,7 @@ def other_dump(teacher: Path, corpus: Path, out: Path, **changes: Any) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_what_does_not_line_up_is_refused(
     caches: Caches, other: Path, corpus: Path, student_config: Path, tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def step_gradients(cache: Path, student: Path, out: Path, **changes: Any) -> tup
     return trainer.train().training_loss, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft_weight", [1.0, 0.7])
 def test_accumulation_is_the_same_step(
     chosen_cache: Path, student_config: Path, tmp_path: Path, soft_weight: float
@@ -200,6 +201,7 @@ def test_a_student_learns(chosen_cache: Path, student_config: Path, tmp_path: Pa
     assert after["kl"] < before["kl"] and 0 < after["targets"] < after["positions"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select", ["ipps", "topk"])
 def test_rows_without_any_target_do_no_harm(
     select: str, sure_teacher: Path, corpus: Path, student_config: Path, tmp_path: Path

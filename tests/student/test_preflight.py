@@ -58,6 +58,7 @@ def test_a_tracker_that_is_not_there(
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 def test_recomputed_activations_make_the_same_student(
     cache: Path, student_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def dump_texts(teacher: Path, texts: list[str], folder: Path) -> Path:
     return folder / "c"
 
 
+@pytest.mark.slow
 def test_a_trained_student_has_its_own_template_and_tokens(cache: Path, tmp_path: Path) -> None:
     student = make_student(tmp_path / "s", CHAT, ("<think>",))
     train(options(cache, student, tmp_path / "out"))

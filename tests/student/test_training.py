@@ -294,6 +294,7 @@ def test_a_refused_student_leaves_its_folder_free(cache: Path, student_config: P
     assert train(options(cache, student_config, tmp_path / "s", steps=1))["steps"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_record_starts_anew(cache: Path, student_config: Path, tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s/.train-student.json.tmp").write_text("{")
@@ -305,6 +306,7 @@ def test_a_training_that_diverges_says_so(cache: Path, student_config: Path, tmp
         train(options(cache, student_config, tmp_path / "s", steps=4, lr=1e30))
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_under_another_spelling_of_its_paths(
     cache: Path, student_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +351,7 @@ def test_two_ranks_from_a_fresh_folder(cache: Path, student_config: Path, tmp_pa
     assert summary["heldout"]["after"]["nll"] == pytest.approx(one["heldout"]["after"]["nll"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_not_needed(cache: Path, student_config: Path, tmp_path: Path) -> None:
     """Any temperature is exact where everything is kept; and a copied cache has no ties to its teacher."""
     moved = tmp_path / "elsewhere"

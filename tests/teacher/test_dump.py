@@ -87,6 +87,7 @@ def test_targets_are_a_real_teachers(assets: Path, tmp_path: Path, precision: st
     assert_faithful(open_cache(tmp_path / "c"), real, 200, tolerance)
 
 
+@pytest.mark.slow
 def test_a_compact_cache_is_close_small_and_the_same_by_any_workers(
     cache: Path, teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -188,6 +189,7 @@ def test_batch_size_changes_no_token_and_no_layout(cache: Path, teacher: Path, c
         torch.testing.assert_close(one.targets.logprobs, two.targets.logprobs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [

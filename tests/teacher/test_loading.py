@@ -247,7 +247,8 @@ def test_bitsandbytes(tmp_path: Path, bits: int) -> None:
 
     make_model(tmp_path / "m", hidden_size=64, intermediate_size=128)  # whole blocks of 64: its AVX-512 kernel's rule
     config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
-    made = AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=config, device_map="cpu", dtype="float32")
+    options = {"quantization_config": config, "device_map": "cpu", "dtype": "float32"}
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "m", **options)
     made.save_pretrained(tmp_path / "t")
     model = load(tmp_path / "t")
     packed = {p.dtype for p in model.parameters() if not p.is_floating_point()}

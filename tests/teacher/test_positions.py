@@ -102,6 +102,7 @@ def test_the_same_by_any_workers_and_gone_on_with(
     assert files(tmp_path / "c") == files(chosen_cache)
 
 
+@pytest.mark.slow
 def test_both_stores_and_any_precision(chosen_cache: Path, sure_teacher: Path, corpus: Path, tmp_path: Path) -> None:
     dump(dump_options(sure_teacher, corpus, tmp_path / "z", positions="entropy>2", store="zarr"))
     assert content(tmp_path / "z") == content(chosen_cache)
@@ -126,6 +127,7 @@ def test_converting_keeps_the_choice(chosen_cache: Path, sure_teacher: Path, cor
     assert histograms[0] == histograms[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("select", "fewer"),
     [({"select": "ipps", "k": 6}, 4), ({"select": "sample", "draws": 20}, 10)],
@@ -166,6 +168,7 @@ def test_another_choice_is_another_cache(chosen_cache: Path, sure_teacher: Path,
             dump(dump_options(sure_teacher, corpus, chosen_cache, positions=positions))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "select",
     [{"precision": "6"}, {"precision": "float32"}, {"select": "ipps", "precision": "6"},

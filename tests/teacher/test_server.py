@@ -75,6 +75,7 @@ def test_what_it_knows_is_what_the_cache_holds(served: Served, corpus: Path, tmp
     assert check_faithfulness(tmp_path / "c", served.address, rows=2, engine="server")["agrees"]
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_leaves_whole_shards(served: Served, corpus: Path, tmp_path: Path) -> None:
     served.dies_after = 70
     with pytest.raises(ModelError, match=r"the server http://\S+ does not answer: \w"):

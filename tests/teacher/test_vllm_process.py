@@ -63,6 +63,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", FAULTS)
 def test_a_process_that_fails_is_one_sentence(teacher: Path, tmp_path: Path, mode: str) -> None:
     kind, words = FAULTS[mode]

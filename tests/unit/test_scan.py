@@ -72,7 +72,8 @@ def cases() -> Iterator[Any]:
     """Ways, sizes and characters of rows; fewer for kernels, which are slow in an interpreter."""
     for way, vocab, kind in itertools.product(WAYS, (1, 2, 63, 64, 65, 500, 4096, 32_003), KINDS):
         if way != "kernels" or (vocab > 1 and kind in ("random", "tied", "wide")[: 3 if vocab < 5000 else 1]):
-            yield pytest.param(way, vocab, kind, id=f"{way}-{vocab}-{kind}")
+            slow = [pytest.mark.slow] if way == "kernels" and vocab > 500 else []
+            yield pytest.param(way, vocab, kind, id=f"{way}-{vocab}-{kind}", marks=slow)
 
 
 @pytest.mark.parametrize(("way", "vocab", "kind"), list(cases()))

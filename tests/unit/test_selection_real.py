@@ -51,6 +51,7 @@ def draws_for(p: torch.Tensor, entries: float) -> torch.Tensor:
     return least
 
 
+@pytest.mark.slow
 def test_ipps_has_the_error_of_its_law(logits: torch.Tensor) -> None:
     k = 12
     p = logits.double().softmax(-1)
@@ -66,6 +67,7 @@ def test_ipps_has_the_error_of_its_law(logits: torch.Tensor) -> None:
     assert law[some].mean() < 0.8 * sampling.mean()
 
 
+@pytest.mark.slow
 def test_adaptive_has_half_the_error_of_fixed_and_less_than_sampling_at_the_same_mean(logits: torch.Tensor) -> None:
     """`sample` adapts too: flat positions get more distinct ids. On the small teacher it beats a fixed k by that."""
     p = logits.double().softmax(-1)
@@ -81,6 +83,7 @@ def test_adaptive_has_half_the_error_of_fixed_and_less_than_sampling_at_the_same
     assert adaptive[::8].mean() < 0.7 * sampled.mean()
 
 
+@pytest.mark.slow
 def test_truncated_scalars(logits: torch.Tensor) -> None:
     labels = logits.argmin(-1)
     logp = logits.double().log_softmax(-1)

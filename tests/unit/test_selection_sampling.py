@@ -138,10 +138,10 @@ def law(rule: Selection, p: torch.Tensor, label: int | None) -> tuple[torch.Tens
 
 RULES = (
     Selection(kind="ipps", k=5),
+    Selection(kind="sample", draws=8),
     Selection(kind="ipps", k=5, force_label=True),
     Selection(kind="ipps", k=5, sample_temperature=2.0),
     Selection(kind="ipps", k=6, tau=0.06, min_k=2),
-    Selection(kind="sample", draws=8),
     Selection(kind="sample", draws=8, force_label=True),
     Selection(kind="sample", draws=8, sample_temperature=2.0),
     Selection(kind="sample", draws=8, proposal_power=0.8),
@@ -149,7 +149,10 @@ RULES = (
 )
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(f"{v}" for v in rule.to_fields().values()))
+@pytest.mark.parametrize(
+    "rule", [*RULES[:2], *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES[2:])],
+    ids=lambda rule: "-".join(f"{v}" for v in rule.to_fields().values()),
+)  # fmt: skip
 def test_weights_are_unbiased_with_the_known_variance(rule: Selection) -> None:
     logits = torch.cat([logits_of("random", 64, 25), logits_of("tied", 64, 25)])
     labels = torch.randint(64, (50,), generator=torch.Generator().manual_seed(0))

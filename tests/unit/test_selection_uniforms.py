@@ -70,6 +70,7 @@ def chi_square(cells: torch.Tensor, count: int) -> float:
     return ((seen - expected).square().sum().item() / expected - (count - 1)) / math.sqrt(2 * (count - 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_they_are_uniform(name: str, numbers: dict[str, torch.Tensor]) -> None:
     u = numbers[name]
