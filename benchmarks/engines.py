@@ -133,7 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 results[dtype]["kl_transformers"] = divergence(transformers, truth, batches)
                 results[dtype]["kl_vllm"] = divergence(vllm, truth, batches)
         print(dtype, results[dtype], flush=True)
-    write(options.json, "cpu", {k: v for k, v in vars(options).items() if k != "json"} | {"tokens": count}, results)
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "engine_python")}
+    settings |= {name: Path(settings[name]).name for name in ("teacher", "text")}
+    write(options.json, "cpu", {**settings, "tokens": count}, results)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import logging
 import os
 import re
 import sys
@@ -302,3 +303,5 @@ def _set_library_defaults() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # It warns whoever imports it of kernels that it can do without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
