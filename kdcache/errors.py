@@ -9,6 +9,7 @@
     │   └── EngineError          an engine that gives something other than was asked
     ├── TargetError              a sparse target asked for something that it does not hold
     ├── LaunchError              workers that die again and again
+    ├── StageError               a stage of a recipe whose command failed
     └── CacheError               a cache that is missing or cannot be written
         ├── CacheMismatchError   the folder holds a cache of another configuration
         ├── IncompleteCacheError shards that are planned but not committed
@@ -61,6 +62,17 @@ class TargetError(KdcacheError):
 
 class LaunchError(KdcacheError):
     """Workers that die again and again."""
+
+
+class StageError(KdcacheError):
+    """A stage of a recipe whose command failed.
+
+    `code` is the exit code of the command, `output` what it wrote to stderr where that was not a terminal.
+    """
+
+    def __init__(self, message: str, code: int = 1, output: str = "") -> None:
+        super().__init__(message)
+        self.code, self.output = code, output
 
 
 class CacheError(KdcacheError):

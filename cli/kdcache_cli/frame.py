@@ -55,6 +55,11 @@ class Output:
         else:
             show(self.console)
 
+    def note(self, text: str) -> None:
+        """A line about what begins now, on stderr and only on a terminal."""
+        if not self.quiet and sys.stderr.isatty():
+            print(text, file=sys.stderr, flush=True)
+
     @contextmanager
     def progress(self, what: str, unit: str) -> Iterator[Callable[..., None]]:
         """A progress bar with rate and time left, on stderr and only on a terminal.
@@ -86,6 +91,10 @@ class Output:
             yield update
 
 
+OPTIONS_OF: dict[str, type] = {}
+"""The dataclass of the options of each command."""
+
+
 def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str, ...] = ()) -> Callable[[Any], Any]:
     """Register `function(options, output)` as a command whose options are the fields of a dataclass.
 
@@ -96,6 +105,7 @@ def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str
         positional: the fields that are arguments rather than options.
     """
 
+    OPTIONS_OF[name] = options
     names = [field.name for field in dataclasses.fields(options) if field.name not in positional]
 
     def register(function: Callable[[Any, Output], None]) -> Callable[..., None]:

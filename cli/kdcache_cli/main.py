@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from kdcache.options import option
+from kdcache.recipes.config import DistilOptions
 from kdcache.student.config import TrainOptions
 from kdcache.teacher.config import CheckOptions, DumpOptions, EngineOptions, PlanOptions
-from kdcache_cli.frame import Output, command, run_app
+from kdcache_cli.frame import OPTIONS_OF, Output, command, run_app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -361,6 +364,47 @@ def convert_cache(options: ConvertOptions, output: Output) -> None:
         )
 
     output.result(summary, show)
+
+
+_BAD_INPUT = 2
+_KDCACHE = (sys.executable, "-m", "kdcache_cli")
+STAGES = (
+    "check-data", "make-student", "generate", "dump-teacher", "convert", "verify", "train-student", "evaluate",
+)  # fmt: skip
+"""Commands that a stage of a recipe may be."""
+
+
+@command(app, "distil", DistilOptions, positional=("recipe",))
+def distil(options: DistilOptions, output: Output) -> None:
+    """Run a recipe: a chain of commands, or rounds of it. Stages whose results are there are skipped."""
+    from kdcache.errors import StageError
+    from kdcache.recipes.recipe import read_recipe
+    from kdcache.recipes.run import RecipeRun
+    from kdcache_cli.recipe_table import print_listed, print_run
+
+    out = Path(options.out)
+    commands = {name: OPTIONS_OF[name] for name in STAGES}
+    run = RecipeRun(read_recipe(Path(options.recipe), options.set, out, commands), out, _KDCACHE)
+    if options.list:
+        run.write_options()
+        listed = [
+            {
+                "name": stage.name, "needs": list(stage.needs), "stands": run.stands(stage),
+                "command": ["kdcache", *run.command(stage)],
+            }
+            for stage in run.stages
+        ]  # fmt: skip
+        output.result({"out": options.out, "stages": listed}, lambda console: print_listed(console, listed))
+        return
+    try:
+        done = run.run(options.stage, lambda number, total, name: output.note(f"stage {number + 1} of {total}: {name}"))
+    except StageError as error:
+        sys.stderr.write(error.output if error.code != _BAD_INPUT else "")
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.code) from None
+    found = {stage["name"]: run.result(stage["name"]) for stage in done if stage["command"] == "evaluate"}
+    value = {"out": options.out, "stages": done, "evaluations": found}
+    output.result(value, lambda console: print_run(console, done, found))
 
 
 @dataclass(frozen=True, kw_only=True)
