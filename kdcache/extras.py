@@ -42,6 +42,10 @@ OWNERS = ("token", "position")
 
 MOST_EXTRAS = 64
 
+WRITER_LOGP = "writer_logp"
+"""The extra that the records of a corpus bring: at each labelled slot, the log-probability that the label had in the
+distribution which its writer drew it from, in nats."""
+
 _NAME = re.compile(r"[a-z0-9_.:-]{1,80}")
 _TYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
