@@ -16,7 +16,6 @@ Shapes: P pieces of a shard, R rows.
 
 from __future__ import annotations
 
-import dataclasses
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.extras import WRITER_LOGP
-from kdcache.rows import IGNORE, Ints, PackedRow
+from kdcache.rows import Ints, PackedRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +100,17 @@ class PackedRows(Sequence[PackedRow]):
         supervised = None
         if len(self._supervised):
             supervised = np.concatenate([self._supervised[place] for place in places])
-        row = PackedRow(
+        extras = {}
+        if len(self._writer_logp):
+            logp = np.concatenate([self._writer_logp[place] for place in places])
+            extras = {WRITER_LOGP: np.nan_to_num(logp, nan=0.0)[:, None]}
+        return PackedRow(
             tokens=np.concatenate([self._tokens[place] for place in places]),
             piece_lengths=self._lengths[pieces],
             piece_documents=self._documents[pieces],
             supervised=None if supervised is None or supervised.all() else supervised,
+            extras=extras,
         )
-        if not len(self._writer_logp):
-            return row
-        of_tokens = np.concatenate([self._writer_logp[place] for place in places])
-        return dataclasses.replace(row, extras={WRITER_LOGP: _of_labels(row, of_tokens)})
 
     def batches(self, size: int) -> Batches:
         """The rows, so many at a time."""
@@ -192,14 +192,6 @@ def pack(documents: Iterable[Tokens], seq_len: int, *, pack: str = "best-fit", o
         truncated=counts.truncated,
         dropped=dict(counts.dropped),
     )
-
-
-def _of_labels(row: PackedRow, of_tokens: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`[n, 1]` at each labelled slot, what stands at its label, the next token; NaN at all others."""
-    labelled = row.labels(len(row.tokens)) != IGNORE
-    found = np.full((len(row.tokens), 1), np.nan, np.float32)
-    found[labelled, 0] = of_tokens[1:][labelled[:-1]]
-    return found
 
 
 class _BestFit:

@@ -87,7 +87,7 @@ def _extras(config: DumpConfig, folder: Path, corpus: Corpus) -> dict[str, Any]:
     if WRITER_LOGP in corpus.form.optional:
         if config.reuse:
             raise ConfigError(f"reuse copies what other caches hold, but {config.corpus} brings its own {WRITER_LOGP}")
-        specs[WRITER_LOGP] = ExtraSpec(width=1, per="position")
+        specs[WRITER_LOGP] = ExtraSpec(width=1)
     return {name: specs[name].to_fields() for name in sorted(specs)}
 
 

@@ -23,7 +23,7 @@ from kdcache.cache import open_cache
 from kdcache.cache_writer import CacheWriter, NewShard, tokenizer_files
 from kdcache.corpus.shards import ShardRows
 from kdcache.errors import CacheMismatchError
-from kdcache.rows import IGNORE, PackedRow
+from kdcache.rows import PackedRow
 from kdcache.store.commits import committed
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
@@ -247,9 +247,7 @@ def _write(shard: NewShard, batch: Sequence[PackedRow], found: BatchTargets, eos
     for row, targets in zip(batch, found.targets.split(found.counts), strict=True):
         _count_ends(shard, eos_id, row)
         stop = start + len(row.tokens)
-        of_corpus = {name: values[row.labels(len(values)) != IGNORE] for name, values in row.extras.items()}
-        extras = {name: values[start:stop] for name, values in found.extras.items()}
-        shard.write_row(row, targets, {**extras, **of_corpus})
+        shard.write_row(row, targets, {**{name: each[start:stop] for name, each in found.extras.items()}, **row.extras})
         start = stop
 
 
