@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from kdcache.corpus.reading_options import ReadingOptions
 from kdcache.errors import ConfigError
+from kdcache.launcher import LaunchOptions
 from kdcache.options import option
 from kdcache.stopping import GRACE
 
@@ -15,8 +17,8 @@ NONE = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(ReadingOptions):
-    """Options of `generate`.
+class GenerateConfig(ReadingOptions):
+    """What one corpus is, and who writes how much of it.
 
     Raises:
         ConfigError: a value out of range.
@@ -89,3 +91,23 @@ class GenerateOptions(ReadingOptions):
     def free(self) -> bool:
         """Whether whole documents are written, behind no prompt."""
         return self.prompts == NONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(LaunchOptions, GenerateConfig):
+    """Options of `generate`: a corpus, and who starts the workers that write it.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    def __post_init__(self) -> None:
+        GenerateConfig.__post_init__(self)
+        self.require_launch("local")
+        if self.launch is not None and self.worker is not None:
+            raise ConfigError("worker and launch exclude each other")
+
+    @property
+    def config(self) -> GenerateConfig:
+        """The corpus alone."""
+        return GenerateConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(GenerateConfig)})

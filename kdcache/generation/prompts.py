@@ -25,7 +25,7 @@ from kdcache.corpus.sources import Corpus
 from kdcache.corpus.survey import survey
 from kdcache.corpus.tokenise import Tokeniser
 from kdcache.errors import ConfigError, CorpusError
-from kdcache.generation.options import GenerateOptions
+from kdcache.generation.options import GenerateConfig
 from kdcache.rows import Ints
 from kdcache.store.sealed_json import canonical
 
@@ -76,7 +76,7 @@ class Prompts(Protocol):
         """
 
 
-def open_prompts(options: GenerateOptions, tokenizer: Any, vocab_size: int, date: str) -> Prompts:
+def open_prompts(options: GenerateConfig, tokenizer: Any, vocab_size: int, date: str) -> Prompts:
     """The prompts that the options name.
 
     Args:
@@ -183,7 +183,7 @@ class _Prompting:
         return found
 
 
-def _starts(options: GenerateOptions, tokeniser: Tokeniser, tokenizer: Any) -> Sequence[Ints]:
+def _starts(options: GenerateConfig, tokeniser: Tokeniser, tokenizer: Any) -> Sequence[Ints]:
     if not options.start:
         begin = np.asarray(tokeniser.prompt(""), np.int32)
         if not len(begin) and tokenizer.bos_token_id is not None:
@@ -201,7 +201,7 @@ def _starts(options: GenerateOptions, tokeniser: Tokeniser, tokenizer: Any) -> S
     return starts
 
 
-def _open(options: GenerateOptions) -> Corpus:
+def _open(options: GenerateConfig) -> Corpus:
     """The corpus of prompts. A column `prompt` that stands without completions is one of texts or of messages."""
     columns = options.columns
     if columns == Columns(ignored=columns.ignored) or (columns.prompt and not columns.completion):
@@ -219,7 +219,7 @@ def _open(options: GenerateOptions) -> Corpus:
     return options.open(options.prompts, columns)
 
 
-def _holds_lists(options: GenerateOptions, columns: Columns) -> bool:
+def _holds_lists(options: GenerateConfig, columns: Columns) -> bool:
     """Whether the column that is named as text holds conversations."""
     try:
         corpus = options.open(options.prompts, columns)

@@ -28,7 +28,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from kdcache.errors import ConfigError, ModelError
 from kdcache.generation.draw import draw
-from kdcache.generation.options import GenerateOptions
+from kdcache.generation.options import GenerateConfig
 from kdcache.generation.prompts import Prompt
 from kdcache.isolation import allowed_rounding, finite_tokens, most_moved
 from kdcache.pretrained import find_device, load_model
@@ -70,7 +70,7 @@ class Writer:
     """
 
     def __init__(
-        self, folder: Path, options: GenerateOptions, vocab_size: int, stop_tokens: Sequence[int], *, padding: bool
+        self, folder: Path, options: GenerateConfig, vocab_size: int, stop_tokens: Sequence[int], *, padding: bool
     ) -> None:
         self._options, self._vocab_size, self._stop_tokens = options, vocab_size, list(stop_tokens)
         self._device = find_device(options.device)
@@ -190,7 +190,7 @@ class _Drawing(LogitsProcessor):  # type: ignore[misc]
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        options: GenerateOptions,
+        options: GenerateConfig,
         vocab_size: int,
         on_step: Callable[[int], None] | None,
     ) -> None:

@@ -21,6 +21,7 @@ LAYERS = [
     {"options", "plugins", "known"},
     {"registry", "file_systems", "launcher", "ray_cluster"},
     {"extras", "targets", "worker"},
+    {"crew"},
     {"position_filter", "selection", "losses", "codec", "isolation"},
     {"corpus"},
     {"store"},
