@@ -192,13 +192,21 @@ class CorpusMaker:
             "completion_mask": [0] * len(ids) + [1] * len(tokens),
             "writer_logp": before + completion.logp.tolist(),
             "model_logp": before + completion.model_logp.tolist(),
-            "prompt": self._tokenizer.decode(ids),
-            "completion": self._tokenizer.decode(tokens, skip_special_tokens=True),
+            **self._texts(ids, tokens[:-1] if completion.ended else tokens),
             "document": prompt.document,
             "sample": prompt.sample,
             "ended": completion.ended,
         }
         return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+
+    def _texts(self, ids: list[int], written: list[int]) -> dict[str, str]:
+        """The text of a prompt and of what was written behind it; together that of all tokens, where they can be told
+        apart: a character may lie in tokens of both."""
+        prompt, whole, alone = (
+            str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+            for tokens in (ids, ids + written, written)
+        )
+        return {"prompt": prompt, "completion": whole[len(prompt) :] if whole.startswith(prompt) else alone}
 
 
 def find_stop_tokens(options: GenerateConfig, folder: Path, tokenizer: Any, vocab_size: int) -> list[int]:

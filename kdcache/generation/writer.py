@@ -95,7 +95,7 @@ class Writer:
             on_step: called with the number of each step, from 1.
 
         Raises:
-            ModelError: logits are NaN.
+            ModelError: logits are NaN or infinite.
         """
         drawing = _Drawing(prompts, self._options, self._vocab_size, on_step)
         ids = [torch.from_numpy(np.asarray(prompt.ids, np.int64)) for prompt in prompts]
@@ -202,10 +202,10 @@ class _Drawing(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002  of the interface
         step = len(self.found[0])
         logits = scores[:, : self._vocab_size]
-        if bool(torch.isnan(logits).any()):
+        if not bool(torch.isfinite(logits.amax(-1)).all()):
             raise ModelError(
-                f"the writer's logits are NaN in the batch that begins with prompt {self._first}, after {step} tokens; "
-                "try dtype float32 or bfloat16"
+                f"the writer's logits are NaN or infinite in the batch that begins with prompt {self._first}, after "
+                f"{step} tokens; try dtype float32 or bfloat16"
             )
         self._keys[:, 2] = step
         numbers = uniforms(self._options.seed, self._keys, GENERATE).to(scores.device)

@@ -85,6 +85,9 @@ def test_greedy_text_of_a_trained_model(assets: Path, tmp_path: Path) -> None:
     stories.write_text("".join(json.dumps({"text": text[: 20 + 9 * n]}) + "\n" for n, text in enumerate(texts)))
     generate(options(writer, stories, tmp_path / "c", temperature=0, max_new_tokens=60, batch_rows=8))
     require_greedy(writer, tmp_path / "c", max_new_tokens=60)
+    tokenizer = AutoTokenizer.from_pretrained(writer)
+    for record in records(tmp_path / "c"):  # its tokens begin with their spaces, which a text must not lose
+        assert record["prompt"] + record["completion"] == tokenizer.decode(record["input_ids"]).removesuffix("</s>")
 
 
 def test_tokens_are_drawn_from_the_writer(sure_teacher: Path, tmp_path: Path) -> None:
@@ -312,6 +315,18 @@ def test_a_model_that_sees_padding_is_refused(
     with pytest.raises(ModelError, match=r"LlamaForCausalLM writes otherwise behind padding: .* use batch_rows 1"):
         generate(options(teacher, prompts, tmp_path / "c"))
     assert not (tmp_path / "c").exists()
+
+
+def test_logits_that_are_no_numbers_are_named(tmp_path: Path, prompts: Path) -> None:
+    make_tokenizer(tmp_path / "w")
+    make_model(tmp_path / "w")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "w")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = torch.nan
+    model.save_pretrained(tmp_path / "w")
+    with pytest.raises(ModelError, match="NaN or infinite in the batch that begins with prompt 0, after 0 tokens"):
+        generate(options(tmp_path / "w", prompts, tmp_path / "c"))
+    assert not files(tmp_path / "c")
 
 
 def test_a_tokenizer_without_a_beginning_needs_a_start(tmp_path: Path) -> None:
