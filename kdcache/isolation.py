@@ -137,16 +137,18 @@ class _Probe:
         other_row[1] = other[1]
         last[0, -1] = other[0, -1]
         reference = self._finite(second_piece(base))
-        noise = max(_most(second_piece(base), reference), _most(second_piece(other_row), reference))
+        noise = max(most_moved(second_piece(base), reference), most_moved(second_piece(other_row), reference))
         allowed = 4 * noise + 0.25 * rounding(self._model) * reference.abs().max().item()
-        self._require_causal(_most(second_piece(last)[:-1], reference[:-1]), allowed)
-        moved = _most(second_piece(neighbour), reference) if isolate else 0.0
+        self._require_causal(most_moved(second_piece(last)[:-1], reference[:-1]), allowed)
+        moved = most_moved(second_piece(neighbour), reference) if isolate else 0.0
         if moved <= allowed:
             return
         masks = prepare_masks(self._model)
         try:
             reference, (alone, rounded) = second_piece(base), self._alone(base[:1, first:])
-            apart = _most(second_piece(neighbour), reference) <= allowed and _most(reference, alone) <= rounded
+            apart = (
+                most_moved(second_piece(neighbour), reference) <= allowed and most_moved(reference, alone) <= rounded
+            )
         except torch.OutOfMemoryError:
             raise
         except Exception:  # it takes no such masks, and may say so in any way
@@ -174,11 +176,11 @@ class _Probe:
         behind[1, length:] = self._other[1, length:]
         around[[0, 2]] = self._other[[0, 2]]
         reference = self._finite(middle(base))
-        noise = max(_most(middle(base), reference), _most(middle(around), reference))
+        noise = max(most_moved(middle(base), reference), most_moved(middle(around), reference))
         allowed = 4 * noise + 0.25 * rounding(self._model) * reference.abs().max().item()
-        self._require_causal(_most(middle(behind), reference), allowed)
+        self._require_causal(most_moved(middle(behind), reference), allowed)
         alone, rounded = self._alone(base[1:2, :length])
-        moved = max(_most(logits, alone) for logits in (reference, middle(around), middle(around, late)))
+        moved = max(most_moved(logits, alone) for logits in (reference, middle(around), middle(around, late)))
         if moved > rounded:
             raise IsolationError(
                 f"{self._name} gives a row other logits in a batch than alone: they move by {moved:.2g} (noise allows "
@@ -203,22 +205,32 @@ class _Probe:
             )
 
     def _alone(self, tokens: Tensor) -> tuple[Tensor, float]:
-        """The logits of tokens `[1, n]` alone, and by how much the rounding of a batch of another shape may move them.
-
-        Allowed are 128 spacings of the largest logit, or a quarter of it where that is less; and as much again if a
-        batch of three copies shows that it is needed.
-        """
+        """The logits of tokens `[1, n]` alone, and by how much the rounding of another batch may move them."""
         positions = torch.arange(tokens.shape[1])[None]
         alone = self._logits(tokens, positions, 0, slice(None))
         copies = self._logits(tokens.expand(3, -1), positions.expand(3, -1), 1, slice(None))
-        # Numbers of a quantised model are spaced by its weights and by what it rounds them to, not by its dtype.
-        spacing = max(rounding(self._model), 2**-7 if getattr(self._model, "is_quantized", False) else 0.0)
-        allowed = min(128 * spacing, 0.25) * alone.abs().max().item()
-        return alone, allowed + min(4 * _most(copies, alone), allowed)
+        return alone, allowed_rounding(self._model, alone, copies)
 
 
-def _most(one: Tensor, two: Tensor) -> float:
-    """The largest difference; infinite where one is not a number."""
+def allowed_rounding(model: nn.Module, alone: Tensor, copies: Tensor) -> float:
+    """By how much the rounding of a batch of another shape may move a model's logits.
+
+    Allowed are 128 spacings of the largest logit, or a quarter of it where that is less; and as much again if a batch
+    of copies shows that it is needed.
+
+    Args:
+        model: a transformers causal language model.
+        alone: its logits of a row that is alone.
+        copies: its logits of the same row in a batch of equal rows.
+    """
+    # Numbers of a quantised model are spaced by its weights and by what it rounds them to, not by its dtype.
+    spacing = max(rounding(model), 2**-7 if getattr(model, "is_quantized", False) else 0.0)
+    allowed = min(128 * spacing, 0.25) * alone.abs().max().item()
+    return allowed + min(4 * most_moved(copies, alone), allowed)
+
+
+def most_moved(one: Tensor, two: Tensor) -> float:
+    """The largest difference between two logits; infinite where one is not a number."""
     return (one - two).abs().nan_to_num(torch.inf).max().item() if one.numel() else 0.0
 
 

@@ -65,7 +65,7 @@ class PackedRow:
         piece_documents: `[P]` int64, index of each piece's document in the corpus.
         supervised: `[n]` bool, whether each token may be a label; None when all may.
         extras: `[n, width]` float32 of each extra of the cache that the row is read from, by name; NaN where a token
-            has none. Empty in a row that is not read from a cache.
+            has none. In a row that is not read from a cache, those that its corpus brings.
     """
 
     tokens: Ints

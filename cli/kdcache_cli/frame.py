@@ -152,7 +152,8 @@ def _one_at_a_time(words: list[str], several: set[str]) -> Iterator[str]:
 
 def _parameters(options: type, positional: tuple[str, ...]) -> Iterator[inspect.Parameter]:
     hints = typing.get_type_hints(options)
-    for field in dataclasses.fields(options):
+    fields = dataclasses.fields(options)
+    for field in sorted(fields, key=lambda field: field.default is not dataclasses.MISSING):  # what must be given first
         help_text = field.metadata["help"]
         kind = typer.Argument(help=help_text) if field.name in positional else typer.Option(help=help_text)
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default

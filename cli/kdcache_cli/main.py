@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from kdcache.generation.options import GenerateOptions
 from kdcache.options import option
 from kdcache.recipes.config import DistilOptions
 from kdcache.student.config import TrainOptions
@@ -110,6 +111,31 @@ def plan(options: PlanOptions, output: Output) -> None:
         print_plan(console, found)
 
     output.result(found, show)
+
+
+@command(app, "generate", GenerateOptions)
+def generate(options: GenerateOptions, output: Output) -> None:
+    """Have a model write a corpus: behind prompts, or from nothing."""
+    from kdcache.generation.generate import generate as write_corpus
+
+    with output.progress("generate", "completions") as bar:
+        summary = write_corpus(options, lambda done, total, tokens: bar(done, total, f"{tokens:,} tokens"))
+
+    def show(console: Console) -> None:
+        shards = summary["shards"]
+        state = "complete" if summary["complete"] else f"{shards['planned'] - shards['written']} shards missing"
+        console.print(
+            f"{summary['corpus']}: {state}, {shards['written']} of {shards['planned']} shards "
+            f"({shards['by_this_worker']} by this worker)\n"
+            f"this run: {summary['completions']:,} completions, {summary['ended']:,} of them ended by a stop token, "
+            f"{summary['tokens']:,} tokens; {summary['seconds']:.1f} s, {summary['tokens_per_second']:,.0f} tokens/s",
+            markup=False,
+        )
+        if summary["dropped"]:
+            dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary["dropped"].items())
+            console.print(f"prompts left out: {dropped}", markup=False)
+
+    output.result(summary, show)
 
 
 @command(app, "train-student", TrainOptions)

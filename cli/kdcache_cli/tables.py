@@ -27,6 +27,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("cache", f"{where} ({state}, {shards['committed']} of {shards['planned']} shards)"),
         ("teacher", str(summary["teacher"])),
         ("corpus", str(summary["corpus"])),
+        *(("written by", line) for line in _written_by(summary["generated"])),
         ("target", f"{rule}, T = {temperatures}, precision {summary['precision']}"),
         ("documents", f"{summary['documents']:,}"),
         *(("", line) for line in of_documents(summary)),
@@ -48,6 +49,14 @@ def summary_table(summary: dict[str, Any]) -> Table:
     ):
         table.add_row(Text(name, style="bold"), Text(value))
     return table
+
+
+def _written_by(generated: Any) -> list[str]:
+    """Who wrote a corpus that was generated, and how."""
+    if not isinstance(generated, dict):
+        return []
+    told = [f"{name} {generated[name]}" for name in ("temperature", "top_p", "seed") if name in generated]
+    return [", ".join([str(generated.get("writer")), *told])]
 
 
 _SHOWN = 1500

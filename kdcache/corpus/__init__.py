@@ -9,6 +9,7 @@ json_records.py   records of JSON, one at a time
 tables.py         Parquet, Arrow and `datasets` tables, by row
 open_source.py    what a user names as a corpus, to one of these
 records.py        what a source gives for a document
+reading_options.py  the options of a command that say how a corpus is read
 
 From records to documents:
 

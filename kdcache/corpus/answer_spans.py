@@ -72,6 +72,28 @@ def find_answers(template: ChatTemplate, conversation: Conversation) -> list[Ans
     raise max(refusals, key=lambda error: error.weight)  # the first of those
 
 
+def find_prompt(template: ChatTemplate, conversation: Conversation) -> str:
+    """The text after which a model is to answer: all messages up to the last that is no answer, and the invitation.
+
+    The content of every message stands in it. What an assistant says at the end is left out: a new answer is wanted.
+
+    Raises:
+        BadDocument: nobody asks anything, the template refuses the messages, or it does not show one of them.
+    """
+    asked = list(conversation.messages)
+    while asked and asked[-1]["role"] == "assistant":
+        asked.pop()
+    if not any(text_of(message.get("content")).strip() for message in asked):
+        raise BadDocument("no text: the conversation asks nothing")
+    refusals: list[BadDocument] = []
+    for messages in _ways(asked):
+        try:
+            return _Shown(template, conversation, messages).prompt()
+        except BadDocument as error:
+            refusals.append(error)
+    raise max(refusals, key=lambda error: error.weight)  # the first of those
+
+
 def _ways(messages: list[Message]) -> Iterator[list[Message]]:
     """The same messages in the shapes that templates expect, each once."""
     tried: list[list[Message]] = []
@@ -160,6 +182,13 @@ class _Shown:
             last = len(self._messages) if text == whole.text else max(answers) + 1
             self._require_contents(text, spans, range(last), answers)
         return [AnswerText(text, tuple(spans)) for text, spans, _ in reversed(texts)]
+
+    def prompt(self) -> str:
+        """The text of all messages, and what invites an answer behind them."""
+        self._require_tools()
+        text = self._render(len(self._messages), invite=True).text
+        self._require_contents(text, [], range(len(self._messages)), set())
+        return text
 
     def _render(self, count: int, invite: bool = False) -> Rendering:
         """The first messages."""

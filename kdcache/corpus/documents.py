@@ -68,10 +68,13 @@ class TokenIds:
     Attributes:
         ids: `[n]` int64, padding cut off.
         supervised: `[n]` bool, whether each may be a label; None when all may.
+        writer_logp: `[n]` float32, the log-probability that each had when it was drawn, in nats, NaN where that is not
+            known; None where the corpus does not say.
     """
 
     ids: NDArray[np.int64]
     supervised: NDArray[np.bool_] | None = None
+    writer_logp: NDArray[np.float32] | None = None
 
 
 Document = str | Conversation | Completion | TokenIds

@@ -34,9 +34,12 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xf
 _TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
 _JSON = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*)?\{\s*["}]')
 _LOOK = 1 << 12
+GENERATED = "kdcache-corpus.json"
+"""What lies beside the files of a generated corpus, and says who wrote them (`kdcache.generated_corpus`)."""
+
 _BESIDE = re.compile(
     r"(readme|license|licence|notice|citation|changelog|contributing)(\.\w+)?|"
-    r"(dataset_infos?|dataset_dict|state)\.json",
+    r"(dataset_infos?|dataset_dict|state|kdcache-corpus)\.json",
     re.IGNORECASE,
 )
 _SPLITS = re.compile(r"(?<![a-z0-9])(train|test|validation|valid|val|dev|eval)(?![a-z0-9])", re.IGNORECASE)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from kdcache.corpus.record_form import Form
 from kdcache.corpus.token_records import MASKS
 from kdcache.errors import ConfigError, CorpusError
+from kdcache.extras import WRITER_LOGP
 
 PICTURES = ("image", "images", "audio", "audios", "video", "videos")
 """Columns that hold what cannot be read as text."""
@@ -95,6 +96,7 @@ def _named(corpus: str, names: Sequence[str], columns: Columns) -> Form | None:
 def _usual(names: Sequence[str], columns: Columns) -> Form | None:
     if "input_ids" in names:
         masks = {name: name for name in ("labels", *MASKS)}
+        masks |= {WRITER_LOGP: WRITER_LOGP} if WRITER_LOGP in names else {}
         return Form(name="tokenised", columns={"input_ids": "input_ids"}, optional=_but(masks, columns))
     if "text" in names:
         return Form(name="text", columns={"text": "text"})

@@ -28,6 +28,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.extras import WRITER_LOGP
 from kdcache.rows import Ints, PackedRow
 
 
@@ -40,12 +41,14 @@ class Tokens:
         ids: `[n]` int32.
         supervised: `[n]` bool, whether each token may be a label; None when all may.
         whole: whether it is of no use in pieces: an answer must not be taught without its question.
+        writer_logp: `[n]` float32, see `TokenIds`; None where the corpus does not say.
     """
 
     document: int
     ids: Ints
     supervised: NDArray[np.bool_] | None = None
     whole: bool = False
+    writer_logp: NDArray[np.float32] | None = None
 
 
 class PackedRows(Sequence[PackedRow]):
@@ -54,13 +57,23 @@ class PackedRows(Sequence[PackedRow]):
     Args:
         tokens: int32, of all pieces, one behind the other.
         supervised: a flag for each of them; empty when all may be labels.
+        writer_logp: a number for each of them; empty where the corpus has none.
         lengths: `[P]` tokens of each piece.
         documents: `[P]` document of each piece.
         rows: `[P]` row of each piece.
     """
 
-    def __init__(self, tokens: array[int], supervised: bytearray, lengths: Ints, documents: Ints, rows: Ints) -> None:
+    def __init__(
+        self,
+        tokens: array[int],
+        supervised: bytearray,
+        writer_logp: array[float],
+        lengths: Ints,
+        documents: Ints,
+        rows: Ints,
+    ) -> None:
         self._tokens, self._supervised = np.frombuffer(tokens, np.int32), np.frombuffer(supervised, np.bool_)
+        self._writer_logp = np.frombuffer(writer_logp, np.float32)
         self._lengths, self._documents, self._starts = lengths, documents, np.cumsum(lengths) - lengths
         self._order = np.argsort(rows, kind="stable")  # pieces of a row stay in the order of their documents
         self._edges = np.concatenate([[0], np.cumsum(np.bincount(rows))])
@@ -87,11 +100,16 @@ class PackedRows(Sequence[PackedRow]):
         supervised = None
         if len(self._supervised):
             supervised = np.concatenate([self._supervised[place] for place in places])
+        extras = {}
+        if len(self._writer_logp):
+            logp = np.concatenate([self._writer_logp[place] for place in places])
+            extras = {WRITER_LOGP: np.nan_to_num(logp, nan=0.0)[:, None]}
         return PackedRow(
             tokens=np.concatenate([self._tokens[place] for place in places]),
             piece_lengths=self._lengths[pieces],
             piece_documents=self._documents[pieces],
             supervised=None if supervised is None or supervised.all() else supervised,
+            extras=extras,
         )
 
     def batches(self, size: int) -> Batches:
@@ -150,7 +168,7 @@ def pack(documents: Iterable[Tokens], seq_len: int, *, pack: str = "best-fit", o
             hold no label.
     """
     tokens, lengths, numbers, rows = array("i"), array("i"), array("q"), array("q")
-    supervised = bytearray()
+    supervised, writer_logp = bytearray(), array("f")
     best_fit = _BestFit(seq_len) if pack == "best-fit" else None
     counts = _Counts()
     for piece in _pieces(documents, seq_len, overlong, counts):
@@ -161,13 +179,15 @@ def pack(documents: Iterable[Tokens], seq_len: int, *, pack: str = "best-fit", o
             supervised.extend(b"\1" * len(tokens))
         if supervised or piece.supervised is not None:
             supervised.extend(b"\1" * need if piece.supervised is None else piece.supervised.tobytes())
+        if piece.writer_logp is not None:
+            writer_logp.frombytes(piece.writer_logp.astype(np.float32, copy=False).tobytes())
         tokens.frombytes(piece.ids.astype(np.int32, copy=False).tobytes())
         lengths.append(need)
         numbers.append(piece.document)
     sizes = np.array(lengths, np.int32)
     row_of_piece = np.array(rows, np.int64) if best_fit is not None else _longest_first(sizes)
     return Packed(
-        rows=PackedRows(tokens, supervised, sizes, np.array(numbers, np.int64), row_of_piece),
+        rows=PackedRows(tokens, supervised, writer_logp, sizes, np.array(numbers, np.int64), row_of_piece),
         cut=counts.cut,
         truncated=counts.truncated,
         dropped=dict(counts.dropped),
@@ -237,7 +257,8 @@ def _pieces(documents: Iterable[Tokens], seq_len: int, overlong: str, counts: _C
             fates.add(fate)
             for start, end in ends:
                 mask = None if sequence.supervised is None else sequence.supervised[start:end]
-                yield Tokens(document=sequence.document, ids=sequence.ids[start:end], supervised=mask)
+                logp = None if sequence.writer_logp is None else sequence.writer_logp[start:end]
+                yield Tokens(document=sequence.document, ids=sequence.ids[start:end], supervised=mask, writer_logp=logp)
         counts.add(fates)
 
 

@@ -9,15 +9,15 @@ Cost: memory for the tokens of one shard (4 bytes each) and the documents of a m
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from kdcache.corpus.documents import BadDocument, Completion, Conversation, Document, TokenIds
 from kdcache.corpus.packing import Packed, PackedRows, Tokens, pack
 from kdcache.corpus.plan import Plan
 from kdcache.corpus.records import Record, Unreadable
 from kdcache.corpus.sources import Corpus, Part
-from kdcache.corpus.tokenise import Tokeniser
 from kdcache.rows import IGNORE
 
 _MOST_REASON = 200
@@ -61,6 +61,13 @@ class ShardRows:
     truncated: int
 
 
+class DocumentTokeniser(Protocol):
+    """Makes tokens of documents, as `Tokeniser` does."""
+
+    def tokenise(self, documents: Sequence[tuple[int, Document]]) -> list[list[Tokens] | BadDocument]:
+        """For each document, given with its index in the corpus, its sequences, or why it cannot be used."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shaping:
     """What makes rows of documents, beside the corpus.
@@ -71,7 +78,7 @@ class Shaping:
         pack, overlong: see `kdcache.corpus.rules`.
     """
 
-    tokeniser: Tokeniser
+    tokeniser: DocumentTokeniser
     seq_len: int
     pack: str = "best-fit"
     overlong: str = "auto"
@@ -129,7 +136,7 @@ class ShardReading:
     """
 
     corpus: Corpus
-    tokeniser: Tokeniser
+    tokeniser: DocumentTokeniser
     dropped: Counter[str] = field(default_factory=Counter, init=False)
     bad_records: list[BadRecord] = field(default_factory=list, init=False)
     forms: Counter[str] = field(default_factory=Counter, init=False)
@@ -164,6 +171,16 @@ class ShardReading:
                 for number in sorted(bad):
                     self._leave_out(number, str(bad[number]), records[number - first], part, addresses[number - first])
                 yield kept
+
+    def left_out(self) -> str:
+        """What was left out, in words that end a sentence; empty where nothing was."""
+        if not self.dropped:
+            return ""
+        counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+        more = "".join(f"; document {first.document}: {first.reason}" for first in self.bad_records[:1])
+        if "overlong" in self.dropped:
+            more += "; of what is overlong, no answer begins in the first seq_len tokens"
+        return f" (left out: {counts}{more})"
 
     def _keeps(self, document: Document | None) -> bool:
         """Whether a document says something and passes the filters."""

@@ -2,7 +2,8 @@
 
 `attention_mask` says which tokens are there at all: what it leaves out at either end is padding. `labels` (aligned with
 the tokens, not shifted, -100 where masked) and masks of 0 and 1 say which tokens may be labels; where there are
-several, a token needs all of them.
+several, a token needs all of them. `writer_logp` says with which log-probability each token was drawn, where a model
+wrote them; what may be a label must have one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.corpus.documents import BadDocument, TokenIds
+from kdcache.extras import WRITER_LOGP
 from kdcache.rows import IGNORE
 
 MASKS = ("attention_mask", "completion_mask", "assistant_masks", "assistant_mask", "loss_mask")
@@ -33,6 +35,7 @@ def read_tokens(found: Mapping[str, Any]) -> TokenIds | None:
     if found.get("labels") is not None:
         marked = _labelled(_integers(found["labels"], "labels"), ids)
         supervised = marked if supervised is None else supervised & marked
+    logp = _logps(found[WRITER_LOGP], len(ids)) if WRITER_LOGP in found else None
     if found.get(MASKS[0]) is not None:
         there = np.flatnonzero(_mask(found[MASKS[0]], MASKS[0], len(ids)))
         first, last = (int(there[0]), int(there[-1]) + 1) if len(there) else (0, 0)
@@ -40,7 +43,10 @@ def read_tokens(found: Mapping[str, Any]) -> TokenIds | None:
             raise BadDocument(f"{MASKS[0]} with a gap: it is 0 between tokens that are there")
         ids = ids[first:last]
         supervised = None if supervised is None else supervised[first:last]
-    return TokenIds(ids=ids, supervised=supervised)
+        logp = None if logp is None else logp[first:last]
+    if logp is not None and _lacks_labels(logp, supervised):
+        raise BadDocument(f"no {WRITER_LOGP}: a token that may be a label has none")
+    return TokenIds(ids=ids, supervised=supervised, writer_logp=logp)
 
 
 def _integers(value: Any, what: str) -> NDArray[np.int64]:
@@ -52,6 +58,27 @@ def _integers(value: Any, what: str) -> NDArray[np.int64]:
         null = isinstance(value, list) and any(one is None for one in value)
         raise BadDocument(f"wrong type: {what} holds {'a null' if null else 'something else than integers'}")
     return found.astype(np.int64)
+
+
+def _lacks_labels(logp: NDArray[np.float32], supervised: NDArray[np.bool_] | None) -> bool:
+    """Whether a token that may be a label has no log-probability. The first token of a document is none."""
+    unknown = np.isnan(logp[1:])
+    return bool((unknown if supervised is None else unknown & supervised[1:]).any())
+
+
+def _logps(value: Any, length: int) -> NDArray[np.float32]:
+    """Log-probabilities of tokens, NaN where a record has null."""
+    if value is None:
+        raise BadDocument(f"no {WRITER_LOGP}: it is null, and other records have it")
+    try:
+        logp = np.array([np.nan if one is None else one for one in value], np.float32)
+    except (TypeError, ValueError):
+        raise BadDocument(f"wrong type: {WRITER_LOGP} holds something else than numbers") from None
+    if logp.shape != (length,):
+        raise BadDocument(f"unequal lengths: {length} input_ids, {len(logp)} in {WRITER_LOGP}")
+    if not (np.isnan(logp) | ((logp <= 0) & np.isfinite(logp))).all():
+        raise BadDocument(f"wrong numbers: {WRITER_LOGP} holds one that is no logarithm of a probability")
+    return logp
 
 
 def _mask(value: Any, what: str, length: int) -> NDArray[np.bool_]:

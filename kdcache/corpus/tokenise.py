@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.corpus.answer_spans import find_answers
+from kdcache.corpus.answer_spans import find_answers, find_prompt
 from kdcache.corpus.chat_template import ChatTemplate
 from kdcache.corpus.documents import BadDocument, Completion, Conversation, Document, TokenIds
 from kdcache.corpus.exact_tokens import ExactTokens
@@ -80,6 +80,31 @@ class Tokeniser:
         """The tokens with which a plain document begins that begins with a text: no special token follows it."""
         return [int(token) for token in self._around(self._plain([text])[0], [])]
 
+    def prompt_of(self, document: Document) -> NDArray[np.int32]:
+        """The tokens of a document behind which a model is to write.
+
+        Of a text these are all of it; of a completion its prompt; of a conversation everything before the last answer,
+        with the invitation to answer; of token ids those before the first that is supervised, or all.
+
+        Raises:
+            BadDocument: there is no text, or see `tokenise`.
+            CorpusError: it is a conversation, and there is no chat template.
+        """
+        if isinstance(document, Conversation):
+            self._template = self._template or ChatTemplate(self._tokenizer, self._date)
+            return self._encoded(find_prompt(self._template, document), ())[0]
+        if isinstance(document, TokenIds):
+            ids = self._in_vocabulary(document.ids)
+            if document.supervised is not None and document.supervised.any():
+                ids = ids[: int(np.argmax(document.supervised))]
+            if not len(ids):
+                raise BadDocument("no text: no token stands before the first that is supervised")
+            return ids
+        text = document.prompt if isinstance(document, Completion) else document
+        if not text.strip():
+            raise BadDocument("no text: the prompt is empty")
+        return self._around(self._encoded(text, ())[0], [])
+
     def texts(self, texts: Sequence[tuple[int, str]]) -> list[Tokens]:
         """Tokenise texts, each with its index in the corpus, in one call."""
         encoded = self._plain([text for _, text in texts]) if texts else []
@@ -135,14 +160,19 @@ class Tokeniser:
         return self._exact.encode(text, spans)
 
     def _tokenised(self, number: int, document: TokenIds) -> Tokens:
-        ids = document.ids
+        ids, supervised = self._in_vocabulary(document.ids), document.supervised
+        if supervised is not None and not supervised[1:].any():
+            raise BadDocument("nothing taught: no token is to be a label")
+        return Tokens(
+            document=number, ids=ids, supervised=supervised, whole=supervised is not None,
+            writer_logp=document.writer_logp,
+        )  # fmt: skip
+
+    def _in_vocabulary(self, ids: NDArray[np.int64]) -> NDArray[np.int32]:
         if ids.size and (ids.min() < 0 or ids.max() >= self._vocab_size):
             bad = ids[(ids < 0) | (ids >= self._vocab_size)][0]
             raise BadDocument(f"id out of range: token id {bad}, of a vocabulary of {self._vocab_size}")
-        supervised = document.supervised
-        if supervised is not None and not supervised[1:].any():
-            raise BadDocument("nothing taught: no token is to be a label")
-        return Tokens(document=number, ids=ids.astype(np.int32), supervised=supervised, whole=supervised is not None)
+        return ids.astype(np.int32)
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

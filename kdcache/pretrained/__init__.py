@@ -19,10 +19,16 @@ from kdcache.pretrained.config import context_length, hidden_width, read_config
 from kdcache.pretrained.files import fingerprint, model_folder
 from kdcache.pretrained.model import find_device, keep_attention_cap, load_model
 from kdcache.pretrained.quantised import require_dense
-from kdcache.pretrained.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from kdcache.pretrained.tokenizer import (
+    has_tokenizer,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    vocabulary_fingerprint,
+    vocabulary_size,
+)
 
 __all__ = [
     "context_length", "find_device", "fingerprint", "has_tokenizer", "hidden_width", "keep_attention_cap", "load_model",
     "load_tokenizer", "model_folder", "one_line", "read_config", "require_dense", "tokenizer_fingerprint",
-    "vocabulary_size",
+    "vocabulary_fingerprint", "vocabulary_size",
 ]  # fmt: skip

@@ -155,6 +155,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(canonical(parts)).hexdigest()
 
 
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """sha256 over what each id stands for: tokenizers of the same one give ids that mean the same to each other."""
+    return hashlib.sha256(canonical(sorted(tokenizer.get_vocab().items()))).hexdigest()
+
+
 def vocabulary_size(tokenizer: Any) -> int:
     """Ids that the tokenizer can produce lie below this; `len(tokenizer)` unless its ids have gaps."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))

@@ -85,6 +85,7 @@ def inspect_summary(
         "exact": exact,
         "teacher": manifest.origin.get("teacher"),
         "corpus": manifest.origin.get("corpus"),
+        "generated": manifest.origin.get("generated"),
         "selection": manifest.selection,
         "known": manifest.known.to_fields(),
         "position_choice": manifest.positions,

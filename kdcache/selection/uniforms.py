@@ -23,6 +23,9 @@ SELECT = 0x73656C656374
 NARROW = 0x6E6172726F77
 """Domain of the numbers that narrowing draws: an old uniform used again would bias what it once chose."""
 
+GENERATE = 0x67656E6572617465
+"""Domain of the numbers that generated tokens are drawn by."""
+
 
 def _signed(word: int) -> int:
     word &= (1 << 64) - 1
@@ -50,7 +53,7 @@ def uniforms(seed: int, keys: Tensor, domain: int, draws: int | None = None) -> 
 
     Args:
         seed: any integer; its low 64 bits count.
-        keys: `[N, 3]` int64: shard, row, position.
+        keys: `[N, 3]` int64: shard, row, position; of generated tokens, prompt, sample, step.
         domain: what the numbers are for.
         draws: numbers a position; one, without an axis, if None.
 

@@ -20,7 +20,7 @@ from kdcache.corpus.survey import shard_rule, survey
 from kdcache.rows import IGNORE
 from kdcache.store.manifest import today
 from kdcache.teacher.config import CheckOptions
-from kdcache.teacher.inputs import corpus_of, open_tokenizer, require_no_bad_record, shaping_of
+from kdcache.teacher.inputs import find_writer, open_tokenizer, require_no_bad_record, shaping_of
 
 _QUANTILES = {"least": 0.0, "median": 0.5, "0.9": 0.9, "0.99": 0.99, "most": 1.0}
 _MOST_LISTED = 1000
@@ -44,7 +44,8 @@ def check_data(options: CheckOptions, on_progress: Callable[[int, int], None] | 
         KdcacheError: the corpus or the tokenizer cannot be used.
     """
     _, tokenizer, vocab_size = open_tokenizer(options)
-    corpus = corpus_of(options)
+    corpus = options.open(options.corpus)
+    find_writer(options, corpus, tokenizer)
     plan = survey(corpus, shard_rule(corpus)).plan
     shaping = shaping_of(options, tokenizer, vocab_size, today())
     reading = ShardReading(corpus, shaping.tokeniser)

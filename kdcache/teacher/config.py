@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kdcache.corpus.reading_options import ReadingOptions
 from kdcache.corpus.rules import require_rules
 from kdcache.errors import ConfigError
 from kdcache.launcher import LaunchOptions
@@ -26,7 +27,7 @@ _SELECTION = ("k", "min_k", "top_p", "draws", "adaptive", "force_label", "sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusOptions:
+class CorpusOptions(ReadingOptions):
     """What a corpus is, and how its documents become rows for a teacher.
 
     Raises:
@@ -41,21 +42,8 @@ class CorpusOptions:
         "a save_to_disk folder; or hf:NAME[:CONFIG]"
     )
     # corpus
-    text_column: str | None = option("column that holds the texts (default: text)", None)
-    messages_column: str | None = option("column that holds the conversations (default: messages)", None)
-    prompt_column: str | None = option("column that holds the prompts (default: prompt)", None)
-    completion_column: str | None = option("column that holds the completions (default: completion)", None)
-    tools_column: str | None = option("column that holds the tools of a conversation (default: tools)", None)
-    documents_column: str | None = option("column that holds the documents for the template", None)
-    ignore_columns: str | None = option("comma-separated columns that do not count", None)
-    chat_template: str | None = option("file with a chat template to use instead of the tokenizer's own", None)
     eos: str = option("end-of-sequence token after each text: auto (as the tokenizer does), always or never", "auto")
     on_bad_record: str = option("a document that cannot be used: skip (left out and counted) or stop", "skip")
-    split: str = option("split to read, for hf: and for save_to_disk folders with several", "train")
-    split_text: str = option("what one document of a .txt file is: paragraph, line or file", "paragraph")
-    min_chars: int = option("drop documents of fewer characters", 0)
-    drop: str | None = option("drop documents in which this regular expression is found", None)
-    limit_docs: int | None = option("number of documents to take from the start of the corpus", None)
     # rows
     seq_len: int = option("tokens per row", 512)
     pack: str = option(

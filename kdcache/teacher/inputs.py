@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import kdcache
-from kdcache.corpus.forms import Columns
 from kdcache.corpus.plan import Plan
 from kdcache.corpus.shards import Shaping, ShardReading, ShardRows, has_label, shard_rows
-from kdcache.corpus.sources import Corpus, Filters, open_corpus
+from kdcache.corpus.sources import Corpus
 from kdcache.corpus.survey import shard_rule, survey
 from kdcache.corpus.tokenise import Tokeniser
 from kdcache.errors import CacheMismatchError, ConfigError, CorpusError
-from kdcache.extras import ExtraSpec
+from kdcache.extras import WRITER_LOGP, ExtraSpec
+from kdcache.generated_corpus import GeneratedCorpus, find_generated
 from kdcache.known import Known
 from kdcache.pretrained import (
     load_tokenizer,
     tokenizer_fingerprint,
+    vocabulary_fingerprint,
     vocabulary_size,
 )
 from kdcache.store.manifest import NAME, Manifest, today
@@ -75,12 +76,19 @@ class Inputs:
         return dataclasses.replace(self, manifest=dataclasses.replace(manifest, error_bound=manifest.codec.error_bound))
 
 
-def _extras(config: DumpConfig, folder: Path) -> dict[str, Any]:
-    """The extra arrays that are asked for, as a manifest names them."""
+def _extras(config: DumpConfig, folder: Path, corpus: Corpus) -> dict[str, Any]:
+    """The extra arrays that are asked for, and those that the corpus brings, as a manifest names them.
+
+    Raises:
+        ConfigError: the engine does not offer one; or there is one of the corpus, and rows would be copied.
+    """
     widths = require_extras(find_engine(config.engine), folder, config.extra)
-    return {
-        name: ExtraSpec(width=widths[name], precision=config.extra_precision).to_fields() for name in sorted(widths)
-    }
+    specs = {name: ExtraSpec(width=width, precision=config.extra_precision) for name, width in widths.items()}
+    if WRITER_LOGP in corpus.form.optional:
+        if config.reuse:
+            raise ConfigError(f"reuse copies what other caches hold, but {config.corpus} brings its own {WRITER_LOGP}")
+        specs[WRITER_LOGP] = ExtraSpec(width=1)
+    return {name: specs[name].to_fields() for name in sorted(specs)}
 
 
 def open_inputs(
@@ -100,7 +108,8 @@ def open_inputs(
     rule = config.rule
     files, tokenizer, vocab_size = open_tokenizer(config)
     rule.width(vocab_size)
-    corpus = corpus_of(config)
+    corpus = config.open(config.corpus)
+    generated = find_writer(config, corpus, tokenizer)
     asked = shard_rule(corpus, config.docs_per_shard, config.chars_per_shard)
     existing = planned or (_existing_plan(storage, corpus, asked) if storage else None)
     date = existing[2] if existing else date or today()
@@ -132,7 +141,7 @@ def open_inputs(
         error_bound={},
         id_order=(),
         store=config.store,
-        extras=_extras(config, files.folder),
+        extras=_extras(config, files.folder, corpus),
         origin={
             "kdcache": kdcache.__version__,
             "teacher": config.teacher,
@@ -141,6 +150,7 @@ def open_inputs(
             "form": corpus.form.name,
             "columns": list(corpus.form.columns.values()),
             "split_text": config.split_text,
+            **({"generated": generated.described} if generated else {}),
         },
     )
     manifest = dataclasses.replace(manifest, error_bound=manifest.codec.error_bound)
@@ -164,31 +174,28 @@ def open_tokenizer(config: CorpusOptions) -> tuple[TeacherFiles, Any, int]:
     return files, tokenizer, vocabulary_size(tokenizer)
 
 
+def find_writer(config: CorpusOptions, corpus: Corpus, tokenizer: Any) -> GeneratedCorpus | None:
+    """Who wrote a corpus of token ids, if `kdcache generate` did.
+
+    Raises:
+        CorpusError: it is not all written, or its ids are not those of the teacher's vocabulary.
+    """
+    if corpus.form.name != "tokenised":
+        return None
+    found = find_generated(config.corpus)
+    if found is not None and found.vocabulary_sha256 != vocabulary_fingerprint(tokenizer):
+        raise CorpusError(
+            f"the corpus {config.corpus} holds token ids of {found.origin.get('writer')}, whose vocabulary is not that "
+            f"of the teacher {config.teacher}; with ignore_columns input_ids,completion_mask its texts are read instead"
+        )
+    return found
+
+
 def shaping_of(config: CorpusOptions, tokenizer: Any, vocab_size: int, date: str) -> Shaping:
     """How the options make rows of documents."""
     return Shaping(
         tokeniser=Tokeniser(tokenizer, vocab_size, eos=config.eos, date=date),
         seq_len=config.seq_len, pack=config.pack, overlong=config.overlong,
-    )  # fmt: skip
-
-
-def corpus_of(config: CorpusOptions) -> Corpus:
-    """The corpus that the options name.
-
-    Raises:
-        KdcacheError: it cannot be opened.
-    """
-    ignored = tuple(name for name in (config.ignore_columns or "").split(",") if name)
-    return open_corpus(
-        config.corpus,
-        split=config.split,
-        split_text=config.split_text,
-        columns=Columns(
-            text=config.text_column, messages=config.messages_column, prompt=config.prompt_column,
-            completion=config.completion_column, tools=config.tools_column, documents=config.documents_column,
-            ignored=ignored,
-        ),
-        filters=Filters(min_chars=config.min_chars, drop=config.drop, limit_docs=config.limit_docs),
     )  # fmt: skip
 
 
@@ -207,7 +214,7 @@ def _survey(corpus: Corpus, rule: dict[str, int], shaping: Shaping, on_bad_recor
                 require_no_bad_record(reading)
     labelled, reading = has_label(corpus, found.plan, shaping)
     if not labelled:
-        raise CorpusError(f"none of the {found.plan.documents} documents has a token to predict{_why(reading)}")
+        raise CorpusError(f"none of the {found.plan.documents} documents has a token to predict{reading.left_out()}")
     return found.plan, found.corpus_sha256
 
 
@@ -222,17 +229,6 @@ def require_no_bad_record(reading: ShardReading) -> None:
             f"document {first.document} cannot be used: {first.reason}; with on_bad_record skip it is left out and "
             "counted"
         )
-
-
-def _why(reading: ShardReading) -> str:
-    """What was left out, in words."""
-    if not reading.dropped:
-        return ""
-    counts = ", ".join(f"{count} {reason}" for reason, count in reading.dropped.most_common())
-    more = "".join(f"; document {first.document}: {first.reason}" for first in reading.bad_records[:1])
-    if "overlong" in reading.dropped:
-        more += "; of what is overlong, no answer begins in the first seq_len tokens"
-    return f" (left out: {counts}{more})"
 
 
 def _existing_plan(storage: Storage, corpus: Corpus, rule: dict[str, int]) -> Planned | None:

@@ -247,7 +247,7 @@ def _write(shard: NewShard, batch: Sequence[PackedRow], found: BatchTargets, eos
     for row, targets in zip(batch, found.targets.split(found.counts), strict=True):
         _count_ends(shard, eos_id, row)
         stop = start + len(row.tokens)
-        shard.write_row(row, targets, {name: values[start:stop] for name, values in found.extras.items()})
+        shard.write_row(row, targets, {**{name: each[start:stop] for name, each in found.extras.items()}, **row.extras})
         start = stop
 
 

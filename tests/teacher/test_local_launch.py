@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kdcache.crew.processes import _share, visible_gpus
 from kdcache.errors import ConfigError
 from kdcache.teacher.config import DumpConfig, DumpOptions
-from kdcache.teacher.launch.local import _share, visible_gpus
 from kdcache.verify import verify_cache
 from tests.making import dump_options
 from tests.processes import ReadyMade, kdcache, wait_until

@@ -121,10 +121,12 @@ class TargetRequest:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
-        """What a cache asks of its teacher."""
+        """What a cache asks of its teacher: not what the corpus brings."""
+        from kdcache.extras import WRITER_LOGP
+
         return cls(
             selection=manifest.rule, temperatures=manifest.temperatures, seed=manifest.seed,
-            extras=tuple(manifest.extras),
+            extras=tuple(name for name in manifest.extras if name != WRITER_LOGP),
         )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Dumps by many workers that one command starts: processes of this machine, or actors of a Ray cluster.
 
-`assign.py` decides who makes which shard, for both; `shard_worker.py` is what each worker does, on top of `ShardMaker`;
-`local.py` and `ray_actors.py` are two ways to have workers. The driver, which runs `assign`, opens no teacher and no
+`kdcache.crew` decides who makes which shard, for both, and has the workers of this machine; `shard_worker.py` is what
+each worker does, on top of `ShardMaker`; `ray_actors.py` has workers of a cluster. The driver opens no teacher and no
 corpus, and needs no GPU.
 """
 
@@ -13,7 +13,9 @@ from kdcache.ray_cluster import require_ray
 from kdcache.teacher.config import DumpOptions
 
 if TYPE_CHECKING:
-    from kdcache.teacher.dump import Progress
+    from kdcache.crew.assign import Progress, Run
+
+_WORKER = "kdcache.teacher.launch.shard_worker"
 
 
 def launch(options: DumpOptions, on_progress: Progress | None = None) -> dict[str, Any]:
@@ -29,15 +31,30 @@ def launch(options: DumpOptions, on_progress: Progress | None = None) -> dict[st
         from kdcache.teacher.dump import dump
 
         return dump(options.config, on_progress)
-    from kdcache.teacher.launch.assign import run
+    from kdcache.crew.assign import run
 
     if options.launch == "local":
-        from kdcache.teacher.launch.local import local_workers
+        from kdcache.crew.processes import local_workers
 
-        with local_workers(options) as processes:
-            return run(processes, on_progress)
+        with local_workers(_WORKER, options.config, options, options.device) as processes:
+            return _summary(run(processes, on_progress))
     require_ray()
     from kdcache.teacher.launch.ray_actors import ray_workers
 
     with ray_workers(options) as actors:
-        return run(actors, on_progress)
+        return _summary(run(actors, on_progress))
+
+
+def _summary(done: Run) -> dict[str, Any]:
+    """What a crew has dumped."""
+    done.summary["shards"]["by_this_worker"] = done.made
+    return {
+        **done.summary,
+        "worker": "0/1",
+        "workers": done.workers,
+        "replaced": done.replaced,
+        "seconds": done.seconds,
+        "waited_seconds": done.totals["waited"],
+        "reused": {name: int(done.totals[f"reused_{name}"]) for name in ("positions", "documents")},
+        "positions_per_second": done.amount / done.seconds,
+    }

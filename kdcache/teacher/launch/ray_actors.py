@@ -16,11 +16,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from kdcache.crew.assign import Answer
+from kdcache.crew.tasks import Outcome, Task
 from kdcache.errors import one_line
 from kdcache.ray_cluster import connected, handed_on, has_gpus
 from kdcache.teacher.config import DumpConfig, DumpOptions
-from kdcache.teacher.launch.assign import Answer
-from kdcache.teacher.launch.shard_worker import Outcome, ShardWorker, Task
+from kdcache.teacher.launch.shard_worker import ShardWorker
 
 _LOOKING = "looking"
 """The concurrency group in which an actor is asked for its progress while it works."""

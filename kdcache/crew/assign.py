@@ -1,27 +1,27 @@
 """Who makes which shard: an idle worker takes the next that nobody has; the shard of one that dies goes to another.
 
-The first worker opens the inputs and creates the cache; then the others start, each as soon as there is room for it.
+The first worker opens the inputs and creates the output; then the others start, each as soon as there is room for it.
 A worker that dies, or fails with an exception that is no `KdcacheError`, is replaced, and its shard is the next that is
-given away. A shard that ends three workers ends the dump. A `KdcacheError` ends it at once: it would be raised again.
+given away. A shard that ends three workers ends the work. A `KdcacheError` ends it at once: it would be raised again.
 
-Guarantee: two workers may make one shard (one may be thought dead that is only cut off); then one commit wins, as
-always. Cost: the driver keeps a number for each missing shard.
+Guarantee: two workers may make one shard (one may be thought dead that is only cut off); then the first one that is
+there stays, as always. Cost: the driver keeps a number for each missing shard.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections import Counter, deque
-from collections.abc import Iterable
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from kdcache import errors
-from kdcache.teacher.launch.shard_worker import FINISH, MAKE, OPEN, Outcome, Task
+from kdcache.crew.tasks import FINISH, MAKE, OPEN, Outcome, Task
 
-if TYPE_CHECKING:
-    from kdcache.teacher.dump import Progress
+Progress = Callable[[int, int, int], None]
+"""Called with size done, size to do, and the amount done so far; see `Outcome`."""
 
 ATTEMPTS = 3
 """Workers that one task may end."""
@@ -40,7 +40,7 @@ class Answer:
     Attributes:
         worker: its number.
         outcome: of its task; None where it has none yet.
-        progress: documents and labelled slots of the shard that it is making.
+        progress: size and amount of what is done of the shard that it is making.
         died: why there is no worker any more.
     """
 
@@ -69,11 +69,31 @@ class Crew(Protocol):
         """What came from workers; waits for so long if nothing did."""
 
 
-def run(crew: Crew, on_progress: Progress | None) -> dict[str, Any]:
-    """Have all missing shards made.
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a crew has done.
 
-    Returns:
-        The summary of the cache, and of this run.
+    Attributes:
+        summary: of the output, from the worker that finished it.
+        made: shards that this crew made.
+        amount: of these.
+        totals: sums of the further numbers of their makers, by name.
+        workers: how many there were at once.
+        replaced: workers that died, or failed, and were replaced.
+        seconds: how long it took.
+    """
+
+    summary: dict[str, Any]
+    made: int
+    amount: int
+    totals: Mapping[str, float]
+    workers: int
+    replaced: int
+    seconds: float
+
+
+def run(crew: Crew, on_progress: Progress | None) -> Run:
+    """Have all missing shards made.
 
     Raises:
         KdcacheError: one that a worker raised.
@@ -90,16 +110,15 @@ class _Assignment:
         self._busy: dict[int, Task] = {}
         self._idle: list[int] = []
         self._waiting: deque[int] | None = None  # shards; None until a worker has said which are missing
-        self._documents: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
         self._shown: dict[int, tuple[float, int]] = {}
         self._failures: Counter[tuple[Task, int]] = Counter()
         self._summary: dict[str, Any] | None = None
-        self._done = self._made = self._positions = self._replaced = 0
-        self._waited = 0.0
-        self._reused = {"positions": 0, "documents": 0}
+        self._done = self._made = self._amount = self._replaced = 0
+        self._totals: defaultdict[str, float] = defaultdict(float)
         self._heard = False
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Run:
         self._start(0)
         while self._summary is None:
             for answer in self._crew.answers(_TICK):
@@ -116,18 +135,10 @@ class _Assignment:
             if not self._heard and time.perf_counter() - self._started > _PATIENCE:
                 self._heard = True
                 warnings.warn(f"no worker has started for {_PATIENCE:.0f} s: is there room for one?", stacklevel=2)
-        seconds = time.perf_counter() - self._started
-        self._summary["shards"]["by_this_worker"] = self._made
-        return {
-            **self._summary,
-            "worker": "0/1",
-            "workers": self._crew.count,
-            "replaced": self._replaced,
-            "seconds": seconds,
-            "waited_seconds": self._waited,
-            "reused": self._reused,
-            "positions_per_second": self._positions / seconds,
-        }
+        return Run(
+            summary=self._summary, made=self._made, amount=self._amount, totals=self._totals,
+            workers=self._crew.count, replaced=self._replaced, seconds=time.perf_counter() - self._started,
+        )  # fmt: skip
 
     def _start(self, worker: int) -> None:
         self._crew.start(worker)
@@ -149,15 +160,15 @@ class _Assignment:
         if task.kind == FINISH:
             self._summary = outcome.value
         elif task.kind == MAKE:
-            committed, positions, waited, *copied = outcome.value
+            made, amount, further = outcome.value
             self._shown.pop(worker, None)
-            self._done += self._documents[task.shard]
-            self._made, self._positions = self._made + committed, self._positions + positions
-            self._waited += waited
-            self._reused = {name: self._reused[name] + more for name, more in zip(self._reused, copied, strict=True)}
+            self._done += self._sizes[task.shard]
+            self._made, self._amount = self._made + made, self._amount + amount
+            for name, more in further.items():
+                self._totals[name] += more
         elif self._waiting is None:
-            self._documents = dict(outcome.value)
-            self._waiting = deque(self._documents)
+            self._sizes = dict(outcome.value)
+            self._waiting = deque(self._sizes)
             for other in range(1, min(self._crew.count, len(self._waiting))):
                 self._start(other)
         return None
@@ -192,9 +203,9 @@ class _Assignment:
 
     def _show(self) -> None:
         if self._on_progress and self._waiting is not None:
-            documents = self._done + int(sum(documents for documents, _ in self._shown.values()))
-            positions = self._positions + sum(positions for _, positions in self._shown.values())
-            self._on_progress(documents, sum(self._documents.values()), positions)
+            size = self._done + int(sum(size for size, _ in self._shown.values()))
+            amount = self._amount + sum(amount for _, amount in self._shown.values())
+            self._on_progress(size, sum(self._sizes.values()), amount)
 
 
 def _key(task: Task, worker: int) -> tuple[Task, int]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from kdcache.crew.assign import Answer, run
+from kdcache.crew.tasks import FINISH, MAKE, OPEN, Outcome, Task
 from kdcache.errors import CorpusError, LaunchError
-from kdcache.teacher.launch.assign import Answer, run
-from kdcache.teacher.launch.shard_worker import FINISH, MAKE, OPEN, Outcome, Task
 
 SHARDS = dict.fromkeys(range(6), 10)
 
@@ -46,7 +46,7 @@ class Scripted:
         if task.kind == FINISH:
             return {"shards": {"planned": 6, "committed": len(self.made)}}
         self.made.append(task.shard)
-        return [True, 100, 0.25, 7, 2]
+        return [True, 100, {"waited": 0.25, "copied": 7}]
 
     def answers(self, seconds: float) -> Iterator[Answer]:
         while self.answered:
@@ -55,17 +55,17 @@ class Scripted:
 
 def test_every_shard_is_made_once_and_counted() -> None:
     crew, shown = Scripted(2, {}), []
-    summary = run(crew, lambda *figures: shown.append(figures))
+    done = run(crew, lambda *figures: shown.append(figures))
     assert sorted(crew.made) == list(SHARDS) and crew.started == [0, 1]
-    assert summary["shards"]["by_this_worker"] == 6 and summary["replaced"] == 0
-    assert summary["waited_seconds"] == 1.5 and summary["reused"] == {"positions": 42, "documents": 12}
+    assert done.made == 6 and done.amount == 600 and done.workers == 2 and done.replaced == 0
+    assert done.totals == {"waited": 1.5, "copied": 42} and done.summary["shards"]["planned"] == 6
     assert shown[-1] == (60, 60, 600)
 
 
 @pytest.mark.parametrize("fate", ["dies", "fails"])
 def test_a_shard_whose_workers_end_twice_is_made_by_the_third(fate: str) -> None:
     crew = Scripted(2, {(MAKE, 3): [fate, fate]})
-    assert run(crew, None)["replaced"] == 2
+    assert run(crew, None).replaced == 2
     assert sorted(crew.made) == list(SHARDS)
 
 
@@ -77,7 +77,7 @@ def test_a_shard_that_ends_three_workers_is_named() -> None:
 
 
 def test_a_worker_that_dies_each_time_it_opens_the_cache() -> None:
-    with pytest.raises(LaunchError, match=r"^the task to open the cache ended 3 workers"):
+    with pytest.raises(LaunchError, match=r"^the task to open the output ended 3 workers"):
         run(Scripted(2, {(OPEN, -1): ["dies"] * 3}), None)
 
 
@@ -89,9 +89,9 @@ def test_what_a_worker_refuses_is_not_tried_again() -> None:
 
 def test_a_worker_that_never_starts_keeps_nobody_waiting() -> None:
     crew = Scripted(2, {(OPEN, -1): ["done", "hangs"]})
-    assert run(crew, None)["shards"]["committed"] == 6
+    assert run(crew, None).summary["shards"]["committed"] == 6
 
 
 def test_the_end_is_left_to_another_if_its_worker_dies() -> None:
     crew = Scripted(2, {(FINISH, -1): ["dies"]})
-    assert run(crew, None)["shards"]["by_this_worker"] == 6
+    assert run(crew, None).made == 6

@@ -15,13 +15,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
+from kdcache.crew.assign import Answer
+from kdcache.crew.tasks import Outcome, Task, TaskWorker
 from kdcache.errors import ConfigError
-from kdcache.teacher.config import DumpConfig, DumpOptions
-from kdcache.teacher.launch.assign import Answer
-from kdcache.teacher.launch.shard_worker import Outcome, ShardWorker, Task
+from kdcache.launcher import LaunchOptions
 from kdcache.worker import available_cores
 
 _FAREWELL = 20.0
@@ -32,19 +32,26 @@ _TICK = 0.5
 
 
 @contextlib.contextmanager
-def local_workers(options: DumpOptions) -> Iterator[Processes]:
+def local_workers(module: str, config: Any, options: LaunchOptions, device: str) -> Iterator[Processes]:
     """Processes of this machine, which all end with the context.
+
+    Args:
+        module: what each runs, `python -m module`; it calls `serve`.
+        config: a dataclass, whose fields each worker is given.
+        options: how many workers, and what each may use.
+        device: that the workers run on; on `cpu` they get no GPUs.
 
     Raises:
         ConfigError: more GPUs for a worker than there are.
     """
-    gpus = [] if options.device == "cpu" else visible_gpus(os.environ)
+    gpus = [] if device == "cpu" else visible_gpus(os.environ)
     each = options.gpus_per_worker if options.gpus_per_worker is not None else float(bool(gpus))
     if each > len(gpus):
         raise ConfigError(f"gpus_per_worker is {each:g}, but this machine has {len(gpus)} GPUs")
     count = options.workers or (max(1, int(len(gpus) // each)) if each else 1)
     cores = options.cpus_per_worker or max(1, available_cores() // count)
-    processes = Processes(options.config, [_environment(cores, _share(gpus, each, worker)) for worker in range(count)])
+    environments = [_environment(cores, _share(gpus, each, worker)) for worker in range(count)]
+    processes = Processes(module, dataclasses.asdict(config), environments)
     try:
         yield processes
     finally:
@@ -77,13 +84,14 @@ class Processes:
     """A `Crew` of processes.
 
     Args:
-        config: of the dump.
+        module: what each runs.
+        fields: of the configuration, which each is given.
         environments: of each worker.
     """
 
-    def __init__(self, config: DumpConfig, environments: Sequence[dict[str, str]]) -> None:
+    def __init__(self, module: str, fields: dict[str, Any], environments: Sequence[dict[str, str]]) -> None:
         self.count = len(environments)
-        self._config, self._environments = config, environments
+        self._module, self._fields, self._environments = module, fields, environments
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._ready = selectors.DefaultSelector()
         self._read: dict[int, bytes] = {}  # of a line that has not ended yet
@@ -92,12 +100,12 @@ class Processes:
         """See `Crew`."""
         self._end([worker])
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-m", self._module], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=self._environments[worker], start_new_session=True,
         )  # fmt: skip
         self._processes[worker], self._read[worker] = process, b""
         self._ready.register(process.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
-        self._write(worker, dataclasses.asdict(self._config))
+        self._write(worker, self._fields)
 
     def ask(self, worker: int, task: Task) -> None:
         """See `Crew`."""
@@ -120,7 +128,7 @@ class Processes:
                 yield _answer(worker, json.loads(line))
 
     def stop(self) -> None:
-        """End all processes; those that have nothing to do close their teachers first."""
+        """End all processes; those that have nothing to do close their models first."""
         self._end(list(self._processes))
 
     def _write(self, worker: int, value: dict[str, Any]) -> None:
@@ -161,13 +169,17 @@ def _answer(worker: int, said: dict[str, Any]) -> Answer:
     return Answer(worker, outcome=Outcome(**said))
 
 
-def main() -> None:
-    """Be a worker: do the tasks of standard input, in order, until it ends."""
+def serve(make_worker: Callable[[dict[str, Any]], TaskWorker]) -> None:
+    """Be a worker: do the tasks of standard input, in order, until it ends.
+
+    Args:
+        make_worker: makes it of the fields of its configuration; of a list there is a tuple.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     fields: dict[str, Any] = json.loads(sys.stdin.readline())
-    worker = ShardWorker(DumpConfig(**{**fields, "set": tuple(fields["set"])}))
+    worker = make_worker({name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
     try:
         for line in sys.stdin:
             with _telling(worker, answers):
@@ -184,7 +196,7 @@ def _say(answers: TextIO, value: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _telling(worker: ShardWorker, answers: TextIO) -> Iterator[None]:
+def _telling(worker: TaskWorker, answers: TextIO) -> Iterator[None]:
     """Tell the driver of a worker's progress, from a thread of its own, while it works."""
     ended = threading.Event()
 
@@ -199,7 +211,3 @@ def _telling(worker: ShardWorker, answers: TextIO) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-if __name__ == "__main__":
-    main()
