@@ -42,6 +42,10 @@ OWNERS = ("token", "position")
 
 MOST_EXTRAS = 64
 
+WRITER_LOGP = "writer_logp"
+"""The extra that the records of a corpus bring: the log-probability that each token had when its writer drew it, in
+nats. 0 for a token that no writer drew, which is never a label."""
+
 _NAME = re.compile(r"[a-z0-9_.:-]{1,80}")
 _TYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),

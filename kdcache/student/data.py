@@ -31,9 +31,6 @@ from kdcache.targets import SparseTargets
 
 Rows = Sequence[int] | NDArray[np.int64] | RowSet
 
-WRITER_LOGP = "writer_logp"
-"""The extra of a token, of width 1, that a corpus of rollouts gives a cache: log-probability by the token's writer."""
-
 _BLOCK = 1 << 16
 _HELDOUT = 0
 """The seed of the choice of held-out rows; a run's own seed has no part in it."""

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
+from kdcache.extras import WRITER_LOGP
 from kdcache.isolation import packed_forward
 from kdcache.losses import Figures, LinearHead, LogitSource, Objective, PositionWeights, StoredLogits, distil
 from kdcache.pretrained import one_line
-from kdcache.student.data import WRITER_LOGP, extra_of_labels, labelled
+from kdcache.student.data import extra_of_labels, labelled
 
 T = TypeVar("T")
 

@@ -25,7 +25,7 @@ from kdcache.errors import ConfigError
 from kdcache.losses import Objective, PositionWeights
 from kdcache.store.manifest import Manifest
 from kdcache.student.config import TrainConfig
-from kdcache.student.data import WRITER_LOGP
+from kdcache.student.rollouts import require_rollouts
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Schedule:
                     f"{name} was dumped with force_label, where a label is never a sample of the tail"
                 )
         if base.takes_rollouts:
-            _require_writer(manifest, config.loss)
+            require_rollouts(manifest, config.loss)
         return Schedule(stairs, weights, steps, config.soft_schedule, *ramps(config, steps))
 
     def at(self, step: int) -> Objective:
@@ -104,20 +104,6 @@ class Schedule:
         if self.soft_schedule == "linear":
             return 1 - step / self.steps
         return 1.0
-
-
-def _require_writer(manifest: Manifest, loss: str) -> None:
-    """Refuse a cache whose rows do not know who wrote their tokens with what probability.
-
-    Raises:
-        ConfigError: it has no such extra.
-    """
-    spec = manifest.extra_specs.get(WRITER_LOGP)
-    if spec is None or (spec.width, spec.per) != (1, "token"):
-        raise ConfigError(
-            f"loss {loss} learns from rollouts, but the cache has no extra {WRITER_LOGP} of width 1 a token: the "
-            "log-probability that the writer gave each token; dump a corpus that has it"
-        )
 
 
 def ramps(config: TrainConfig, steps: int) -> tuple[int, int]:
