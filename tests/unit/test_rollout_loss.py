@@ -53,10 +53,10 @@ def dense_gradient(student: Tensor, teacher: Tensor, t: float = 1.0) -> Tensor:
     return leaf.grad
 
 
-def require_within(each: Tensor, exact: Tensor, errors: float = 5.0) -> None:
+def require_within(each: Tensor, exact: Tensor, errors: float = 5.0, share: float = 0.05) -> None:
     """The mean of `[count, ...]` is the exact one within some of its standard errors, everywhere."""
     error = each.std(0) / math.sqrt(len(each))
-    assert (error > 0).all() and (error < 0.05 * exact.abs().max()).all()  # or nothing would be shown
+    assert (error > 0).all() and (error < share * exact.abs().max()).all()  # or nothing would be shown
     assert ((each.mean(0) - exact).abs() / error).max() < errors
 
 
@@ -68,6 +68,32 @@ def test_the_mean_gradient_is_that_of_the_dense_reverse_kl(t: float) -> None:
     for mu in ((student / t).softmax(-1), before.softmax(-1)):
         each = drawn_gradients(student, teacher, mu, 20_000, f"{LOSS}:inf", t)
         require_within(each, exact)
+
+
+def test_over_many_rollouts_it_is_the_dense_gradient_where_the_student_goes() -> None:
+    """A bigram student of float64, its whole texts drawn from itself: the gradient in its table, against the dense
+    reverse KL of each state, times how often the student is there."""
+    texts, length = 4000, 6
+    g = torch.Generator().manual_seed(5)
+    teacher, table = (1.5 * torch.randn(V, V, generator=g, dtype=torch.float64) for _ in range(2))
+    q = table.softmax(-1)
+    visits, tokens = [torch.full((V,), 1 / V, dtype=torch.float64)], [torch.randint(V, (texts,), generator=g)]
+    for _ in range(length - 1):
+        tokens.append(torch.multinomial(q[tokens[-1]], 1, generator=g)[:, 0])
+        visits.append(visits[-1] @ q)
+    states, labels = (
+        torch.stack(tokens[a:b], 1).reshape(-1) for a, b in ((0, -1), (1, None))
+    )  # [texts * (length - 1)]
+    writer = q.log()[states, labels]
+    leaf = table[states].requires_grad_()
+    targets = targets_of(teacher[states], 2, labels=labels)
+    sparse_kd_loss_from_logits(leaf, targets, labels=labels, loss=LOSS, writer_logp=writer, num_items=1).backward()
+    assert leaf.grad is not None
+    each = torch.zeros(texts, V, V, dtype=torch.float64)  # the table's gradient of each text
+    rows = torch.arange(texts).repeat_interleave(length - 1)
+    each.index_put_((rows, states), leaf.grad, accumulate=True)
+    visited = torch.stack(visits[:-1]).sum(0)
+    require_within(each, visited[:, None] * dense_gradient(table, teacher), share=0.1)
 
 
 def test_without_the_ratio_it_would_be_off() -> None:
