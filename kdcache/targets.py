@@ -235,8 +235,29 @@ class SparseTargets:
             scaled = self.logprobs / temperature
             partition = torch.where(self.count > 0, scaled.logsumexp(-1), 0.0)
             return scaled - partition[..., None], torch.full_like(partition, -torch.inf)
+        raise self._not_exact(temperature)
+
+    def label_at_temperature(self, temperature: float, what: str) -> Tensor:
+        """`[...]` exact log p_T of the true next token.
+
+        Args:
+            temperature: T.
+            what: what needs it, as the subject of a sentence.
+
+        Raises:
+            TargetError: it is unknown, or the partition at T was not stored and cannot be summed.
+        """
+        label = self.require("label_logprob", what)
+        if temperature in self.temperatures:
+            return label / temperature - self.log_partition[..., self.temperatures.index(temperature)]
+        if self.log_tail is not None and torch.isneginf(self.log_tail[..., 0][self.count > 0]).all():
+            scaled = self.logprobs / temperature
+            return label / temperature - torch.where(self.count > 0, scaled.logsumexp(-1), 0.0)
+        raise self._not_exact(temperature)
+
+    def _not_exact(self, temperature: float) -> TargetError:
         stored = ", ".join(f"{t:g}" for t in self.temperatures)
-        raise TargetError(
+        return TargetError(
             f"temperature {temperature:g} is not exact for these targets: they hold the "
             f"partitions of temperature(s) {stored} only"
         )

@@ -3,8 +3,8 @@
 A divergence is a function of (log q on the entries, log q of the tail, the teacher's side of both) and is found by
 name. Near agreement ours are sums of terms that are never negative and vanish, with their slope, where both agree: a
 divergence of log p and log q that are each off by a rounding is then off by the square of it. Merging ids into a
-bucket never raises any of them (data processing inequality), so each is a lower bound of the dense divergence and is
-exact where everything is kept.
+bucket never raises an f-divergence (data processing inequality), so each of the first six is a lower bound of the dense
+divergence; all are exact where everything is kept.
 
     forward-kl            KL(p ‖ q)                                      Hinton et al. 2015, arXiv 1503.02531
     reverse-kl            KL(q ‖ p)                                      Gu et al. 2024, MiniLLM, arXiv 2306.08543
@@ -13,30 +13,31 @@ exact where everything is kept.
     jsd[:c]               c KL(p ‖ m) + (1-c) KL(q ‖ m), c = 0.5,
                           m = c p + (1-c) q                              Agarwal et al. 2024, GKD, arXiv 2306.13649
     tvd                   1/2 sum |p - q|                                Wen et al. 2023, arXiv 2307.15190
+    adaptive-kl[:c]       h KL(p ‖ q) + (1-h) KL(q ‖ p), c = 0.5, h from
+                          the gaps |p - q| in the head of mass c         Wu et al. 2024, arXiv 2404.02657
+    alpha-beta[:a:b]      1/(ab) sum (a p^s + b q^s) / s - p^a q^b,
+                          s = a + b, a = 0.2, b = 0.7                    Wang et al. 2025, ABKD, arXiv 2505.04560
+    decoupled-kl[:a:b]    a KL(label, rest) + b KL(within the rest),
+                          a = 1, b = 8                                   Zhao et al. 2022, DKD, arXiv 2203.08679
+    tail-kl[:k:w]         KL(k largest, rest) + w r KL(within the rest),
+                          r the rest's mass, k = 10, w = 2               Dasgupta et al. 2026, arXiv 2602.20816
 
 An outcome that does not exist (a padded entry, the tail where everything is kept) has the log-probability `ABSENT`
-on both sides, which is finite: it weighs nothing and differs by nothing.
+on both sides, which is finite: it weighs nothing and differs by nothing. One that the student makes impossible (a logit
+of -inf) has -inf: it adds nothing to KL(q ‖ p), and makes KL(p ‖ q) infinite.
 
-Shapes: N positions, K entries.
+Shapes: N positions, K entries, M = K + 1 outcomes: the entries, and the tail as the last one.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdcache.errors import ConfigError
-from kdcache.registry import Registry
-from kdcache.targets import SparseTargets
-
-ABSENT = -1e4
-"""Log-probability of what cannot happen: its exponential is 0 in every dtype, and sums with it stay finite."""
+from kdcache.losses.divergence_registry import ABSENT, Constants, TeacherDistribution, register_divergence
 
 _NOISE = 64
 """Machine epsilons by which log q and log p may differ and count as equal where a slope is not continuous (`tvd`):
@@ -46,106 +47,8 @@ _NEAR = 1e-2
 """Nats below which a divergence is summed so that roundings of log p and log q count only squared."""
 
 
-@dataclass(frozen=True)
-class TeacherDistribution:
-    """The teacher's side of a divergence, at the temperature of the loss.
-
-    Attributes:
-        log_p: `[N, K]` log-probabilities of the entries; `ABSENT` past `count`.
-        log_tail: `[N]` log of the mass of everything else; `ABSENT` where there is nothing else.
-        targets: what the cache holds for these positions.
-    """
-
-    log_p: Tensor
-    log_tail: Tensor
-    targets: SparseTargets
-
-
-DivergenceFunction = Callable[..., Tensor]
-"""`(log_q [N, K], log_tail_q [N], teacher: TeacherDistribution) -> [N]`, nats.
-
-The function is given a fourth argument if it takes a constant."""
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """A divergence that is ready to be used.
-
-    Attributes:
-        function: `(log_q, log_tail_q, teacher) -> [N]`.
-        temperature_power: the loss at T is multiplied by T to this power, so that its gradient keeps its size.
-    """
-
-    function: DivergenceFunction
-    temperature_power: int
-
-
-@dataclass(frozen=True)
-class _Family:
-    function: DivergenceFunction
-    constant: float | None
-    temperature_power: int
-
-
-_FAMILIES: Registry[_Family] = Registry("loss")
-
-
-def register_divergence(
-    name: str, function: DivergenceFunction, *, constant: float | None = None, temperature_power: int = 2
-) -> None:
-    """Make a divergence known by a name, for `loss=` and `--loss`.
-
-    Args:
-        name: without a colon, and not taken.
-        function: `(log_q [N, K], log_tail_q [N], teacher) -> [N]`, differentiable by autograd in the first two.
-        constant: the default of a constant in (0, 1), if it has one: the function is then given it as a fourth
-            argument, and `name:0.3` sets it.
-        temperature_power: see `Divergence`: 2, unless the gradient at T shrinks by another power of T.
-
-    Raises:
-        ConfigError: the name is taken, or has other characters than letters, digits, `-`, `_` and `.`.
-    """
-    _FAMILIES.register(name, _Family(function, constant, temperature_power))
-
-
-def divergence_names() -> tuple[str, ...]:
-    """The names of all registered divergences, in the order in which they were registered."""
-    return _FAMILIES.names()
-
-
-@functools.cache
-def find_divergence(name: str) -> Divergence:
-    """The divergence of a name, or of a name and its constant, as in `jsd:0.9`.
-
-    Raises:
-        ConfigError: no such name, or a constant that it does not take.
-    """
-    base, colon, text = name.partition(":")
-    family = _FAMILIES.find(base)
-    if family.constant is None:
-        if colon:
-            raise ConfigError(f"loss {name!r} gives {base} a constant, but it takes none")
-        return Divergence(family.function, family.temperature_power)
-    constant = family.constant
-    if colon:
-        try:
-            constant = float(text)
-        except ValueError:
-            constant = -1.0
-    if not 0 < constant < 1:
-        raise ConfigError(f"loss {name!r} needs a constant between 0 and 1, as in {base}:{family.constant:g}")
-    bound: Any = functools.partial(_with_constant, family.function, constant)
-    return Divergence(bound, family.temperature_power)
-
-
-def _with_constant(
-    function: DivergenceFunction, constant: float, log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution
-) -> Tensor:
-    return function(log_q, log_tail_q, teacher, constant)
-
-
 def _outcomes(log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution) -> tuple[Tensor, Tensor]:
-    """`[N, K + 1]` log p and log q: the entries, and the tail as the last one."""
+    """`[N, M]` log p and log q."""
     log_p = torch.cat([teacher.log_p, teacher.log_tail[:, None]], -1).to(log_q.dtype)
     return log_p, torch.cat([log_q, log_tail_q[:, None]], -1)
 
@@ -154,12 +57,14 @@ def _kl(log_a: Tensor, log_b: Tensor, share: float = 0.0) -> Tensor:
     """`[2, N]` KL(a ‖ m), m = share a + (1 - share) b, summed in two ways of equal value; see `_best`.
 
     The first is the sum of m - a - a log(m / a), whose terms are never negative; a and m both sum to 1. The second is
-    the plain sum of -a log(m / a).
+    the plain sum of -a log(m / a). Where a is 0, both terms are what is left: m, and 0.
     """
     a, b = log_a.exp(), log_b.exp()
-    ratio = _log_mixture(log_b - log_a, share)  # log(m / a)
+    some = a > 0
+    ratio = _log_mixture(torch.where(some, log_b - log_a, 0.0), share)  # log(m / a)
     small = ratio.clamp(-1, 1)
-    terms = torch.where(ratio.abs() < 1, a * (small.expm1() - small), (1 - share) * (b - a) - a * ratio)
+    near = some & (ratio.abs() < 1)
+    terms = torch.where(near, a * (small.expm1() - small), (1 - share) * (b - a) - a * ratio)
     return torch.stack([terms.sum(-1), -(a * ratio).sum(-1)])
 
 
@@ -212,9 +117,106 @@ def _tvd(log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution) -> Ten
     return torch.where(ratio.abs() <= noise, 0.0, difference).abs().sum(-1) / 2
 
 
-register_divergence("forward-kl", _forward_kl)
+def _adaptive_kl(log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution, mass: float) -> Tensor:
+    """The weights have no gradient. The head is the likeliest entry and those after it up to `mass`, never the tail."""
+    p, q = _outcomes(log_q, log_tail_q, teacher)
+    with torch.no_grad():
+        kept, order = p[:, :-1].exp().sort(stable=True, dim=-1, descending=True)
+        inside = kept.cumsum(-1) <= mass
+        inside[:, 0] = True
+        head = torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, inside)  # [N, M]
+        gap = (p.exp() - q.exp()).abs()
+        total = gap.sum(-1)
+        share = torch.where(total > 0, torch.where(head, gap, 0.0).sum(-1) / total, 0.5)
+    return share * _best(_kl(p, q)) + (1 - share) * _best(_kl(q, p))
+
+
+def _alpha_beta(log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution, alpha: float, beta: float) -> Tensor:
+    """Each term is never negative by itself (Young's inequality); alpha = 0 and beta = 0 are the limits."""
+    p, q = _outcomes(log_q, log_tail_q, teacher)
+    if beta == 0:
+        return _bregman(p, q, alpha)
+    if alpha == 0:
+        return _bregman(q, p, beta)
+    s = alpha + beta
+    ratio = q - p
+    near = (s * ratio).abs() < 1
+    small = torch.where(near, ratio, 0.0)
+    close = (s * p).exp() * (_above_line(s * small) / s - _above_line(beta * small) / beta) / alpha
+    plain = ((s * p).exp() / beta + (s * q).exp() / alpha) / s - (alpha * p + beta * q).exp() / (alpha * beta)
+    return torch.where(near, close, plain).sum(-1)
+
+
+def _bregman(log_a: Tensor, log_b: Tensor, power: float) -> Tensor:
+    """`[N]` sum of (u log(u / v) - u + v) / power^2, u = a^power and v = b^power."""
+    x, y = power * log_a, power * log_b
+    u, v = x.exp(), y.exp()
+    ratio = torch.where(u > 0, y - x, 0.0)  # log(v / u)
+    small = ratio.clamp(-1, 1)
+    near = (u > 0) & (ratio.abs() < 1)
+    return torch.where(near, u * _above_line(small), v - u - u * ratio).sum(-1) / power**2
+
+
+def _above_line(x: Tensor) -> Tensor:
+    """e^x - 1 - x."""
+    return x.expm1() - x
+
+
+def _decoupled_kl(log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution, alpha: float, beta: float) -> Tensor:
+    if teacher.at_label is None:
+        raise ConfigError("loss decoupled-kl needs labels")
+    p, q = _outcomes(log_q, log_tail_q, teacher)
+    between, within, _ = _split(p, q, torch.nn.functional.pad(teacher.at_label, (0, 1)))
+    return alpha * between + beta * within
+
+
+def _tail_kl(log_q: Tensor, log_tail_q: Tensor, teacher: TeacherDistribution, largest: float, weight: float) -> Tensor:
+    p, q = _outcomes(log_q, log_tail_q, teacher)
+    head = torch.zeros_like(p, dtype=torch.bool)
+    head.scatter_(-1, p[:, :-1].argsort(stable=True, dim=-1, descending=True)[:, : int(largest)], True)
+    between, within, rest = _split(p, q, head)
+    return between + weight * rest.exp() * within
+
+
+def _split(log_p: Tensor, log_q: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(p ‖ q) in two parts: KL = between + rest's mass under p * within.
+
+    Args:
+        log_p, log_q: `[N, M]`.
+        head: `[N, M]` outcomes that stay apart; the rest are merged into one.
+
+    Returns:
+        `[N]` KL over the head and the rest as one outcome; `[N]` KL of the rest, normalised on both sides; `[N]` log of
+        the rest's mass under p.
+    """
+    (rest_p, within_p), (rest_q, within_q) = (_conditional(x, ~head) for x in (log_p, log_q))
+    merged_p, merged_q = (
+        torch.cat([torch.where(head, x, ABSENT), rest[:, None]], -1) for x, rest in ((log_p, rest_p), (log_q, rest_q))
+    )
+    return _best(_kl(merged_p, merged_q)), _best(_kl(within_p, within_q)), rest_p
+
+
+def _conditional(log_x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """`[N]` log mass of some outcomes, and `[N, M]` their log-probabilities given that it is one of them."""
+    # Impossible ones stay finite: a mass of nothing has no share to give.
+    some = torch.where(inside, torch.where(torch.isneginf(log_x), ABSENT, log_x), -torch.inf)
+    mass = some.logsumexp(-1)
+    return mass, torch.where(inside, some - mass[:, None], ABSENT)
+
+
+_PAIR = Constants((0.2, 0.7), lambda a, b: min(a, b) >= 0 and 0 < a + b < math.inf, "2 constants >= 0, not both 0")
+_FACTORS = Constants((1.0, 8.0), lambda a, b: min(a, b) >= 0 and 0 < a + b < math.inf, "2 factors >= 0, not both 0")
+_COUNT_AND_WEIGHT = Constants(
+    (10.0, 2.0), lambda k, w: k >= 1 and k % 1 == 0 and 0 <= w < math.inf, "a count of at least 1 and a weight >= 0"
+)
+
+register_divergence("forward-kl", _forward_kl, zero_tail=True)
 register_divergence("reverse-kl", _reverse_kl)
-register_divergence("skew-kl", _skew_kl, constant=0.1)
-register_divergence("skew-reverse-kl", _skew_reverse_kl, constant=0.1)
-register_divergence("jsd", _jsd, constant=0.5)
-register_divergence("tvd", _tvd, temperature_power=1)
+register_divergence("skew-kl", _skew_kl, constant=0.1, zero_tail=True)
+register_divergence("skew-reverse-kl", _skew_reverse_kl, constant=0.1, zero_tail=True)
+register_divergence("jsd", _jsd, constant=0.5, zero_tail=True)
+register_divergence("tvd", _tvd, temperature_power=1, zero_tail=True)
+register_divergence("adaptive-kl", _adaptive_kl, constant=0.5)
+register_divergence("alpha-beta", _alpha_beta, constant=_PAIR)
+register_divergence("decoupled-kl", _decoupled_kl, constant=_FACTORS, takes_label=True)
+register_divergence("tail-kl", _tail_kl, constant=_COUNT_AND_WEIGHT)

@@ -20,6 +20,7 @@ Shapes: N positions, n positions of a tile, V vocabulary, D hidden, K ids of `li
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -44,6 +45,7 @@ class StudentTile:
         tail_mean: `[n]` mean of z over the ids that are not entries, if it was asked for and there is one.
         peak: `[n]` largest z of the ids that are not entries; -inf where there is none. No gradient.
         origin: `[n]` what was taken from all of these. No gradient.
+        entropy: `[n]` entropy of softmax(z), nats, if it was asked for. No gradient.
     """
 
     lse: Tensor
@@ -52,6 +54,7 @@ class StudentTile:
     tail_mean: Tensor | None
     peak: Tensor
     origin: Tensor
+    entropy: Tensor | None = None
 
     def leaves(self) -> list[Tensor]:
         """The tensors that a loss is differentiated in."""
@@ -61,7 +64,7 @@ class StudentTile:
         """The same values as new leaves of a graph."""
         mean = None if self.tail_mean is None else self.tail_mean.detach().requires_grad_()
         lse, tail, gathered = (x.detach().requires_grad_() for x in (self.lse, self.tail, self.gathered))
-        return StudentTile(lse, tail, gathered, mean, self.peak, self.origin)
+        return StudentTile(lse, tail, gathered, mean, self.peak, self.origin, self.entropy)
 
 
 class Tile:
@@ -73,12 +76,15 @@ class Tile:
         kept: `[n, G]` bool: which of them are entries, each id once and the first always; None if there are no
             entries, and the tail is everything.
         tail_mean: whether the mean over the tail is wanted.
+        entropy: whether the student's entropy is wanted.
 
     Attributes:
         student: what the losses need.
     """
 
-    def __init__(self, logits: Tensor, ids: Tensor, kept: Tensor | None, tail_mean: bool = False) -> None:
+    def __init__(
+        self, logits: Tensor, ids: Tensor, kept: Tensor | None, tail_mean: bool = False, entropy: bool = False
+    ) -> None:
         self._ids, self._kept, self._rest = ids, kept, logits
         gathered, mean = logits.gather(-1, ids), None
         if kept is not None:
@@ -95,7 +101,26 @@ class Tile:
         gathered = gathered - origin[:, None]
         tail = (own - origin) + self._total.log()
         lse = tail if kept is None else torch.logaddexp(tail, _logsumexp(gathered, kept))
-        self.student = StudentTile(lse, tail, gathered, None if mean is None else mean - origin, peak - origin, origin)
+        mean = None if mean is None else mean - origin
+        self.student = StudentTile(lse, tail, gathered, mean, peak - origin, origin)
+        if entropy:
+            self.student = dataclasses.replace(self.student, entropy=self._entropy(own - origin))
+
+    def _entropy(self, own: Tensor) -> Tensor:
+        """`[n]` sum of q (lse - z), all terms of which are at least 0; `own` is the peak of what is left."""
+        student = self.student
+        some = self._total > 0
+        total = torch.where(some, self._total, 1.0)
+        spread = torch.stack(
+            [torch.special.entr(part).sum(-1) for part in torch.split(self._rest, _ENTROPY_IDS, -1)]
+        ).sum(0)
+        mean = own - spread / total  # [n] of z under the softmax of what is left
+        found = torch.where(some, (student.tail - student.lse).exp() * (student.lse - mean), 0.0)
+        if self._kept is not None:
+            log_q = student.gathered - student.lse[:, None]
+            q = log_q.exp()
+            found = found + torch.where(self._kept & (q > 0), -q * log_q, 0.0).sum(-1)
+        return found
 
     def gradient(self, d_lse: Tensor, d_tail: Tensor, d_gathered: Tensor, d_tail_mean: Tensor | None = None) -> Tensor:
         """`[n, V]` a loss's gradient in the logits, from its gradients in the student's values; in the same memory."""
@@ -119,6 +144,9 @@ def _logsumexp(values: Tensor, chosen: Tensor) -> Tensor:
 
 TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits of a tile, by device; others do as a GPU does."""
+
+_ENTROPY_IDS = 1 << 13
+"""Ids of a tile that an entropy is summed over at once: it needs a copy of them."""
 
 LEAST_POSITIONS = 128
 """Positions of a tile at least, however large the vocabulary: each tile reads the head's weights and adds to their
@@ -147,6 +175,7 @@ class View:
         loss: `(student, rows) -> [n]` summands of the loss; None if the view is only looked at.
         look: called with (student, rows) of each tile.
         tail_mean: whether `loss` needs `StudentTile.tail_mean`.
+        entropy: whether `look` needs `StudentTile.entropy`.
     """
 
     temperature: float
@@ -155,12 +184,14 @@ class View:
     loss: Callable[[StudentTile, Rows], Tensor] | None = None
     look: Callable[[StudentTile, Rows], None] | None = None
     tail_mean: bool = False
+    entropy: bool = False
 
     def reduce(self, logits: Tensor, rows: Rows) -> Tile:
         """The tile of some positions; overwrites their logits `[n, V]`."""
         if self.temperature != 1:
             logits.div_(self.temperature)
-        return Tile(logits, self.ids[rows], None if self.kept is None else self.kept[rows], self.tail_mean)
+        kept = None if self.kept is None else self.kept[rows]
+        return Tile(logits, self.ids[rows], kept, self.tail_mean, self.entropy)
 
     def scan(self, tile: Tile, rows: Rows, needs_gradient: bool) -> tuple[Tensor | None, Tensor | None]:
         """`[n]` summands of the loss and `[n, V]` their gradient in the logits, None where there is none."""

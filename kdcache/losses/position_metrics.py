@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcache.losses.divergences import find_divergence
+from kdcache.losses.divergence_registry import find_divergence
 from kdcache.losses.fused_linear import StudentTile, View, fused_loss
 from kdcache.losses.logit_sources import LogitSource, StoredLogits
 from kdcache.losses.pool import Pool
-from kdcache.losses.target_losses import BucketLoss, TargetLoss, sampled_loss
+from kdcache.losses.target_losses import OutcomeLoss, TargetLoss, sampled_loss
 from kdcache.losses.union import Union
 from kdcache.targets import SparseTargets
 
@@ -107,7 +107,7 @@ def divisor_of(figure: str) -> str | None:
 def _kl_of(targets: SparseTargets) -> TargetLoss | None:
     """What `kl` is made of, if the targets know it."""
     if not targets.sampled:
-        return BucketLoss.of(targets, find_divergence("forward-kl"), 1.0)
+        return OutcomeLoss.bucket(targets, find_divergence("forward-kl").function, 1.0)
     return sampled_loss(targets) if targets.sample_temperature == 1 and targets.entropy is not None else None
 
 

@@ -1,18 +1,23 @@
-"""The loss of a distillation step: divergence, label cross-entropy, temperature and weights, summed and divided once.
+"""The loss of a distillation step: divergences, label cross-entropy, temperature and weights, summed and divided once.
 
-    soft_weight * T^2 * sum_t a_t D(teacher_T, student_T) / targets + (1 - soft_weight) * sum_t CE(label) / items
+    soft_weight * sum_t a_t sum_i w_i T^n_i D_i(teacher_T, student_T) / targets
+        + (1 - soft_weight) * sum_t CE(label) / items
 
-T^2 (T for `tvd`) keeps the gradient's size as T grows (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
+The sum over i is that of the terms of the loss, most often one of weight 1. T^n, n = 2 (1 for `tvd`), keeps the
+gradient's size as T grows (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
 A position whose label is -100 counts for neither term, one without a target not for the first: `targets` are the
-positions of the step that have one, `items` those that have a label. Both terms, all temperatures and all figures come
+positions of the step that have one, `items` those that have a label. All terms, all temperatures and all figures come
 out of one pass over the tiles.
 
 `PositionWeights` gives a_t, how much the distillation term of a position counts, from the entropy H of the teacher's
-whole distribution there at T = 1, which the targets must know (of several teachers, the mean of theirs by weight):
+whole distribution there at T = 1, which the targets must know (of several teachers, the mean of theirs by weight), or
+from the student's own at T = 1, which has no gradient:
 
-    none                  1
-    confidence            1 - H / log V: 1 where the teacher is certain, 0 where its distribution is uniform
-    entropy-gate:LO:HI    1 where LO <= H <= HI nats, 0 elsewhere; either may be left out
+    none                          1
+    confidence                    1 - H / log V: 1 where the teacher is certain, 0 where its distribution is uniform
+    entropy-gate:LO:HI            1 where LO <= H <= HI nats, 0 elsewhere; either may be left out
+    student-entropy               H / log V of the student: 0 where it is certain
+    student-entropy-gate:LO:HI    1 where LO <= H <= HI nats of the student, 0 elsewhere
 
 They do not change the divisors, so that sums add up across micro-batches and ranks; the label term is not weighed.
 
@@ -21,8 +26,9 @@ Shapes: N positions, M positions that count, V vocabulary, D hidden, K entries.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,20 +37,24 @@ from torch import Tensor
 
 from kdcache.errors import ConfigError, TargetError
 from kdcache.known import Known
-from kdcache.losses.divergences import find_divergence
+from kdcache.losses.divergence_registry import Divergence, DivergenceFunction, LossTerm, find_divergence, read_terms
 from kdcache.losses.fused_linear import StudentTile, View, eager, fused_loss
+from kdcache.losses.given_faults import require_sound
 from kdcache.losses.logit_sources import LinearHead, LogitSource, StoredLogits
 from kdcache.losses.pool import Pool
 from kdcache.losses.position_metrics import Figures
+from kdcache.losses.rollout_loss import RolloutLoss, read_clip
 from kdcache.losses.target_losses import (
+    LINEAR_TAILS,
     TAILS,
-    BucketLoss,
+    ZERO_TAILS,
     PooledLoss,
     TargetLoss,
     dense_loss,
+    linear_loss,
+    outcome_loss,
     pooled_loss,
     sampled_loss,
-    truncated_loss,
     warn_once,
 )
 from kdcache.losses.union import Union
@@ -57,7 +67,7 @@ class PositionWeights:
     """A rule, checked when built.
 
     Attributes:
-        rule: `none`, `confidence` or `entropy-gate:LO:HI`.
+        rule: `none`, `confidence`, `entropy-gate:LO:HI`, `student-entropy` or `student-entropy-gate:LO:HI`.
 
     Raises:
         ConfigError: no such rule, or a gate that lets nothing through.
@@ -66,22 +76,30 @@ class PositionWeights:
     rule: str = "none"
 
     def __post_init__(self) -> None:
-        if self.rule not in ("none", "confidence"):
+        if self.rule not in ("none", "confidence", "student-entropy"):
             low, high = self._gate()
             if not low < high:
                 raise ConfigError(f"position weights {self.rule!r} let nothing through: {low:g} is not below {high:g}")
 
-    def of(self, targets: SparseTargets | Pool, vocab: int) -> Tensor | None:
-        """`[N]` weights of N positions over a vocabulary; None where each is 1."""
-        if self.rule == "none":
-            return None
-        if self.rule == "confidence":
-            return (1 - self._entropy(targets) / math.log(vocab)).clamp(0, 1)
-        (low, high), entropy = self._gate(), self._entropy(targets)
-        return ((entropy >= low) & (entropy <= high)).to(entropy.dtype)
+    @property
+    def of_student(self) -> bool:
+        """Whether they come from the student's entropy, which each step makes anew."""
+        return self.rule.startswith("student-")
 
-    def _entropy(self, targets: SparseTargets | Pool) -> Tensor:
-        return targets.require("entropy", f"the rule of position weights {self.rule}")
+    def of(self, targets: SparseTargets | Pool, vocab: int) -> Tensor | None:
+        """`[N]` weights of N positions over a vocabulary; None where each is 1, or is the student's to give."""
+        if self.rule == "none" or self.of_student:
+            return None
+        return self.at(targets.require("entropy", f"the rule of position weights {self.rule}"), vocab)
+
+    def at(self, entropy: Tensor, vocab: int) -> Tensor:
+        """`[N]` weights of positions of these entropies `[N]`, the teacher's or the student's."""
+        if self.rule == "confidence":
+            return (1 - entropy / math.log(vocab)).clamp(0, 1)
+        if self.rule == "student-entropy":
+            return (entropy / math.log(vocab)).clamp(0, 1)
+        low, high = self._gate()
+        return ((entropy >= low) & (entropy <= high)).to(entropy.dtype)
 
     def require_known(self, known: Known) -> None:
         """Refuse a cache that does not know what the rule needs.
@@ -89,11 +107,11 @@ class PositionWeights:
         Raises:
             ConfigError: it does not know the entropy.
         """
-        if self.rule != "none":
+        if self.rule != "none" and not self.of_student:
             known.require("entropy", f"the rule of position weights {self.rule}")
 
     def _gate(self) -> tuple[float, float]:
-        name, *bounds = self.rule.split(":")
+        name, *bounds = self.rule.removeprefix("student-").split(":")
         if name == "entropy-gate" and len(bounds) == 2:
             try:
                 low, high = (float(x) if x else d for x, d in zip(bounds, (0.0, math.inf), strict=True))
@@ -102,7 +120,8 @@ class PositionWeights:
             else:
                 return low, high
         raise ConfigError(
-            f"position weights {self.rule!r} are not none, confidence or entropy-gate:LO:HI, as in entropy-gate:0.1:3"
+            f"position weights {self.rule!r} are not none, confidence or entropy-gate:LO:HI, as in entropy-gate:0.1:3, "
+            "nor student-entropy or student-entropy-gate:LO:HI"
         )
 
 
@@ -111,13 +130,14 @@ class Objective:
     """What a step minimises, checked when built.
 
     Attributes:
-        loss: name of a divergence, with its constant if it has one: `jsd:0.9`.
+        loss: name of a divergence, with its constants if it has any: `jsd:0.9`; or several, each with its weight:
+            `forward-kl*0.7+jsd:0.5*0.3`.
         tail: what is made of the mass that truncated targets did not keep; see `losses.target_losses`.
         temperature: T of the distillation term.
         soft_weight: weight of the distillation term; the label term gets the rest.
 
     Raises:
-        ConfigError: an unknown name, or a value out of range.
+        ConfigError: an unknown name, a value out of range, or a loss and a tail that do not go together.
     """
 
     loss: str = "forward-kl"
@@ -126,11 +146,13 @@ class Objective:
     soft_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        find_divergence(self.loss)
+        divergences = self._divergences()
         if self.tail not in TAILS:
             raise ConfigError(f"tail {self.tail!r} is not one of {', '.join(TAILS)}")
-        if self.tail != "bucket" and self.loss != "forward-kl":
-            raise ConfigError(f"tail {self.tail!r} is for loss 'forward-kl' only; {self.loss} takes tail 'bucket'")
+        for name, divergence in divergences.items():
+            self._require_tail(name, divergence)
+        if not divergences and self.tail != "bucket":
+            raise ConfigError(f"tail {self.tail!r} is not for loss {self.loss!r}, which uses no entries and no tail")
         if not self.temperature > 0:
             raise ConfigError(f"temperature {self.temperature:g} is not positive")
         if self.tail == "label-sample" and self.temperature != 1:
@@ -140,10 +162,40 @@ class Objective:
         if not 0 <= self.soft_weight <= 1:
             raise ConfigError(f"soft_weight is {self.soft_weight:g}, outside [0, 1]")
 
+    def _require_tail(self, name: str, divergence: Divergence) -> None:
+        if self.tail in LINEAR_TAILS and name != "forward-kl":
+            raise ConfigError(f"tail {self.tail!r} is for loss 'forward-kl' only; {name} takes tail 'bucket'")
+        if divergence.takes_label and self.tail != "bucket":
+            raise ConfigError(f"loss {name!r} has the label as an outcome of its own and takes tail 'bucket' only")
+        if self.tail in ZERO_TAILS and not divergence.zero_tail:
+            raise ConfigError(
+                f"tail {self.tail!r} gives the ids that are not entries no probability, which loss {name!r} does not "
+                "allow; use tail 'bucket' or 'renormalise-both'"
+            )
+
+    def _divergences(self) -> dict[str, Divergence]:
+        """The divergences among the terms, by name."""
+        names = (term.name for term in self._terms())
+        return {name: find_divergence(name) for name in names if read_clip(name) is None}
+
+    def _terms(self) -> Iterator[LossTerm]:
+        """Terms that count."""
+        return (term for term in read_terms(self.loss) if term.weight > 0)
+
     @property
-    def scale(self) -> float:
-        """The factor of the distillation term: soft_weight times T to the power that keeps the gradient's size."""
-        return float(self.soft_weight * self.temperature ** find_divergence(self.loss).temperature_power)
+    def any_temperature(self) -> bool:
+        """Whether truncated targets give the loss at temperatures that they do not store."""
+        return self.tail in ("renormalise", "renormalise-both") and not self.takes_rollouts
+
+    @property
+    def takes_rollouts(self) -> bool:
+        """Whether it needs the log-probability that the writer of the text gave each label."""
+        return any(read_clip(term.name) is not None for term in self._terms())
+
+    @property
+    def takes_label_logprob(self) -> bool:
+        """Whether it needs the teacher's log-probability of each label."""
+        return self.takes_rollouts or any(each.takes_label for each in self._divergences().values())
 
     def require_fit(self, kind: str, sampled: bool, sample_temperature: float) -> None:
         """Refuse what targets of a sampled kind cannot give.
@@ -158,35 +210,92 @@ class Objective:
         """
         if not sampled:
             return
-        if self.loss != "forward-kl":
-            raise TargetError(
-                f"loss {self.loss!r} needs the teacher's probabilities, but {kind} targets hold random weights, whose "
-                "logarithm or absolute value is biased; use forward-kl, or a cache of topk targets"
-            )
+        for name in self._divergences():
+            if name != "forward-kl":
+                raise TargetError(
+                    f"loss {name!r} needs the teacher's probabilities, but {kind} targets hold random weights, whose "
+                    "logarithm or absolute value is biased; use forward-kl, or a cache of topk targets"
+                )
         if self.tail != "bucket":
             raise TargetError(f"tail {self.tail!r} is for truncated targets; {kind} targets have no tail")
-        if self.temperature != sample_temperature:
+        if self._divergences() and self.temperature != sample_temperature:
             raise TargetError(
                 f"{kind} targets drawn at temperature {sample_temperature:g} say nothing of temperature "
                 f"{self.temperature:g}: their weights cannot be softened without bias"
             )
 
-    def target_loss(self, pool: Pool, labels: Tensor | None, vocab: int) -> PooledLoss:
-        """What the teachers ask of the student."""
-        several = len(pool.targets) > 1
-        if several and pool.keeps_everything(vocab):  # then every tail is the same: nothing
-            return dense_loss(pool, find_divergence(self.loss), self.temperature, labels, vocab)
-        if several and not pool.targets[0].sampled:
-            warn_once("pool", _TRUNCATED_POOL)
-        return pooled_loss(pool, lambda targets: self._target_loss_of_one(targets, labels, vocab), labels, vocab)
+    def target_loss(
+        self, pool: Pool, labels: Tensor | None, vocab: int, writer_logp: Tensor | None = None
+    ) -> PooledLoss:
+        """What the teachers ask of the student.
 
-    def _target_loss_of_one(self, targets: SparseTargets, labels: Tensor | None, vocab: int) -> TargetLoss:
+        Args:
+            pool: their targets, at M positions.
+            labels: `[M]` true next tokens, if they are known.
+            vocab: V.
+            writer_logp: `[M]` log-probability that the writer of the text gave each label, for a loss on rollouts.
+
+        Raises:
+            ConfigError: labels or writer_logp are missing.
+            TargetError: the targets cannot give the loss exactly.
+        """
+        if labels is None and self.takes_label_logprob:
+            raise ConfigError(f"loss {self.loss!r} needs labels")
+        several = len(pool.targets) > 1 and bool(self._divergences())
+        if several and pool.keeps_everything(vocab):  # then every tail is the same: nothing
+            function = self._sum_of(self._divergences())
+            found = dense_loss(pool, function, self.temperature, labels, vocab)
+        else:
+            if several and not pool.targets[0].sampled:
+                warn_once("pool", _TRUNCATED_POOL)
+            found = pooled_loss(pool, lambda targets: self._losses_of_one(targets, labels, vocab), labels, vocab)
+        if not self.takes_rollouts:
+            return found
+        more = [
+            (number, weight, self._rollout_loss(term, clip, targets, writer_logp))
+            for number, (targets, weight) in enumerate(zip(pool.targets, pool.present, strict=True))
+            for term in self._terms()
+            if (clip := read_clip(term.name)) is not None
+        ]
+        return dataclasses.replace(found, parts=(*found.parts, *more))
+
+    def _rollout_loss(
+        self, term: LossTerm, clip: float, targets: SparseTargets, writer_logp: Tensor | None
+    ) -> RolloutLoss:
+        return RolloutLoss.of(targets, self.temperature, writer_logp, clip, term.weight * self.temperature**2)
+
+    def _losses_of_one(self, targets: SparseTargets, labels: Tensor | None, vocab: int) -> Iterator[TargetLoss]:
+        """The losses of one teacher's divergences: of those that take the label, of the others, or of neither."""
         self.require_fit(targets.kind, targets.sampled, targets.sample_temperature)
-        if targets.sampled:
-            return sampled_loss(targets)
-        if self.tail == "bucket":
-            return BucketLoss.of(targets, find_divergence(self.loss), self.temperature)
-        return truncated_loss(targets, self.tail, self.temperature, labels, vocab)
+        divergences = self._divergences()
+        if targets.sampled or self.tail in LINEAR_TAILS:
+            if divergences:
+                factor = sum(self._factor(term) for term in self._terms() if term.name in divergences)
+                if targets.sampled:
+                    yield sampled_loss(targets, factor)
+                else:
+                    yield linear_loss(targets, self.tail, self.temperature, labels, vocab, factor)
+            return
+        for takes_label in (False, True):
+            some = {name: each for name, each in divergences.items() if each.takes_label == takes_label}
+            if some:
+                function = self._sum_of(some)
+                yield outcome_loss(targets, function, self.tail, self.temperature, labels, takes_label)
+
+    def _factor(self, term: LossTerm) -> float:
+        """A term's weight, and T to the power that keeps its gradient's size."""
+        return float(term.weight * self.temperature ** find_divergence(term.name).temperature_power)
+
+    def _sum_of(self, divergences: dict[str, Divergence]) -> DivergenceFunction:
+        """The terms of some divergences as one."""
+        parts = [
+            (self._factor(term), divergences[term.name].function) for term in self._terms() if term.name in divergences
+        ]
+
+        def total(*given: Any) -> Tensor:
+            return torch.stack([factor * function(*given) for factor, function in parts]).sum(0)
+
+        return total
 
 
 _TRUNCATED_POOL = (
@@ -219,8 +328,9 @@ def distil(
     *,
     num_items: Tensor | float | None = None,
     num_targets: Tensor | float | None = None,
-    position_weights: Tensor | None = None,
+    position_weights: Tensor | PositionWeights | None = None,
     figures: Figures | None = None,
+    writer_logp: Tensor | None = None,
 ) -> Tensor:
     """The loss of a step; `sparse_kd_loss` says what each argument means.
 
@@ -231,7 +341,12 @@ def distil(
     if not soft and not hard:
         raise ConfigError("nothing to learn from: soft_weight is 0 and no labels were given")
     pool = Pool.of(targets)
-    for name, given in (("targets", pool.count), ("labels", labels), ("position_weights", position_weights)):
+    rule = position_weights if isinstance(position_weights, PositionWeights) else None
+    fixed = position_weights if isinstance(position_weights, Tensor) else None
+    if rule is not None:
+        fixed = rule.of(targets, source.vocab)
+    given_of = {"targets": pool.count, "labels": labels, "position_weights": fixed, "writer_logp": writer_logp}
+    for name, given in given_of.items():
         if given is not None and given.shape != (source.positions,):
             raise TargetError(
                 f"{name} are of shape {tuple(given.shape)}, but the student has {source.positions} positions"
@@ -240,8 +355,9 @@ def distil(
     labelled = torch.ones_like(has_target) if labels is None else labels != IGNORE
     keep = labelled if hard else labelled & has_target
     index = None if bool(keep.all()) else keep.nonzero()[:, 0]
-    counted, counted_labels = (
-        (pool, labels) if index is None else (pool[index], None if labels is None else labels[index])
+    counted = pool if index is None else pool[index]
+    counted_labels, fixed, writer_logp = (
+        given if given is None or index is None else given[index] for given in (labels, fixed, writer_logp)
     )
     has_target = counted.count > 0
 
@@ -249,32 +365,68 @@ def distil(
         return counts.to(source.dtype) * scale / (counts.sum().clamp(min=1) if given is None else given)
 
     at: dict[float, list[_Term]] = {}
-    target_loss = objective.target_loss(counted, counted_labels, source.vocab) if soft else None
+    target_loss = objective.target_loss(counted, counted_labels, source.vocab, writer_logp) if soft else None
     union = Union.of(counted.targets, counted_labels, source.vocab) if target_loss is None else target_loss.union
+    looks: list[Callable[[StudentTile, slice], None]] = []  # at T = 1
+    weighing = target_loss is not None and rule is not None and rule.of_student
     if target_loss is not None:
-        factor = share(has_target, objective.scale, num_items if num_targets is None else num_targets)
-        if position_weights is not None:
-            factor = factor * (position_weights if index is None else position_weights[index])
-        at.setdefault(objective.temperature, []).append(_Term(factor, target_loss.losses))
+        factor = share(has_target, objective.soft_weight, num_items if num_targets is None else num_targets)
+        losses = target_loss.losses
+        if fixed is not None:
+            factor = factor * fixed
+        if weighing and rule is not None:
+            student_weights = torch.zeros_like(factor)
+            looks.append(lambda student, rows: _weigh(rule, student, source.vocab, student_weights[rows]))
+            losses = _Weighed(losses, student_weights).losses
+            at[1.0] = []  # first, so that a tile's weights are there before its loss is made
+        at.setdefault(objective.temperature, []).append(_Term(factor, losses))
     if hard:
         factor = share(torch.ones_like(has_target), 1 - objective.soft_weight, num_items)
         at.setdefault(1.0, []).append(_Term(factor, _label_losses))
-    look: Any = None
     if figures is not None and counted_labels is not None:
         at.setdefault(1.0, [])
-        look = figures.over(counted, union)
+        looks.append(figures.over(counted, union))
     views = [
         View(
             temperature,
             union.ids,
             union.kept,
             _sum_of(terms),
-            look if temperature == 1 else None,
+            _all_of(looks) if temperature == 1 else None,
             target_loss is not None and target_loss.tail_mean and temperature == objective.temperature,
+            weighing and temperature == 1,
         )
         for temperature, terms in at.items()
     ]
     return fused_loss(source, views, index)
+
+
+def _weigh(rule: PositionWeights, student: StudentTile, vocab: int, out: Tensor) -> None:
+    """Put the weights of a tile's positions, from the student's entropy there, into `out` `[n]`."""
+    assert student.entropy is not None
+    out.copy_(rule.at(student.entropy, vocab))
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """Losses of each position times weights that are known when they are asked for."""
+
+    of: Callable[[StudentTile, slice], Tensor]
+    weights: Tensor  # [M]
+
+    def losses(self, student: StudentTile, rows: slice) -> Tensor:
+        return self.weights[rows] * self.of(student, rows)
+
+
+def _all_of(looks: list[Callable[[StudentTile, slice], None]]) -> Callable[[StudentTile, slice], None] | None:
+    if not looks:
+        return None
+
+    def look(student: StudentTile, rows: slice) -> None:
+        for each in looks:
+            each(student, rows)
+
+    return look
 
 
 def _sum_of(terms: list[_Term]) -> Callable[[StudentTile, slice], Tensor] | None:
@@ -305,16 +457,17 @@ def sparse_kd_loss(
     bias: Tensor | None = None,
     num_items: Tensor | float | None = None,
     num_targets: Tensor | float | None = None,
-    position_weights: Tensor | None = None,
+    position_weights: Tensor | PositionWeights | None = None,
     vocab_size: int | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    writer_logp: Tensor | None = None,
 ) -> Tensor:
     """Distillation loss of a student with a linear head, without its logits in memory.
 
     `soft_weight * T^2 * D(teacher_T, student_T) + (1 - soft_weight) * cross-entropy(label)`, D being the divergence
-    that `loss` names, and T instead of T^2 for `tvd`. For sampled targets D is an unbiased estimate of the
-    cross-entropy with the teacher: the forward KL and a constant.
+    that `loss` names, or a weighted sum of several, and T instead of T^2 for `tvd`. For sampled targets D is an
+    unbiased estimate of the cross-entropy with the teacher: the forward KL and a constant.
 
     The gradient is made along with the value: call it where a gradient is not wanted under `torch.no_grad()`.
 
@@ -324,36 +477,44 @@ def sparse_kd_loss(
         targets: SparseTargets over the same N positions, or a `Pool` of those of several teachers: exact where they
             keep everything, unbiased where they are sampled; of truncated ones the losses are added, which warns once.
         labels: `[N]` true next tokens; a position whose label is -100 counts for neither term.
-        loss: `forward-kl`, `reverse-kl`, `skew-kl`, `skew-reverse-kl`, `jsd`, `tvd`, or a name given to
-            `register_divergence`; `skew-kl:0.2` sets its constant. Sampled targets: `forward-kl` only.
+        loss: `forward-kl`, `reverse-kl`, `skew-kl`, `skew-reverse-kl`, `jsd`, `tvd`, `adaptive-kl`, `alpha-beta`,
+            `decoupled-kl`, `tail-kl`, `sampled-reverse-kl`, or a name given to `register_divergence`; `skew-kl:0.2`
+            sets a constant, and `forward-kl*0.7+jsd:0.5*0.3` is a sum by weights. Sampled targets: `forward-kl` and
+            `sampled-reverse-kl` only.
         tail: what truncated targets make of the mass that they did not keep. `bucket`: one more outcome, its mass
-            known exactly. For `forward-kl` also `none`, `renormalise`, `label`, `label-sample`, `uniform`, for the sake
-            of recipes that were published; all but `label-sample` are biased. Sampled targets have no tail.
-        temperature: T; it must be one that the targets store, unless they keep everything; for sampled targets,
-            the one that they were drawn at.
+            known exactly. `renormalise-both`: nothing, both sides are normalised over the entries. The others are for
+            the sake of recipes that were published: `none`, `label-sample` and `uniform` for `forward-kl`,
+            `renormalise` and `label` for `forward-kl`, `skew-kl`, `skew-reverse-kl`, `jsd` and `tvd`; all but
+            `label-sample` are biased. Sampled targets have no tail.
+        temperature: T; it must be one that the targets store, unless they keep everything or the tail is
+            `renormalise` or `renormalise-both`; for sampled targets, the one that they were drawn at.
         soft_weight: weight of the distillation term; the label term gets the rest.
         bias: `[V]`, optional.
         num_items: divisor of both sums, for accumulation over micro-batches and ranks; by default
             each term is divided by its own number of positions.
         num_targets: divisor of the distillation term, where fewer positions have a target than have a label; by
             default `num_items`.
-        position_weights: `[N]` factors of the distillation term of each position; they do not change the divisor.
+        position_weights: `[N]` factors of the distillation term of each position, or the rule that gives them; they
+            do not change the divisor.
         vocab_size: ids of the cache, if the head has more rows than that (padding): the rest do not exist.
         logit_scale: a constant factor of the logits, where the model has one.
         softcap: cap of the logits `cap * tanh(logits / cap)`, where the model has one; applied after the scale.
+        writer_logp: `[N]` log-probability that the writer of the text gave each label, for `sampled-reverse-kl`.
 
     Returns:
         A scalar, nats.
 
     Raises:
-        TargetError: the targets cannot give that divergence or temperature exactly.
+        TargetError: the targets cannot give that divergence or temperature exactly, name an id twice, or name one
+            that is not in the vocabulary; or a label is not in it.
         ConfigError: an unknown loss or tail, or a weight outside [0, 1].
     """
     objective = Objective(loss=loss, tail=tail, temperature=temperature, soft_weight=soft_weight)
     source = LinearHead(hidden, weight, bias, vocab=vocab_size, scale=logit_scale, softcap=softcap)
+    require_sound(Pool.of(targets), labels, source.vocab)
     return distil(
-        source, targets, labels, objective,
-        num_items=num_items, num_targets=num_targets, position_weights=position_weights,
+        source, targets, labels, objective, num_items=num_items, num_targets=num_targets,
+        position_weights=position_weights, writer_logp=writer_logp,
     )  # fmt: skip
 
 
@@ -369,11 +530,14 @@ def sparse_kd_loss_from_logits(
     soft_weight: float = 1.0,
     num_items: Tensor | float | None = None,
     num_targets: Tensor | float | None = None,
-    position_weights: Tensor | None = None,
+    position_weights: Tensor | PositionWeights | None = None,
+    writer_logp: Tensor | None = None,
 ) -> Tensor:
     """`sparse_kd_loss` for a student whose logits `[N, V]` exist, cut to the cache's vocabulary."""
     objective = Objective(loss=loss, tail=tail, temperature=temperature, soft_weight=soft_weight)
+    source = StoredLogits(logits)
+    require_sound(Pool.of(targets), labels, source.vocab)
     return distil(
-        StoredLogits(logits), targets, labels, objective,
-        num_items=num_items, num_targets=num_targets, position_weights=position_weights,
+        source, targets, labels, objective, num_items=num_items, num_targets=num_targets,
+        position_weights=position_weights, writer_logp=writer_logp,
     )  # fmt: skip

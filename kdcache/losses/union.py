@@ -78,6 +78,7 @@ class Union:
             tail_mean=mean,
             peak=torch.maximum(student.peak, unlike.detach().amax(-1)),
             origin=student.origin,
+            entropy=student.entropy,
         )
 
 

@@ -35,18 +35,22 @@ class TrainConfig:
     out: str = option("folder of the trained student; created, or resumed with --resume")
     # objective
     loss: str = option(
-        "forward-kl, reverse-kl, skew-kl, skew-reverse-kl, jsd, tvd, or that of a plug-in; jsd:0.9 sets its constant",
+        "forward-kl, reverse-kl, skew-kl, skew-reverse-kl, jsd, tvd, adaptive-kl, alpha-beta, decoupled-kl, tail-kl, "
+        "sampled-reverse-kl, or that of a plug-in; jsd:0.9 sets a constant, and a*0.7+b*0.3 sums two by weights",
         "forward-kl",
     )
     tail: str = option(
-        "how the mass outside the entries is treated: bucket, none, renormalise, label, label-sample or uniform",
+        "how the mass outside the entries is treated: bucket, none, renormalise, renormalise-both, label, label-sample "
+        "or uniform",
         "bucket",
     )
     temperature: str = option(
         "T of the distillation term, one that the cache stores; 3:1 steps through the stored ones from 3 to 1", "1"
     )
     position_weights: str = option(
-        "weights in the distillation term: none, confidence, or entropy-gate:LO:HI (teacher entropy, nats)", "none"
+        "weights in the distillation term: none, confidence, entropy-gate:LO:HI (teacher entropy, nats), "
+        "student-entropy or student-entropy-gate:LO:HI",
+        "none",
     )
     soft_weight: float = option("weight of the distillation term; the label term gets the rest", 1.0)
     soft_schedule: str = option(

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, TargetError
 from kdcache.losses import Pool
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.student.mixture import Mixture
@@ -177,3 +177,18 @@ def labelled(batch: dict[str, Any]) -> torch.Tensor:
     """`[R, L]` bool: the slots that carry a label, in the order of `targets`."""
     mask: torch.Tensor = batch["labels"] != IGNORE
     return mask
+
+
+def extra_of_labels(batch: dict[str, Any], name: str) -> torch.Tensor:
+    """`[M]` an extra of width 1 that tokens have, at the tokens that are labels: each is one slot further on.
+
+    Raises:
+        TargetError: the batch has no such extra, or a label has none.
+    """
+    values = batch.get("extras", {}).get(name)
+    if values is None:
+        raise TargetError(f"the batch has no {name}, one number a token, which this loss needs")
+    found: torch.Tensor = values[..., 0].roll(-1, 1)[labelled(batch)]
+    if found.isnan().any():
+        raise TargetError(f"a token that is a label has no {name}, which this loss needs")
+    return found

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
+from kdcache.extras import WRITER_LOGP
 from kdcache.isolation import packed_forward
 from kdcache.losses import Figures, LinearHead, LogitSource, Objective, PositionWeights, StoredLogits, distil
 from kdcache.pretrained import one_line
-from kdcache.student.data import labelled
+from kdcache.student.data import extra_of_labels, labelled
 
 T = TypeVar("T")
 
@@ -267,7 +268,7 @@ def compute_loss(
         A scalar, nats.
 
     Raises:
-        TargetError: the targets cannot give that objective exactly.
+        TargetError: the targets cannot give that objective exactly, or a labelled token has no `writer_logp`.
     """
     device = next(model.parameters()).device
     mask = labelled(batch).to(device, non_blocking=True)
@@ -276,13 +277,16 @@ def compute_loss(
     )
     targets = batch["targets"].to(device, non_blocking=True)
 
+    writer_logp = None
+    if objective.takes_rollouts:
+        writer_logp = extra_of_labels(batch, WRITER_LOGP).to(device, non_blocking=True)
     items, with_target = (None, None) if num_items is None else num_items.to(device).clamp(min=1e-9)  # of none, none
 
     def on_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         loss = distil(
             head.source(hidden[mask], weight, bias, vocab_size), targets, labels[mask], objective,
             num_items=items, num_targets=with_target, figures=figures,
-            position_weights=weights.of(targets, vocab_size) if weights else None,
+            position_weights=weights, writer_logp=writer_logp,
         )  # fmt: skip
         return loss if auxiliary is None else loss + auxiliary(hidden, batch)
 

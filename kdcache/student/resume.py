@@ -21,6 +21,7 @@ from kdcache.student import distributed
 from kdcache.student.caches import CacheSource
 from kdcache.student.config import TrainConfig
 from kdcache.student.model_card import versions
+from kdcache.student.rollouts import RUN, TEACHERS
 from kdcache.student.split import Split
 
 
@@ -44,13 +45,13 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-CONFIG = "train-student.json"
+CONFIG = RUN
 
 _READING = ("cache", "pool", "readers", "local_copy", "local_limit", "record_rows")
 _STEP = ("batch_rows", "accumulate", "ranks")
 _FREE_TO_CHANGE = (
     *_READING, *_STEP, "rows_per_step", "out", "resume", "device", "save_every", "keep", "eval_every", "log_to",
-    "gradient_checkpointing", *versions(),
+    "gradient_checkpointing", TEACHERS, *versions(),
 )  # fmt: skip
 
 Fields = dict[str, Any]
@@ -70,6 +71,7 @@ def describe(config: TrainConfig, sources: Sequence[CacheSource]) -> Fields:
         "rows_per_step": rows_per_step(config),
         "ranks": distributed.world(),
         "caches": [source.record() for source in sources],
+        TEACHERS: sorted({each.cache.manifest.teacher_sha256 for source in sources for each in source.teachers}),
         **versions(),
     }
     plain: Fields = json.loads(json.dumps(fields))

@@ -25,6 +25,7 @@ from kdcache.errors import ConfigError
 from kdcache.losses import Objective, PositionWeights
 from kdcache.store.manifest import Manifest
 from kdcache.student.config import TrainConfig
+from kdcache.student.rollouts import require_rollouts
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class Schedule:
             TargetError: one that its kind of targets cannot give.
         """
         first, last = config.temperature_ends()
+        base = Objective(loss=config.loss, tail=config.tail, soft_weight=config.soft_weight)
         everyone = {"the cache": manifest, **partners}
         for t, (name, each) in itertools.product((first, last), everyone.items()):
-            if not each.exact_at(t):
+            if not base.any_temperature and not each.exact_at(t):
                 stored = ", ".join(f"{t:g}" for t in each.temperatures)
                 raise ConfigError(
                     f"temperature {t:g} is not exact: {name} stores temperature(s) {stored}; choose one "
@@ -71,7 +73,6 @@ class Schedule:
         between = {t for t in stored_by_any if all(each.exact_at(t) for each in everyone.values())}
         between = {t for t in between if min(first, last) < t < max(first, last)}
         ladder = sorted({first, last} | between, reverse=first > last)
-        base = Objective(loss=config.loss, tail=config.tail, soft_weight=config.soft_weight)
         stairs = tuple(dataclasses.replace(base, temperature=t) for t in ladder)
         weights = PositionWeights(config.position_weights)
         for name, each in everyone.items():
@@ -79,11 +80,15 @@ class Schedule:
             for stair in stairs:
                 stair.require_fit(rule.kind, rule.sampled, rule.target_temperature)
             weights.require_known(each.known)
+            if base.takes_label_logprob:
+                each.known.require("label_logprob", f"loss {config.loss}", name)
             if config.tail == "label-sample" and rule.labelled:
                 raise ConfigError(
                     f"tail label-sample needs labels that are entries only where the selection keeps them, but "
                     f"{name} was dumped with force_label, where a label is never a sample of the tail"
                 )
+        if base.takes_rollouts:
+            require_rollouts(manifest, config.loss)
         return Schedule(stairs, weights, steps, config.soft_schedule, *ramps(config, steps))
 
     def at(self, step: int) -> Objective:

@@ -31,6 +31,7 @@ from transformers import TrainerCallback
 from kdcache import stopping
 from kdcache.cache import Cache
 from kdcache.errors import ModelError
+from kdcache.losses import Objective
 from kdcache.pretrained import find_device
 from kdcache.store.atomic_files import storage_errors
 from kdcache.student import caches, data_workers, distributed, model_card, resume
@@ -39,6 +40,7 @@ from kdcache.student.evaluation import measure_each
 from kdcache.student.mixture import Mixture
 from kdcache.student.model import load_student, save_student, with_adapters
 from kdcache.student.preflight import logging_under, require_environment
+from kdcache.student.rollouts import require_writer
 from kdcache.student.schedule import Schedule
 from kdcache.student.split import Split, keep, split
 from kdcache.student.trainer import DistillationTrainer, arguments, complete
@@ -143,6 +145,9 @@ def _open_caches(config: TrainConfig) -> tuple[caches.CacheSource, ...]:
         _ = source.cache.tokenizer_path
         _schedule(config, source, config.steps or 1)
     if _leads():  # the other ranks start no step without it
+        if Objective(loss=config.loss, tail=config.tail).takes_rollouts:
+            for source in opened:
+                require_writer(source.cache.manifest, config.student, config.loss)
         resume.require_free_or_same(out, config.resume, resume.describe(config, opened))
     return opened
 

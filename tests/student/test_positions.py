@@ -15,7 +15,7 @@ from kdcache import SparseTargets, open_cache, sparse_kd_loss_from_logits
 from kdcache.errors import ConfigError
 from kdcache.isolation import packed_forward
 from kdcache.losses import TAILS, Objective, distil, measure_positions, target_losses
-from kdcache.losses.divergences import divergence_names
+from kdcache.losses.divergence_registry import divergence_names
 from kdcache.losses.logit_sources import LinearHead
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import batches, labelled, split_heldout

@@ -79,7 +79,7 @@ def test_the_variable_may_name_a_file_from_the_working_folder(tmp_path: Path, mo
 @pytest.mark.slow
 def test_worker_processes_find_what_their_parent_loaded(tmp_path: Path) -> None:
     plugin(tmp_path, "my_divergence", "from kdcache.losses import register_divergence\nregister_divergence('m', max)")
-    code = "from kdcache.losses.divergences import find_divergence; print(find_divergence('m').function is max)"
+    code = "from kdcache.losses.divergence_registry import find_divergence; print(find_divergence('m').function is max)"
     main = f"""
 import os, subprocess, sys
 from kdcache.plugins import load_plugins
