@@ -12,6 +12,7 @@ import typer
 
 from kdcache.options import option
 from kdcache.student.config import TrainOptions
+from kdcache.student.from_teacher.config import MakeStudentOptions
 from kdcache.teacher.config import CheckOptions, DumpOptions, EngineOptions, PlanOptions
 from kdcache_cli.frame import Output, command, run_app
 
@@ -107,6 +108,22 @@ def plan(options: PlanOptions, output: Output) -> None:
         print_plan(console, found)
 
     output.result(found, show)
+
+
+@command(app, "make-student", MakeStudentOptions)
+def make_student(options: MakeStudentOptions, output: Output) -> None:
+    """Cut a student out of a teacher: some of its layers, heads, neurons, channels, experts."""
+    from kdcache.student.from_teacher.make import make_student as make
+
+    with output.progress("make", "") as bar:
+        summary = make(options, bar)
+
+    def show(console: Console) -> None:
+        from kdcache_cli.student_table import print_made
+
+        print_made(console, summary)
+
+    output.result(summary, show)
 
 
 @command(app, "train-student", TrainOptions)
