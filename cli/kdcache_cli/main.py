@@ -92,6 +92,7 @@ def check_data(options: CheckOptions, output: Output) -> None:
         print_checked(console, found)
 
     output.result(found, show)
+    output.advise(found["advice"])
 
 
 @command(app, "plan", PlanOptions)
@@ -124,6 +125,7 @@ def make_student(options: MakeStudentOptions, output: Output) -> None:
         print_made(console, summary)
 
     output.result(summary, show)
+    output.advise(summary["advice"])
 
 
 @command(app, "train-student", TrainOptions)
@@ -136,6 +138,7 @@ def train_student(options: TrainOptions, output: Output) -> None:
             options,
             lambda done, total, latest: bar(done, total, "  ".join(f"{k} {v:.4g}" for k, v in latest.items())),
             lambda done, total: bar(done, total, "rows read for --where"),
+            output.advise,
         )
 
     def show(console: Console) -> None:

@@ -408,3 +408,69 @@ def _rest(things: dict[str, torch.Tensor], old: Sizes) -> dict[str, torch.Tensor
     """What was not kept, where something was left out."""
     rest = {role: _others(kept, getattr(old, role)) for role, kept in things.items()}
     return {role: rest[role] if len(rest[role]) else things[role] for role in things}
+
+
+def training(teacher: Path, cache: Path, out: Path, **changes: Any) -> Any:
+    from kdcache.student.config import TrainConfig
+
+    usual = {"steps": 4, "batch_rows": 4, "lr": 5e-3, "heldout": 0.1, "save_every": 2, "device": "cpu"}
+    return TrainConfig(**{**usual, "cache": (str(cache),), "init_from": str(teacher), "out": str(out), **changes})
+
+
+@pytest.mark.slow
+def test_a_training_that_cuts_its_student_is_one_that_was_given_it(teacher: Path, cache: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from kdcache.student.train import train
+
+    cut = {"layers": "best-1", "hidden": 16, "heads": 2, "importance_rows": 4}
+    made = make(teacher, tmp_path / "s", cache=str(cache), heldout=0.1, **cut)
+    two = train(training(teacher, cache, tmp_path / "two", init_from=None, student=str(tmp_path / "s")))
+    one = train(training(teacher, cache, tmp_path / "one", **cut))
+    assert one["heldout"] == two["heldout"] and one["heldout"]["before"]["kl"] == pytest.approx(made["heldout"]["kl"])
+    assert one["start"] == {name: made[name] for name in one["start"]}
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items()) and ours.keys() == theirs.keys()
+    assert not [path for path in (tmp_path / "one").iterdir() if path.name.startswith(".")]
+    assert "cut out of it: layers `best-1`" in (tmp_path / "one" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_training_that_cut_its_student_is_resumed_with_it(
+    teacher: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdcache.student import train as module
+
+    config = training(teacher, cache, tmp_path / "s", layers="0")
+    whole = module.train(training(teacher, cache, tmp_path / "whole", layers="0"))
+
+    def dies(step: int, *_: Any) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        module.train(config, dies)
+    again = training(teacher, cache, tmp_path / "s", layers="0", resume=True)
+    monkeypatch.setattr(module, "start_from", None)  # what was cut is there
+    assert module.train(again)["heldout"] == whole["heldout"]
+
+
+def test_a_student_is_given_or_cut() -> None:
+    from kdcache.student.config import TrainConfig
+
+    for given, words in (
+        ({}, "student is missing"),
+        ({"student": "s", "init_from": "t"}, "student and init_from exclude each other"),
+        ({"student": "s", "layers": "every-2"}, "layers needs a teacher"),
+        ({"init_from": "t", "layers": "0,0"}, "names 0 twice"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            TrainConfig(cache=("c",), out="o", **given)
+
+
+def test_several_ranks_cut_no_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdcache.student.preflight import require_environment
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="the run has 2 ranks: use make-student first"):
+        require_environment(training(Path("t"), Path("c"), Path("o")), torch.device("cpu"))

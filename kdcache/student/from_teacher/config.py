@@ -8,6 +8,9 @@ from kdcache.errors import ConfigError
 from kdcache.options import option
 from kdcache.student.from_teacher.layers import LayerRule
 
+CUTS = ("layers", "hidden", "heads", "intermediate", "experts")
+"""Options that leave something out."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CutOptions:
@@ -30,7 +33,7 @@ class CutOptions:
 
     def __post_init__(self) -> None:
         LayerRule.parse(self.layers)
-        for name in ("hidden", "heads", "intermediate", "experts", "importance_rows"):
+        for name in (*CUTS[1:], "importance_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, but must be at least 1")
@@ -38,7 +41,7 @@ class CutOptions:
     @property
     def narrows(self) -> bool:
         """Whether anything but layers is left out."""
-        return any(getattr(self, name) is not None for name in ("hidden", "heads", "intermediate", "experts"))
+        return any(getattr(self, name) is not None for name in CUTS[1:])
 
     @property
     def cuts(self) -> bool:

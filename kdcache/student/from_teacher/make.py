@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from kdcache.advice import of_made_student
 from kdcache.cache import Cache, open_cache
 from kdcache.cache_writer import tokenizer_files
 from kdcache.errors import ConfigError, ModelError, one_line
@@ -180,7 +181,8 @@ def cut_into(
             require_free(out)
     if record is not None:
         record.delete()
-    return {**facts, "heldout": figures}
+    advice = of_made_student(facts, None if source.cache is None else source.cache.manifest.teacher_sha256)
+    return {**facts, "heldout": figures, "advice": advice}
 
 
 def _require_numbers(teacher: Any, folder: Path) -> None:

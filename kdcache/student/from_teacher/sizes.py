@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kdcache.errors import ConfigError, ModelError
-from kdcache.student.from_teacher.config import CutOptions
+from kdcache.student.from_teacher.config import CUTS, CutOptions
 
 _INTERMEDIATE = ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -89,7 +89,7 @@ class Sizes:
         Raises:
             ConfigError: sizes above the teacher's, or such as do not go together.
         """
-        for name in ("hidden", "heads", "intermediate", "experts"):
+        for name in CUTS[1:]:
             wanted, there = getattr(options, name), getattr(self, name)
             if wanted is not None and there is None:
                 raise ConfigError(f"{name} is {wanted}, but the teacher has none")
