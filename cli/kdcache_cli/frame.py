@@ -36,10 +36,17 @@ if typing.TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Where a command writes: results to stdout, everything else to stderr."""
+    """Where a command writes: results to stdout, everything else to stderr.
+
+    Attributes:
+        json: whether the result is one JSON object, advice included.
+        quiet: whether nothing but errors and that object is printed.
+        names: fields of the command's options.
+    """
 
     json: bool
     quiet: bool
+    names: Sequence[str] = ()
 
     @property
     def console(self) -> Console:
@@ -59,6 +66,12 @@ class Output:
         """A line about what begins now, on stderr and only on a terminal."""
         if not self.quiet and sys.stderr.isatty():
             print(text, file=sys.stderr, flush=True)
+
+    def advise(self, advice: Sequence[str]) -> None:
+        """Print advice on stderr; with --json it is in the object instead."""
+        if not self.quiet and not self.json:
+            for sentence in advice:
+                print(f"note: {in_options(sentence, self.names)}", file=sys.stderr)
 
     @contextmanager
     def progress(self, what: str, unit: str) -> Iterator[Callable[..., None]]:
@@ -112,7 +125,7 @@ def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str
         @functools.wraps(function)
         def run(**given: Any) -> None:
             given.pop("config")
-            output = Output(json=given.pop("json"), quiet=given.pop("quiet"))
+            output = Output(json=given.pop("json"), quiet=given.pop("quiet"), names=names)
             plugins = given.pop("plugin")
             with _command_errors(functools.partial(in_options, names=names)):
                 load_plugins(plugins)  # before the options are checked: they may name what a plug-in registers
@@ -172,7 +185,7 @@ def _parameters(options: type, positional: tuple[str, ...]) -> Iterator[inspect.
             {"is_eager": True, "callback": _read_config},
         ),
         ("json", bool, False, "print one JSON object on stdout, and nothing else", {}),
-        ("quiet", bool, False, "print nothing but errors and --json", {}),
+        ("quiet", bool, False, "print nothing but errors and --json: no progress, no advice", {}),
         ("plugin", list[str], [], "import this Python module or .py file first; may be repeated", {}),
     )
     for name, hint, default, help_text, more in shared:

@@ -16,6 +16,7 @@ from kdcache.generation.options import GenerateOptions
 from kdcache.options import option
 from kdcache.recipes.config import DistilOptions
 from kdcache.student.config import TrainOptions
+from kdcache.student.from_teacher.config import MakeStudentOptions
 from kdcache.teacher.config import CheckOptions, DumpOptions, EngineOptions, PlanOptions
 from kdcache_cli.frame import OPTIONS_OF, Output, command, run_app
 
@@ -95,6 +96,7 @@ def check_data(options: CheckOptions, output: Output) -> None:
         print_checked(console, found)
 
     output.result(found, show)
+    output.advise(found["advice"])
 
 
 @command(app, "plan", PlanOptions)
@@ -138,6 +140,23 @@ def generate(options: GenerateOptions, output: Output) -> None:
     output.result(summary, show)
 
 
+@command(app, "make-student", MakeStudentOptions)
+def make_student(options: MakeStudentOptions, output: Output) -> None:
+    """Cut a student out of a teacher: some of its layers, heads, neurons, channels, experts."""
+    from kdcache.student.from_teacher.make import make_student as make
+
+    with output.progress("make", "") as bar:
+        summary = make(options, bar)
+
+    def show(console: Console) -> None:
+        from kdcache_cli.student_table import print_made
+
+        print_made(console, summary)
+
+    output.result(summary, show)
+    output.advise(summary["advice"])
+
+
 @command(app, "train-student", TrainOptions)
 def train_student(options: TrainOptions, output: Output) -> None:
     """Train a student from a cache; the teacher is not needed."""
@@ -148,6 +167,7 @@ def train_student(options: TrainOptions, output: Output) -> None:
             options,
             lambda done, total, latest: bar(done, total, "  ".join(f"{k} {v:.4g}" for k, v in latest.items())),
             lambda done, total: bar(done, total, "rows read for --where"),
+            output.advise,
         )
 
     def show(console: Console) -> None:

@@ -57,7 +57,7 @@ def measure_student(options: PlanOptions, cache: Path, out: Path) -> StudentStep
         batch_rows=min(options.batch_rows, len(rows)),
         temperature=f"{rule.target_temperature:g}" if rule.sampled else "1",
     )  # fmt: skip
-    model = load_student(config.student, measured, device, config.seed)
+    model = load_student(config.start, measured, device, config.seed)
     steps = options.batches + 1
     args = dataclasses.replace(arguments(config, steps, device, remote=False), save_strategy="no")
     clock, mixture = _Clock(device), Mixture([len(rows)], config.seed, [1.0])

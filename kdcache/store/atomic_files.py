@@ -146,6 +146,11 @@ class NewFolder:
         self._handle = os.open(self._temporary, os.O_RDONLY)
         _try_lock(self._handle)
 
+    @property
+    def place(self) -> Path:
+        """Where its files are until then, for a library that writes them itself."""
+        return self._temporary
+
     def file(self, name: str) -> BinaryIO:
         """A new file in it, open for writing; parent folders are created."""
         with storage_errors(self.path):

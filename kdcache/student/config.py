@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kdcache.errors import ConfigError
 from kdcache.launcher import LaunchOptions
 from kdcache.options import option
+from kdcache.student.from_teacher.config import CUTS, CutOptions
 from kdcache.student.row_filter import parse_rows, parse_where
 
 _CHOICES = {
@@ -18,7 +19,7 @@ _CHOICES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(CutOptions):
     """Settings of one training run, checked when built.
 
     From Python, `cache` and `pool` may also be one string, and `temperature` a number.
@@ -31,7 +32,10 @@ class TrainConfig:
     pool: tuple[str, ...] = option(
         "cache of another teacher over the same rows, as PATH or PATH:WEIGHT; may be repeated", ()
     )
-    student: str = option("checkpoint folder, hub name, or a config.json for random initial weights")
+    student: str | None = option("checkpoint folder, hub name, or a config.json for random initial weights", None)
+    init_from: str | None = option(
+        "cut the student out of this teacher instead: see --layers, --hidden, --heads, --intermediate, --experts", None
+    )
     out: str = option("folder of the trained student; created, or resumed with --resume")
     # objective
     loss: str = option(
@@ -98,6 +102,8 @@ class TrainConfig:
     dtype: str = option("auto (bfloat16 on GPUs that support it), float32 or bfloat16", "auto")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_start()
         object.__setattr__(self, "cache", (self.cache,) if isinstance(self.cache, str) else tuple(self.cache))
         if not self.cache:
             raise ConfigError("cache is missing")
@@ -134,6 +140,20 @@ class TrainConfig:
         self.trackers()
         if self.lora and self.fsdp:
             raise ConfigError("lora and fsdp exclude each other: adapters are small enough to be copied")
+
+    def _require_start(self) -> None:
+        if self.student is not None and self.init_from is not None:
+            raise ConfigError("student and init_from exclude each other")
+        if self.student is None and self.init_from is None:
+            raise ConfigError("student is missing: give a checkpoint, a config.json, or a teacher as init_from")
+        if self.init_from is None and self.cuts:
+            given = next(name for name in CUTS if getattr(self, name) is not None)
+            raise ConfigError(f"{given} needs a teacher to cut the student out of, as init_from")
+
+    @property
+    def start(self) -> str:
+        """What the student begins from: a checkpoint, a config.json, or the teacher that it is cut out of."""
+        return self.student or self.init_from or ""
 
     def trackers(self) -> list[str]:
         """The trackers that `log_to` names.

@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +37,15 @@ _TICK = 0.5
 Reading = Callable[[int, int], None]
 """Called with rows read and rows to read, while `where` reads the caches."""
 
+Advice = Callable[[Sequence[str]], None]
+"""Called before the first step with what usually goes wrong with such a run."""
+
 
 def launch(
-    options: TrainOptions, on_progress: Progress | None = None, on_reading: Reading | None = None
+    options: TrainOptions,
+    on_progress: Progress | None = None,
+    on_reading: Reading | None = None,
+    on_advice: Advice | None = None,
 ) -> dict[str, Any]:
     """Train in this process, or by the ranks that the options ask for.
 
@@ -52,13 +58,14 @@ def launch(
     if options.launch is None:
         from kdcache.student.train import train
 
-        return train(options.config, on_progress, on_reading)
+        return train(options.config, on_progress, on_reading, on_advice)
     cpus, gpus = options.cpus_per_worker or 1, options.gpus_per_worker or 0.0
     with connected(options.address, cpus, gpus) as ray:
         if options.gpus_per_worker is None and options.device != "cpu" and has_gpus(ray):
             gpus = 1.0
         ranks = options.workers or (max(1, int(ray.cluster_resources()["GPU"] // gpus)) if gpus else 1)
-        return _fit(ray, options, ranks, cpus, gpus, on_progress, on_reading)
+        told = {"progress": on_progress, "reading": on_reading, "advice": on_advice}
+        return _fit(ray, options, ranks, cpus, gpus, told)
 
 
 def _fit(
@@ -67,8 +74,7 @@ def _fit(
     ranks: int,
     cpus: float,
     gpus: float,
-    on_progress: Progress | None,
-    on_reading: Reading | None,
+    told: Mapping[str, Callable[..., None] | None],
 ) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
@@ -88,7 +94,7 @@ def _fit(
             ),
         )  # fmt: skip
         try:
-            with _watched(ray, board, on_progress, on_reading):
+            with _watched(ray, board, told):
                 trainer.fit()
         except TrainingFailedError as error:
             refused = ray.get(board.refusal.remote())
@@ -121,6 +127,7 @@ def _rank(settings: dict[str, Any]) -> None:
             config,
             (lambda *figures: board.show.remote("progress", figures)) if rank == 0 else None,
             (lambda *figures: board.show.remote("reading", figures)) if rank == 0 else None,
+            (lambda advice: board.show.remote("advice", (advice,))) if rank == 0 else None,
         )
     except KdcacheError as error:
         ray.get(board.refuse.remote(type(error).__name__, str(error)))
@@ -183,9 +190,9 @@ def _scratch(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _watched(ray: Any, board: Any, on_progress: Progress | None, on_reading: Reading | None) -> Iterator[None]:
+def _watched(ray: Any, board: Any, to: Mapping[str, Callable[..., None] | None]) -> Iterator[None]:
     """Hand on what the board shows, from a thread."""
-    ended, to = threading.Event(), {"progress": on_progress, "reading": on_reading}
+    ended = threading.Event()
 
     def watch() -> None:
         asked = board.shown.remote()
@@ -193,7 +200,7 @@ def _watched(ray: Any, board: Any, on_progress: Progress | None, on_reading: Rea
             if not ray.wait([asked], timeout=0)[0]:  # the board is not there yet
                 continue
             for what, figures in ray.get(asked).items():
-                told: Any = to[what]
+                told = to[what]
                 if told is not None:
                     told(*figures)
             asked = board.shown.remote()

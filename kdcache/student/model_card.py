@@ -25,6 +25,7 @@ from kdcache.errors import ConfigError
 from kdcache.store.manifest import Manifest
 from kdcache.student.config import TrainConfig
 from kdcache.student.curves import draw_run
+from kdcache.student.from_teacher.config import CUTS
 
 CARD, CURVES = "README.md", "curves.png"
 
@@ -99,7 +100,7 @@ def make_card(
         _table(["", *(_code(name) for name in caches)], _sources(list(caches.values()))),
         "## How",
         _table(["", ""], [
-            ("student", f"{_code(config.student)}, {_start(config)}"),
+            ("student", f"{_code(config.start)}, {_start(config)}"),
             ("loss", f"{_code(config.loss)}, tail {_code(config.tail)}"),
             ("temperature", config.temperature),
             ("weight of the distillation term", f"{config.soft_weight:g}, {config.soft_schedule}"),
@@ -139,17 +140,20 @@ def command(config: TrainConfig) -> str:
 def _front_matter(config: TrainConfig) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation"]
     if not _is_fresh(config):
-        path = Path(config.student).expanduser()
-        base = path.resolve().name if path.exists() else config.student  # the hub knows names, and no paths
+        path = Path(config.start).expanduser()
+        base = path.resolve().name if path.exists() else config.start  # the hub knows names, and no paths
         lines.append(f"base_model: {json.dumps(base, ensure_ascii=False)}")  # JSON is YAML
     return "\n".join(["---", *lines, "tags:", "- distillation", "- kdcache", "---"])
 
 
 def _is_fresh(config: TrainConfig) -> bool:
-    return Path(config.student).suffix == ".json"
+    return Path(config.start).suffix == ".json"
 
 
 def _start(config: TrainConfig) -> str:
+    if config.init_from is not None:
+        named = {name: getattr(config, name) for name in CUTS if getattr(config, name) is not None}
+        return "cut out of it: " + (", ".join(f"{name} {_code(value)}" for name, value in named.items()) or "all of it")
     return f"fresh weights from seed {config.seed}" if _is_fresh(config) else "its own weights to begin with"
 
 

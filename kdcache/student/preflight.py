@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from kdcache.errors import ConfigError
+from kdcache.student import distributed
 from kdcache.student.config import TrainConfig
 
 _PLACES = {"TENSORBOARD_LOGGING_DIR": "tensorboard", "WANDB_DIR": "."}
@@ -27,11 +28,16 @@ def require_environment(config: TrainConfig, device: torch.device) -> None:
         _require_package(name, f"log_to {name}", name)
     if config.lora:
         _require_package("peft", f"lora {config.lora}", "kdcache[lora]")
-        if Path(config.student).suffix == ".json":
+        if Path(config.start).suffix == ".json":
             raise ConfigError(
-                f"lora {config.lora} needs weights that were trained, but the student {config.student} has none: "
+                f"lora {config.lora} needs weights that were trained, but the student {config.start} has none: "
                 "give a checkpoint, or train all weights without adapters"
             )
+    if config.init_from is not None and distributed.world() > 1:
+        raise ConfigError(
+            f"init_from cuts the student in one process, but the run has {distributed.world()} ranks: use "
+            "make-student first, and give its folder as student"
+        )
     if config.fsdp and device.type != "cuda":
         raise ConfigError(
             f"fsdp needs GPUs, but the device is {device.type}, where Trainer would silently train copies "

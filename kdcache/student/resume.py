@@ -63,11 +63,11 @@ def rows_per_step(config: TrainConfig) -> int:
 
 
 def describe(config: TrainConfig, sources: Sequence[CacheSource]) -> Fields:
-    """What a run is: its configuration, with the path of the student made absolute, its caches, and its versions."""
-    student = Path(config.student).expanduser()
+    """What a run is: its configuration (paths of models made absolute), its caches, and its versions."""
     fields = {
         **dataclasses.asdict(config),
-        "student": str(student.resolve()) if student.exists() else config.student,
+        "student": _absolute(config.student),
+        "init_from": _absolute(config.init_from),
         "rows_per_step": rows_per_step(config),
         "ranks": distributed.world(),
         "caches": [source.record() for source in sources],
@@ -76,6 +76,12 @@ def describe(config: TrainConfig, sources: Sequence[CacheSource]) -> Fields:
     }
     plain: Fields = json.loads(json.dumps(fields))
     return plain
+
+
+def _absolute(name: str | None) -> str | None:
+    """A path that exists as an absolute one; a hub name as it is."""
+    path = Path(name or "").expanduser()
+    return str(path.resolve()) if name and path.exists() else name
 
 
 def saved_description(out: Path) -> Fields | None:

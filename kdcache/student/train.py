@@ -13,13 +13,16 @@ What a run leaves in its folder:
     model.safetensors, config.json, tokenizer files   the student, a plain Hugging Face model
     README.md, curves.png   a model card, and the curves of the run where matplotlib is installed
     summary.json         what `--json` prints, written last
+    .start/              with `init_from`, until the run ends: the student that was cut out of the teacher
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +40,8 @@ from kdcache.store.atomic_files import storage_errors
 from kdcache.student import caches, data_workers, distributed, model_card, resume
 from kdcache.student.config import TrainConfig
 from kdcache.student.evaluation import measure_each
+from kdcache.student.from_teacher.config import CutOptions
+from kdcache.student.from_teacher.make import RECORD, start_from
 from kdcache.student.mixture import Mixture
 from kdcache.student.model import load_student, save_student, with_adapters
 from kdcache.student.preflight import logging_under, require_environment
@@ -44,8 +49,9 @@ from kdcache.student.rollouts import require_writer
 from kdcache.student.schedule import Schedule
 from kdcache.student.split import Split, keep, split
 from kdcache.student.trainer import DistillationTrainer, arguments, complete
+from kdcache.student.training_advice import advise
 
-BEFORE, METRICS, SUMMARY = "heldout-before.json", "metrics.jsonl", "summary.json"
+BEFORE, METRICS, SUMMARY, START = "heldout-before.json", "metrics.jsonl", "summary.json", ".start"
 
 _LOGGED = (
     "loss", "grad_norm", "learning_rate", "nll", "kl", "top1_agreement", "kept_mass", "log_partition",
@@ -60,6 +66,7 @@ def train(
     config: TrainConfig,
     on_progress: Progress | None = None,
     on_reading: Callable[[int, int], None] | None = None,
+    on_advice: Callable[[Sequence[str]], None] | None = None,
 ) -> dict[str, Any]:
     """Train a student from a cache, or from several.
 
@@ -67,6 +74,7 @@ def train(
         config: what to do.
         on_progress: called after each step.
         on_reading: called while `where` reads the caches, with rows read and rows to read.
+        on_advice: called before the first step with what usually goes wrong with such a run (`kdcache.advice`).
 
     Returns:
         The summary that `kdcache train-student --json` prints.
@@ -77,11 +85,14 @@ def train(
     """
     require_environment(config, find_device(config.device))
     with resume.hold_folder(Path(config.out)) if _leads() else contextlib.nullcontext():
-        return _train(config, on_progress, on_reading)
+        return _train(config, on_progress, on_reading, on_advice)
 
 
 def _train(
-    config: TrainConfig, on_progress: Progress | None, on_reading: Callable[[int, int], None] | None
+    config: TrainConfig,
+    on_progress: Progress | None,
+    on_reading: Callable[[int, int], None] | None,
+    on_advice: Callable[[Sequence[str]], None] | None,
 ) -> dict[str, Any]:
     started, out = time.perf_counter(), Path(config.out)
     opened = _open_caches(config)
@@ -89,12 +100,18 @@ def _train(
         finished: dict[str, Any] = json.loads((out / SUMMARY).read_text())
         return finished
     device = find_device(config.device)
+    if config.init_from is not None:
+        _cut_student(config, opened, device)
     model = _make_student(config, [source.cache for source in opened], device)
     distributed.join(device)
     opened = caches.agree(opened)
     rows = split(opened, config, on_reading)
     _write_description(config, opened, rows)
     run = _Run(config, opened, rows, model, device)
+    cut_from = None if config.init_from is None else json.loads((out / START / RECORD).read_text())
+    advice = run.advice(None if cut_from is None else cut_from["parameters"]["teacher"])
+    if on_advice and advice and _leads():
+        on_advice(advice)
     before = _before(out, lambda: run.measure(model))
     trainer, training_seconds, waited = run.train(on_progress)
     after = run.measure(trainer.model)
@@ -119,6 +136,8 @@ def _train(
         "data_wait_share": trainer.longest(waited),
         "positions_per_second": positions / seconds,
         "curves": None,
+        "advice": advice,
+        **({} if cut_from is None else {"start": cut_from}),
     }
     save_student(trainer.accelerator.unwrap_model(trainer.model), opened[0].cache, out)
     if _leads():
@@ -152,8 +171,20 @@ def _open_caches(config: TrainConfig) -> tuple[caches.CacheSource, ...]:
     return opened
 
 
+def _cut_student(config: TrainConfig, opened: Sequence[caches.CacheSource], device: torch.device) -> None:
+    """Cut the student out of the teacher into a folder of the run, unless the run that is resumed has done so."""
+    out = Path(config.out)
+    if resume.saved_description(out) is None:  # a run that was killed so early may have had other options
+        shutil.rmtree(out / START, ignore_errors=True)
+    if not (out / START).exists():
+        rows = split(opened, dataclasses.replace(config, where=None)).train[0]
+        cut = CutOptions(**{field.name: getattr(config, field.name) for field in dataclasses.fields(CutOptions)})
+        start_from(config.start, cut, opened[0].cache, rows, out / START, device, config.batch_rows)
+
+
 def _make_student(config: TrainConfig, opened: Sequence[Cache], device: torch.device) -> Any:
-    model = load_student(config.student, opened[0], device, config.seed, mixed=opened[1:])
+    start = config.start if config.init_from is None else str(Path(config.out) / START)
+    model = load_student(start, opened[0], device, config.seed, mixed=opened[1:])
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise ModelError(f"the student {type(model).__name__} cannot be trained with gradient_checkpointing")
     return with_adapters(model, config.lora, config.seed) if config.lora else model
@@ -180,6 +211,7 @@ def _write_summary(config: TrainConfig, opened: Sequence[caches.CacheSource], su
         out, out / METRICS, config, manifests, resume.rows_per_step(config), summary
     )
     resume.write(out / SUMMARY, summary)
+    shutil.rmtree(out / START, ignore_errors=True)
 
 
 class _Run:
@@ -198,6 +230,11 @@ class _Run:
         self.args = arguments(config, self.steps, device, any(source.remote for source in opened))
         _ = self.args.device  # which counts the GPUs
         self.args._n_gpu = min(self.args.n_gpu, 1)  # several in one process would mean DataParallel
+
+    def advice(self, teacher_parameters: int | None) -> list[str]:
+        """What usually goes wrong with such a run."""
+        rows = self.steps * resume.rows_per_step(self.config)
+        return advise(self.config, self.opened, self.model, rows, teacher_parameters)
 
     def measure(self, student: Any) -> dict[str, Any]:
         """Figures of the held-out rows; every rank must call it."""

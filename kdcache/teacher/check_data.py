@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from kdcache.advice import of_data
 from kdcache.corpus.packing import Tokens
 from kdcache.corpus.shards import ShardReading
 from kdcache.corpus.survey import shard_rule, survey
@@ -38,7 +39,7 @@ def check_data(options: CheckOptions, on_progress: Callable[[int, int], None] | 
         records, and the first 1,000 of them as `bad_records`; `cut` and `truncated` documents; `rows`; `tokens`;
         `labels` that carry a target, and `eos_labels` among them, None without an end-of-sequence token;
         `supervised_share`, labels by tokens; `lengths` of documents in tokens; and `examples`, each with its `document`
-        and `parts` of `text` that are `supervised` or not.
+        and `parts` of `text` that are `supervised` or not; `advice`, see `kdcache.advice`.
 
     Raises:
         KdcacheError: the corpus or the tokenizer cannot be used.
@@ -72,7 +73,7 @@ def check_data(options: CheckOptions, on_progress: Callable[[int, int], None] | 
         if on_progress:
             on_progress(int(plan.last[shard]) + 1, plan.documents)
     dropped = reading.dropped + packed_out
-    return {
+    found: dict[str, Any] = {
         "corpus": options.corpus,
         "form": corpus.form.name,
         "columns": list(corpus.form.columns.values()),
@@ -91,6 +92,7 @@ def check_data(options: CheckOptions, on_progress: Callable[[int, int], None] | 
         "lengths": _quantiles(sizes),
         "examples": [{"document": one.document, "parts": _parts(tokenizer, one)} for one in examples],
     }
+    return {**found, "advice": of_data(found)}
 
 
 def _quantiles(sizes: array[int]) -> dict[str, int]:

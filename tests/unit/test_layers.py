@@ -18,7 +18,7 @@ import kdcache.student
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
     {"errors", "rows", "compiled", "entry_form", "lazy_torch", "prepared_mask", "stopping"},
-    {"options", "plugins", "known"},
+    {"options", "plugins", "known", "advice"},
     {"registry", "file_systems", "launcher", "ray_cluster"},
     {"extras", "targets", "worker"},
     {"crew"},
