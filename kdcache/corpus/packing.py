@@ -206,7 +206,7 @@ class _BestFit:
 
     Args:
         seq_len: room of a row.
-        prefix_tokens: of the different prefixes of a row at most. A piece whose prefix does not fit opens a new row.
+        prefix_tokens: of the different prefixes of a row at most. A row that has no room for a prefix is full.
     """
 
     def __init__(self, seq_len: int, prefix_tokens: int = 0) -> None:
@@ -217,13 +217,15 @@ class _BestFit:
 
     def row(self, need: int, prefix: Prefix | None = None) -> int:
         """The row of a piece of so many tokens."""
-        fitting = self._rooms >> need
-        room = need + (fitting & -fitting).bit_length() - 1
-        if fitting and self._holds(self._by_room[room][-1], prefix):
+        room, row = self._seq_len, -1
+        while row < 0 and (fitting := self._rooms >> need):
+            room = need + (fitting & -fitting).bit_length() - 1
             row = self._by_room[room].pop()
             if not self._by_room[room]:
                 self._rooms &= ~(1 << room)
-        else:
+            if not self._holds(row, prefix):
+                row = -1  # it takes no more pieces: the next may not fit either, and no row is looked at twice in vain
+        if row < 0:
             room, row, self._opened = self._seq_len, self._opened, self._opened + 1
         self._by_room[room - need].append(row)
         self._rooms |= 1 << (room - need)

@@ -28,6 +28,7 @@ from kdcache.corpus.exact_tokens import ExactTokens
 from kdcache.corpus.packing import Tokens
 from kdcache.corpus.teacher_context import prefix_of, with_system
 from kdcache.errors import ConfigError
+from kdcache.prefixes import NO_PREFIX
 
 _Marked = tuple[NDArray[np.int32], NDArray[np.bool_]]
 """`[n]` the ids of a text, and which of them are taught."""
@@ -99,6 +100,12 @@ class Tokeniser:
     def prompt(self, text: str) -> list[int]:
         """The tokens with which a plain document begins that begins with a text: no special token follows it."""
         return [int(token) for token in self._around(self._plain([text])[0], [])]
+
+    def teacher_prompt(self, text: str) -> list[int]:
+        """What the teacher reads of a plain document that begins with a text, behind what it alone is told."""
+        ids = np.asarray(self.prompt(text), np.int32)
+        prefix = self._told(Tokens(document=0, ids=ids, supervised=np.zeros(len(ids), bool)), "").prefix or NO_PREFIX
+        return [*prefix.tokens.tolist(), *ids[prefix.replaced :].tolist()]
 
     def texts(self, texts: Sequence[tuple[int, str]]) -> list[Tokens]:
         """Tokenise texts, each with its index in the corpus, in one call."""

@@ -204,10 +204,9 @@ class Manifest:
         try:
             if not is_count(form):
                 raise ValueError(f"its format is {short(repr(form))}")
-            if fields.setdefault("teacher_context", None) == {}:
+            if not fields.get("teacher_context", True):
                 raise ValueError("its teacher_context is empty")
-            fields["teacher_context"] = fields["teacher_context"] or {}
-            require_fields(fields, cls)
+            require_fields({"teacher_context": {}, **fields}, cls)
             _require_vocabulary(fields["vocab_size"])  # bounds what the order may unfold to
             order = _unfold_order(fields["id_order"], fields["vocab_size"])
             known = Known.from_fields(fields["known"])

@@ -17,6 +17,7 @@ import kdcache.student
 
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
+    {"prefixes"},
     {"errors", "rows", "compiled", "entry_form", "lazy_torch", "prepared_mask", "stopping"},
     {"options", "plugins", "known"},
     {"registry", "file_systems", "launcher", "ray_cluster"},
