@@ -254,7 +254,7 @@ class Manifest:
         except ValueError:
             raise ConfigError(f"date is {short(repr(self.date))}, not a day like 2026-11-28") from None
         require_rules(vars(self))
-        self._require_teacher_context()
+        self.require_teacher_context()
         if self.row_format.most_bytes > _MOST_ROW:
             raise ConfigError(
                 f"a row of seq_len {self.seq_len} slots may hold {self.row_format.most_bytes:,} bytes, above the "
@@ -265,8 +265,12 @@ class Manifest:
             if "/" in inside(name):
                 raise CorruptCacheError(f"tokenizer file {name} is not a plain name")
 
-    def _require_teacher_context(self) -> None:
-        """Refuse a context of the teacher's that no cache can have."""
+    def require_teacher_context(self) -> None:
+        """Refuse a context of the teacher's that no cache can have.
+
+        Raises:
+            ConfigError: rows that are not isolated, extras of tokens, or a teacher that reads less than its student.
+        """
         if not self.teacher_context:
             return
         require_fields(self.teacher_context, _TeacherContext)

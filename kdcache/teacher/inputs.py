@@ -146,6 +146,7 @@ def open_inputs(
         },
         teacher_context=context,
     )
+    manifest.require_teacher_context()
     manifest = dataclasses.replace(manifest, error_bound=manifest.codec.error_bound)
     return Inputs(
         folder=files.folder, tokenizer=tokenizer, corpus=corpus, plan=plan, shaping=shaping, manifest=manifest
