@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.prefixes import NO_PREFIX, Prefix, Prefixes
+
 IGNORE = -100
 """The label of a slot that carries no target, as in PyTorch and transformers."""
 
@@ -66,6 +68,8 @@ class PackedRow:
         supervised: `[n]` bool, whether each token may be a label; None when all may.
         extras: `[n, width]` float32 of each extra of the cache that the row is read from, by name; NaN where a token
             has none. In a row that is not read from a cache, those that its corpus brings.
+        prefixes: what the teacher reads in front of each piece; None where it reads what its student does. Nothing of
+            it is in `tokens`, and no student is given it.
     """
 
     tokens: Ints
@@ -73,6 +77,7 @@ class PackedRow:
     piece_documents: Ints
     supervised: NDArray[np.bool_] | None = None
     extras: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    prefixes: Prefixes | None = None
 
     def segments(self, seq_len: int) -> NDArray[np.int64]:
         """`[L]` the piece of each token, -1 where padded."""
@@ -106,11 +111,32 @@ class PackedRow:
             out[: n - 1][keep] = self.tokens[1:][keep]
         return out
 
+    def prefix(self, piece: int) -> Prefix:
+        """What the teacher reads in front of a piece."""
+        return NO_PREFIX if self.prefixes is None else self.prefixes[piece]
+
     def locate(self, slot: int) -> tuple[int, int]:
         """The document that slot `slot` belongs to, and the token's offset inside its piece."""
         starts = np.cumsum(self.piece_lengths) - self.piece_lengths
         piece = int(np.searchsorted(starts, slot, side="right")) - 1
         return int(self.piece_documents[piece]), int(slot - starts[piece])
+
+
+def labelled_tokens(row: PackedRow) -> NDArray[np.bool_]:
+    """`[n]` which tokens of a row are in labelled slots."""
+    return np.asarray(row.labels(len(row.tokens)) != IGNORE)
+
+
+def join_rows(rows: Sequence[PackedRow]) -> PackedRow:
+    """One row of the pieces of several, which need not fit into `seq_len`; without extras."""
+    masks = [np.ones(len(row.tokens), bool) if row.supervised is None else row.supervised for row in rows]
+    return PackedRow(
+        tokens=np.concatenate([row.tokens for row in rows]),
+        piece_lengths=np.concatenate([row.piece_lengths for row in rows]),
+        piece_documents=np.concatenate([row.piece_documents for row in rows]),
+        supervised=np.concatenate(masks),
+        prefixes=Prefixes.joined([row.prefixes for row in rows], [len(row.piece_lengths) for row in rows]),
+    )
 
 
 def position_ids(segments: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -122,6 +122,8 @@ def print_next_tokens(console: Console, answer: dict[str, Any]) -> None:
             else ""
         )
         console.print(f"the teacher as stored in row {teacher['row']}, position {teacher['position']}{sampled}")
+    if teacher["told"] is not None:
+        console.print(Text.assemble(("told    ", "bold"), repr(teacher["told"]), " (the teacher alone)"))
     table = Table(box=None, pad_edge=False)
     for name in columns:
         table.add_column(Text(name))

@@ -46,6 +46,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
             ("extra", f"{x['name']}: {x['width']} per {x['per']}, {x['precision']}, {x['bytes']:,} bytes")
             for x in extras
         ),
+        *_teacher_context(summary["teacher_context"]),
     ):
         table.add_row(Text(name, style="bold"), Text(value))
     return table
@@ -57,6 +58,18 @@ def _written_by(generated: Any) -> list[str]:
         return []
     told = [f"{name} {generated[name]}" for name in ("temperature", "top_p", "seed") if name in generated]
     return [", ".join([str(generated.get("writer")), *told])]
+
+
+def _teacher_context(context: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What the teacher reads that its student does not."""
+    if context is None:
+        return []
+    system = "" if context["system"] is None else f"; it is told {_short(context['system'])!r}"
+    return [("teacher context", f"the teacher alone reads more, at most {context['seq_len']:,} tokens a piece{system}")]
+
+
+def _short(text: str, most: int = 300) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 _SHOWN = 1500
@@ -75,11 +88,17 @@ def print_checked(console: Console, found: dict[str, Any]) -> None:
         ("rows", f"{found['rows']:,}, {found['tokens']:,} tokens"),
         ("supervised", f"{found['labels']:,} tokens carry a target, {found['supervised_share']:.1%}"),
         ("tokens a document", ", ".join(f"{name} {value:,}" for name, value in lengths.items()) or "none"),
+        *_teacher_context(found["teacher_context"]),
     ):
         table.add_row(Text(name, style="bold"), Text(value))
     console.print(table)
     for example in found["examples"]:
         console.print(Text(f"\ndocument {example['document']:,}, supervised between » and «", style="bold"))
+        if example["teacher"] is not None:
+            told = Text("the teacher reads: ", style="bold").append(
+                _short(example["teacher"]["text"], _SHOWN), style="dim"
+            )
+            console.print(told.append(f"  in place of {example['teacher']['replaces']!r}"), soft_wrap=True)
         text, left = Text(), _SHOWN
         for part in example["parts"]:
             shown = part["text"][: max(0, left)]
@@ -147,6 +166,9 @@ def print_row(console: Console, row: dict[str, Any]) -> None:
     console.print(
         "colour and number: the probability that the teacher gave the token, given what precedes it\n", style="dim"
     )
+    for read in row["teacher_read"]:
+        told = f"before piece {read['piece']}, in place of its first {read['replaced']} tokens, the teacher read: "
+        console.print(Text(told, style="bold").append(_short(read["text"]), style="dim"), soft_wrap=True)
     piece = None
     line = Text()
     for token in row["tokens"]:
@@ -169,6 +191,8 @@ def _colour(p: float | None) -> str:
 def print_position(console: Console, at: dict[str, Any]) -> None:
     """One position: its entries, with a bar for each."""
     console.print(f"shard {at['shard']}, row {at['row']}, position {at['position']}, document {at['document']}")
+    if at["teacher_read"] is not None:
+        console.print(Text.assemble(("told     ", "bold"), repr(_short(at["teacher_read"]["text"]))))
     console.print(Text.assemble(("context  ", "bold"), repr(at["context"])))
     if at["no_target"] is not None:
         if at["label"] is not None:

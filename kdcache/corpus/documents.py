@@ -1,4 +1,7 @@
-"""Documents: what a record of a corpus says: a text, a conversation, a prompt with its completion, or token ids."""
+"""Documents: what a record of a corpus says: a text, a conversation, a prompt with its completion, or token ids.
+
+Each may say, too, what a teacher reads that is told more than its student.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,7 @@ class Conversation:
         taught: for each message, whether it is an answer that a student is taught.
         tools, documents: for the template; None where there are none.
         settings: further variables of the template, such as `enable_thinking`.
+        teacher: what the teacher reads in its place; None where that is the same.
     """
 
     messages: list[Message]
@@ -41,6 +45,7 @@ class Conversation:
     tools: list[Any] | None = None
     documents: list[Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    teacher: Conversation | None = None
 
     @property
     def text(self) -> str:
@@ -50,15 +55,28 @@ class Conversation:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A prompt, and the text that follows it, which is what is taught."""
+    """A prompt, and the text that follows it, which is what is taught.
+
+    Attributes:
+        teacher_prompt: what the teacher reads in place of the prompt; None where that is the same.
+    """
 
     prompt: str
     completion: str
+    teacher_prompt: str | None = None
 
     @property
     def text(self) -> str:
         """Both, for filters."""
         return self.prompt + self.completion
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptedText:
+    """A text, and what the teacher reads before it."""
+
+    text: str
+    teacher_prompt: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +95,7 @@ class TokenIds:
     writer_logp: NDArray[np.float32] | None = None
 
 
-Document = str | Conversation | Completion | TokenIds
+Document = str | PromptedText | Conversation | Completion | TokenIds
 
 
 def text_of(content: Any) -> str:

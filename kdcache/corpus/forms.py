@@ -2,16 +2,19 @@
 
 A column that a person names wins. Otherwise the first of these that is there: `input_ids`, `text`, `messages`,
 `conversations`, `prompt` with `completion`, `instruction` with `output`. What stands beside them and says something of
-the documents (tools, masks, a system prompt) is taken along, or refused by name; other columns are not read.
+the documents (tools, masks, a system prompt, what the teacher reads) is taken along, or refused by name; other columns
+are not read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdcache.corpus.record_form import Form
+from kdcache.corpus.teacher_context import COLUMNS
 from kdcache.corpus.token_records import MASKS
 from kdcache.errors import ConfigError, CorpusError
 from kdcache.extras import WRITER_LOGP
@@ -69,8 +72,28 @@ def choose_form(corpus: str, names: Sequence[str], columns: Columns) -> Form:
             f"'completion', or 'instruction' with 'output'; it has {', '.join(names)} (name one as text_column, "
             "messages_column, or prompt_column with completion_column)"
         )
+    form = _with_teacher(corpus, form, there, columns.ignored)
     _require_honoured(corpus, form, there)
     return form
+
+
+_TOLD = {"text": ("teacher_prompt",), "chat": ("teacher_messages",), "completion": COLUMNS, "tokenised": ()}
+"""Columns that say what the teacher reads, by the form of a corpus."""
+
+
+def _with_teacher(corpus: str, form: Form, names: Sequence[str], ignored: Sequence[str]) -> Form:
+    """A form with the columns that say what the teacher reads, if any are there."""
+    told = _TOLD[form.name]
+    for name in COLUMNS:
+        if name in names and name not in told:
+            instead = f"give {told[0]}" if told else "only teacher_system can put something before its tokens"
+            raise CorpusError(
+                f"the corpus {corpus} has a column {name!r}, which does not go with documents of the form {form.name}; "
+                f"{instead}, or name it in ignore_columns if it does not count"
+            )
+    there = {name: name for name in told if name in names}
+    late = () if form.name == "text" else tuple(name for name in told if name not in (*names, *ignored))
+    return dataclasses.replace(form, optional={**form.optional, **there}, late=late)
 
 
 def _require(corpus: str, names: Sequence[str], wanted: str) -> None:

@@ -7,12 +7,14 @@ Cost: a few dictionary operations a message.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from kdcache.corpus.documents import BadDocument, Conversation, Message, kind_of, require_encodable, text_of
 from kdcache.corpus.records import is_nested_too_deeply
+from kdcache.corpus.teacher_context import told_teacher
 
 _SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
@@ -73,13 +75,26 @@ def _conversation(messages: Any, found: Mapping[str, Any], only_after: int = 0) 
     settings = _from_json(found.get("settings") or {}, "chat_template_kwargs")
     if not isinstance(settings, dict):
         raise BadDocument(f"wrong type: chat_template_kwargs is {kind_of(settings)}")
-    return Conversation(
+    student = Conversation(
         messages=[message for message, _ in taken],
         taught=[taught and number >= only_after for number, (_, taught) in enumerate(taken)],
         tools=_listed(found.get("tools"), "tools") or _functions(found),
         documents=_listed(found.get("documents"), "documents"),
         settings=settings,
     )
+    told = found.get("teacher_messages")
+    return student if told is None else dataclasses.replace(student, teacher=_teacher(told, student))
+
+
+def _teacher(told: Any, student: Conversation) -> Conversation:
+    """What the teacher reads, out of a record's teacher_messages."""
+    try:
+        messages = [_message(message, number)[0] for number, message in enumerate(_messages(told, "value"))]
+    except BadDocument as error:
+        raise BadDocument(f"teacher_messages: {error}") from None
+    if not messages:
+        raise BadDocument("teacher_messages: it is an empty list")
+    return told_teacher(messages, student)
 
 
 def _functions(found: Mapping[str, Any]) -> list[Any] | None:
@@ -232,6 +247,11 @@ def read_completed_messages(found: Mapping[str, Any]) -> Conversation | None:
     prompt, completion = ([] if value is None else _messages(value, what) for what, value in (
         ("prompt", prompt), ("completion", completion),
     ))  # fmt: skip
+    told = found.get("teacher_prompt")
+    if told is not None:
+        if found.get("teacher_messages") is not None:
+            raise BadDocument("two teacher contexts: teacher_prompt and teacher_messages")
+        found = {**found, "teacher_messages": [*_messages(told, "teacher_prompt"), *completion]}
     return _conversation(prompt + completion, found, only_after=len(prompt))
 
 

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.extras import WRITER_LOGP
+from kdcache.prefixes import NO_PREFIX, PREFIXES_A_ROW, Prefix, Prefixes
 from kdcache.rows import Ints, PackedRow
 
 
@@ -42,6 +43,7 @@ class Tokens:
         supervised: `[n]` bool, whether each token may be a label; None when all may.
         whole: whether it is of no use in pieces: an answer must not be taught without its question.
         writer_logp: `[n]` float32, see `TokenIds`; None where the corpus does not say.
+        prefix: what the teacher reads before it; None where that is nothing.
     """
 
     document: int
@@ -49,6 +51,7 @@ class Tokens:
     supervised: NDArray[np.bool_] | None = None
     whole: bool = False
     writer_logp: NDArray[np.float32] | None = None
+    prefix: Prefix | None = None
 
 
 class PackedRows(Sequence[PackedRow]):
@@ -61,6 +64,7 @@ class PackedRows(Sequence[PackedRow]):
         lengths: `[P]` tokens of each piece.
         documents: `[P]` document of each piece.
         rows: `[P]` row of each piece.
+        prefixes: `[P]` what the teacher reads before each; None where it reads what its student does.
     """
 
     def __init__(
@@ -71,7 +75,9 @@ class PackedRows(Sequence[PackedRow]):
         lengths: Ints,
         documents: Ints,
         rows: Ints,
+        prefixes: Sequence[Prefix] | None = None,
     ) -> None:
+        self._prefixes = prefixes
         self._tokens, self._supervised = np.frombuffer(tokens, np.int32), np.frombuffer(supervised, np.bool_)
         self._writer_logp = np.frombuffer(writer_logp, np.float32)
         self._lengths, self._documents, self._starts = lengths, documents, np.cumsum(lengths) - lengths
@@ -110,6 +116,7 @@ class PackedRows(Sequence[PackedRow]):
             piece_documents=self._documents[pieces],
             supervised=None if supervised is None or supervised.all() else supervised,
             extras=extras,
+            prefixes=None if self._prefixes is None else Prefixes.of(self._prefixes[p] for p in pieces),
         )
 
     def batches(self, size: int) -> Batches:
@@ -148,7 +155,8 @@ class Packed:
         rows: in the order of the shard.
         cut: documents that lie in several pieces.
         truncated: documents that lost what did not fit in a row, and of which something is left.
-        dropped: documents of which nothing is left, by reason: `overlong`, or `too-short` (no token has a next one).
+        dropped: documents of which nothing is left, by reason: `overlong`; `teacher-overlong` (what the teacher reads
+            before them leaves them no room); or `too-short` (no token has a next one).
     """
 
     rows: PackedRows
@@ -157,7 +165,14 @@ class Packed:
     dropped: dict[str, int]
 
 
-def pack(documents: Iterable[Tokens], seq_len: int, *, pack: str = "best-fit", overlong: str = "auto") -> Packed:
+def pack(
+    documents: Iterable[Tokens],
+    seq_len: int,
+    *,
+    pack: str = "best-fit",
+    overlong: str = "auto",
+    teacher_seq_len: int = 0,
+) -> Packed:
     """Pack documents into rows of at most `seq_len` tokens.
 
     Args:
@@ -166,15 +181,20 @@ def pack(documents: Iterable[Tokens], seq_len: int, *, pack: str = "best-fit", o
         pack: `best-fit` or `none`.
         overlong: `cut`, `truncate`, `drop` or `auto`. A document is dropped, too, if the tokens that truncation leaves
             hold no label.
+        teacher_seq_len: the most tokens that a teacher reads of a piece, its prefix included: a piece is cut, truncated
+            or left out so that they fit. 0 where no document has a prefix.
     """
     tokens, lengths, numbers, rows = array("i"), array("i"), array("q"), array("q")
     supervised, writer_logp = bytearray(), array("f")
-    best_fit = _BestFit(seq_len) if pack == "best-fit" else None
-    counts = _Counts()
-    for piece in _pieces(documents, seq_len, overlong, counts):
+    prefixes: list[Prefix] | None = [] if teacher_seq_len else None
+    best_fit = _BestFit(seq_len, PREFIXES_A_ROW * teacher_seq_len) if pack == "best-fit" else None
+    counts, limits = _Counts(), _Limits(seq_len=seq_len, overlong=overlong, teacher_seq_len=teacher_seq_len)
+    for piece in _pieces(documents, limits, counts):
         need = len(piece.ids)
         if best_fit is not None:
-            rows.append(best_fit.row(need))
+            rows.append(best_fit.row(need, piece.prefix))
+        if prefixes is not None:
+            prefixes.append(piece.prefix or NO_PREFIX)
         if piece.supervised is not None and not supervised:
             supervised.extend(b"\1" * len(tokens))
         if supervised or piece.supervised is not None:
@@ -187,7 +207,7 @@ def pack(documents: Iterable[Tokens], seq_len: int, *, pack: str = "best-fit", o
     sizes = np.array(lengths, np.int32)
     row_of_piece = np.array(rows, np.int64) if best_fit is not None else _longest_first(sizes)
     return Packed(
-        rows=PackedRows(tokens, supervised, writer_logp, sizes, np.array(numbers, np.int64), row_of_piece),
+        rows=PackedRows(tokens, supervised, writer_logp, sizes, np.array(numbers, np.int64), row_of_piece, prefixes),
         cut=counts.cut,
         truncated=counts.truncated,
         dropped=dict(counts.dropped),
@@ -195,26 +215,44 @@ def pack(documents: Iterable[Tokens], seq_len: int, *, pack: str = "best-fit", o
 
 
 class _BestFit:
-    """The row that each piece goes to: the one with the least room that still holds it."""
+    """The row that each piece goes to: the one with the least room that still holds it.
 
-    def __init__(self, seq_len: int) -> None:
-        self._seq_len, self._opened = seq_len, 0
+    Args:
+        seq_len: room of a row.
+        prefix_tokens: of the different prefixes of a row at most. A row that has no room for a prefix is full.
+    """
+
+    def __init__(self, seq_len: int, prefix_tokens: int = 0) -> None:
+        self._seq_len, self._prefix_tokens, self._opened = seq_len, prefix_tokens, 0
         self._by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # rows with that much room, newest last
         self._rooms = 0  # bit r is set when _by_room[r] is not empty
+        self._prefixes: dict[int, dict[bytes, int]] = {}  # of each row: tokens of each prefix
 
-    def row(self, need: int) -> int:
+    def row(self, need: int, prefix: Prefix | None = None) -> int:
         """The row of a piece of so many tokens."""
-        fitting = self._rooms >> need
-        if fitting:
+        room, row = self._seq_len, -1
+        while row < 0 and (fitting := self._rooms >> need):
             room = need + (fitting & -fitting).bit_length() - 1
             row = self._by_room[room].pop()
             if not self._by_room[room]:
                 self._rooms &= ~(1 << room)
-        else:
+            if not self._holds(row, prefix):
+                row = -1  # it takes no more pieces: the next may not fit either, and no row is looked at twice in vain
+        if row < 0:
             room, row, self._opened = self._seq_len, self._opened, self._opened + 1
         self._by_room[room - need].append(row)
         self._rooms |= 1 << (room - need)
+        if prefix is not None:
+            self._prefixes.setdefault(row, {})[prefix.tokens.tobytes()] = len(prefix.tokens)
         return row
+
+    def _holds(self, row: int, prefix: Prefix | None) -> bool:
+        """Whether a row has room for a prefix."""
+        if prefix is None:
+            return True
+        there = self._prefixes.get(row, {})
+        new = 0 if prefix.tokens.tobytes() in there else len(prefix.tokens)
+        return sum(there.values()) + new <= self._prefix_tokens
 
 
 def _longest_first(lengths: Ints) -> NDArray[np.int64]:
@@ -231,7 +269,33 @@ class _Fate(Enum):
     CUT = auto()
     TRUNCATED = auto()
     OVERLONG = auto()  # nothing is left of it
+    TEACHER_OVERLONG = auto()  # nothing is left of it
     TOO_SHORT = auto()  # nothing is left of it
+
+
+_GONE = {
+    _Fate.OVERLONG: "overlong", _Fate.TEACHER_OVERLONG: "teacher-overlong", _Fate.TOO_SHORT: "too-short",
+}  # fmt: skip
+"""Why nothing is left of a document: the first of these that became of any of its sequences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Limits:
+    """How long pieces may be, and what becomes of what is longer."""
+
+    seq_len: int
+    overlong: str
+    teacher_seq_len: int = 0
+
+    def room(self, prefix: Prefix | None) -> int:
+        """The most tokens of a piece of which the teacher reads every one behind a prefix."""
+        if prefix is None:
+            return self.seq_len
+        return min(self.seq_len, self.teacher_seq_len - len(prefix.tokens))
+
+    def first_room(self, prefix: Prefix | None) -> int:
+        """The same of the first piece, whose replaced tokens the teacher does not read."""
+        return min(self.seq_len, self.room(prefix) + (prefix.replaced if prefix else 0))
 
 
 @dataclass
@@ -242,38 +306,57 @@ class _Counts:
 
     def add(self, fates: set[_Fate]) -> None:
         """Count a document, of whose sequences this became."""
-        if not fates - {_Fate.OVERLONG, _Fate.TOO_SHORT}:
-            self.dropped["overlong" if _Fate.OVERLONG in fates else "too-short"] += 1
+        if fates <= set(_GONE):
+            self.dropped[next(reason for fate, reason in _GONE.items() if fate in fates)] += 1
             return
         self.cut += _Fate.CUT in fates
-        self.truncated += bool(fates & {_Fate.TRUNCATED, _Fate.OVERLONG})
+        self.truncated += bool(fates & {_Fate.TRUNCATED, _Fate.OVERLONG, _Fate.TEACHER_OVERLONG})
 
 
-def _pieces(documents: Iterable[Tokens], seq_len: int, overlong: str, counts: _Counts) -> Iterator[Tokens]:
+def _pieces(documents: Iterable[Tokens], limits: _Limits, counts: _Counts) -> Iterator[Tokens]:
     for _, sequences in groupby(documents, key=attrgetter("document")):
         fates = set()
         for sequence in sequences:
-            ends, fate = _fit(sequence, seq_len, overlong)
+            ends, fate = _fit(sequence, limits)
             fates.add(fate)
             for start, end in ends:
                 mask = None if sequence.supervised is None else sequence.supervised[start:end]
                 logp = None if sequence.writer_logp is None else sequence.writer_logp[start:end]
-                yield Tokens(document=sequence.document, ids=sequence.ids[start:end], supervised=mask, writer_logp=logp)
+                yield Tokens(
+                    document=sequence.document,
+                    ids=sequence.ids[start:end],
+                    supervised=mask,
+                    writer_logp=logp,
+                    prefix=_prefix(sequence.prefix, start, end),
+                )
         counts.add(fates)
 
 
-def _fit(sequence: Tokens, seq_len: int, overlong: str) -> tuple[list[tuple[int, int]], _Fate]:
+def _prefix(prefix: Prefix | None, start: int, end: int) -> Prefix | None:
+    """What the teacher reads before a piece: all that it reads before the whole. None for one that has no label."""
+    if prefix is None or prefix.replaced >= end:
+        return None
+    return Prefix(tokens=prefix.tokens, replaced=max(0, prefix.replaced - start))
+
+
+def _fit(sequence: Tokens, limits: _Limits) -> tuple[list[tuple[int, int]], _Fate]:
     """Start and end of each piece of a sequence, and what that makes of it."""
-    length = len(sequence.ids)
+    length, overlong = len(sequence.ids), limits.overlong
+    room, later = limits.first_room(sequence.prefix), limits.room(sequence.prefix)
+    gone = _Fate.OVERLONG if length > limits.seq_len else _Fate.TEACHER_OVERLONG
     if length < 2:
         return [], _Fate.TOO_SHORT
-    if length <= seq_len:
+    if room < 2:  # no piece would have a label
+        return [], _Fate.TEACHER_OVERLONG
+    if length <= room:
         return [(0, length)], _Fate.KEPT
     if overlong == "auto":
         overlong = "truncate" if sequence.whole else "cut"
     if overlong == "cut":
-        starts = range(0, length - 1, seq_len)  # a last token alone has no next one
-        return [(start, min(start + seq_len, length)) for start in starts], _Fate.CUT
-    if overlong == "drop" or not (sequence.supervised is None or sequence.supervised[1:seq_len].any()):
-        return [], _Fate.OVERLONG
-    return [(0, seq_len)], _Fate.TRUNCATED
+        if later < 2:
+            return [], _Fate.TEACHER_OVERLONG
+        starts = range(0, length - 1, later)  # a last token alone has no next one
+        return [(start, min(start + later, length)) for start in starts], _Fate.CUT
+    if overlong == "drop" or not (sequence.supervised is None or sequence.supervised[1:room].any()):
+        return [], gone
+    return [(0, room)], _Fate.TRUNCATED

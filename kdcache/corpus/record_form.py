@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdcache.corpus.documents import BadDocument, Completion, Document, kind_of, require_encodable
+from kdcache.corpus.documents import BadDocument, Completion, Document, PromptedText, kind_of, require_encodable
 from kdcache.corpus.messages import read_chat, read_completed_messages
 from kdcache.corpus.records import Record, Unreadable
+from kdcache.corpus.teacher_context import COLUMNS as TEACHER_COLUMNS
 from kdcache.corpus.token_records import read_tokens
 
 
@@ -29,11 +30,24 @@ class Form:
         name: `text`, `chat`, `completion` or `tokenised`.
         columns: by role (`text`, `messages`, `prompt`, ...), the column that plays it.
         optional: further columns of the same kind that a record may have.
+        late: columns that say what a teacher reads, and that the first records do not have: a record that has one is
+            refused.
     """
 
     name: str
     columns: dict[str, str]
     optional: dict[str, str] = field(default_factory=dict)
+    late: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """All columns that are read."""
+        return (*self.columns.values(), *self.optional.values(), *self.late)
+
+    @property
+    def tells_teacher(self) -> bool:
+        """Whether records may say what a teacher reads."""
+        return any(name in self.optional for name in TEACHER_COLUMNS)
 
     def document(self, record: Record) -> Document | None:
         """What a record says; None where it says nothing, as its column is null.
@@ -45,17 +59,30 @@ class Form:
             raise BadDocument(record.reason)
         if isinstance(record, str):
             return require_encodable(record)
+        for name in self.late:
+            if record.get(name) is not None:
+                raise BadDocument(f"late teacher context: the first records have no {name}; let the first have one")
         found = {role: record.get(name) for role, name in {**self.optional, **self.columns}.items()}
         return _READERS[self.name](found)
 
 
-def _read_text(found: Mapping[str, Any]) -> str | None:
-    text = found["text"]
+def _read_text(found: Mapping[str, Any]) -> str | PromptedText | None:
+    text, told = found["text"], _teacher_prompt(found)
     if text is None:
         return None
     if not isinstance(text, str):
         raise BadDocument(f"wrong type: the text is {kind_of(text)}")
-    return require_encodable(text)
+    return require_encodable(text) if told is None else PromptedText(text=require_encodable(text), teacher_prompt=told)
+
+
+def _teacher_prompt(found: Mapping[str, Any]) -> str | None:
+    """What a record of texts says that the teacher reads."""
+    told = found.get("teacher_prompt")
+    if told is None:
+        return None
+    if not isinstance(told, str):
+        raise BadDocument(f"wrong type: the teacher_prompt is {kind_of(told)}")
+    return require_encodable(told)
 
 
 def _read_completion(found: Mapping[str, Any]) -> Document | None:
@@ -76,7 +103,9 @@ def _read_completion(found: Mapping[str, Any]) -> Document | None:
     for beside in ("system", "tools", "documents"):
         if found.get(beside):
             raise BadDocument(f"no place for {beside}: the prompt is a text, which no chat template sees")
-    return Completion(prompt=prompt, completion=completion)
+    if found.get("teacher_messages") is not None:
+        raise BadDocument("no place for teacher_messages: the prompt is a text, so give a teacher_prompt")
+    return Completion(prompt=prompt, completion=completion, teacher_prompt=_teacher_prompt(found))
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], Document | None]] = {

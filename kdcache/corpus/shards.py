@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kdcache.corpus.documents import BadDocument, Completion, Conversation, Document, TokenIds
+from kdcache.corpus.documents import BadDocument, Completion, Conversation, Document, PromptedText, TokenIds
 from kdcache.corpus.packing import Packed, PackedRows, Tokens, pack
 from kdcache.corpus.plan import Plan
 from kdcache.corpus.records import Record, Unreadable
@@ -76,16 +76,21 @@ class Shaping:
         tokeniser: documents to tokens.
         seq_len: tokens a row.
         pack, overlong: see `kdcache.corpus.rules`.
+        teacher_seq_len: tokens that the teacher reads of a piece at most, with what it alone is told; 0 where it reads
+            what its student does.
     """
 
     tokeniser: DocumentTokeniser
     seq_len: int
     pack: str = "best-fit"
     overlong: str = "auto"
+    teacher_seq_len: int = 0
 
     def packed(self, tokens: Iterator[Tokens] | list[Tokens]) -> Packed:
         """Rows of tokenised documents."""
-        return pack(tokens, self.seq_len, pack=self.pack, overlong=self.overlong)
+        return pack(
+            tokens, self.seq_len, pack=self.pack, overlong=self.overlong, teacher_seq_len=self.teacher_seq_len
+        )  # fmt: skip
 
 
 def shard_rows(corpus: Corpus, plan: Plan, shard: int, shaping: Shaping) -> ShardRows:
@@ -122,7 +127,13 @@ def has_label(corpus: Corpus, plan: Plan, shaping: Shaping) -> tuple[bool, Shard
     return False, reading
 
 
-_NAMES: dict[type, str] = {str: "text", Conversation: "chat", Completion: "completion", TokenIds: "tokenised"}
+_NAMES: dict[type, str] = {
+    str: "text",
+    PromptedText: "text",
+    Conversation: "chat",
+    Completion: "completion",
+    TokenIds: "tokenised",
+}
 
 
 @dataclass

@@ -194,7 +194,7 @@ class Corpus:
         Raises:
             CorpusError: the file cannot be read.
         """
-        if self.form.name == "text" and isinstance(self._source, TextFiles):
+        if self.form.name == "text" and not self.form.optional and isinstance(self._source, TextFiles):
             found = self._source.digest(*part)
             if found:
                 return Digests(sha256=found[0], characters=found[1], addresses=found[2])
@@ -205,7 +205,7 @@ class Corpus:
     def digest(self, records: Sequence[Record]) -> tuple[bytes, NDArray[np.int64]]:
         """The sha256 of each record, one behind the other, and their lengths."""
         sha256 = hashlib.sha256
-        if self.form.name == "text":  # the common case, at twice the speed
+        if self.form.name == "text" and not self.form.optional:  # the common case, at twice the speed
             with suppress(UnicodeEncodeError, KeyError, TypeError, AttributeError):
                 column = self.form.columns["text"]
                 texts = [record if type(record) is str else record[column] for record in records]  # type: ignore[index]
@@ -248,7 +248,7 @@ def _content(record: Record, form: Form) -> tuple[bytes, int]:
         return b"\xfe" + record.data, len(record.data)  # no text encodes to this
     if isinstance(record, str):
         return record.encode("utf-8", "surrogatepass"), len(record)
-    if form.name == "text":
+    if form.name == "text" and not form.optional:
         text = record.get(form.columns["text"])
         if isinstance(text, str):
             return text.encode("utf-8", "surrogatepass"), len(text)
@@ -294,7 +294,7 @@ def open_corpus(
         if isinstance(source, Table):
             _require_types(spec, source.schema, form)
             there = {role: name for role, name in form.optional.items() if name in names}
-            form = Form(name=form.name, columns=form.columns, optional=there)
+            form = Form(name=form.name, columns=form.columns, optional=there)  # its columns are all known
     except (CorpusError, ConfigError):
         raise
     except Exception as error:  # libraries raise what their backends raise; a person needs the reason, not the stack
@@ -302,7 +302,7 @@ def open_corpus(
     if form.name == "tokenised" and filters.looks_at_text:
         raise ConfigError("min_chars and drop read text, but this corpus is already tokenised")
     if not source.plain:
-        source.choose((*form.columns.values(), *form.optional.values()))
+        source.choose(form.wanted)
     return Corpus(spec, source, form, filters, split, split_text, columns)
 
 

@@ -5,12 +5,16 @@
     completion   prompt and completion, as a text; only the completion is supervised
     tokenised    as it is
 
+A teacher that is told more reads the same in a context of its own (`teacher_context`); of a text, that is a prompt with
+tokens of its own behind the special tokens that begin it, and then the tokens of the text.
+
 Whether an end-of-sequence token closes a text or a completion: `auto` where the tokenizer adds one, `always`, `never`.
 The text that a person gives is otherwise never changed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,10 +23,15 @@ from numpy.typing import NDArray
 
 from kdcache.corpus.answer_spans import find_answers, find_prompt
 from kdcache.corpus.chat_template import ChatTemplate
-from kdcache.corpus.documents import BadDocument, Completion, Conversation, Document, TokenIds
+from kdcache.corpus.documents import BadDocument, Completion, Conversation, Document, PromptedText, TokenIds
 from kdcache.corpus.exact_tokens import ExactTokens
 from kdcache.corpus.packing import Tokens
+from kdcache.corpus.teacher_context import prefix_of, with_system
 from kdcache.errors import ConfigError
+from kdcache.prefixes import NO_PREFIX
+
+_Marked = tuple[NDArray[np.int32], NDArray[np.bool_]]
+"""`[n]` the ids of a text, and which of them are taught."""
 
 
 class Tokeniser:
@@ -33,13 +42,24 @@ class Tokeniser:
         vocab_size: ids lie below it.
         eos: whether an end-of-sequence token closes texts: `auto`, `always` or `never`.
         date: the day that a chat template may ask for.
+        teacher_system: what the teacher alone is told, as the system prompt of conversations and before other
+            documents; None for nothing.
 
     Raises:
         ConfigError: `always`, and the tokenizer has no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int, *, eos: str = "auto", date: str = "2000-01-01") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        *,
+        eos: str = "auto",
+        date: str = "2000-01-01",
+        teacher_system: str | None = None,
+    ) -> None:
         self._tokenizer, self._vocab_size, self._date = tokenizer, vocab_size, date
+        self._system = teacher_system
         self._before, self._after = special_tokens(tokenizer)
         end = tokenizer.eos_token_id
         if eos == "never":
@@ -50,6 +70,7 @@ class Tokeniser:
             self._after = [*self._after, end]
         self._template: ChatTemplate | None = None
         self._exact: ExactTokens | None = None
+        self._told_last = "", np.zeros(0, np.int32)
 
     def tokenise(self, documents: Sequence[tuple[int, Document]]) -> list[list[Tokens] | BadDocument]:
         """Tokenise some documents, texts among them in one call.
@@ -67,11 +88,11 @@ class Tokeniser:
         encoded = iter(self.texts(texts))
         found: list[list[Tokens] | BadDocument] = []
         for number, document in documents:
-            if isinstance(document, str):
-                found.append([next(encoded)])
-                continue
             try:
-                found.append(self._one(number, document))
+                if isinstance(document, str):
+                    found.append([self._told(next(encoded), "")])
+                else:
+                    found.append(self._one(number, document))
             except BadDocument as bad:
                 found.append(bad)
         return found
@@ -100,10 +121,19 @@ class Tokeniser:
             if not len(ids):
                 raise BadDocument("no text: no token stands before the first that is supervised")
             return ids
-        text = document.prompt if isinstance(document, Completion) else document
+        if isinstance(document, Completion):
+            text = document.prompt
+        else:
+            text = document.text if isinstance(document, PromptedText) else document
         if not text.strip():
             raise BadDocument("no text: the prompt is empty")
         return self._around(self._encoded(text, ())[0], [])
+
+    def teacher_prompt(self, text: str) -> list[int]:
+        """What the teacher reads of a plain document that begins with a text, behind what it alone is told."""
+        ids = np.asarray(self.prompt(text), np.int32)
+        prefix = self._told(Tokens(document=0, ids=ids, supervised=np.zeros(len(ids), bool)), "").prefix or NO_PREFIX
+        return [*prefix.tokens.tolist(), *ids[prefix.replaced :].tolist()]
 
     def texts(self, texts: Sequence[tuple[int, str]]) -> list[Tokens]:
         """Tokenise texts, each with its index in the corpus, in one call."""
@@ -130,28 +160,70 @@ class Tokeniser:
             return self._conversation(number, document)
         if isinstance(document, Completion):
             return [self._completion(number, document)]
+        if isinstance(document, PromptedText):
+            return [self._told(self.texts([(number, document.text)])[0], document.teacher_prompt)]
         assert isinstance(document, TokenIds)
-        return [self._tokenised(number, document)]
+        return [self._told(self._tokenised(number, document), "")]
+
+    def _told(self, tokens: Tokens, prompt: str) -> Tokens:
+        """A text, or tokens, that the teacher reads behind what it alone is told."""
+        told = (self._system or "") + prompt
+        if not told:
+            return tokens
+        begins = len(self._before) if tokens.ids[: len(self._before)].tolist() == self._before else 0
+        read = np.concatenate([tokens.ids[:begins], self._told_ids(told), tokens.ids[begins:]])
+        return dataclasses.replace(tokens, prefix=prefix_of(tokens.ids, tokens.supervised, read))
+
+    def _told_ids(self, told: str) -> NDArray[np.int32]:
+        """The tokens of what a teacher is told; those of the last are kept, which many documents may share."""
+        if self._told_last[0] != told:
+            self._told_last = told, np.asarray(self._plain([told])[0], np.int32)
+        return self._told_last[1]
 
     def _conversation(self, number: int, conversation: Conversation) -> list[Tokens]:
+        student, told = self._answers(conversation), conversation.teacher
+        if self._system is not None:
+            told = with_system(told or conversation, self._system)
+        found = [Tokens(document=number, ids=ids, supervised=taught, whole=True) for ids, taught in student]
+        if told is None:
+            return found
+        teacher = self._answers(told)
+        if len(teacher) != len(student):
+            raise BadDocument(
+                f"teacher reads other answers: the chat template makes {len(teacher)} texts of what it reads, and "
+                f"{len(student)} of what is taught"
+            )
+        return [
+            dataclasses.replace(one, prefix=prefix_of(one.ids, one.supervised, ids))
+            for one, (ids, _) in zip(found, teacher, strict=True)
+        ]
+
+    def _answers(self, conversation: Conversation) -> list[_Marked]:
+        """The texts of a conversation."""
         self._template = self._template or ChatTemplate(self._tokenizer, self._date)
-        found = []
-        for answer in find_answers(self._template, conversation):
-            ids, supervised = self._encoded(answer.text, answer.spans)
-            found.append(Tokens(document=number, ids=ids, supervised=supervised, whole=True))
-        return found
+        return [self._encoded(answer.text, answer.spans) for answer in find_answers(self._template, conversation)]
 
     def _completion(self, number: int, document: Completion) -> Tokens:
-        edge = len(document.prompt)
-        ids, supervised = self._encoded(document.text, [(edge, len(document.text))])
+        ids, supervised = self._completed(document.prompt, document.completion)
+        found = Tokens(document=number, ids=ids, supervised=supervised, whole=True)
+        if document.teacher_prompt is None and self._system is None:
+            return found
+        told = document.prompt if document.teacher_prompt is None else document.teacher_prompt
+        read, _ = self._completed((self._system or "") + told, document.completion)
+        return dataclasses.replace(found, prefix=prefix_of(ids, supervised, read))
+
+    def _completed(self, prompt: str, completion: str) -> _Marked:
+        """A prompt and its completion between the special tokens of a text."""
+        text, edge = prompt + completion, len(prompt)
+        ids, supervised = self._encoded(text, [(edge, len(text))])
         whole = self._around(ids, self._after)
         added = 0 if whole[: len(ids)].tolist() == ids.tolist() else len(self._before)
         marked = np.zeros(len(whole), bool)
         marked[added : added + len(ids)] = supervised
         marked[added + len(ids) :] = True  # what closes the completion
-        return Tokens(document=number, ids=whole, supervised=marked, whole=True)
+        return whole, marked
 
-    def _encoded(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    def _encoded(self, text: str, spans: Sequence[tuple[int, int]]) -> _Marked:
         try:
             text.encode()
         except UnicodeEncodeError:

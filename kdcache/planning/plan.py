@@ -71,7 +71,7 @@ def plan(options: PlanOptions, on_progress: Progress | None = None) -> dict[str,
     clock.begin("teacher")
     with tempfile.TemporaryDirectory(prefix="kdcache-plan-") as scratch:
         spec, filters = options.teacher_spec, inputs.manifest.position_filter
-        with _room_for(options), open_teacher(spec, inputs.manifest.row_spec, request, filters) as teacher:
+        with _room_for(options), open_teacher(spec, inputs.manifest.teacher_row_spec, request, filters) as teacher:
             inputs = inputs.with_known(teacher.engine.knows.known(inputs.manifest.rule, inputs.manifest.temperatures))
             clock.begin("documents")
             sample = take_sample(inputs, options.batch_rows)

@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from kdcache.cache import Cache, Row, open_cache
+from kdcache.cache import Cache, Row, open_cache, unpack
 from kdcache.errors import CacheError, TargetError
 from kdcache.lazy_torch import torch
-from kdcache.rows import IGNORE
+from kdcache.rows import IGNORE, PackedRow
 from kdcache.store.commit import quantiles
 from kdcache.store.commits import Commits
 from kdcache.store.manifest import Manifest
@@ -92,6 +92,7 @@ def inspect_summary(
         "temperatures": list(manifest.temperatures),
         "precision": manifest.precision,
         "extras": _extras(manifest, total["tokens"], total["labels"]),
+        "teacher_context": manifest.teacher_context or None,
         "seq_len": manifest.seq_len,
         "vocab_size": manifest.vocab_size,
     }
@@ -124,9 +125,13 @@ def _range_of_entries(commits: Commits) -> dict[str, int]:
 
 
 def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]:
-    """A row as text: each token with the probability that the teacher gave it, where there is a target."""
+    """A row as text: each token with the probability that the teacher gave it, where there is a target.
 
-    cache, shard, row, value = _find(path, row, shard)
+    `teacher_read` says of each piece before which the teacher read more, what that was: `piece`, `tokens` and `text`,
+    and how many of the piece's first tokens it `replaced`.
+    """
+
+    cache, shard, row, value, packed = _find(path, row, shard)
     tokenizer = cache.load_tokenizer()
     ids = value.tokens[value.segments >= 0].tolist()
     starts = [
@@ -141,7 +146,23 @@ def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]
             "position": slot, "id": ids[slot], "text": added_text(tokenizer, ids[starts[segment] : slot], ids[slot]),
             "piece": segment, "document": int(value.documents[segment]), "logprob": logprob,
         })  # fmt: skip
-    return {"cache": path, "shard": shard, "row": row, "pieces": len(value.documents), "tokens": tokens}
+    read = [_teacher_read(tokenizer, packed, piece) for piece in range(len(value.documents))]
+    return {
+        "cache": path,
+        "shard": shard,
+        "row": row,
+        "pieces": len(value.documents),
+        "teacher_read": [{"piece": piece, **one} for piece, one in enumerate(read) if one is not None],
+        "tokens": tokens,
+    }
+
+
+def _teacher_read(tokenizer: Any, packed: PackedRow, piece: int) -> dict[str, Any] | None:
+    """What the teacher alone read before a piece, and how many of the piece's tokens it read that in place of."""
+    prefix = packed.prefix(piece)
+    if not prefix.content:
+        return None
+    return {"tokens": len(prefix.tokens), "text": tokenizer.decode(prefix.tokens), "replaced": prefix.replaced}
 
 
 def inspect_position(
@@ -152,14 +173,15 @@ def inspect_position(
     `probability` and `tail` are at `temperature`; `logprob` and `weight` are as stored, `logprob` at T = 1. Of a
     sampled target only the weight is always known: an entry that was drawn has no `logprob` and no `probability`,
     and there is no `tail`. What else the cache does not know is None. Where the position carries
-    no target, `no_target` says why.
+    no target, `no_target` says why. `teacher_read` is what the teacher alone read before the piece, as in
+    `inspect_row`, or None.
 
     Raises:
         CacheError: no such row or position.
         TargetError: a temperature that the cache cannot give exactly.
     """
 
-    cache, shard, row, value = _find(path, row, shard)
+    cache, shard, row, value, packed = _find(path, row, shard)
     tokenizer = cache.load_tokenizer()
     used = int((value.segments >= 0).sum())
     if not 0 <= position < used:
@@ -178,6 +200,7 @@ def inspect_position(
         "position": position,
         "document": int(value.documents[segment]),
         "context": tokenizer.decode(inside[-_CONTEXT_TOKENS:]),
+        "teacher_read": _teacher_read(tokenizer, packed, segment),
         "token": {"id": inside[-1], "text": added_text(tokenizer, inside[:-1], inside[-1])},
         "label": None,
         "temperature": temperature,
@@ -240,11 +263,11 @@ def added_text(tokenizer: Any, before: list[int], token: int) -> str:
     return str(both[len(start) :] if both.startswith(start) else tokenizer.decode([token]))
 
 
-def _find(path: str, row: int, shard: int | None) -> tuple[Cache, int, int, Row]:
-    """The cache, and the shard, number and value of a row that is counted in the shard or in the whole cache."""
+def _find(path: str, row: int, shard: int | None) -> tuple[Cache, int, int, Row, PackedRow]:
+    """The cache, and the shard, number and values of a row that is counted in the shard or in the whole cache."""
     cache = open_cache(path, partial=True)
-    if shard is not None:
-        return cache, shard, row, cache[cache.index(shard, row)]
-    if not 0 <= row < len(cache):
+    index = row if shard is None else cache.index(shard, row)
+    if not 0 <= index < len(cache):
         raise CacheError(f"{path} has rows 0 to {len(cache) - 1}, not {row}")
-    return cache, *cache.locate(row), cache[row]
+    packed, targets = cache.read_packed(index)
+    return cache, *cache.locate(index), unpack(packed, targets, cache.manifest.seq_len), packed

@@ -1,7 +1,9 @@
 """Prompt: the most likely next tokens after a text, of a teacher and some students, side by side.
 
 A live teacher is asked if one is given. Without one the cache may know: if a piece of some row begins with the very
-tokens of the prompt and continues, its target there is the teacher's answer to this prompt and to no other context.
+tokens of the prompt and continues, its target there is the teacher's answer to this prompt. Where the teacher reads
+more than its student, a live one is told the cache's system prompt first, and the cache's answer is to what the teacher
+read before that piece; what that was is said. The students are never told it.
 
 Probabilities are over the cache's vocabulary, at T = 1 unless a sampled cache was drawn at another.
 """
@@ -18,6 +20,7 @@ from kdcache.cache import Cache, open_cache
 from kdcache.corpus.tokenise import Tokeniser
 from kdcache.errors import ConfigError
 from kdcache.isolation import packed_forward
+from kdcache.prefixes import Prefix
 from kdcache.pretrained import find_device
 from kdcache.report.inspect import added_text
 from kdcache.rows import IGNORE
@@ -57,9 +60,10 @@ def next_tokens(
         on_progress: called with (rows searched, rows of the cache).
 
     Returns:
-        `prompt`, `tokens[{id, text}]`, `teacher{source, row, position, sampled, temperature, entries}` and
+        `prompt`, `tokens[{id, text}]`, `teacher{source, row, position, sampled, temperature, told, entries}` and
         `students{NAME: {entries}}` with `entries[{id, text, probability}]`, the most likely first. `source` is
-        `live`, `cache`, or None when neither knows, and `entries` is then empty. Where `sampled` is true the
+        `live`, `cache`, or None when neither knows, and `entries` is then empty; `told` is the text that the teacher
+        alone read before the prompt, or None. Where `sampled` is true the
         teacher's probabilities are the stored weights, unbiased estimates at `temperature`.
 
     Raises:
@@ -76,7 +80,9 @@ def next_tokens(
         raise ConfigError("prompt is empty, but must hold at least one token")
     opened, where = open_cache(cache, local_copy=local_copy, local_limit=local_limit), find_device(device)
     tokenizer = opened.load_tokenizer()
-    tokens = Tokeniser(tokenizer, opened.manifest.vocab_size).prompt(text)
+    system = opened.manifest.teacher_context.get("system")
+    tokeniser = Tokeniser(tokenizer, opened.manifest.vocab_size, teacher_system=system)
+    tokens, longest = tokeniser.prompt(text), opened.manifest.teacher_row_spec.seq_len
     if not tokens:
         raise ConfigError(f"the prompt {text!r} holds no token of the cache's tokenizer")
     if len(tokens) > opened.manifest.seq_len:
@@ -86,16 +92,20 @@ def next_tokens(
         return [{"id": i, "text": added_text(tokenizer, tokens, i), "probability": p} for i, p in found]
 
     answer: dict[str, Any] = {"source": None, "row": None, "position": None, "sampled": False, "temperature": 1.0}
-    answer["entries"] = []
+    answer.update(told=None, entries=[])
     if teacher is not None:
+        read = tokeniser.teacher_prompt(text)
+        if len(read) > longest:
+            raise ConfigError(f"the teacher would read {len(read)} tokens with its system prompt, above its {longest}")
         spec = TeacherSpec(model=teacher, engine=engine, device=device, **(engine_options or {}))
         with open_teacher_of(spec, opened.manifest, opened.storage) as live:
-            answer.update(source="live", entries=shown(_most_likely(live.next_logits(tokens), top)))
+            answer.update(source="live", told=system, entries=shown(_most_likely(live.next_logits(read), top)))
     elif (place := find_prompt(opened, tokens, on_progress)) is not None:
-        row, position, target = place
+        row, position, target, prefix = place
         answer.update(
             source="cache", row=row, position=position, sampled=target.sampled,
             temperature=target.sample_temperature, entries=shown(_largest(target, top)),
+            told=tokenizer.decode(prefix.tokens) if len(prefix.tokens) else None,
         )  # fmt: skip
     answers = {}
     for name in students:
@@ -112,24 +122,25 @@ def next_tokens(
 
 def find_prompt(
     cache: Cache, tokens: Sequence[int], on_progress: Callable[[int, int], None] | None = None
-) -> tuple[int, int, SparseTargets] | None:
+) -> tuple[int, int, SparseTargets, Prefix] | None:
     """The first place where a context is exactly these tokens and the teacher's answer is stored.
 
     Returns:
-        Row, slot and target `[]`, or None if no row has it.
+        Row, slot, target `[]`, and what the teacher read before it; or None if no row has it.
     """
     wanted, seq_len = np.asarray(tokens), cache.manifest.seq_len
     for number, (row, targets) in enumerate(cache.read_rows(range(len(cache)))):
         if on_progress:
             on_progress(number, len(cache))
         start = 0
-        for length in row.piece_lengths.tolist() if cache.manifest.isolate else [len(row.tokens)]:
+        lengths = row.piece_lengths.tolist() if cache.manifest.isolate else [len(row.tokens)]
+        for piece, length in enumerate(lengths):
             slot = start + len(wanted) - 1
             if len(wanted) < length and (row.tokens[start : slot + 1] == wanted).all():
                 labels = row.labels(seq_len)
                 target = targets[int((labels[:slot] != IGNORE).sum())] if labels[slot] != IGNORE else None
                 if target is not None and int(target.count):
-                    return number, slot, target
+                    return number, slot, target, row.prefix(piece)
             start += length
     return None
 

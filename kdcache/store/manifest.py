@@ -24,6 +24,7 @@ from kdcache.errors import CacheError, CacheMismatchError, ConfigError, CorruptC
 from kdcache.extras import ExtraSpec, read_specs
 from kdcache.known import Known
 from kdcache.position_filter import PositionFilter
+from kdcache.prefixes import PREFIXES_A_ROW
 from kdcache.rows import RowSpec
 from kdcache.selection import Selection, check_temperatures
 from kdcache.store.registry import find_store
@@ -57,6 +58,14 @@ class _PlanObject:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _TeacherContext:
+    """The fields of `teacher_context`."""
+
+    seq_len: int
+    system: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Contents of `kdcache.json`.
 
@@ -84,6 +93,8 @@ class Manifest:
         store: `arrow`, `zarr`, or the name of a registered one.
         extras: further arrays of a row by name, each as `ExtraSpec.to_fields` gives it.
         origin: names and versions, for people; two caches of one configuration may differ here.
+        teacher_context: `seq_len`, the most tokens that the teacher reads for a piece, and `system`, the system prompt
+            that it alone is given, or None; empty where it reads what its student does, and then not written.
     """
 
     teacher_sha256: str
@@ -113,6 +124,7 @@ class Manifest:
     store: str
     origin: dict[str, Any]
     extras: dict[str, Any] = field(default_factory=dict)
+    teacher_context: dict[str, Any] = field(default_factory=dict)
 
     @property
     def extra_specs(self) -> dict[str, ExtraSpec]:
@@ -136,6 +148,12 @@ class Manifest:
         return RowSpec(
             vocab_size=self.vocab_size, seq_len=self.seq_len, isolate=self.isolate and packed, packed=packed
         )  # fmt: skip
+
+    @property
+    def teacher_row_spec(self) -> RowSpec:
+        """The shape of the rows that its teacher is given, which hold the contexts that it alone reads."""
+        longest = self.teacher_context["seq_len"] if self.teacher_context else self.seq_len
+        return dataclasses.replace(self.row_spec, seq_len=longest)
 
     @property
     def width(self) -> int:
@@ -163,6 +181,8 @@ class Manifest:
         fields["temperatures"] = list(self.temperatures)
         fields["known"] = self.known.to_fields()
         fields["id_order"] = _fold_order(self.id_order, self.vocab_size)
+        if not self.teacher_context:
+            del fields["teacher_context"]  # a manifest without it is that of earlier versions
         return {"format": FORMAT, **fields}
 
     @classmethod
@@ -184,7 +204,9 @@ class Manifest:
         try:
             if not is_count(form):
                 raise ValueError(f"its format is {short(repr(form))}")
-            require_fields(fields, cls)
+            if not fields.get("teacher_context", True):
+                raise ValueError("its teacher_context is empty")
+            require_fields({"teacher_context": {}, **fields}, cls)
             _require_vocabulary(fields["vocab_size"])  # bounds what the order may unfold to
             order = _unfold_order(fields["id_order"], fields["vocab_size"])
             known = Known.from_fields(fields["known"])
@@ -232,6 +254,7 @@ class Manifest:
         except ValueError:
             raise ConfigError(f"date is {short(repr(self.date))}, not a day like 2026-11-28") from None
         require_rules(vars(self))
+        self.require_teacher_context()
         if self.row_format.most_bytes > _MOST_ROW:
             raise ConfigError(
                 f"a row of seq_len {self.seq_len} slots may hold {self.row_format.most_bytes:,} bytes, above the "
@@ -242,6 +265,27 @@ class Manifest:
             if "/" in inside(name):
                 raise CorruptCacheError(f"tokenizer file {name} is not a plain name")
 
+    def require_teacher_context(self) -> None:
+        """Refuse a context of the teacher's that no cache can have.
+
+        Raises:
+            ConfigError: rows that are not isolated, extras of tokens, or a teacher that reads less than its student.
+        """
+        if not self.teacher_context:
+            return
+        require_fields(self.teacher_context, _TeacherContext)
+        longest = self.teacher_context["seq_len"]
+        if longest < self.seq_len:
+            raise ConfigError(f"teacher_seq_len is {longest}, but a row of the student has {self.seq_len} tokens")
+        if not self.isolate:
+            raise ConfigError("a teacher context stands in front of one piece, so it needs isolate")
+        per_token = [name for name, spec in self.extra_specs.items() if spec.per == "token"]
+        if per_token:
+            raise ConfigError(
+                f"extra {per_token[0]} has a vector for each token, but a teacher with a context of its own does not "
+                "read all tokens of its student; leave out one of the two"
+            )
+
     @property
     def row_format(self) -> RowFormat:
         """How rows become streams."""
@@ -249,6 +293,7 @@ class Manifest:
             codec=self.codec, seq_len=self.seq_len, vocab_size=self.vocab_size, documents=self.documents,
             filtered=self.position_filter.above is not None, extras=self.extra_specs,
             typed=self.precision in PRECISIONS,
+            prefix_tokens=PREFIXES_A_ROW * self.teacher_row_spec.seq_len if self.teacher_context else 0,
         )  # fmt: skip
 
     def create(self, storage: Storage) -> Manifest:
@@ -273,10 +318,10 @@ class Manifest:
         """
         mine, theirs = self.to_fields(), other.to_fields()
         differences = [
-            f"{name} (cache: {short(mine[name], most)}, asked: {short(theirs[name], most)})"
-            for name in mine
+            f"{name} (cache: {short(mine.get(name), most)}, asked: {short(theirs.get(name), most)})"
+            for name in {**mine, **theirs}
             for most in (15 if name.endswith("sha256") else 60,)
-            if name not in _OF_THE_CREATOR and mine[name] != theirs[name]
+            if name not in _OF_THE_CREATOR and mine.get(name) != theirs.get(name)
             if name != "selection" or not self.rule.same_but_for_pilot(other.rule)
         ]
         if differences:

@@ -4,6 +4,9 @@
     pieces      [P, 2] int64: the length of each piece, at least 1, summing to n; its document
     supervised  [n] uint8: 1 where a token may be a label; empty when every token may
     chosen      a bit for each labelled slot: 1 where it carries a target; only in caches with a position filter
+    prefix      [m] ids of what the teacher reads in front of pieces, each different prefix once, and
+    prefixed    [P, 3] int64: where in them the prefix of each piece begins, its length, and how many of the piece's
+                first tokens the teacher does not read; both only in caches whose teacher has a context of its own
     ...         the streams of the codec: the targets of the slots that carry one, in slot order
     extra.NAME  the values of each extra, in order of name; scale.NAME where its precision needs one
 
@@ -33,7 +36,8 @@ from kdcache.codec.streams import Columns, Streams, inflate
 from kdcache.errors import CorruptCacheError, TargetError
 from kdcache.extras import ExtraSpec, stream_names
 from kdcache.lazy_torch import torch
-from kdcache.rows import IGNORE, PackedRow
+from kdcache.prefixes import NO_PREFIX, Prefixes
+from kdcache.rows import IGNORE, PackedRow, labelled_tokens
 from kdcache.targets import SparseTargets
 
 Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
@@ -105,6 +109,7 @@ class RowFormat:
         filtered: whether there is a position filter, so that a labelled slot may be without a target.
         extras: further arrays of a row, by name, in order of name.
         typed: whether the targets' streams are plain numbers, so that a store can hold them as such for other tools.
+        prefix_tokens: the most tokens of a row's prefixes; 0 where the teacher reads what its student does.
     """
 
     codec: Codec
@@ -114,6 +119,7 @@ class RowFormat:
     filtered: bool
     extras: dict[str, ExtraSpec] = field(default_factory=dict)
     typed: bool = False
+    prefix_tokens: int = 0
 
     @property
     def layout(self) -> Shapes:
@@ -126,6 +132,9 @@ class RowFormat:
         }
         if self.filtered:
             shapes["chosen"] = (np.dtype("u1"), (-(-length // 8),))
+        if self.prefix_tokens:
+            shapes["prefix"] = (self.codec.id_dtype, (self.prefix_tokens,))
+            shapes["prefixed"] = (np.dtype("<i8"), (length, 3))
         return shapes
 
     @cached_property
@@ -231,6 +240,16 @@ class RowFormat:
         streams = {"tokens": row.tokens.astype(self.codec.id_dtype), "pieces": pieces.ravel(), "supervised": supervised}
         if self.filtered:
             streams["chosen"] = np.packbits(carries.numpy(), bitorder="little")
+        if self.prefix_tokens:
+            prefixes = row.prefixes or Prefixes.of([NO_PREFIX] * len(row.piece_lengths))
+            if len(prefixes.tokens) > self.prefix_tokens:
+                raise TargetError(
+                    f"a row comes with teacher contexts of {len(prefixes.tokens)} tokens, above {self.prefix_tokens}"
+                )
+            streams["prefix"] = prefixes.tokens.astype(self.codec.id_dtype)
+            streams["prefixed"] = prefixes.places.astype("<i8").ravel()
+        elif row.prefixes is not None:
+            raise TargetError("a row comes with a context of its teacher's, but the cache holds none")
         positions = int(carries.sum()) if self.filtered else len(carries)
         return Record(positions=positions, streams={**streams, **targets, **extras})
 
@@ -306,12 +325,37 @@ class RowFormat:
             raise CorruptCacheError(f"it has a token outside the vocabulary of {self.vocab_size}")
         if len(supervised) not in (0, len(tokens)) or supervised.max(initial=0) > 1:
             raise CorruptCacheError("its mask is not one flag for each token")
-        return PackedRow(
+        row = PackedRow(
             tokens=tokens.astype(np.int32),
             piece_lengths=lengths.astype(np.int32),
             piece_documents=documents.copy(),
             supervised=supervised.astype(bool) if len(supervised) else None,
         )
+        return dataclasses.replace(row, prefixes=self._prefixes(record, row)) if self.prefix_tokens else row
+
+    def _prefixes(self, record: Record, row: PackedRow) -> Prefixes:
+        """What the teacher read in front of the pieces of a row.
+
+        Raises:
+            CorruptCacheError: streams that no row can have.
+        """
+        tokens, places = record.streams["prefix"], record.streams["prefixed"]
+        if len(places) != 3 * len(row.piece_lengths):
+            raise CorruptCacheError("its teacher contexts are not one for each piece")
+        starts, lengths, replaced = places.reshape(-1, 3).T
+        if places.min(initial=0) < 0 or (starts > len(tokens)).any() or (lengths > len(tokens) - starts).any():
+            raise CorruptCacheError("it has a teacher context outside those that it holds")
+        if tokens.max(initial=0) >= self.vocab_size:
+            raise CorruptCacheError(f"a teacher context has a token outside the vocabulary of {self.vocab_size}")
+        before, begins = np.cumsum(labelled_tokens(row)), np.cumsum(row.piece_lengths) - row.piece_lengths
+        unread = replaced - (lengths > 0)  # slots of a piece that have no place in what the teacher reads
+        if (replaced >= row.piece_lengths).any() or any(
+            before[begin + count - 1] > (before[begin - 1] if begin else 0)
+            for begin, count in zip(begins.tolist(), unread.tolist(), strict=True)
+            if count > 0
+        ):
+            raise CorruptCacheError("it has a label where the teacher has read nothing")
+        return Prefixes(tokens=tokens.astype(np.int32), places=places.reshape(-1, 3).copy())
 
 
 def _slots_with_target(stream: NDArray[np.uint8], labels: int) -> NDArray[np.int64]:

@@ -134,6 +134,7 @@ def _is_sha256(value: Any) -> bool:
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
+    "str | None": lambda value: value is None or isinstance(value, str),
     "int": is_count,
     "int | None": lambda value: value is None or is_count(value),
     "bool": lambda value: isinstance(value, bool),

@@ -13,8 +13,13 @@ from kdcache.store.storage import Storage
 class ShardRecord(Protocol):
     """A dataclass whose fields are those of the record."""
 
-    shard: int
-    manifest_sha256: str
+    @property
+    def shard(self) -> int:
+        """The number of the shard."""
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Of the cache that it belongs to."""
 
     def require_sound(self) -> None:
         """Check what the types of its fields do not say.

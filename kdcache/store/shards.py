@@ -74,6 +74,9 @@ class Tally:
         self._tokens.update(np.array([len(row.tokens), len(row.piece_lengths)], "<i8").tobytes())
         self._tokens.update(row.tokens.astype("<i4").tobytes())
         self._tokens.update(row.piece_lengths.astype("<i4").tobytes())
+        if row.prefixes is not None:
+            for piece in range(len(row.prefixes)):
+                self._tokens.update(row.prefixes[piece].content)
         record.digest(self._content)
         self.rows += 1
         self.labels += len(targets.count)

@@ -33,7 +33,7 @@ from transformers import TrainerCallback
 
 from kdcache import stopping
 from kdcache.cache import Cache
-from kdcache.errors import ModelError
+from kdcache.errors import ConfigError, ModelError
 from kdcache.losses import Objective
 from kdcache.pretrained import find_device
 from kdcache.store.atomic_files import storage_errors
@@ -165,6 +165,8 @@ def _open_caches(config: TrainConfig) -> tuple[caches.CacheSource, ...]:
         _schedule(config, source, config.steps or 1)
     if _leads():  # the other ranks start no step without it
         if Objective(loss=config.loss, tail=config.tail).takes_rollouts:
+            if config.student is None:
+                raise ConfigError(f"loss {config.loss} learns from rollouts of the student, but it is cut out just now")
             for source in opened:
                 require_writer(source.cache.manifest, config.student, config.loss)
         resume.require_free_or_same(out, config.resume, resume.describe(config, opened))

@@ -38,17 +38,21 @@ def check_data(options: CheckOptions, on_progress: Callable[[int, int], None] | 
         `form` and `columns` of the corpus; `documents`; `forms` of those tokenised; `dropped` by reason; `bad`
         records, and the first 1,000 of them as `bad_records`; `cut` and `truncated` documents; `rows`; `tokens`;
         `labels` that carry a target, and `eos_labels` among them, None without an end-of-sequence token;
-        `supervised_share`, labels by tokens; `lengths` of documents in tokens; and `examples`, each with its `document`
-        and `parts` of `text` that are `supervised` or not; `advice`, see `kdcache.advice`.
+        `supervised_share`, labels by tokens; `lengths` of documents in tokens; `teacher_context`, what the manifest
+        would say of what the teacher alone reads; `examples`, each with its `document`, `parts` of `text` that are
+        `supervised` or not, and its `teacher`: the `text` that this reads before the document, and the beginning of the
+        document that it `replaces`, None where the teacher reads what its student does; and `advice`, see
+        `kdcache.advice`.
 
     Raises:
         KdcacheError: the corpus or the tokenizer cannot be used.
     """
-    _, tokenizer, vocab_size = open_tokenizer(options)
+    files, tokenizer, vocab_size = open_tokenizer(options)
     corpus = options.open(options.corpus)
     find_writer(options, corpus, tokenizer)
     plan = survey(corpus, shard_rule(corpus)).plan
-    shaping = shaping_of(options, tokenizer, vocab_size, today())
+    context = options.teacher_context(corpus.form.tells_teacher, files.context)
+    shaping = shaping_of(options, tokenizer, vocab_size, today(), context)
     reading = ShardReading(corpus, shaping.tokeniser)
     packed_out: Counter[str] = Counter()
     counts: Counter[str] = Counter()
@@ -90,9 +94,23 @@ def check_data(options: CheckOptions, on_progress: Callable[[int, int], None] | 
         "eos_labels": None if tokenizer.eos_token_id is None else counts["eos_labels"],
         "supervised_share": counts["labels"] / counts["tokens"] if counts["tokens"] else 0.0,
         "lengths": _quantiles(sizes),
-        "examples": [{"document": one.document, "parts": _parts(tokenizer, one)} for one in examples],
+        "teacher_context": context or None,
+        "examples": [
+            {"document": one.document, "parts": _parts(tokenizer, one), "teacher": _teacher(tokenizer, one)}
+            for one in examples
+        ],
     }
     return {**found, "advice": of_data(found)}
+
+
+def _teacher(tokenizer: Any, tokens: Tokens) -> dict[str, Any] | None:
+    """What the teacher reads before a document, and in place of which text of it."""
+    if tokens.prefix is None or not tokens.prefix.content:
+        return None
+    return {
+        name: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for name, ids in (("text", tokens.prefix.tokens), ("replaces", tokens.ids[: tokens.prefix.replaced]))
+    }
 
 
 def _quantiles(sizes: array[int]) -> dict[str, int]:

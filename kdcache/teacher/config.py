@@ -44,8 +44,14 @@ class CorpusOptions(ReadingOptions):
     # corpus
     eos: str = option("end-of-sequence token after each text: auto (as the tokenizer does), always or never", "auto")
     on_bad_record: str = option("a document that cannot be used: skip (left out and counted) or stop", "skip")
+    teacher_system: str | None = option(
+        "system prompt that the teacher alone reads; before texts, completions and tokens it stands as a text", None
+    )
     # rows
     seq_len: int = option("tokens per row", 512)
+    teacher_seq_len: int | None = option(
+        "tokens that the teacher reads for a piece at most, with what it alone is told (default: twice --seq-len)", None
+    )
     pack: str = option(
         "best-fit, or none: a row for each document, for models that cannot keep pieces apart", "best-fit"
     )
@@ -56,7 +62,23 @@ class CorpusOptions(ReadingOptions):
     def __post_init__(self) -> None:
         if self.seq_len < 2:
             raise ConfigError(f"seq_len is {self.seq_len}, but must be at least 2")
+        if self.teacher_seq_len is not None and self.teacher_seq_len < self.seq_len:
+            raise ConfigError(f"teacher_seq_len is {self.teacher_seq_len}, but must be at least seq_len {self.seq_len}")
+        if self.teacher_system == "":
+            raise ConfigError("teacher_system is empty; leave it out")
         require_rules(vars(self))
+
+    def teacher_context(self, told: bool, longest: int | None) -> dict[str, Any]:
+        """What a manifest says of what the teacher alone reads; empty where it reads what its student does.
+
+        Args:
+            told: whether the corpus says what the teacher reads.
+            longest: positions of the teacher; None if unknown.
+        """
+        if not told and self.teacher_system is None and self.teacher_seq_len is None:
+            return {}
+        usual = 2 * self.seq_len if longest is None else min(2 * self.seq_len, longest)
+        return {"seq_len": self.teacher_seq_len or usual, "system": self.teacher_system}
 
     @property
     def teacher_spec(self) -> TeacherSpec:

@@ -1,9 +1,10 @@
 """Context index: where each context of a cache is, found by its content.
 
 A context is what a teacher sees together: a piece, or a whole row where rows are not isolated. Its key is the sha256,
-cut to 16 bytes, of its tokens and of which of them are labelled. The index of a cache is one sorted Arrow file in the
-user's cache folder (`kdcache/reuse`), mapped into memory, named by what it was made from, and built when it is first
-asked for; other processes of the machine wait meanwhile. It may be deleted at any time.
+cut to 16 bytes, of its tokens, of which of them are labelled, and of what the teacher reads in front of them. The index
+of a cache is one sorted Arrow file in the user's cache folder (`kdcache/reuse`), mapped into memory, named by what it
+was made from, and built when it is first asked for; other processes of the machine wait meanwhile. It may be deleted at
+any time.
 
 Guarantee: what is found is a place to look at, not yet known to hold what is sought: who reads it compares the tokens.
 Cost: building reads every row of the cache once, without decoding targets; 28 bytes a context on disk; in memory a
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache import Cache
 from kdcache.file_hashes import user_cache_folder
-from kdcache.rows import IGNORE, PackedRow, RowSpec
+from kdcache.rows import PackedRow, RowSpec, labelled_tokens
 
 Keys = NDArray[np.uint64]
 """`[C, 2]` the content of contexts."""
@@ -46,11 +47,6 @@ _MOST_WAITING = 1 << 20
 _DAMAGE = (OSError, ValueError, pa.ArrowException)
 
 
-def labelled_tokens(row: PackedRow) -> NDArray[np.bool_]:
-    """`[n]` which tokens of a row are in labelled slots."""
-    return np.asarray(row.labels(len(row.tokens)) != IGNORE)
-
-
 def content_keys(row: PackedRow, labelled: NDArray[np.bool_], spec: RowSpec) -> Keys:
     """The keys of a row's contexts.
 
@@ -61,9 +57,11 @@ def content_keys(row: PackedRow, labelled: NDArray[np.bool_], spec: RowSpec) -> 
     """
     tokens = row.tokens.astype("<i4", copy=False)
     digests = []
-    for context in spec.contexts(row):
+    for number, context in enumerate(spec.contexts(row)):
         content = hashlib.sha256(tokens[context].tobytes())
         content.update(np.packbits(labelled[context]).tobytes())
+        if row.prefixes is not None:  # then each context is a piece
+            content.update(row.prefixes[number].content)
         digests.append(content.digest()[:16])
     return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
 

@@ -7,6 +7,7 @@ costs nothing that grows with the corpus; the documents of a shard are checked w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ def open_inputs(
     asked = shard_rule(corpus, config.docs_per_shard, config.chars_per_shard)
     existing = planned or (_existing_plan(storage, corpus, asked) if storage else None)
     date = existing[2] if existing else date or today()
-    shaping = shaping_of(config, tokenizer, vocab_size, date)
+    context = config.teacher_context(corpus.form.tells_teacher, files.context)
+    shaping = shaping_of(config, tokenizer, vocab_size, date, context)
     plan, corpus_sha256, _ = existing or (*_survey(corpus, asked, shaping, config.on_bad_record), date)
     manifest = Manifest(
         teacher_sha256=files.sha256(),
@@ -152,7 +154,9 @@ def open_inputs(
             "split_text": config.split_text,
             **({"generated": generated.described} if generated else {}),
         },
+        teacher_context=context,
     )
+    manifest.require_teacher_context()
     manifest = dataclasses.replace(manifest, error_bound=manifest.codec.error_bound)
     return Inputs(
         folder=files.folder, tokenizer=tokenizer, corpus=corpus, plan=plan, shaping=shaping, manifest=manifest
@@ -169,8 +173,10 @@ def open_tokenizer(config: CorpusOptions) -> tuple[TeacherFiles, Any, int]:
     files = find_engine(config.teacher_spec.engine).teacher_files(config.teacher_spec)
     tokenizer = load_tokenizer(files.folder, config.chat_template)
     longest = files.context
-    if longest is not None and config.seq_len > longest:
-        raise ConfigError(f"seq_len is {config.seq_len}, above the {longest} positions of the teacher {config.teacher}")
+    for name in ("seq_len", "teacher_seq_len"):
+        asked = getattr(config, name)
+        if longest is not None and asked is not None and asked > longest:
+            raise ConfigError(f"{name} is {asked}, above the {longest} positions of the teacher {config.teacher}")
     return files, tokenizer, vocabulary_size(tokenizer)
 
 
@@ -191,11 +197,14 @@ def find_writer(config: CorpusOptions, corpus: Corpus, tokenizer: Any) -> Genera
     return found
 
 
-def shaping_of(config: CorpusOptions, tokenizer: Any, vocab_size: int, date: str) -> Shaping:
-    """How the options make rows of documents."""
+def shaping_of(
+    config: CorpusOptions, tokenizer: Any, vocab_size: int, date: str, context: Mapping[str, Any]
+) -> Shaping:
+    """How the options make rows of documents; `context` is what `CorpusOptions.teacher_context` says."""
     return Shaping(
-        tokeniser=Tokeniser(tokenizer, vocab_size, eos=config.eos, date=date),
+        tokeniser=Tokeniser(tokenizer, vocab_size, eos=config.eos, date=date, teacher_system=config.teacher_system),
         seq_len=config.seq_len, pack=config.pack, overlong=config.overlong,
+        teacher_seq_len=context["seq_len"] if context else 0,
     )  # fmt: skip
 
 

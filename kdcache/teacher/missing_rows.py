@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.corpus.packing import PackedRows
-from kdcache.rows import PackedRow, RowSpec
+from kdcache.prefixes import Prefixes
+from kdcache.rows import PackedRow, RowSpec, join_rows, labelled_tokens
 from kdcache.targets import SparseTargets
-from kdcache.teacher.context_index import labelled_tokens
 from kdcache.teacher.engines.base import TargetRequest
 from kdcache.teacher.engines.batch import Batch
 from kdcache.teacher.opened_teacher import OpenedTeacher
@@ -127,6 +127,7 @@ def _missing(row: PackedRow, number: int, known: NDArray[np.bool_], spec: RowSpe
                 piece_lengths=row.piece_lengths[inside],
                 piece_documents=row.piece_documents[inside],
                 supervised=None if row.supervised is None else row.supervised[tokens],
+                prefixes=None if row.prefixes is None else Prefixes.of(row.prefixes[i] for i in range(first, last + 1)),
             )
             found.append(_Context(place=(number, index), start=tokens.start, row=alone))
     return found
@@ -134,15 +135,4 @@ def _missing(row: PackedRow, number: int, known: NDArray[np.bool_], spec: RowSpe
 
 def _batch(rows: Sequence[Sequence[_Context]], spec: RowSpec, shard: int) -> Batch:
     places = [np.concatenate([context.places for context in row]) for row in rows]
-    return Batch([_joined([context.row for context in row]) for row in rows], spec, shard, places=places)
-
-
-def _joined(rows: Sequence[PackedRow]) -> PackedRow:
-    """One row of several."""
-    masks = [np.ones(len(row.tokens), bool) if row.supervised is None else row.supervised for row in rows]
-    return PackedRow(
-        tokens=np.concatenate([row.tokens for row in rows]),
-        piece_lengths=np.concatenate([row.piece_lengths for row in rows]),
-        piece_documents=np.concatenate([row.piece_documents for row in rows]),
-        supervised=np.concatenate(masks),
-    )
+    return Batch([join_rows([context.row for context in row]) for row in rows], spec, shard, places=places)

@@ -16,12 +16,11 @@ import torch
 
 from kdcache.cache_writer import NewShard
 from kdcache.corpus.packing import PackedRows
-from kdcache.rows import PackedRow
+from kdcache.rows import PackedRow, labelled_tokens
 from kdcache.store.manifest import Manifest
 from kdcache.store.row_format import Part, Record
 from kdcache.targets import SparseTargets
 from kdcache.teacher.background_writer import BackgroundWriter
-from kdcache.teacher.context_index import labelled_tokens
 from kdcache.teacher.engines.base import TargetRequest
 from kdcache.teacher.missing_rows import Computed, Place, compute
 from kdcache.teacher.opened_teacher import OpenedTeacher
@@ -106,7 +105,8 @@ class MixedShard:
         labelled, parts = labelled_tokens(row), []
         for index, tokens in enumerate(self._spec.contexts(row)):
             if known[index]:
-                parts.append(self._reuse.part(places[index], row.tokens[tokens], labelled[tokens]))
+                prefix = row.prefix(index)
+                parts.append(self._reuse.part(places[index], row.tokens[tokens], labelled[tokens], prefix))
                 self.positions += int((parts[-1].targets.count > 0).sum())
             else:
                 parts.append(self._encoded(new[number, index]))

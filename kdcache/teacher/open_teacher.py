@@ -61,4 +61,4 @@ def open_teacher_of(spec: TeacherSpec, manifest: Manifest, cache: object) -> Ope
         raise ModelError(
             f"the teacher {spec.model} is not the one that made {cache}: its weights or configuration differ"
         )
-    return open_teacher(spec, manifest.row_spec)
+    return open_teacher(spec, manifest.teacher_row_spec)

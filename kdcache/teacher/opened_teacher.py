@@ -27,6 +27,7 @@ from kdcache.targets import SparseTargets
 from kdcache.teacher.engines.base import Engine, EngineOutput, HiddenStates, Logits, TargetRequest
 from kdcache.teacher.engines.batch import Batch, send
 from kdcache.teacher.engines.tiles import tile_slices
+from kdcache.teacher.prefixed_rows import teacher_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class OpenedTeacher:
 
     Attributes:
         engine: what runs it.
-        rows: the shape of the rows that it is given.
+        rows: the shape of the rows that it is given; longer than its student's where it reads more.
         batch_rows: rows a forward pass.
         compute: what a commit records about how its numbers were made.
     """
@@ -78,7 +79,7 @@ class OpenedTeacher:
             LogitsError: NaN or infinite logits, with the document and offset.
             EngineError: the engine gave something else than was asked.
         """
-        return self._start(Batch(rows, self.rows, shard, first_row), request).finish()
+        return next(self.targets_of_batches([Batch(rows, self.rows, shard, first_row)], request))
 
     def targets_of(
         self, batches: Iterable[Sequence[PackedRow]], request: TargetRequest, *, shard: int = 0
@@ -97,15 +98,17 @@ class OpenedTeacher:
         """Targets of batch after batch; see `targets`.
 
         The engine is given a few batches (`Engine.lookahead`) before what it gave for the first is looked at and
-        written.
+        written. Rows whose pieces the teacher reads behind a context of its own are given to it as `teacher_batches`
+        makes them.
         """
-        started: deque[_StartedBatch] = deque()
+        started: deque[tuple[Batch, list[_StartedBatch]]] = deque()
         for batch in batches:
-            started.append(self._start(batch, request))
+            parts = teacher_batches(batch, self.rows, self.batch_rows)
+            started.append((batch, [self._start(part, request) for part in parts]))
             if len(started) > self.engine.lookahead:
-                yield started.popleft().finish()
+                yield _finished(*started.popleft())
         while started:
-            yield started.popleft().finish()
+            yield _finished(*started.popleft())
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[PackedRow], *, every_slot: bool = False) -> Iterator[Tensor]:
@@ -118,7 +121,8 @@ class OpenedTeacher:
         Raises:
             EngineError: the engine gives ready entries, and no logits.
         """
-        yield from self._tiles(self._logits_given(Batch(rows, self.rows, every_slot=every_slot)))
+        for part in teacher_batches(Batch(rows, self.rows, every_slot=every_slot), self.rows, self.batch_rows):
+            yield from self._tiles(self._logits_given(part))
 
     @torch.inference_mode()
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
@@ -268,6 +272,14 @@ class OpenedTeacher:
                         good, length = (good, middle) if bad(row.tokens[start : start + middle]) else (middle, length)
                     return int(document), length - 1
         return None
+
+
+def _finished(batch: Batch, parts: Sequence[_StartedBatch]) -> BatchTargets:
+    """The targets of a batch that was given to the engine in parts."""
+    found = [part.finish() for part in parts]
+    if all(row.prefixes is None for row in batch.rows):
+        return found[0]
+    return BatchTargets(targets=SparseTargets.cat([part.targets for part in found]), counts=batch.counts)
 
 
 class _StartedBatch:

@@ -1,10 +1,10 @@
 """Reuse: what other caches hold of the same teacher is copied, so that it need not be computed again.
 
 The unit is a context: what the teacher sees together, a piece of a document, or a whole row where rows are not
-isolated. One that has the same tokens in a committed shard of another cache, with targets at the same labelled slots or
-more, has the same targets there; they are taken over as they are stored, and nothing is rounded a second time. That
-both caches store alike is checked first: teacher, tokenizer, isolation, selection, positions, seed, temperatures,
-precision, extras. Rows, packing and shards need not be alike.
+isolated. One that has the same tokens in a committed shard of another cache, behind the same context of the teacher's,
+with targets at the same labelled slots or more, has the same targets there; they are taken over as they are stored, and
+nothing is rounded a second time. That both caches store alike is checked first: teacher, tokenizer, isolation,
+selection, positions, seed, temperatures, precision, extras. Rows, packing and shards need not be alike.
 
 Cost: an index of each cache (`context_index`), and one read of each row that something is copied from while it is among
 those that were used last. Memory: these rows, 256 MiB of them.
@@ -27,13 +27,14 @@ from kdcache.cache import Cache
 from kdcache.corpus.packing import PackedRows
 from kdcache.errors import CacheError, CacheMismatchError, ConfigError, one_line
 from kdcache.known import Known
-from kdcache.rows import PackedRow, RowSpec
+from kdcache.prefixes import Prefix
+from kdcache.rows import PackedRow, RowSpec, labelled_tokens
 from kdcache.store.manifest import Manifest
 from kdcache.store.row_format import Part, Record, RowFormat
 from kdcache.store.sealed_json import canonical, short
 from kdcache.store.storage import LastUsed, Storage
 from kdcache.targets import SparseTargets
-from kdcache.teacher.context_index import ContextIndex, content_keys, labelled_tokens, open_index
+from kdcache.teacher.context_index import ContextIndex, content_keys, open_index
 
 _MOST_BYTES = 256 << 20
 """Of rows that are kept because their other contexts may be asked for soon."""
@@ -194,21 +195,24 @@ class Reuse:
             for _ in cache.storage.map(self._row, rows[: self._most_rows // len(self._caches)]):
                 pass
 
-    def part(self, place: NDArray[np.int64], tokens: NDArray[Any], labelled: NDArray[np.bool_]) -> Part:
+    def part(self, place: NDArray[np.int64], tokens: NDArray[Any], labelled: NDArray[np.bool_], prefix: Prefix) -> Part:
         """What is stored of a context.
 
         Args:
             place: where it was found.
             tokens, labelled: `[n]` what it must be.
+            prefix: what the teacher must have read in front of it.
 
         Raises:
             CorruptCacheError: the row is damaged.
             CacheError: something else is there.
         """
         number, shard, row, context = (int(x) for x in place)
-        parts = self._row((number, shard, row)).parts
-        found = parts[context] if context < len(parts) else None
+        source = self._row((number, shard, row))
+        found = source.parts[context] if context < len(source.parts) else None
         if found is None or not np.array_equal(found.tokens, tokens) or (labelled & ~found.labelled).any():
+            raise self._wrong_index(number)
+        if source.row.prefix(context).content != prefix.content:
             raise self._wrong_index(number)
         return found if np.array_equal(found.labelled, labelled) else found.labelled_at(labelled)
 
@@ -232,6 +236,8 @@ class Reuse:
             if not np.array_equal(getattr(source.row, name), getattr(row, name)):
                 return None
         if not np.array_equal(labelled_tokens(source.row), labelled_tokens(row)):
+            return None
+        if any(source.row.prefix(i).content != row.prefix(i).content for i in range(len(places))):
             return None
         return source.targets, form.copy(source.record, row, source.targets)
 

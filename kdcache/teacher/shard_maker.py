@@ -184,7 +184,9 @@ class ShardMaker:
         """The teacher, opened once."""
         if self._teacher is None:
             planned, existing = self.inputs.manifest, self._writer and self._writer.manifest
-            teacher = open_teacher(self._config.teacher_spec, planned.row_spec, self._request, planned.position_filter)
+            teacher = open_teacher(
+                self._config.teacher_spec, planned.teacher_row_spec, self._request, planned.position_filter
+            )
             self._teacher = teacher
             self.inputs = self.inputs.with_known(teacher.engine.knows.known(planned.rule, planned.temperatures))
             if existing and existing.known != self.inputs.manifest.known:

@@ -13,6 +13,7 @@ from kdcache.corpus.plan import CorpusFile, Plan
 from kdcache.errors import ConfigError
 from kdcache.extras import ExtraSpec
 from kdcache.known import Known
+from kdcache.prefixes import NO_PREFIX, Prefix, Prefixes
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import Selection, select
 from kdcache.store.commit import histogram
@@ -45,6 +46,9 @@ EXTRAS: dict[str, dict[str, Any]] = {
 
 SHARDS = 2
 """Of an example cache."""
+
+TEACHER_CONTEXT = {"seq_len": 24, "system": None}
+"""Of a teacher that reads more than its student."""
 
 DOCUMENTS = 20
 """Of each shard of an example cache."""
@@ -108,12 +112,24 @@ def example_rows(manifest: Manifest, count: int, seed: int = 0, values: int | No
             piece_documents=random.integers(0, manifest.documents, len(lengths)),
             supervised=random.random(n) < 0.6 if i % 2 else None,
         )
+        if manifest.teacher_context:
+            row = dataclasses.replace(row, prefixes=_prefixes(random, manifest, lengths))
         labels = row.labels(manifest.seq_len)
         labels = labels[labels != IGNORE]
         scores = 4 * torch.randn(len(labels), manifest.vocab_size, generator=logits)
         targets = select(scores, rule, labels=torch.from_numpy(labels), temperatures=manifest.temperatures)
         found.append((row, manifest.position_filter.apply(targets)))
     return found
+
+
+def _prefixes(random: np.random.Generator, manifest: Manifest, lengths: NDArray[np.int32]) -> Prefixes:
+    """Some of two prefixes before the pieces of a row, and none before others."""
+    known = [random.integers(0, manifest.vocab_size, size, np.int32) for size in (1, 4)]
+    which = random.integers(0, 3, len(lengths))
+    return Prefixes.of(
+        NO_PREFIX if i == 2 else Prefix(tokens=known[i], replaced=int(length > 1))
+        for i, length in zip(which, lengths, strict=True)
+    )
 
 
 def example_extras(manifest: Manifest, row: PackedRow, seed: int = 0) -> dict[str, NDArray[np.float32]]:
@@ -186,6 +202,8 @@ def _same(a: Any, b: Any) -> bool:
         return a.dtype == b.dtype and torch.equal(torch.nan_to_num(a, 7.5), torch.nan_to_num(b, 7.5))
     if isinstance(a, np.ndarray):
         return bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
+    if isinstance(a, Prefixes) and isinstance(b, Prefixes):
+        return _same(vars(a), vars(b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
     return bool(a == b)

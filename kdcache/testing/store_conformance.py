@@ -39,6 +39,7 @@ from kdcache.testing.example_rows import (
     EXTRAS,
     SELECTIONS,
     SHARDS,
+    TEACHER_CONTEXT,
     Example,
     everything,
     example_extras,
@@ -57,6 +58,7 @@ Objects = list[dict[str, Any]]
 _CASES = [(kind, precision, "all") for kind in SELECTIONS for precision in ("float32", "6")]
 _CASES += [(kind, precision, "entropy>1.2") for kind, precision in (("topk", "6"), ("ipps", "6"), ("topp", "float32"))]
 _CASES += [("topk", "float16", "all"), ("topk", "6", "extras"), ("ipps", "float16", "extras entropy>1.2")]
+_CASES += [("topk", "6", "context")]
 
 _DAMAGE = ("empty", "cut", "longer", "delete", "flip", "swap", "copy", "folder")
 
@@ -109,12 +111,13 @@ class StoreConformance:
 
     @pytest.fixture(params=_CASES, ids="-".join)
     def manifest(self, request: pytest.FixtureRequest) -> Manifest:
-        """Each kind of selection, with each kind of codec; positions that carry no target; and extras."""
+        """Each kind of selection, with each kind of codec; positions without a target, extras, teacher contexts."""
         kind, precision, rest = request.param
-        extras, positions = rest.startswith("extras"), rest.removeprefix("extras").strip() or "all"
+        extras, context = rest.startswith("extras"), rest.startswith("context")
+        positions = rest.removeprefix("extras").removeprefix("context").strip() or "all"
         return example_manifest(
             self.store, selection=SELECTIONS[kind], precision=precision, positions=positions,
-            extras=EXTRAS if extras else {},
+            extras=EXTRAS if extras else {}, teacher_context=TEACHER_CONTEXT if context else {},
         )  # fmt: skip
 
     @pytest.fixture

@@ -22,10 +22,12 @@ from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import NAME, Manifest
 from kdcache.store.registry import store_names
 from kdcache.store.sealed_json import seal
-from kdcache.testing.example_rows import SELECTIONS, example_manifest, example_rows, write_cache
+from kdcache.testing.example_rows import SELECTIONS, TEACHER_CONTEXT, example_manifest, example_rows, write_cache
 
 SCHEMAS = Path(__file__).parents[2] / "docs/schema"
 RECORDS = {"manifest": Manifest, "commit": Commit}
+LATER: dict[str, set[str]] = {"manifest": {"teacher_context"}, "commit": set()}
+"""Fields that were added to the format, and are absent where they say nothing."""
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def is_valid(name: str, record: Any) -> bool:
 def test_a_schema_names_the_fields_of_its_record(name: str) -> None:
     Draft202012Validator.check_schema(schema(name))
     fields = {field.name for field in dataclasses.fields(RECORDS[name])} | {"format", "checksum"}
-    assert set(schema(name)["properties"]) == fields == set(schema(name)["required"])
+    assert set(schema(name)["properties"]) == fields == {*schema(name)["required"], *LATER[name]}
 
 
 def test_a_schema_names_every_choice() -> None:
@@ -56,6 +58,16 @@ def test_a_schema_names_every_choice() -> None:
     assert all(re.search(properties["store"]["pattern"], name) for name in store_names())
     for precision in properties["precision"]["enum"]:
         _ = example_manifest("arrow", precision=precision).codec
+
+
+def test_a_teacher_context_is_valid_and_its_absence_is_not_written(tmp_path: Path) -> None:
+    for name, context in (("with", TEACHER_CONTEXT), ("without", {})):
+        manifest = example_manifest("arrow", teacher_context=context)
+        write_cache(LocalStorage(tmp_path / name), manifest, example_rows(manifest, 3))
+        found = json.loads((tmp_path / name / NAME).read_text())
+        Draft202012Validator(schema("manifest")).validate(found)
+        assert found.get("teacher_context") == (context or None)
+        assert Manifest.read(LocalStorage(tmp_path / name)).teacher_context == context
 
 
 @pytest.mark.parametrize("store", store_names())
@@ -145,6 +157,13 @@ LIES: list[tuple[str, dict[str, Any]]] = [
             ("a", {"dtype": "int8"}), ("a", {"precision": "4"}), ("a", {"per": "row"}), ("a", {"more": 1}),
         )
     ),
+    ("manifest", {"teacher_context": None}),
+    ("manifest", {"teacher_context": {}}),
+    ("manifest", {"teacher_context": {"seq_len": 24}}),
+    ("manifest", {"teacher_context": {"seq_len": "24", "system": None}}),
+    ("manifest", {"teacher_context": {"seq_len": 0, "system": None}}),
+    ("manifest", {"teacher_context": {"seq_len": 24, "system": 1}}),
+    ("manifest", {"teacher_context": {"seq_len": 24, "system": None, "more": 1}}),
     ("commit", {"format": 0}),
     ("commit", {"surprise": 1}),
     ("commit", {"shard": -1}),

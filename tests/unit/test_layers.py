@@ -17,6 +17,7 @@ import kdcache.student
 
 ROOT = Path(kdcache.__file__).parent
 LAYERS = [
+    {"prefixes"},
     {"errors", "rows", "compiled", "entry_form", "lazy_torch", "prepared_mask", "stopping"},
     {"options", "plugins", "known", "advice"},
     {"registry", "file_systems", "launcher", "ray_cluster"},
@@ -32,6 +33,7 @@ LAYERS = [
     {"teacher", "student", "generation"},
     {"report", "planning"},
     {"demo"},
+    {"recipes"},
     {"testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -104,6 +104,13 @@ class Batch:
             places = torch.from_numpy(np.concatenate(self.places))[torch.cat(wanted)]
         return torch.cat([torch.full_like(slots[:, :1], self.shard), places], -1)
 
+    def places_of(self, number: int) -> NDArray[np.int64]:
+        """`[n, 2]` the row of the shard and the slot there that each token of a row belongs to."""
+        if self.places is not None:
+            return self.places[number]
+        slots = np.arange(len(self.rows[number].tokens), dtype=np.int64)
+        return np.stack([np.full_like(slots, self.first_row + number), slots], -1)
+
     @cached_property
     def counts(self) -> list[int]:
         """Labelled slots of each row."""
