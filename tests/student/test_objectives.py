@@ -44,6 +44,9 @@ def options(cache: Path, student: Path, out: Path, **changes: Any) -> TrainConfi
         {"temperature": "2:1"},
         {"position_weights": "confidence"},
         {"position_weights": "entropy-gate:0.1:"},
+        {"position_weights": "student-entropy"},
+        {"loss": "forward-kl*0.7+decoupled-kl:1:2*0.1"},
+        {"tail": "renormalise-both", "temperature": 3},
         {"gradient_checkpointing": True},
         {"dtype": "bfloat16"},
     ],
@@ -105,6 +108,8 @@ def test_a_temperature_steps_through_what_is_stored(cache: Path, student_config:
         assert [schedule.at(i).temperature for i in range(6)] == ladder
         assert schedule.at(6).temperature == ladder[-1]
         assert schedule.at(0).soft_weight == 0.9
+    both = options(cache, student_config, tmp_path, temperature="2.5", tail="renormalise-both")
+    assert Schedule.of(both, stored, 1).at(0).temperature == 2.5  # which needs no partition
     for bad in ("5", "3:5", "5:1"):
         with pytest.raises(ConfigError, match="temperature 5 is not exact: the cache stores"):
             Schedule.of(options(cache, student_config, tmp_path, temperature=bad), stored, 6)
@@ -129,6 +134,8 @@ def test_bad_objectives_are_refused_before_anything_is_written(
         ({"loss": "kl"}, "loss kl is not one of forward-kl"),
         ({"tail": "ghost"}, "tail 'ghost' is not one of bucket"),
         ({"loss": "jsd", "tail": "none"}, "tail 'none' is for loss 'forward-kl' only"),
+        ({"loss": "forward-kl*0+jsd*0"}, "has weights that sum to 0, so there is nothing to learn from"),
+        ({"loss": "sampled-reverse-kl"}, "learns from rollouts, but the cache has no writer_logp"),
         ({"tail": "label-sample"}, "'label-sample' is for temperature 1, not 2"),
         ({"position_weights": "half"}, "are not none, confidence or entropy-gate"),
         ({"position_weights": "entropy-gate:3:1"}, "let nothing through"),
