@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 from kdcache.errors import ConfigError
 from kdcache.student.config import TrainConfig, TrainOptions
+from kdcache.student.from_teacher.config import MakeStudentOptions
 from kdcache.teacher.config import DumpOptions
 from tests.processes import fresh_kdcache as kdcache
 
-COMMANDS = ("dump-teacher", "train-student", "inspect-shard", "evaluate", "verify", "demo")
+COMMANDS = ("dump-teacher", "make-student", "train-student", "inspect-shard", "evaluate", "verify", "demo")
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:
@@ -35,7 +36,10 @@ def test_every_command_explains_itself(command: str, monkeypatch: pytest.MonkeyP
         assert flag in out
 
 
-@pytest.mark.parametrize(("command", "config"), [("dump-teacher", DumpOptions), ("train-student", TrainOptions)])
+@pytest.mark.parametrize(
+    ("command", "config"),
+    [("dump-teacher", DumpOptions), ("train-student", TrainOptions), ("make-student", MakeStudentOptions)],
+)
 def test_options_are_the_configuration(command: str, config: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     _, out, _ = invoke(command, "--help")
@@ -295,3 +299,38 @@ def test_an_option_that_may_be_given_again_is_a_list_in_a_file(
     assert [config.cache for config in seen] == [expected, ("x", "y:3")]
     assert seen[0].rows == ("0:5,7:" if "rows" in line else None)
     assert invoke(*usual)[0] == 2 and len(seen) == 2
+
+
+def test_advice_is_on_stderr_with_options_by_name_or_in_the_object(tmp_path: Path, teacher: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("One.\n\nTwo.\n\nThree.\n")
+    arguments = ("check-data", "--teacher", teacher, "--corpus", short, "--seq-len", 64)
+    code, _, err = invoke(*arguments)
+    assert code == 0 and err.startswith("note: half of the documents have at most ") and "(--split-text)" in err
+    _, out, err = invoke(*arguments, "--json")
+    assert err == "" and "(split_text)" in json.loads(out)["advice"][0]
+    assert invoke(*arguments, "--quiet")[1:] == ("", "")
+
+
+def test_make_student_shows_what_it_kept(teacher: Path, cache: Path, tmp_path: Path) -> None:
+    usual = ("make-student", "--teacher", teacher, "--cache", cache, "--heldout", 0.1, "--device", "cpu")
+    code, out, err = invoke(*usual, "--layers", "best-1", "--importance-rows", 2, "--out", tmp_path / "s")
+    assert code == 0 and "note" not in err and "KL without each layer" in out and "kl (lower-bound)" in out
+    code, out, err = invoke(*usual, "--layers", "1", "--out", tmp_path / "j", "--json")
+    found = json.loads(out)
+    assert code == 0 and "note" not in err and found["layers"] == [1] and found["heldout"]["kl"] > 0
+    assert set(found) == {
+        "out", "teacher", "teacher_sha256", "class", "layers", "sizes", "parameters", "layer_kl", "heldout", "advice",
+    }  # fmt: skip
+    code, out, err = invoke(*usual, "--hidden", 30, "--out", tmp_path / "x")
+    assert (code, out) == (2, "") and err == "error: --hidden is 30, which 4 heads do not divide\n"
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_a_training_says_what_usually_goes_wrong(cache: Path, student_config: Path, tmp_path: Path) -> None:
+    usual = ("train-student", "--cache", cache, "--student", student_config, "--steps", 1, "--heldout", 0.1)
+    code, _, err = invoke(*usual, "--device", "cpu", "--out", tmp_path / "s")
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert code == 0 and len(notes) == 2
+    assert "random weights" in notes[0] and "(--init-from)" in notes[0] and "--soft-weight 0.9" in notes[1]
