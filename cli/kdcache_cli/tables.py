@@ -95,10 +95,9 @@ def print_checked(console: Console, found: dict[str, Any]) -> None:
     for example in found["examples"]:
         console.print(Text(f"\ndocument {example['document']:,}, supervised between » and «", style="bold"))
         if example["teacher"] is not None:
-            told = Text("the teacher reads: ", style="bold").append(
-                _short(example["teacher"]["text"], _SHOWN), style="dim"
-            )
-            console.print(told.append(f"  in place of {example['teacher']['replaces']!r}"), soft_wrap=True)
+            told = Text("the teacher alone reads ", style="bold")
+            told.append(repr(_short(example["teacher"]["text"], _SHOWN)), style="dim")
+            console.print(told.append(f", in place of {example['teacher']['replaces']!r}"), soft_wrap=True)
         text, left = Text(), _SHOWN
         for part in example["parts"]:
             shown = part["text"][: max(0, left)]
@@ -167,8 +166,8 @@ def print_row(console: Console, row: dict[str, Any]) -> None:
         "colour and number: the probability that the teacher gave the token, given what precedes it\n", style="dim"
     )
     for read in row["teacher_read"]:
-        told = f"before piece {read['piece']}, in place of its first {read['replaced']} tokens, the teacher read: "
-        console.print(Text(told, style="bold").append(_short(read["text"]), style="dim"), soft_wrap=True)
+        told = f"before token {read['replaced']} of piece {read['piece']} the teacher alone read "
+        console.print(Text(told, style="bold").append(repr(_short(read["text"])), style="dim"), soft_wrap=True)
     piece = None
     line = Text()
     for token in row["tokens"]:

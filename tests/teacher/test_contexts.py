@@ -24,11 +24,13 @@ from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.report.faithfulness import check_faithfulness
 from kdcache.report.inspect import inspect_position, inspect_row, inspect_summary
 from kdcache.report.prompt import next_tokens
-from kdcache.rows import labelled_tokens
+from kdcache.rows import RowSpec, labelled_tokens
 from kdcache.teacher.check_data import check_data
 from kdcache.teacher.config import CheckOptions
 from kdcache.teacher.dump import dump
-from kdcache.teacher.engines.base import TargetRequest, TeacherSpec
+from kdcache.teacher.engines import base
+from kdcache.teacher.engines.base import Engine, EngineOutput, TargetRequest, TeacherSpec, register_engine
+from kdcache.teacher.engines.batch import Batch
 from kdcache.teacher.open_teacher import open_teacher_of
 from tests.making import TEXTS, dump_options, make_odd
 from tests.processes import kdcache
@@ -159,6 +161,36 @@ def test_verify_makes_the_targets_again_from_the_cache_alone(told: Path, teacher
     entropy = torch.cat([cache.read_packed(i)[1].entropy for i in range(len(cache))])  # type: ignore[misc]
     logp = logits.log_softmax(-1)
     torch.testing.assert_close(-(logp.exp() * logp).sum(-1), entropy, atol=1e-4, rtol=0)
+
+
+class PieceByPiece(Engine):
+    """An engine that knows of no rows: it runs one piece after the other, and gives ready entries."""
+
+    name = "by-pieces"
+
+    def __init__(self, spec: TeacherSpec, folder: Path, rows: RowSpec) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._vocab = rows.vocab_size
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, request: TargetRequest) -> EngineOutput:
+        logits = [self._model(input_ids=piece.tokens[None]).logits[0, piece.slots] for piece in batch.pieces()]
+        given = torch.cat(logits)[:, : self._vocab]
+        made = select(given, request.selection, labels=batch.labels, temperatures=request.temperatures, keys=batch.keys)
+        return EngineOutput(positions=made)
+
+
+def test_an_engine_that_runs_pieces_needs_to_know_nothing_of_it(
+    teacher: Path, hinted: Path, told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base._ENGINES, "_values", dict(base._ENGINES._values))
+    register_engine(PieceByPiece)
+    options = {"engine": "by-pieces", "teacher_system": SYSTEM, "docs_per_shard": 10, "batch_rows": 3}
+    dump(dump_options(teacher, hinted, tmp_path / "c", **options))
+    for one, other in zip(open_cache(tmp_path / "c"), open_cache(told), strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+        for name in ("label_logprob", "entropy", "log_tail"):
+            torch.testing.assert_close(getattr(one.targets, name), getattr(other.targets, name), atol=1e-4, rtol=0)
 
 
 CHAT = (
@@ -354,7 +386,7 @@ def test_the_commands_show_it_too(told: Path, teacher: Path, hinted: Path) -> No
         ran = kdcache("inspect-shard", told, *more)
         assert ran.returncode == 0 and "fox is quick" in " ".join(ran.stdout.split())
     ran = kdcache("check-data", "--teacher", teacher, "--corpus", hinted, "--seq-len", 64, "--teacher-system", SYSTEM)
-    assert ran.returncode == 0 and "the teacher reads: <s>Every fox" in " ".join(ran.stdout.split())
+    assert ran.returncode == 0 and "the teacher alone reads '<s>Every fox" in " ".join(ran.stdout.split())
     ran = kdcache("check-data", "--teacher", teacher, "--corpus", hinted, "--teacher-system", "")
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "--teacher-system is empty" in ran.stderr
 

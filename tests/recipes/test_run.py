@@ -1,0 +1,189 @@
+"""Recipes that are really run: every example at a small size, a chain that is killed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kdcache_cli.frame import OPTIONS_OF
+from kdcache_cli.main import STAGES
+
+from kdcache.errors import ConfigError, StageError
+from kdcache.recipes import run as running
+from kdcache.recipes.recipe import read_recipe
+from kdcache.recipes.run import RecipeRun
+from tests.making import TEXTS, make_model
+from tests.processes import ReadyMade, kdcache, wait_until
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+SMALL = {
+    "seq_len": 32, "k": 8, "draws": 8, "steps": 2, "first_steps": 2, "epochs": 0.1, "batch_rows": 2, "heldout": 0.3,
+    "rounds": 2, "generations": 2, "max_new_tokens": 6, "texts": 8, "intermediate": 32,
+}  # fmt: skip
+DATA = {"teacher": "{teacher}", "small": "{teacher}", "large": "{other}", "corpus": "{texts}", "prompts": "{texts}"}
+
+
+class Ready:
+    """A `subprocess.Popen` of bytes whose process is forked off a server that has imported everything."""
+
+    def __init__(self, words: Sequence[str], **_: Any) -> None:
+        self._process = ReadyMade(*words[1:])
+
+    def communicate(self) -> tuple[bytes, bytes]:
+        out, err = self._process.communicate()
+        return out.encode(), err.encode()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:24]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def other(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another teacher of the same vocabulary."""
+    folder = Path(shutil.copytree(teacher, tmp_path_factory.mktemp("other") / "t"))
+    make_model(folder, scale=4.0)
+    return folder
+
+
+def settings(recipe: Path, teacher: Path, texts: Path, other: Path | None = None) -> list[str]:
+    """The values of a recipe's [set] that make it small."""
+    places = {"{teacher}": str(teacher), "{texts}": str(texts), "{other}": str(other)}
+    values = {**SMALL, **{name: places[place] for name, place in DATA.items()}}
+    known = tomllib.loads(recipe.read_text())["set"]
+    return [f"{name}={value}" for name, value in values.items() if name in known]
+
+
+def opened(recipe: Path, out: Path, given: Sequence[str]) -> RecipeRun:
+    commands = {name: OPTIONS_OF[name] for name in STAGES}
+    return RecipeRun(read_recipe(recipe, given, out, commands), out, (sys.executable, "-m", "kdcache_cli"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_runs(
+    recipe: Path, teacher: Path, other: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running.subprocess, "Popen", Ready)
+    given = settings(recipe, teacher, texts, other)
+    done = opened(recipe, tmp_path, given).run()
+    assert {stage["state"] for stage in done} == {"made"}
+    (compared,) = [stage["name"] for stage in done if stage["command"] == "evaluate"]
+    again = opened(recipe, tmp_path, given)
+    figures = again.result(compared)["students"]
+    assert len(figures) >= 2 and all(found["nll"] > 0 for found in figures.values())
+    assert {stage["state"] for stage in again.run()} == {"stood"}
+    another = [text if not text.startswith("seq_len=") else "seq_len=48" for text in given]
+    with pytest.raises(ConfigError, match=r"was made with other options \(seq_len\); choose another folder"):
+        opened(recipe, tmp_path, another)
+
+
+@pytest.mark.slow
+def test_a_chain_that_is_killed_goes_on_and_ends_the_same(teacher: Path, texts: Path, tmp_path: Path) -> None:
+    recipe = RECIPES / "laptop.toml"
+    words = ["-m", "kdcache_cli", "distil", recipe, "--json"]
+    for text in settings(recipe, teacher, texts):
+        words += ["--set", text]
+    alone = ReadyMade(*words, "--out", tmp_path / "alone")
+    records = tmp_path / "alone" / "stages"
+    random.seed(3)
+    stopped = tmp_path / "stopped"
+    for moment in ("dump.json", "student.json", "distilled.toml"):
+        process = ReadyMade(*words, "--out", stopped)
+        wait_until(lambda m=moment: (stopped / "stages" / m).exists(), process, f"{moment} is not there")
+        process.kill()
+        process.wait()
+        wait_until(lambda: free(stopped), alone, "a stage goes on")
+    last = ReadyMade(*words, "--out", stopped)
+    out, err = last.communicate()
+    assert last.returncode == 0, err
+    states = {stage["name"]: stage["state"] for stage in json.loads(out)["stages"]}
+    assert states["dump"] == states["student"] == "stood" and states["compare"] == "made"
+    assert alone.wait() == 0
+    figures = [json.loads((folder / "compare.json").read_text())["summary"] for folder in (records, stopped / "stages")]
+    for one, two in zip(*(found["students"].values() for found in figures), strict=True):
+        assert one == two
+    for name in ("student", "distilled", "labels-alone"):
+        weights = [(tmp_path / way / name / "model.safetensors").read_bytes() for way in ("alone", "stopped")]
+        assert weights[0] == weights[1], name
+
+
+def free(out: Path) -> bool:
+    """Whether no stage's process is at work: it outlives the recipe that is killed."""
+    import fcntl
+
+    for path in (out / "stages").glob("*.lock"):
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+    return True
+
+
+ONE = """
+[stages.check]
+command = "check-data"
+teacher = "{0}"
+corpus = "{1}"
+
+[stages.verify]
+cache = "{2}"
+after = ["check"]
+"""
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_is_one_sentence(
+    teacher: Path, texts: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(ONE.format(teacher, texts, tmp_path / "nothing"))
+    done = kdcache("distil", recipe, "--out", tmp_path / "out")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: stage verify (verify): ") and done.stderr.count("\n") == 1
+    monkeypatch.setattr(running.subprocess, "Popen", Ready)
+    damaged = shutil.copytree(cache, tmp_path / "damaged")
+    with (damaged / "shards" / "00001.arrow").open("r+b") as file:
+        file.seek(-200, 2)
+        file.write(b"\xff" * 8)
+    recipe.write_text(ONE.format(teacher, texts, damaged))
+    run = opened(recipe, tmp_path / "out", ())
+    with pytest.raises(StageError, match=r"stage verify \(verify\) ended with exit code 1") as caught:
+        run.run()
+    assert caught.value.code == 1
+    with pytest.raises(ConfigError, match="stage other is none of check, verify"):
+        run.run("other")
+
+
+def test_one_stage_needs_those_before_it(teacher: Path, texts: Path, cache: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(ONE.format(teacher, texts, cache))
+    run = opened(recipe, tmp_path / "out", ())
+    with pytest.raises(ConfigError, match="stage verify waits for check, which is not there yet"):
+        run.run("verify")
+    run.write_options()
+    assert sorted(path.name for path in (tmp_path / "out" / "stages").iterdir()) == ["check.toml", "verify.toml"]
+    (tmp_path / "out" / "stages" / "check.json").write_text("{")
+    with pytest.raises(ConfigError, match="is no record of a stage"):
+        opened(recipe, tmp_path / "out", ())
