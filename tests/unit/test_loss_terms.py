@@ -298,3 +298,20 @@ def test_a_divergence_of_ones_own_may_take_the_label() -> None:
         with pytest.raises(ConfigError, match="loss 'miss' needs labels"):
             sparse_kd_loss_from_logits(student, targets, loss="miss")
     registry.find_divergence.cache_clear()
+
+
+@pytest.mark.parametrize("t", [1.0, 2.0])
+@pytest.mark.parametrize(("loss", "tail"), [("decoupled-kl", "bucket"), ("jsd", "label"), ("tvd", "renormalise-both")])
+def test_figures_do_not_depend_on_the_loss(loss: str, tail: str, t: float) -> None:
+    """Where the loss takes the label out of the tail, the figures do not."""
+    teacher, student, labels = problem()
+    labels[::2] = student.argmax(-1)[::2]  # so that the student's favourite is the label, and no entry
+    targets = targets_of(teacher, K, (1.0, 2.0), labels)
+    found = []
+    for objective in (Objective(loss=loss, tail=tail, temperature=t), Objective()):
+        figures = Figures()
+        distil(StoredLogits(student), targets, labels, objective, figures=figures)
+        found.append(figures.values())
+    assert found[0].keys() == found[1].keys() >= {"kl", "kept_mass", "top1_agreement"}
+    for name, values in found[0].items():
+        torch.testing.assert_close(values, found[1][name], atol=1e-12, rtol=1e-9)

@@ -58,7 +58,7 @@ class MakeStudentOptions(CutOptions):
     """
 
     teacher: str = option("folder, .gguf file or hub name of the teacher")
-    out: str = option("folder of the student; must not exist")
+    out: str = option("folder of the student; must not exist, unless the same command has made it")
     cache: str | None = option(
         "folder or URL of a cache of the teacher: importance is measured on its training rows, the KL before any "
         "training on its held-out rows",

@@ -52,6 +52,8 @@ from kdcache.student.own_tokenizer import FILES
 
 RECORD = "make-student.json"
 """What a student was cut from and how, in its folder."""
+_FREE_TO_CHANGE = ("out", "device", "batch_rows")
+"""Options of which a student does not depend."""
 
 Progress = Callable[[int, int, str], None]
 """Called with what is done, what is to do, and what that is."""
@@ -71,14 +73,30 @@ def make_student(options: MakeStudentOptions, on_progress: Progress | None = Non
         KdcacheError: see the exception tree. Nothing is then written.
     """
     out, device = Path(options.out), find_device(options.device)
+    asked = {name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE_TO_CHANGE}
+    before = _made_before(out, asked)
+    if before is not None:
+        return {"out": str(out), **before}
     require_free(out)
     cache = None if options.cache is None else open_cache(options.cache)
     sides: tuple[Rows, Rows] = ((), ()) if cache is None else split_heldout(len(cache), options.heldout)
     rows = calibration.spread(sides[0], options.importance_rows) if cache is not None else []
     text = None if options.text is None else Path(options.text).expanduser()
     source = Source(options.teacher, cache, rows, text, options.importance_rows)
-    summary = cut_into(out, source, options, device, options.batch_rows, on_progress, sides[1])
+    summary = cut_into(out, source, options, device, options.batch_rows, on_progress, sides[1], asked)
     return {"out": str(out), **summary}
+
+
+def _made_before(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What was said of a student that was made by the same options of the same teacher, if it stands in a folder."""
+    try:
+        record: dict[str, Any] = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        same = record.pop("options") == json.loads(json.dumps(asked))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    if not same or record.get("teacher_sha256") != fingerprint(model_folder(asked["teacher"], "teacher")):
+        return None
+    return record
 
 
 def require_free(out: Path) -> None:
@@ -136,8 +154,12 @@ def cut_into(
     batch_rows: int,
     on_progress: Progress | None,
     heldout: Rows,
+    asked: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Cut a student out of a teacher into a folder; without held-out rows it is loaded, but not measured."""
+    """Cut a student out of a teacher into a folder; without held-out rows it is loaded, but not measured.
+
+    What is returned is kept in the folder, with the options that were asked for.
+    """
     show = on_progress or (lambda *_: None)
     folder = model_folder(source.teacher, "teacher")
     config = load_config(folder)
@@ -174,15 +196,17 @@ def cut_into(
     }
     sweep(out.parent)
     with NewFolder(out) as new_folder:
-        _write(made, new_folder.place, folder, facts)
+        _write(made, new_folder.place, folder)
         del made
-        figures = _measured(new_folder.place, source.cache, heldout, device, batch_rows, show)
+        facts["heldout"] = _measured(new_folder.place, source.cache, heldout, device, batch_rows, show)
+        facts["advice"] = of_made_student(facts, None if source.cache is None else source.cache.manifest.teacher_sha256)
+        record_of = {**facts, "options": asked or {}}
+        (new_folder.place / RECORD).write_text(json.dumps(record_of, indent=2) + "\n", encoding="utf-8")
         if not new_folder.publish():
             require_free(out)
     if record is not None:
         record.delete()
-    advice = of_made_student(facts, None if source.cache is None else source.cache.manifest.teacher_sha256)
-    return {**facts, "heldout": figures, "advice": advice}
+    return facts
 
 
 def _require_numbers(teacher: Any, folder: Path) -> None:
@@ -240,7 +264,7 @@ def _narrow(model: Any, sizes: Sizes, source: Source, folder: Path, batch_rows: 
     return narrowed(model, sizes, activity.kept(sizes))
 
 
-def _write(model: Any, out: Path, teacher: Path, facts: dict[str, Any]) -> None:
+def _write(model: Any, out: Path, teacher: Path) -> None:
     """A model in the dtype of its teacher's checkpoint, with the teacher's tokenizer."""
     stored = None if is_gguf(teacher) or quantisation(teacher) else read_config(teacher).get("dtype")
     dtype = getattr(torch, str(stored).removeprefix("torch."), torch.float32)
@@ -259,7 +283,6 @@ def _write(model: Any, out: Path, teacher: Path, facts: dict[str, Any]) -> None:
             files = {}
         for name, content in files.items():
             (out / name).write_bytes(content)
-        (out / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _measured(
