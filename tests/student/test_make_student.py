@@ -353,7 +353,18 @@ def test_a_folder_that_holds_something_is_left_alone(teacher: Path, tmp_path: Pa
 def test_the_record_beside_the_student(teacher: Path, tmp_path: Path) -> None:
     made = make(teacher, tmp_path / "s", layers="first-1")
     record = json.loads((tmp_path / "s" / "make-student.json").read_text())
+    options = record.pop("options")
+    assert options["layers"] == "first-1"
     assert record == {name: made[name] for name in record} and record["layers"] == [0]
+
+
+def test_the_same_command_again_finds_what_it_has_made(teacher: Path, tmp_path: Path) -> None:
+    made = make(teacher, tmp_path / "s", layers="first-1")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").iterdir()}
+    assert make(teacher, tmp_path / "s", layers="first-1") == made
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s").iterdir()} == before
+    with pytest.raises(ConfigError, match="exists already"):
+        make(teacher, tmp_path / "s", layers="0")
 
 
 @pytest.mark.slow
