@@ -50,12 +50,8 @@ class CutOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeStudentOptions(CutOptions):
-    """Options of `make-student`.
-
-    Raises:
-        ConfigError: a value out of range, or nothing to measure importance on.
-    """
+class _MakeOptions:
+    """What `make-student` has beside the cutting; a class of its own so that `--help` begins with it."""
 
     teacher: str = option("folder, .gguf file or hub name of the teacher")
     out: str = option("folder of the student; must not exist")
@@ -68,6 +64,15 @@ class MakeStudentOptions(CutOptions):
     heldout: float = option("share of the rows of the cache that the KL is measured on; as for train-student", 0.02)
     batch_rows: int = option("rows per forward pass", 8)
     device: str = option("auto, cpu, cuda or mps", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeStudentOptions(CutOptions, _MakeOptions):
+    """Options of `make-student`.
+
+    Raises:
+        ConfigError: a value out of range, or nothing to measure importance on.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
