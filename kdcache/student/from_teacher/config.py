@@ -81,10 +81,8 @@ class MakeStudentOptions(CutOptions, _MakeOptions):
         if LayerRule.parse(self.layers).best and self.cache is None:
             raise ConfigError(f"layers {self.layers} needs a cache of the teacher, to measure what each layer is worth")
         if self.narrows and self.cache is None and self.text is None:
-            raise ConfigError(
-                "hidden, heads, intermediate and experts need a cache of the teacher or a text, on which it is "
-                "measured what matters"
-            )
+            given = next(name for name in CUTS[1:] if getattr(self, name) is not None)
+            raise ConfigError(f"{given} needs a cache of the teacher, or a text, to measure what matters on")
         if not 0 < self.heldout < 1:
             raise ConfigError(f"heldout is {self.heldout}, but must lie between 0 and 1")
         if self.batch_rows < 1:
