@@ -13,11 +13,13 @@
                         data_workers.py    processes that read batches ahead
     the student         model.py           a student from a checkpoint, a hub name or a config.json; adapters; saving
                         fused_head.py      body, output head and loss in one forward pass
+                        from_teacher/      a student that is cut out of its teacher
     training            train.py           one run, from a cache to a checkpoint
                         schedule.py        the objective of each step
                         trainer.py         transformers.Trainer with our loss and our order of rows
                         private_api.py     the private names of transformers and accelerate that are used
                         distributed.py     what the ranks of a run exchange
+                        training_advice.py the facts that advice on a run is given on
                         resume.py          what a run is, so that the same run is resumed or refused
     measuring           evaluation.py      figures over rows: nll, kl, agreement, and those of the next file
                         metrics.py         calibration, and the acceptance of drafts

@@ -19,14 +19,8 @@ _CHOICES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(CutOptions):
-    """Settings of one training run, checked when built.
-
-    From Python, `cache` and `pool` may also be one string, and `temperature` a number.
-
-    Raises:
-        ConfigError: a value out of range.
-    """
+class _RunOptions:
+    """What a run has beside the cutting of its student; a class of its own so that `--help` begins with it."""
 
     cache: tuple[str, ...] = option("folder or URL of a cache to learn from; repeat as PATH:WEIGHT to mix several")
     pool: tuple[str, ...] = option(
@@ -100,6 +94,17 @@ class TrainConfig(CutOptions):
     log_to: str = option("where Trainer logs: none, tensorboard, wandb, or tensorboard,wandb", "none")
     device: str = option("auto, cpu, cuda or mps", "auto")
     dtype: str = option("auto (bfloat16 on GPUs that support it), float32 or bfloat16", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(CutOptions, _RunOptions):
+    """Settings of one training run, checked when built.
+
+    From Python, `cache` and `pool` may also be one string, and `temperature` a number.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,6 +18,7 @@ from kdcache.student.from_teacher import importance
 from kdcache.student.from_teacher.blocks import find_blocks, left_out
 from kdcache.student.from_teacher.config import MakeStudentOptions
 from kdcache.student.from_teacher.cut import Kept, narrowed, require_narrowable, with_fewer_layers
+from kdcache.student.from_teacher.kl_record import KlRecord
 from kdcache.student.from_teacher.layers import LayerRule
 from kdcache.student.from_teacher.make import make_student
 from kdcache.student.from_teacher.sizes import Sizes, with_layers
@@ -313,7 +314,7 @@ def test_rules_of_layers() -> None:
         ({"experts": 2}, "the teacher has none"),
         ({"layers": "0,9"}, "layers names 9"),
         ({"layers": "best-1", "text": None}, "needs a cache"),
-        ({"heads": 2, "text": None}, "need a cache of the teacher or a text"),
+        ({"text": None}, "hidden needs a cache of the teacher, or a text"),
         ({"heads": 2, "text": "nowhere.txt"}, "nowhere.txt cannot be read"),
         ({"heads": 0}, "heads is 0"),
     ],
@@ -381,18 +382,38 @@ def test_a_real_teacher_in_bfloat16_keeps_its_dtype_and_its_bits(assets: Path, t
         assert value.dtype == torch.bfloat16 and torch.equal(value, theirs[source]), name
 
 
+@pytest.fixture(scope="module")
+def stories(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of a real teacher."""
+    from kdcache.teacher.dump import dump
+
+    folder = tmp_path_factory.mktemp("stories")
+    (folder / "stories.txt").write_text((assets / "text/tinystories.txt").read_text()[:20000])
+    options = {"seq_len": 128, "k": 32, "temperatures": "1"}
+    dump(dump_options(assets / "models/stories260K", folder / "stories.txt", folder / "c", **options))
+    return folder / "c"
+
+
 @pytest.mark.slow
-def test_what_is_kept_by_activity_is_better_than_the_rest(assets: Path, tmp_path: Path) -> None:
+def test_the_best_layers_of_a_real_teacher_beat_every_second(assets: Path, stories: Path, tmp_path: Path) -> None:
+    kls = {
+        rule: make(
+            assets / "models/stories260K", tmp_path / rule, cache=str(stories), layers=rule, heldout=0.3,
+            importance_rows=8,
+        )["heldout"]["kl"]
+        for rule in ("best-3", "every-2")
+    }  # fmt: skip
+    assert kls["best-3"] < kls["every-2"]
+
+
+@pytest.mark.slow
+def test_what_is_kept_by_activity_is_better_than_the_rest(assets: Path, stories: Path) -> None:
     """On a real model: the neurons with the largest scores give a lower KL than those with the smallest."""
     from kdcache import open_cache
     from kdcache.student.evaluation import measure
     from kdcache.student.from_teacher.calibration import of_cache
-    from kdcache.teacher.dump import dump
 
-    folder, text = assets / "models/stories260K", tmp_path / "stories.txt"
-    text.write_text((assets / "text/tinystories.txt").read_text()[:20000])
-    dump(dump_options(folder, text, tmp_path / "c", seq_len=128, k=32, temperatures="1"))
-    cache, model = open_cache(tmp_path / "c"), load_model(folder, "teacher", "float32").eval()
+    cache, model = open_cache(stories), load_model(assets / "models/stories260K", "teacher", "float32").eval()
     old, activity = Sizes.of(model.config, "Llama"), importance.Activity(model)
     for batch in of_cache(cache, range(0, len(cache), 2), 8):
         activity.add(batch)
@@ -485,3 +506,18 @@ def test_several_ranks_cut_no_student(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="the run has 2 ranks: use make-student first"):
         require_environment(training(Path("t"), Path("c"), Path("o")), torch.device("cpu"))
+
+
+def test_a_record_of_kls_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:
+    path, about = tmp_path / "r.jsonl", {"teacher": "a"}
+    KlRecord(path, about).kl(frozenset(), lambda: 1.5)
+    KlRecord(path, about).kl(frozenset({3, 1}), lambda: 2.5)
+    with path.open("a") as file:
+        file.write('{"without": [7], "k')
+    record = KlRecord(path, about)
+    assert record.kl(frozenset({1, 3}), lambda: 9.0) == 2.5 and record.kl(frozenset(), lambda: 9.0) == 1.5
+    assert record.kl(frozenset({7}), lambda: 9.0) == 9.0
+    assert KlRecord(path, {"teacher": "b"}).kl(frozenset(), lambda: 4.0) == 4.0
+    assert len(path.read_text().splitlines()) == 2
+    record.delete()
+    assert not path.exists()

@@ -50,12 +50,8 @@ class CutOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeStudentOptions(CutOptions):
-    """Options of `make-student`.
-
-    Raises:
-        ConfigError: a value out of range, or nothing to measure importance on.
-    """
+class _MakeOptions:
+    """What `make-student` has beside the cutting; a class of its own so that `--help` begins with it."""
 
     teacher: str = option("folder, .gguf file or hub name of the teacher")
     out: str = option("folder of the student; must not exist, unless the same command has made it")
@@ -69,6 +65,15 @@ class MakeStudentOptions(CutOptions):
     batch_rows: int = option("rows per forward pass", 8)
     device: str = option("auto, cpu, cuda or mps", "auto")
 
+
+@dataclass(frozen=True, kw_only=True)
+class MakeStudentOptions(CutOptions, _MakeOptions):
+    """Options of `make-student`.
+
+    Raises:
+        ConfigError: a value out of range, or nothing to measure importance on.
+    """
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cache is not None and self.text is not None:
@@ -76,10 +81,8 @@ class MakeStudentOptions(CutOptions):
         if LayerRule.parse(self.layers).best and self.cache is None:
             raise ConfigError(f"layers {self.layers} needs a cache of the teacher, to measure what each layer is worth")
         if self.narrows and self.cache is None and self.text is None:
-            raise ConfigError(
-                "hidden, heads, intermediate and experts need a cache of the teacher or a text, on which it is "
-                "measured what matters"
-            )
+            given = next(name for name in CUTS[1:] if getattr(self, name) is not None)
+            raise ConfigError(f"{given} needs a cache of the teacher, or a text, to measure what matters on")
         if not 0 < self.heldout < 1:
             raise ConfigError(f"heldout is {self.heldout}, but must lie between 0 and 1")
         if self.batch_rows < 1:

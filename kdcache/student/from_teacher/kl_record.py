@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kdcache.store.atomic_files import storage_errors
+from kdcache.store.atomic_files import write_over
 
 
 class KlRecord:
@@ -18,29 +18,22 @@ class KlRecord:
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self._path, self._known = path, dict[frozenset[int], float]()
+        self._lines = [json.dumps(about)]
         first, *lines = (path.read_text(encoding="utf-8").splitlines() if path.exists() else []) or [""]
-        whole = [first]
-        if first == json.dumps(about):
-            for line in lines:
-                try:
-                    found = json.loads(line)
-                    self._known[frozenset(found["without"])] = float(found["kl"])
-                except (ValueError, KeyError, TypeError):
-                    break
-                whole.append(line)
-        else:
-            whole = [json.dumps(about)]
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+        for line in lines if first == self._lines[0] else []:
+            try:
+                found = json.loads(line)
+                self._known[frozenset(found["without"])] = float(found["kl"])
+            except (ValueError, KeyError, TypeError):
+                break
+            self._lines.append(line)
 
     def kl(self, without: frozenset[int], measure: Callable[[], float]) -> float:
         """The KL without some layers: what is known, or what `measure` gives now."""
         if without not in self._known:
             self._known[without] = measure()
-            line = json.dumps({"without": sorted(without), "kl": self._known[without]})
-            with storage_errors(self._path), self._path.open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+            self._lines.append(json.dumps({"without": sorted(without), "kl": self._known[without]}))
+            write_over(self._path, "".join(f"{line}\n" for line in self._lines).encode())
         return self._known[without]
 
     def delete(self) -> None:
