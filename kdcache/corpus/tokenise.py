@@ -84,13 +84,19 @@ class Tokeniser:
         Raises:
             CorpusError: there are conversations, and no chat template.
         """
-        texts = [(number, document) for number, document in documents if isinstance(document, str)]
+        texts = [
+            (number, document if isinstance(document, str) else document.text)
+            for number, document in documents
+            if isinstance(document, str | PromptedText)
+        ]
         encoded = iter(self.texts(texts))
         found: list[list[Tokens] | BadDocument] = []
         for number, document in documents:
             try:
                 if isinstance(document, str):
                     found.append([self._told(next(encoded), "")])
+                elif isinstance(document, PromptedText):
+                    found.append([self._told(next(encoded), document.teacher_prompt)])
                 else:
                     found.append(self._one(number, document))
             except BadDocument as bad:
@@ -160,8 +166,6 @@ class Tokeniser:
             return self._conversation(number, document)
         if isinstance(document, Completion):
             return [self._completion(number, document)]
-        if isinstance(document, PromptedText):
-            return [self._told(self.texts([(number, document.text)])[0], document.teacher_prompt)]
         assert isinstance(document, TokenIds)
         return [self._told(self._tokenised(number, document), "")]
 
