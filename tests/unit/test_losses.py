@@ -16,7 +16,7 @@ from kdcache.errors import ConfigError, TargetError
 from kdcache.losses import register_divergence, target_losses
 from kdcache.losses.divergence_registry import _FAMILIES, find_divergence
 from tests.bounds import ROUNDINGS, require_close
-from tests.oracle import COMBINATIONS, DIVERGENCES, STEPS, TAILS, coarse, position_losses, step_loss, targets_of
+from tests.oracle import COMBINATIONS, DIVERGENCES, STEPS, SUMS, TAILS, coarse, position_losses, step_loss, targets_of
 
 N, D, V, K = 40, 16, 300, 9
 BIASED = ("none", "renormalise", "renormalise-both", "label", "uniform")
@@ -97,9 +97,19 @@ def test_value_and_gradient_against_dense(
         require_as_exact_as_naive(given, targets, **options)
 
 
+ONE_OF_EACH = [
+    *((loss, "bucket") for loss in (*DIVERGENCES, "decoupled-kl", SUMS[0]) if loss.count(":") < 2 or "tail" in loss),
+    *(("forward-kl", tail) for tail in TAILS),
+    ("jsd", "label"),
+    ("skew-kl", "renormalise"),
+]
+"""Fewer than `COMBINATIONS`, where each takes a while. `tvd` has a slope that jumps, and on real rows it may well be at
+the jump when it is normalised over a few entries: its own tests are above."""
+
+
 @pytest.mark.slow
 @pytest.mark.assets
-@pytest.mark.parametrize(("loss", "tail"), COMBINATIONS)
+@pytest.mark.parametrize(("loss", "tail"), ONE_OF_EACH)
 def test_on_real_rows(loss: str, tail: str, real: Problem) -> None:
     for temperature in (1.0, 2.0)[: 1 if tail == "label-sample" else 2]:
         labels = real.labels.clamp(min=0)
@@ -129,12 +139,12 @@ def real(assets: Path, request: pytest.FixtureRequest) -> Problem:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("loss", "tail"), [x for x in COMBINATIONS if "adaptive" not in x[0]])  # a weight is held
+@pytest.mark.parametrize(("loss", "tail"), [x for x in ONE_OF_EACH if x[0] != "adaptive-kl"])  # whose weight is held
 def test_gradcheck(loss: str, tail: str) -> None:
     given = problem(torch.float64)
-    teacher, labels = given.teacher[:4, :30], torch.tensor([3, -100, 7, 9])
+    teacher, labels = given.teacher[:4, :14], torch.tensor([3, -100, 7, 9])
     targets = targets_of(teacher, 5, (1.0, 2.0), labels)
-    leaves = (given.hidden[:4, :4].contiguous(), given.weight[:30, :4].contiguous(), given.bias[:30].clone())
+    leaves = (given.hidden[:4, :3].contiguous(), given.weight[:14, :3].contiguous(), given.bias[:14].clone())
     for leaf in leaves:
         leaf.requires_grad_()
 
