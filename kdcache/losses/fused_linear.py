@@ -95,7 +95,7 @@ class Tile:
             logits.scatter_(-1, entries, -torch.inf)
         peak = logits.amax(-1)
         own = torch.where(torch.isneginf(peak), 0.0, peak)
-        logits.sub_(own[:, None]).exp_()
+        energy = _exponentiate(logits.sub_(own[:, None]), entropy)
         self._total = logits.sum(-1)  # [n] at least 1, or 0 where no id is left
         origin = peak if kept is None else torch.maximum(peak, torch.where(kept, gathered, -torch.inf).amax(-1))
         gathered = gathered - origin[:, None]
@@ -103,18 +103,18 @@ class Tile:
         lse = tail if kept is None else torch.logaddexp(tail, _logsumexp(gathered, kept))
         mean = None if mean is None else mean - origin
         self.student = StudentTile(lse, tail, gathered, mean, peak - origin, origin)
-        if entropy:
-            self.student = dataclasses.replace(self.student, entropy=self._entropy(own - origin))
+        if energy is not None:
+            mean_z = own - origin + energy / torch.where(self._total > 0, self._total, 1.0)
+            self.student = dataclasses.replace(self.student, entropy=self._entropy(mean_z))
 
-    def _entropy(self, own: Tensor) -> Tensor:
-        """`[n]` sum of q (lse - z), all terms of which are at least 0; `own` is the peak of what is left."""
+    def _entropy(self, mean: Tensor) -> Tensor:
+        """`[n]` sum of q (lse - z), no term of which is negative.
+
+        Args:
+            mean: `[n]` of z, under the softmax of the ids that are left.
+        """
         student = self.student
         some = self._total > 0
-        total = torch.where(some, self._total, 1.0)
-        spread = torch.stack(
-            [torch.special.entr(part).sum(-1) for part in torch.split(self._rest, _ENTROPY_IDS, -1)]
-        ).sum(0)
-        mean = own - spread / total  # [n] of z under the softmax of what is left
         found = torch.where(some, (student.tail - student.lse).exp() * (student.lse - mean), 0.0)
         if self._kept is not None:
             log_q = student.gathered - student.lse[:, None]
@@ -137,6 +137,18 @@ class Tile:
         return rest.scatter_add_(-1, self._ids, d_gathered)
 
 
+def _exponentiate(values: Tensor, energy: bool) -> Tensor | None:
+    """Put e^z in the place of each z `[n, V]`; gives the `[n]` sums of z e^z if they are asked for."""
+    if not energy:
+        values.exp_()
+        return None
+    found = torch.zeros_like(values[:, 0])
+    for part in torch.split(values, _ENTROPY_IDS, -1):
+        given = part.clamp(min=_LEAST)  # of -inf: what weighs nothing has no product
+        found += given.mul_(part.exp_()).sum(-1)
+    return found
+
+
 def _logsumexp(values: Tensor, chosen: Tensor) -> Tensor:
     """`[n]` log-sum-exp over the values in a mask that has at least one."""
     return torch.where(chosen, values, -torch.inf).logsumexp(-1)
@@ -144,6 +156,9 @@ def _logsumexp(values: Tensor, chosen: Tensor) -> Tensor:
 
 TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits of a tile, by device; others do as a GPU does."""
+
+_LEAST = -1e4
+"""A logit below the largest by this much has no probability in any dtype."""
 
 _ENTROPY_IDS = 1 << 13
 """Ids of a tile that an entropy is summed over at once: it needs a copy of them."""

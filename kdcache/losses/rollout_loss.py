@@ -91,5 +91,5 @@ class RolloutLoss(TargetLoss):
         """`[n]` the loss; the label is the last id that was gathered."""
         log_q = student.gathered[:, -1] - student.lse
         ratio = (log_q.detach() - self.writer_logp[rows]).clamp(max=math.log(self.clip)).exp()
-        gap = log_q - self.label_logprob[rows]
+        gap = torch.where(ratio > 0, log_q - self.label_logprob[rows], 0.0)  # which is infinite where q is 0
         return self.factor * ratio * gap.square() / 2

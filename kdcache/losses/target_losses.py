@@ -206,6 +206,11 @@ class _LabelAmongEntries:
         return torch.where(self.added[:, None] & self.at_label, of_label[:, None], wider)
 
 
+def _products(weights: Tensor, values: Tensor) -> Tensor:
+    """The products, 0 where a weight is, also of what is infinite."""
+    return torch.where(weights != 0, weights * values, 0.0)
+
+
 def _last(targets: SparseTargets, added: Tensor) -> Tensor:
     """`[N, 1]` the column behind the entries in use, where one is added."""
     return torch.where(added, targets.count, 0)[:, None].long()
@@ -237,9 +242,10 @@ class LinearLoss(TargetLoss):
     def losses(self, student: StudentTile, rows: slice) -> Tensor:
         """`[n]` the constant, and each weight times -log q."""
         weights, lse = self.weights[rows], student.lse
-        total = self.constant[rows] + (weights * (lse[:, None] - student.gathered[:, : weights.shape[-1]])).sum(-1)
+        surprisal = lse[:, None] - student.gathered  # [n, G] -log q
+        total = self.constant[rows] + _products(weights, surprisal[:, : weights.shape[-1]]).sum(-1)
         if self.label_weight is not None:
-            total = total + self.label_weight[rows] * (lse - student.gathered[:, -1])
+            total = total + _products(self.label_weight[rows], surprisal[:, -1])
         if self.spread is not None and student.tail_mean is not None:
             total = total + self.spread[rows] * (lse - student.tail_mean)
         return total

@@ -218,6 +218,30 @@ def test_a_students_logit_of_minus_infinity(loss: str, k: int) -> None:
             torch.testing.assert_close(gradient[kept].double() * N, (q - p)[kept], atol=1e-6, rtol=0)
 
 
+def test_minus_infinity_at_an_id_that_counts_for_nothing() -> None:
+    """Padding names id 0. Where that is impossible for the student, and a target has fewer entries than there is room
+    for, nothing is lost; nor where a rollout's token has become impossible."""
+    teacher, student, labels = problem()
+    teacher[:, 0] = -20.0
+    rules = (Selection(kind="topp", top_p=0.6, k=K), Selection(kind="ipps", k=K))
+    labels = teacher.argmax(-1)
+    student[:, 0] = -torch.inf
+    for rule in rules:
+        targets = select(teacher, rule, labels=labels).widen(K + 2)
+        assert not targets.valid.all() and not (targets.valid & (targets.ids == 0)).any()
+        for tail in ("none", "label-sample", "label", "renormalise-both") if rule.kind == "topp" else ("bucket",):
+            leaf = student.clone().requires_grad_()
+            value = sparse_kd_loss_from_logits(leaf, targets, labels=labels, tail=tail)
+            (gradient,) = torch.autograd.grad(value, leaf)
+            assert value.isfinite() and gradient.isfinite().all(), (rule.kind, tail)
+    student[3, labels[3]] = -torch.inf
+    leaf = student.clone().requires_grad_()
+    given: dict[str, Any] = {"labels": labels, "writer_logp": torch.full((N,), -1.0), "loss": "sampled-reverse-kl"}
+    value = sparse_kd_loss_from_logits(leaf, targets_of(teacher, K, labels=labels), **given)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    assert value.isfinite() and gradient.isfinite().all() and not gradient[3].any() and gradient[4].any()
+
+
 @pytest.mark.parametrize("loss", (*BOUNDED, "reverse-kl"))
 def test_log_ratios_beyond_ten_thousand(loss: str) -> None:
     """At a low temperature a real entry has log p_T of -2e4 and less; nothing is cut off."""
