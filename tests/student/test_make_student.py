@@ -521,3 +521,17 @@ def test_a_record_of_kls_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 2
     record.delete()
     assert not path.exists()
+
+
+def test_a_cache_of_another_vocabulary_is_refused_before_anything_is_measured(cache: Path, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "small", 300)
+    random_model("llama", vocab_size=300).save_pretrained(tmp_path / "small")
+    with pytest.raises(ModelError, match="a vocabulary of 300, which does not cover the cache's 320 ids"):
+        make(tmp_path / "small", tmp_path / "s", cache=str(cache), layers="best-1")
+    make_tokenizer(tmp_path / "other", 310)
+    random_model("llama").save_pretrained(tmp_path / "other")
+    backend = (tmp_path / "other" / "tokenizer.json").read_text()
+    (tmp_path / "other" / "tokenizer.json").write_text(backend.replace('"</s>"', '"<end>"'))
+    with pytest.raises(ModelError, match="another tokenizer than the cache"):
+        make(tmp_path / "other", tmp_path / "s", cache=str(cache), layers="best-1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "small"]

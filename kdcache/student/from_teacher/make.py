@@ -23,6 +23,7 @@ from kdcache.advice import of_made_student
 from kdcache.cache import Cache, open_cache
 from kdcache.cache_writer import tokenizer_files
 from kdcache.errors import ConfigError, ModelError, one_line
+from kdcache.isolation import probe
 from kdcache.pretrained import (
     context_length,
     find_device,
@@ -48,7 +49,7 @@ from kdcache.student.from_teacher.kl_record import KlRecord
 from kdcache.student.from_teacher.layers import LayerRule
 from kdcache.student.from_teacher.sizes import Sizes
 from kdcache.student.model import load_student
-from kdcache.student.own_tokenizer import FILES
+from kdcache.student.own_tokenizer import FILES, read_own_tokenizer
 
 RECORD = "make-student.json"
 """What a student was cut from and how, in its folder."""
@@ -166,6 +167,8 @@ def cut_into(
     old = Sizes.of(config, (getattr(config, "architectures", None) or [type(config).__name__])[0])
     rule = LayerRule.parse(options.layers)
     kept, new = rule.kept(old.layers), old.cut(options)
+    if source.cache is not None:
+        _require_fit(folder, config, source)
     show(0, 1, "teacher")
     teacher = load_model(folder, "teacher", "float32", device).eval()
     _require_numbers(teacher, folder)
@@ -183,16 +186,14 @@ def cut_into(
         require_narrowable(made)
         made = _narrow(made, dataclasses.replace(new, layers=len(kept)), source, folder, batch_rows, show)
     made.generation_config = generation
-    facts: dict[str, Any] = {
+    facts = {
         "teacher": source.teacher,
         "teacher_sha256": fingerprint(folder),
         "class": name,
         "layers": list(kept),
         "sizes": {"teacher": _shown(old), "student": _shown(Sizes.of(made.config, name))},
         "parameters": {"teacher": parameters, "student": _count(made), "ratio": parameters / _count(made)},
-        "layer_kl": [
-            {str(layer): kl if math.isfinite(kl) else None for layer, kl in found.items()} for found in rounds
-        ],
+        "layer_kl": [_shown_round(found) for found in rounds],
     }
     sweep(out.parent)
     with NewFolder(out) as new_folder:
@@ -207,6 +208,18 @@ def cut_into(
     if record is not None:
         record.delete()
     return facts
+
+
+def _require_fit(folder: Path, config: Any, source: Source) -> None:
+    """Refuse a cache whose ids mean nothing, or something else, to the teacher, before anything is measured on it."""
+    cache, size = source.cache, config.get_text_config().vocab_size
+    assert cache is not None
+    if size < cache.manifest.vocab_size:
+        raise ModelError(
+            f"the teacher {source.teacher} has a vocabulary of {size}, which does not cover the cache's "
+            f"{cache.manifest.vocab_size} ids"
+        )
+    read_own_tokenizer(folder, cache)
 
 
 def _require_numbers(teacher: Any, folder: Path) -> None:
@@ -226,12 +239,18 @@ def _shown(sizes: Sizes) -> dict[str, int | None]:
     return {name: getattr(sizes, name) for name in names}
 
 
+def _shown_round(found: Round) -> dict[str, float | None]:
+    return {str(layer): kl if math.isfinite(kl) else None for layer, kl in found.items()}
+
+
 def _choose(
     teacher: Any, source: Source, keep: int, record: KlRecord, device: torch.device, batch_rows: int, show: Progress
 ) -> tuple[frozenset[int], list[Round]]:
     """The layers that the teacher can best do without, by the KL on the rows of a cache."""
     blocks, cache = find_blocks(teacher), source.cache
     assert cache is not None
+    spec = cache.manifest.row_spec
+    probe(teacher, spec.vocab_size, spec.seq_len, device, isolate=spec.isolate, packed=spec.packed)
 
     def kl(without: frozenset[int]) -> float:
         with left_out(blocks, without):
