@@ -45,18 +45,25 @@ def require_rollouts(manifest: Manifest, loss: str) -> None:
 def require_writer(manifest: Manifest, student: str, loss: str) -> None:
     """Refuse a student that did not write the rollouts of a cache, or that had another teacher before.
 
+    Refused, too, are rollouts of temperature 0: nothing was drawn, so no ratio corrects which tokens are there.
+
     Args:
         manifest: of the cache.
         student: a folder, hub name or `config.json`, as a run is given it.
         loss: for the message.
 
     Raises:
-        ConfigError: the cache names another writer, or the student another teacher.
+        ConfigError: the cache names another writer or a temperature of 0, or the student another teacher.
         ModelError: the student cannot be found.
     """
     generated = manifest.origin.get("generated")
     generated = generated if isinstance(generated, dict) else {}
     writer = generated.get("writer_sha256")
+    if generated.get("temperature") == 0:
+        raise ConfigError(
+            f"loss {loss} learns from tokens that were drawn, but the rollouts were written with temperature 0; "
+            "generate them with another one"
+        )
     if Path(student).suffix == ".json":
         if writer is not None:
             raise ConfigError(f"loss {loss} learns from rollouts of the student, but {student} has no weights yet")

@@ -18,11 +18,12 @@ from kdcache.generation.options import GenerateOptions
 from kdcache.teacher.dump import dump
 from tests.generation.test_draw import dense, require_law
 from tests.making import TEXTS, dump_options, make_model, make_odd, make_tokenizer
+from tests.objects import Bucket
 
 PROMPTS = [text[: 5 + 7 * (n % 9)] for n, text in enumerate(TEXTS[:20])]
 
 
-def options(writer: Path, prompts: Path | str, out: Path, **changes: Any) -> GenerateOptions:
+def options(writer: Path, prompts: Path | str, out: Path | str, **changes: Any) -> GenerateOptions:
     settings = {"max_new_tokens": 12, "docs_per_shard": 6, "batch_rows": 4, "device": "cpu", **changes}
     return GenerateOptions(writer=str(writer), prompts=str(prompts), out=str(out), **settings)
 
@@ -341,3 +342,19 @@ def test_a_tokenizer_without_a_beginning_needs_a_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no beginning-of-sequence token to write behind; give a text"):
         generate(options(tmp_path / "w", "none", tmp_path / "c", samples=2))
     assert generate(options(tmp_path / "w", "none", tmp_path / "c", samples=2, start=("The",)))["complete"]
+
+
+@pytest.mark.slow
+def test_a_corpus_in_an_object_store(teacher: Path, prompts: Path, bucket: Bucket, tmp_path: Path) -> None:
+    generate(options(teacher, prompts, tmp_path / "here"))
+    for worker in ("0/2", "1/2"):
+        summary = generate(options(teacher, prompts, f"{bucket.url}/text", worker=worker))
+    assert summary["complete"] and summary["shards"] == {"planned": 4, "written": 4, "by_this_worker": 2}
+    assert {name: bucket.get(f"text/{name}") for name in files(tmp_path / "here")} == files(tmp_path / "here")
+    for name in ("text", "text/*.jsonl"):
+        out = tmp_path / name.replace("*", "all").replace("/", "-")
+        dump(dump_options(teacher, f"{bucket.url}/{name}", out))
+        assert open_cache(out).manifest.origin["generated"]["writer"] == str(teacher)
+    bucket.delete("text/shard-00001.jsonl")
+    with pytest.raises(CorpusError, match="1 of 4 shards are missing"):
+        dump(dump_options(teacher, f"{bucket.url}/text", tmp_path / "c"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from kdcache.pretrained import fingerprint
 from kdcache.student import compute_loss, fuse_head
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import Collator, RowDataset, extra_of_labels
+from kdcache.student.rollouts import require_writer
 from kdcache.student.train import train
 from tests.making import STUDENT
 
@@ -159,6 +161,17 @@ def test_other_writers_and_teachers_are_refused_before_anything_is_written(world
         with pytest.raises(ConfigError, match=words):
             train(options(world, tmp_path / "s", **changes))
         assert not (tmp_path / "s").exists()
+
+
+def test_rollouts_that_were_not_drawn_are_refused(world: Path) -> None:
+    manifest = open_cache(world / "c").manifest
+    generated = {**manifest.origin["generated"], "temperature": 0.0}
+    with pytest.raises(ConfigError, match="the rollouts were written with temperature 0; generate them with another"):
+        require_writer(
+            dataclasses.replace(manifest, origin={**manifest.origin, "generated": generated}),
+            str(world / "writer"),
+            LOSS,
+        )
 
 
 @pytest.mark.slow
