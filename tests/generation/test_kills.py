@@ -96,4 +96,4 @@ def test_the_command_in_words(teacher: Path, many: Path, tmp_path: Path) -> None
     assert "complete, 2 of 2 shards (2 by this worker)" in said and "9 completions" in said
     refused = kdcache(*words, "--top-p", "0.5")
     assert refused.returncode == 2 and refused.stdout == ""
-    assert "differs in top_p (there: 1.0, asked: 0.5)" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    assert "differs in --top-p (there: 1.0, asked: 0.5)" in refused.stderr and len(refused.stderr.splitlines()) == 1
