@@ -124,7 +124,7 @@ def test_training_refuses_it_in_one_sentence(
     folder, culprit = forged[name]
     code, out, err = invoke(
         "train-student", "--cache", folder, "--student", student_config, "--out", tmp_path / "s", "--epochs", 1,
-        "--device", "cpu",
+        "--device", "cpu", "--quiet",
     )  # fmt: skip
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1

@@ -121,7 +121,7 @@ run()
 def test_a_run_with_readers_stops_in_one_sentence(cache: Path, student_config: Path, tmp_path: Path) -> None:
     process = ReadyMade(
         "-c", SPAWNING, "train-student", "--cache", cache, "--student", student_config, "--out",
-        tmp_path / "s", "--readers", 2, "--batch-rows", 2, "--steps", 100_000, "--device", "cpu",
+        tmp_path / "s", "--readers", 2, "--batch-rows", 2, "--steps", 100_000, "--device", "cpu", "--quiet",
     )  # fmt: skip
     wait_until((tmp_path / "s/metrics.jsonl").exists, process, "no step was taken")
     process.terminate()

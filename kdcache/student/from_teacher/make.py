@@ -159,7 +159,7 @@ def cut_into(
 ) -> dict[str, Any]:
     """Cut a student out of a teacher into a folder; without held-out rows it is loaded, but not measured.
 
-    What is returned is kept in the folder, with the options that were asked for.
+    Where options were asked for, what is returned is kept in the folder, with them.
     """
     show = on_progress or (lambda *_: None)
     folder = model_folder(source.teacher, "teacher")
@@ -199,15 +199,16 @@ def cut_into(
     with NewFolder(out) as new_folder:
         _write(made, new_folder.place, folder)
         del made
-        facts["heldout"] = _measured(new_folder.place, source.cache, heldout, device, batch_rows, show)
-        facts["advice"] = of_made_student(facts, None if source.cache is None else source.cache.manifest.teacher_sha256)
-        record_of = {**facts, "options": asked or {}}
+        figures = _measured(new_folder.place, source.cache, heldout, device, batch_rows, show)
+        advice = of_made_student(facts, None if source.cache is None else source.cache.manifest.teacher_sha256)
+        told = {**facts, "heldout": figures, "advice": advice}
+        record_of = facts if asked is None else {**told, "options": asked}
         (new_folder.place / RECORD).write_text(json.dumps(record_of, indent=2) + "\n", encoding="utf-8")
         if not new_folder.publish():
             require_free(out)
     if record is not None:
         record.delete()
-    return facts
+    return told
 
 
 def _require_fit(folder: Path, config: Any, source: Source) -> None:
