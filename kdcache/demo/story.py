@@ -36,6 +36,8 @@ from kdcache.worker import available_cores
 
 _SOFT_WEIGHTS = {"distilled": 1.0, "labels": 0.0}
 _TITLES = {"distilled": "distilled", "labels": "labels alone"}
+_SHARD_CHARS = 40_000
+"""Few, so that there are several shards even here."""
 _HELDOUT = 0.08
 _TIMED_STEPS = 3
 _LEAST_STEPS, _MOST_STEPS = 10, 400
@@ -85,10 +87,12 @@ def play(
     lesson, advice = _begin(folder, seed, stages, fetch, on_advice)
     cache = str(folder / "cache")
     with stages.stage("dump"):
-        dumped = dump(
-            DumpConfig(teacher=str(lesson.teacher), corpus=str(lesson.corpus), out=cache, seq_len=lesson.seq_len),
-            stages.progress("dumping the teacher: documents"),
-        )
+        options = DumpConfig(
+            teacher=str(lesson.teacher), corpus=str(lesson.corpus), out=cache, seq_len=lesson.seq_len, k=32,
+            precision="float16",  # which needs no pilot: the teacher would read 16 thousand positions more
+            chars_per_shard=_SHARD_CHARS, device="cpu",
+        )  # fmt: skip
+        dumped = dump(options, stages.progress("dumping the teacher: documents"))
     with stages.stage("inspect"):
         shown = {"summary": inspect_summary(cache), "position": inspect_position(cache, 0, 24)}
     with stages.stage("timing"):

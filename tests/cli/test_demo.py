@@ -22,7 +22,7 @@ SHORT = f"""
 from kdcache.demo import lesson, story
 found = lesson.manuals
 lesson.manuals = lambda: found()[::{STEP}]
-lesson._LEAST_POSITIONS, story._LEAST_STEPS, story._TIMED_STEPS = 512, 2, 1
+lesson._LEAST_POSITIONS, story._LEAST_STEPS, story._TIMED_STEPS = 512, 1, 1
 from kdcache_cli.main import run
 run()
 """
@@ -92,7 +92,7 @@ def test_a_real_teacher_knows_the_capital_of_france(smollm2_file: Path, tmp_path
     require_sound(summary, out)
     assert summary["pretrained"] is True
     assert summary["advice"] == []
-    assert summary["about"].startswith("SmolLM2-135M-Instruct (134.5M parameters) teaches 6 of its 30 layers (49.5M)")
+    assert summary["about"].startswith("SmolLM2-135M-Instruct (134.5M parameters) teaches 6 of its 30 layers (49.6M)")
     assert summary["positions"] > 400
     assert summary["prompt"]["teacher"]["entries"][0]["text"] == " Paris"
     assert [s["name"] for s in summary["stages"]] == [
