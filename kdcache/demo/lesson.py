@@ -107,7 +107,7 @@ def pretrained_lesson(file: Path, folder: Path, seed: int, stages: Stages) -> Le
         f"{NAME} ({whole['parameters']['teacher'] / 1e6:.1f}M parameters) teaches {len(made['layers'])} of its "
         f"{made['sizes']['teacher']['layers']} layers ({made['parameters']['student'] / 1e6:.1f}M)"
     )
-    return Lesson(about, True, teacher, student, corpus, seq_len, 5e-4, "The capital of France is")
+    return Lesson(about, True, teacher, student, corpus, seq_len, 1e-3, "The capital of France is")
 
 
 def own_lesson(folder: Path, seed: int, stages: Stages) -> Lesson:
