@@ -94,7 +94,9 @@ def test_a_real_teacher_knows_the_capital_of_france(smollm2_file: Path, tmp_path
     assert summary["advice"] == []
     assert summary["about"].startswith("SmolLM2-135M-Instruct (134.5M parameters) teaches 6 of its 30 layers (49.6M)")
     assert summary["positions"] > 400
-    assert summary["prompt"]["teacher"]["entries"][0]["text"] == " Paris"
+    first = summary["prompt"]["teacher"]["entries"][0]
+    assert first["text"] == " Paris"
+    assert first["probability"] == pytest.approx(0.77, abs=0.01)
     assert [s["name"] for s in summary["stages"]] == [
         "fetch", "teacher", "student", "corpus", "dump", "inspect", "timing", "distilled", "labels", "prompt"
     ]  # fmt: skip

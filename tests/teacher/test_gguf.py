@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +219,7 @@ def test_files_that_are_refused(file: Path, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.assets
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the package gguf
 def test_smollm2(smollm2_file: Path, assets: Path, tmp_path: Path) -> None:
-    """A real one: what it says of France, and the likeliest token at each position of a page, as for transformers."""
+    """A real one: the likeliest token at each position of a page, as for transformers. The demo asks it of France."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     page = (assets / "text/tinystories.txt").read_text()[:2000].replace("\n\n", "\n")
@@ -248,8 +247,3 @@ def test_smollm2(smollm2_file: Path, assets: Path, tmp_path: Path) -> None:
                     seen += 1
     assert seen > 400
     assert cache.load_tokenizer().chat_template == tokenizer.chat_template
-    model = load(smollm2_file)
-    prompt = load_tokenizer(smollm2_file)("The capital of France is", return_tensors="pt").input_ids
-    best = logits(model, prompt)[0, -1].softmax(-1).max(0)
-    assert tokenizer.decode([int(best.indices)]) == " Paris"
-    assert math.isclose(float(best.values), 0.77, abs_tol=0.01)
