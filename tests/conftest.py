@@ -93,6 +93,18 @@ def chosen_cache(sure_teacher: Path, corpus: Path, tmp_path_factory: pytest.Temp
     return out
 
 
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct in 4 bits, 98 MB, kept in the user's cache folder once it is fetched."""
+    from kdcache.demo.smollm2 import fetch_smollm2
+    from kdcache.errors import KdcacheError
+
+    try:
+        return fetch_smollm2()
+    except KdcacheError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 def ready_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--readers` are processes that have imported everything, and share as little with this one as usual."""

@@ -327,5 +327,6 @@ def _set_library_defaults() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bar over the tensors of a .gguf file
     # It warns whoever imports it of kernels that it can do without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

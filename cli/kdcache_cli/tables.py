@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kdcache_cli.figures import bar, figures_table
+from kdcache_cli.figures import bar, figures_table, print_next_tokens
 
 _BAD_RECORDS = 5
 """Bad records that a summary shows."""
@@ -229,18 +229,25 @@ def _figure(value: float | None, digits: int) -> str:
 
 
 def print_demo(console: Console, summary: dict[str, Any]) -> None:
-    """The tables of the demo, and where its plot is."""
+    """What the demo made and found: its cache, its students, what they say, and how long each stage took."""
     students = summary["students"]
     columns = {"before": students["before"], "distilled": students["distilled"], "labels alone": students["labels"]}
+    console.print(Text(summary["about"]), soft_wrap=True)
+    console.print(Text("\nthe cache", style="bold"))
+    console.print(summary_table(summary["inspect"]["summary"]))
+    console.print(Text("\none position of it", style="bold"))
+    print_position(console, summary["inspect"]["position"])
+    console.print(Text(f"\nthe students after {summary['steps']} steps, on rows held out", style="bold"))
     console.print(figures_table(columns))
-    console.print(f"\nteacher nll on the same held-out rows: {summary['teacher_nll']:.4f}")
-    console.print(f"cache: {summary['positions']:,} positions, {summary['bytes_per_position']:.1f} bytes each\n")
+    console.print(Text("\nwhat comes next", style="bold"))
+    print_next_tokens(console, summary["prompt"])
     table = Table("stage", "seconds", "steps", box=None, pad_edge=False)
     for stage in summary["stages"]:
         steps = stage.get("steps")
         table.add_row(stage["name"], f"{stage['seconds']:.1f}", "" if steps is None else f"{steps:,}")
+    console.print()
     console.print(table)
-    console.print(f"\n{summary['verdict']}\nplot: {summary['plot']}\nfolder: {summary['out']}")
+    console.print(Text(f"\n{summary['verdict']}\nplot: {summary['plot']}\nfolder: {summary['out']}"), soft_wrap=True)
 
 
 def faithfulness_table(found: dict[str, Any]) -> Table:

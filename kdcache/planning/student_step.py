@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from kdcache.cache import open_cache
+from kdcache.cache import Cache, open_cache
 from kdcache.planning.memory import peak
 from kdcache.planning.trial import MEASURED, synchronise
 from kdcache.pretrained import find_device
@@ -50,19 +50,33 @@ def measure_student(options: PlanOptions, cache: Path, out: Path) -> StudentStep
     Raises:
         ModelError: the student cannot learn from such a cache.
     """
-    device, measured = find_device(options.device), open_cache(cache).only([MEASURED])
-    rule, rows = measured.manifest.rule, range(len(measured))
+    measured = open_cache(cache).only([MEASURED])
+    rule = measured.manifest.rule
     config = TrainConfig(
         cache=(str(cache),), student=str(options.student), out=str(out), device=options.device,
-        batch_rows=min(options.batch_rows, len(rows)),
+        batch_rows=min(options.batch_rows, len(measured)),
         temperature=f"{rule.target_temperature:g}" if rule.sampled else "1",
     )  # fmt: skip
-    model = load_student(config.start, measured, device, config.seed)
-    steps = options.batches + 1
+    return measure_steps(config, measured, options.batches)
+
+
+def measure_steps(config: TrainConfig, cache: Cache, batches: int) -> StudentStep:
+    """Take a few steps of a training, and measure all but the first.
+
+    Args:
+        config: the training; its `out` is a folder for the trainer, in which it writes no checkpoint.
+        cache: what it learns from.
+        batches: how many steps are measured.
+
+    Raises:
+        ModelError: the student cannot learn from such a cache.
+    """
+    device, rows, steps = find_device(config.device), range(len(cache)), batches + 1
+    model = load_student(config.start, cache, device, config.seed)
     args = dataclasses.replace(arguments(config, steps, device, remote=False), save_strategy="no")
     clock, mixture = _Clock(device), Mixture([len(rows)], config.seed, [1.0])
-    schedule = Schedule.of(config, measured.manifest, steps)
-    trainer = DistillationTrainer(model, [measured], [rows], mixture, config, schedule, args, [clock])
+    schedule = Schedule.of(config, cache.manifest, steps)
+    trainer = DistillationTrainer(model, [cache], [rows], mixture, config, schedule, args, [clock])
     clock.waiting = trainer.waiting
     trainer.train()
     return StudentStep(

