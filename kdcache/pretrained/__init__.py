@@ -26,9 +26,10 @@ from kdcache.pretrained.tokenizer import (
     vocabulary_fingerprint,
     vocabulary_size,
 )
+from kdcache.pretrained.weights import count_parameters
 
 __all__ = [
-    "context_length", "find_device", "fingerprint", "has_tokenizer", "hidden_width", "keep_attention_cap", "load_model",
-    "load_tokenizer", "model_folder", "one_line", "read_config", "require_dense", "tokenizer_fingerprint",
-    "vocabulary_fingerprint", "vocabulary_size",
+    "context_length", "count_parameters", "find_device", "fingerprint", "has_tokenizer", "hidden_width",
+    "keep_attention_cap", "load_model", "load_tokenizer", "model_folder", "one_line", "read_config", "require_dense",
+    "tokenizer_fingerprint", "vocabulary_fingerprint", "vocabulary_size",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ Cost: the headers of the weight files are read once more.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from typing import Any
 
 from kdcache.errors import ModelError
 from kdcache.lazy_torch import torch
+from kdcache.pretrained.files import weight_files
+from kdcache.pretrained.quantised import quantisation
 
 _PREDICTION = re.compile(r"(^|\.)(mtp|nextn)\w*\.")
 _LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
@@ -75,6 +78,19 @@ def read_headers(files: Sequence[Path]) -> dict[str, Stored]:
         except SafetensorError as error:
             raise ModelError(f"{file} is not a safetensors file that can be read: {error}") from None
     return found
+
+
+def count_parameters(folder: Path) -> int | None:
+    """Weights in the files of a model; None of one that is quantised or a .gguf file, or where there are no such files.
+
+    Cost: the headers of its files are read.
+    """
+    try:
+        if not folder.is_dir() or quantisation(folder) is not None:
+            return None
+        return sum(math.prod(weight.shape) for weight in read_headers(weight_files(folder, "model")).values())
+    except (ModelError, OSError):
+        return None
 
 
 def require_scales(stored: Mapping[str, Stored], path: Path, role: str) -> None:

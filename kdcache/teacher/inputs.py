@@ -23,6 +23,7 @@ from kdcache.extras import WRITER_LOGP, ExtraSpec
 from kdcache.generated_corpus import GeneratedCorpus, find_generated
 from kdcache.known import Known
 from kdcache.pretrained import (
+    count_parameters,
     load_tokenizer,
     tokenizer_fingerprint,
     vocabulary_fingerprint,
@@ -152,6 +153,7 @@ def open_inputs(
             "form": corpus.form.name,
             "columns": list(corpus.form.columns.values()),
             "split_text": config.split_text,
+            **({"teacher_parameters": parameters} if (parameters := count_parameters(files.folder)) else {}),
             **({"generated": generated.described} if generated else {}),
         },
         teacher_context=context,

@@ -146,6 +146,7 @@ ONE = """
 command = "check-data"
 teacher = "{0}"
 corpus = "{1}"
+seq_len = 64
 
 [stages.verify]
 cache = "{2}"

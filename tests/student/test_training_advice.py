@@ -34,7 +34,7 @@ def test_facts(cache: Path, teacher: Path, student_config: Path, monkeypatch: py
     parameters = sum(p.numel() for p in load_model(teacher, "teacher", "float32").parameters())
     found = facts(cache, student_config, monkeypatch, 2 * len(opened))
     assert found.labels == pytest.approx(2 * labels)
-    assert found.teacher_parameters == parameters > found.parameters  # it is found by the name in the cache
+    assert found.teacher_parameters == parameters > found.parameters  # the cache says so; the teacher is not looked for
     assert (found.trained, found.truncated, found.without_labels) == (False, True, True)
     assert facts(cache, teacher, monkeypatch, 1).trained
     for changes in ({"soft_weight": 0.9}, {"tail": "label"}, {"soft_schedule": "wsd"}):
