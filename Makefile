@@ -2,6 +2,7 @@
 #
 #   make test       linters, types and the tests that a contributor runs: 10 minutes on 2 cores, installation included
 #   make test-all   the tests that `make test` leaves out (the mark `slow`): kills, buckets, the demo, ranks
+#   make test-long  more cases of what the two others test (the mark `long`): before a release
 #   make test-cluster  the tests with the mark `cluster`: installs SLURM, Ray and vLLM where it can, and runs them; what
 #                   it cannot install is skipped, and the summary says why
 #   make gpu        the tests with the mark `gpu` and the GPU benchmarks: 8 minutes on one card; without one it says so
@@ -15,17 +16,20 @@ STAMP := $(VENV)/.installed
 GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 GPU_RESULTS ?= benchmarks/results/gpu.json
 
-.PHONY: demo test test-all test-cluster gpu check clean
+.PHONY: demo test test-all test-long test-cluster gpu check clean
 
 demo: $(STAMP)
 	rm -rf kdcache-demo
 	$(BIN)/kdcache demo --out kdcache-demo
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not gpu"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu"
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long and not gpu"
 
 test-cluster: $(STAMP)
 	@for script in tests/cluster/install_*.sh; do \

@@ -92,7 +92,7 @@ def test_all_attacks_together_take_no_memory(outcomes: dict[str, Any]) -> None:
     assert outcomes[worst]["grown"] < ROOM, (worst, outcomes[worst]["grown"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(CASES)[::9])  # commands call what is tested above with all of them
 def test_commands_name_it_too(name: str, forged: dict[str, tuple[Path, str]]) -> None:
     folder, culprit = forged[name]

@@ -203,7 +203,7 @@ class Target:
 
 
 @pytest.mark.parametrize(
-    "case", [case if case[2:] == ("6",) else pytest.param(case, marks=pytest.mark.slow) for case in CASES], ids="-".join
+    "case", [case if case[2:] == ("6",) else pytest.param(case, marks=pytest.mark.long) for case in CASES], ids="-".join
 )
 def test_mutations(case: tuple[str, ...], tmp_path: Path, record_property: Any) -> None:
     target, mutator = Target(tmp_path / "c", *case), Mutator(zlib.crc32("-".join(case).encode()))

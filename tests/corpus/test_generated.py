@@ -377,9 +377,9 @@ def test_a_cache_holds_what_a_slow_reference_says(made: Made, rules: Rules, teac
 
 
 @pytest.mark.slow
-@settings(MADE, max_examples=60)
+@settings(MADE, max_examples=30)
 @given(made=corpora(), rules=RULES)
-def test_60_caches_hold_what_a_slow_reference_says(made: Made, rules: Rules, teachers: dict[str, str]) -> None:
+def test_30_caches_hold_what_a_slow_reference_says(made: Made, rules: Rules, teachers: dict[str, str]) -> None:
     check(made, rules, teachers)
 
 

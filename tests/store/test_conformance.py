@@ -128,7 +128,7 @@ class TestZarr(StoreConformance):
                 yield name, int(start), int(start + size)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 class TestZarrInBlocks(TestZarr):
     """The same where an object holds three rows, so that shards have several of each array, the last one not full."""
 
@@ -145,7 +145,7 @@ class TestArrowInMemory(InMemory, TestArrow):
     pass
 
 
-@pytest.mark.slow
+@pytest.mark.long
 class TestZarrInMemory(InMemory, TestZarr):
     pass
 

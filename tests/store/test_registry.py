@@ -47,7 +47,7 @@ with registered_stores.restored():
     LINES = load()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 class TestLines(StoreConformance):
     store, writer, reader = "lines", LINES.LinesWriter, LINES.LinesShard
     flips = 24  # in the one stretch of bytes that a row is

@@ -32,7 +32,7 @@ def make_large_teacher(folder: Path) -> None:
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**TEACHER, **TINY})).save_pretrained(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_with_a_large_vocabulary(cache: Path, tmp_path: Path) -> None:
     """Above weights, gradients and optimiser: under 1/8 of one float32 [8, 1024, 152064], held-out rows included."""
     make_large_teacher(tmp_path / "teacher")
@@ -51,7 +51,7 @@ def test_training_with_a_large_vocabulary(cache: Path, tmp_path: Path) -> None:
     assert found["peak"] - 4 * found["weights"] < 4 * ROWS * SLOTS * VOCAB / 8, found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_head_takes_a_sixteenth_of_what_cross_entropy_does() -> None:
     """On the same positions, above the gradients that both leave behind; each in a fresh process."""
     above = {}

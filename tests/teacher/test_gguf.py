@@ -215,7 +215,7 @@ def test_files_that_are_refused(file: Path, tmp_path: Path, monkeypatch: pytest.
             read(file)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.assets
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the package gguf
 def test_smollm2(smollm2_file: Path, assets: Path, tmp_path: Path) -> None:

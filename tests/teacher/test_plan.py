@@ -211,8 +211,10 @@ def test_bad_options_are_named(teacher: Path, corpus: Path, tmp_path: Path) -> N
 
 @pytest.mark.assets
 @pytest.mark.slow
-@pytest.mark.parametrize("corpus_name", ["tinystories.txt", "wikitext2-valid.txt"])
-@pytest.mark.parametrize(("name", "seq_len", "documents"), [("stories260K", 256, 200), ("lab32k", 512, 30)])
+@pytest.mark.parametrize(
+    ("corpus_name", "name", "seq_len", "documents"),
+    [("wikitext2-valid.txt", "stories260K", 256, 200), ("tinystories.txt", "lab32k", 512, 30)],
+)
 def test_bytes_are_near_for_real_teachers(
     assets: Path, tmp_path: Path, corpus_name: str, name: str, seq_len: int, documents: int
 ) -> None:

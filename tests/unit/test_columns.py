@@ -15,7 +15,7 @@ from tests.golden.make import FOLDER, names
 
 ARROW = [name for name in names() if name.endswith("arrow")]
 QUICK = ("topk-6-arrow", "ipps-6-arrow", "sample-label-6-arrow", "ipps-float16-arrow", "topk-float32-arrow")
-SOME_SLOW = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ARROW]
+SOME_SLOW = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in ARROW]
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ ONE_OF_EACH = [
 the jump when it is normalised over a few entries: its own tests are above."""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.assets
 @pytest.mark.parametrize(("loss", "tail"), ONE_OF_EACH)
 def test_on_real_rows(loss: str, tail: str, real: Problem) -> None:

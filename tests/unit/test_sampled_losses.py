@@ -29,7 +29,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, t
     return hidden, weight, bias, teacher, torch.randint(V, (N,), generator=g)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_the_mean_over_draws_is_the_dense_cross_entropy(rule: Selection, temperature: float) -> None:

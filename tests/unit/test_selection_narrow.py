@@ -83,7 +83,7 @@ SAMPLED = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("old", "new"), SAMPLED, ids=str)
 def test_sampled_targets_keep_their_mean_and_get_the_variance_of_a_direct_draw(old: Selection, new: Selection) -> None:
     vocab, seeds = 64, 2000

@@ -12,7 +12,7 @@ from kdcache import Selection, SparseTargets, select
 from kdcache.pretrained import load_model, load_tokenizer
 from tests.sampling import logits_of, tau_of
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ROWS, TEMPERATURES = 200, (1.0, 2.0, 0.5)
 TEACHERS = {512: ("stories260K", "tinystories.txt"), 32_000: ("lab32k", "gsm8k-test.jsonl")}

@@ -150,7 +150,7 @@ RULES = (
 
 
 @pytest.mark.parametrize(
-    "rule", [*RULES[:2], *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES[2:])],
+    "rule", [*RULES[:2], *(pytest.param(rule, marks=pytest.mark.long) for rule in RULES[2:])],
     ids=lambda rule: "-".join(f"{v}" for v in rule.to_fields().values()),
 )  # fmt: skip
 def test_weights_are_unbiased_with_the_known_variance(rule: Selection) -> None:
