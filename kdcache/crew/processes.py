@@ -177,7 +177,13 @@ def serve(make_worker: Callable[[dict[str, Any]], TaskWorker]) -> None:
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    ending = False
+
+    def end(*_: Any) -> None:
+        if not ending:
+            sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)  # it stays: Python complains of a signal that comes while its handler is changed
     fields: dict[str, Any] = json.loads(sys.stdin.readline())
     worker = make_worker({name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
     try:
@@ -186,7 +192,7 @@ def serve(make_worker: Callable[[dict[str, Any]], TaskWorker]) -> None:
                 outcome = worker.do(Task(**json.loads(line)))
             _say(answers, dataclasses.asdict(outcome))
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
+        ending = True
         worker.close()
 
 
