@@ -35,7 +35,7 @@ class LaunchOptions:
             launchers: those that the command knows.
 
         Raises:
-            ConfigError: naming the option.
+            ConfigError: naming the option; or this process is one of several workers already.
         """
         if self.launch is None:
             for name in _OF_A_LAUNCH:
@@ -52,5 +52,7 @@ class LaunchOptions:
         gpus = self.gpus_per_worker
         if gpus is not None and not (0 <= gpus <= 1 or (1 < gpus < float("inf") and gpus == int(gpus))):
             raise ConfigError(f"gpus_per_worker is {gpus:g}, but must be a whole number, or a share of one GPU")
+        if getattr(self, "worker", None) is not None:
+            raise ConfigError("worker and launch exclude each other")
         if self.address is not None and self.launch != "ray":
             raise ConfigError(f'address is {self.address}, but only a Ray cluster has one: use launch="ray"')

@@ -104,8 +104,6 @@ class GenerateOptions(LaunchOptions, GenerateConfig):
     def __post_init__(self) -> None:
         GenerateConfig.__post_init__(self)
         self.require_launch("local")
-        if self.launch is not None and self.worker is not None:
-            raise ConfigError("worker and launch exclude each other")
 
     @property
     def config(self) -> GenerateConfig:

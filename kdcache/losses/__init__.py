@@ -10,7 +10,8 @@
     fused_linear.py         the primitive: tiles of logits, reduced and turned into their gradient in place
     position_metrics.py     a student's figures at each position, from the same tiles
     given_faults.py         checks of targets and labels that a caller gives by hand
-    step_loss.py            the loss of an optimiser step, and how much each position counts
+    step_loss.py            the loss of an optimiser step
+    position_weights.py     how much each position counts in it
 
 docs/mathematics.md derives each loss and its gradient.
 """
@@ -23,7 +24,8 @@ from kdcache.losses.fused_linear import StudentTile, linear_lse_gather
 from kdcache.losses.logit_sources import LinearHead, LogitSource, StoredLogits
 from kdcache.losses.pool import Pool
 from kdcache.losses.position_metrics import Figures, divisor_of, measure, measure_labels, measure_positions, of_teacher
-from kdcache.losses.step_loss import Objective, PositionWeights, distil, sparse_kd_loss, sparse_kd_loss_from_logits
+from kdcache.losses.position_weights import PositionWeights
+from kdcache.losses.step_loss import Objective, distil, sparse_kd_loss, sparse_kd_loss_from_logits
 from kdcache.losses.target_losses import TAILS
 
 __all__ = [

@@ -18,7 +18,7 @@ class DistilOptions:
 
     recipe: str = option("TOML file of stages; examples/recipes has some")
     out: str = option("folder under which each stage leaves its result")
-    set: tuple[str, ...] = option("NAME=VALUE in place of a value of the recipe's [set]; may be repeated", ())
+    set: tuple[str, ...] = option("NAME=VALUE in place of a value of the recipe's table set; may be repeated", ())
     stage: str | None = option("run this stage alone; what it waits for must be there", None)
     list: bool = option("write each stage's options, show the stages and which results are there, run nothing", False)
 

@@ -264,8 +264,6 @@ class DumpOptions(LaunchOptions, DumpConfig):
     def __post_init__(self) -> None:
         DumpConfig.__post_init__(self)
         self.require_launch("local", "ray")
-        if self.launch is not None and self.worker is not None:
-            raise ConfigError("worker and launch exclude each other")
         if self.launch is not None and ranks_of(self.teacher_spec) > 1:
             raise ConfigError(
                 f"tensor_parallel is {self.tensor_parallel}, for which the engine {self.engine} needs the ranks of "

@@ -6,7 +6,7 @@ Each peer's function takes raw logits of both sides and gives one number a posit
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,10 +19,7 @@ from kdcache.losses import target_losses
 N, V, K = 30, 80, 8
 
 
-@pytest.fixture(autouse=True)
-def warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(target_losses, "_warned", set(target_losses.TAILS))
-    yield
+pytestmark = pytest.mark.usefixtures("tails_have_warned")
 
 
 def problem() -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from kdcache import Selection, SparseTargets, select, sparse_kd_loss, sparse_kd_loss_from_logits
 from kdcache.errors import ConfigError, TargetError
-from kdcache.losses import Figures, Objective, PositionWeights, StoredLogits, distil, register_divergence, target_losses
+from kdcache.losses import Figures, Objective, PositionWeights, StoredLogits, distil, register_divergence
 from kdcache.losses import divergence_registry as registry
 from kdcache.losses.divergence_registry import read_terms
 from tests.oracle import BOUNDED, DIVERGENCES, coarse, targets_of
@@ -21,10 +20,7 @@ from tests.oracle import BOUNDED, DIVERGENCES, coarse, targets_of
 N, V, K = 30, 50, 5
 
 
-@pytest.fixture(autouse=True)
-def warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(target_losses, "_warned", set(target_losses.TAILS))
-    yield
+pytestmark = pytest.mark.usefixtures("tails_have_warned")
 
 
 def problem() -> tuple[Tensor, Tensor, Tensor]:
