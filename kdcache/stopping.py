@@ -12,6 +12,9 @@ can send some time before it sends SIGTERM; Windows does not have it.
 Processes that a command starts to help it get those signals too, and must not die of them before the command is ready:
 start them inside `shielded`, and let them call `obey_parent`.
 
+No signal stops a process in the middle of an import: PyTorch's C++ code imports modules too, and aborts the process if
+that ends with an exception. The handler comes back when the import is done.
+
 Guarantee: outside of `handled` (as a library, or in another thread) nothing here has any effect. Cost: none.
 """
 
@@ -19,9 +22,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 EXIT_CODE = 75
@@ -32,6 +37,9 @@ GRACE = 20.0
 
 REPEATED = 5.0
 """Seconds after which another signal is a second one."""
+
+_AGAIN = 0.05
+"""Seconds after which a signal that came in the middle of an import is handled, if the import is done by then."""
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
@@ -59,7 +67,7 @@ def handled() -> Iterator[None]:
         if not _state.blocks or (not first and time.monotonic() - _state.asked_at > REPEATED):
             raise Stopped
 
-    previous = [(number, signal.signal(number, note)) for number in SIGNALS]
+    previous = [(number, signal.signal(number, outside_imports(note))) for number in SIGNALS]
     try:
         yield
     except Exception as error:
@@ -100,6 +108,28 @@ def deferred() -> Iterator[None]:
     finally:
         _state.blocks -= 1
     check()
+
+
+def outside_imports(handler: Callable[[int, FrameType | None], None]) -> Callable[[int, FrameType | None], None]:
+    """A handler of signals that may raise: it is called when no module is being imported."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not _importing(frame):
+            handler(number, frame)
+            return
+        again = threading.Timer(_AGAIN, signal.raise_signal, [number])
+        again.daemon = True
+        again.start()
+
+    return handle
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

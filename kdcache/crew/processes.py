@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
+from kdcache import stopping
 from kdcache.crew.assign import Answer
 from kdcache.crew.tasks import Outcome, Task, TaskWorker
 from kdcache.errors import ConfigError
@@ -183,7 +184,8 @@ def serve(make_worker: Callable[[dict[str, Any]], TaskWorker]) -> None:
         if not ending:
             sys.exit(128 + signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, end)  # it stays: Python complains of a signal that comes while its handler is changed
+    # The handler stays: Python complains of a signal that comes while its handler is changed.
+    signal.signal(signal.SIGTERM, stopping.outside_imports(end))
     fields: dict[str, Any] = json.loads(sys.stdin.readline())
     worker = make_worker({name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
     try:

@@ -69,6 +69,32 @@ def test_a_second_signal_stops_a_block_but_not_a_copy_of_the_first(monkeypatch: 
     assert done == ["goes on"]
 
 
+SLOW_MODULE = """
+import pathlib, time
+try:
+    pathlib.Path("begun").touch()
+    for _ in range(40):
+        time.sleep(0.01)
+except BaseException:
+    pathlib.Path("broken").touch()
+    raise
+"""
+
+
+def test_no_import_is_broken_off(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_MODULE)
+    code = "import time\nfrom kdcache import stopping\ntry:\n    with stopping.handled():\n"
+    code += "        import slow\n        [time.sleep(0.01) for _ in range(6000)]\n"
+    code += "except stopping.Stopped:\n    raise SystemExit(stopping.EXIT_CODE)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (stopping.EXIT_CODE, "") and not (tmp_path / "broken").exists()
+
+
 def test_an_error_after_a_signal_is_the_stop_and_any_other_stays() -> None:
     with pytest.raises(stopping.Stopped), stopping.handled(), stopping.deferred():
         send(signal.SIGTERM)
