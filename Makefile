@@ -26,6 +26,7 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not gpu"
 
 test-all: $(STAMP)
+	@bash tests/explorer/install_chromium.sh
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu"
 
 test-long: $(STAMP)

@@ -32,7 +32,7 @@ LAYERS = [
     {"convert"},
     {"teacher", "student", "generation"},
     {"report", "planning"},
-    {"demo"},
+    {"demo", "explorer"},
     {"recipes"},
     {"testing"},
 ]

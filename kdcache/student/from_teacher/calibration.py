@@ -27,12 +27,6 @@ Batches = Callable[[], Iterator[dict[str, Any]]]
 """Gives batches of `input_ids` and `position_ids` `[R, L]`, and `slots` `[R, L]` bool: those that count."""
 
 
-def spread(rows: Rows, count: int) -> list[int]:
-    """At most so many of some rows, evenly spread."""
-    count = min(count, len(rows))
-    return [int(rows[number * len(rows) // count]) for number in range(count)]
-
-
 def of_cache(cache: Cache, rows: Rows, batch_rows: int) -> Iterator[dict[str, Any]]:
     """Rows of a cache; the slots with a label count."""
     for batch in batches(cache, rows, batch_rows):

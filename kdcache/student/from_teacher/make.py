@@ -37,6 +37,7 @@ from kdcache.pretrained import (
 from kdcache.pretrained.config import load_config
 from kdcache.pretrained.files import is_gguf
 from kdcache.pretrained.quantised import quantisation
+from kdcache.rows import spread_rows
 from kdcache.store.atomic_files import NewFolder, storage_errors, sweep
 from kdcache.student.data import Rows, split_heldout
 from kdcache.student.evaluation import measure
@@ -81,7 +82,7 @@ def make_student(options: MakeStudentOptions, on_progress: Progress | None = Non
     require_free(out)
     cache = None if options.cache is None else open_cache(options.cache)
     sides: tuple[Rows, Rows] = ((), ()) if cache is None else split_heldout(len(cache), options.heldout)
-    rows = calibration.spread(sides[0], options.importance_rows) if cache is not None else []
+    rows = spread_rows(sides[0], options.importance_rows) if cache is not None else []
     text = None if options.text is None else Path(options.text).expanduser()
     source = Source(options.teacher, cache, rows, text, options.importance_rows)
     summary = cut_into(out, source, options, device, options.batch_rows, on_progress, sides[1], asked)
@@ -143,7 +144,7 @@ def start_from(
         device: where it is measured.
         batch_rows: rows a forward pass.
     """
-    source = Source(teacher, cache, calibration.spread(rows, options.importance_rows))
+    source = Source(teacher, cache, spread_rows(rows, options.importance_rows))
     return cut_into(out, source, options, device, batch_rows, None, ())
 
 
