@@ -80,7 +80,7 @@ def scripts_cache(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def page_file(scripts_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("page") / "page.html"
     explorer = Explorer(str(scripts_cache), top=20)
-    write_page(explorer, explorer.spread(6), str(path))
+    write_page(explorer, explorer.spread(4), str(path))
     return path.as_uri()
 
 
