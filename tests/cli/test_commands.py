@@ -18,7 +18,7 @@ from kdcache.student.from_teacher.config import MakeStudentOptions
 from kdcache.teacher.config import DumpOptions
 from tests.processes import fresh_kdcache as kdcache
 
-COMMANDS = ("dump-teacher", "make-student", "train-student", "inspect-shard", "evaluate", "verify", "demo")
+COMMANDS = ("dump-teacher", "make-student", "train-student", "inspect-shard", "explore", "evaluate", "verify", "demo")
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:
