@@ -5,6 +5,7 @@
 #   make test-long  more cases of what the two others test (the mark `long`): before a release
 #   make test-cluster  the tests with the mark `cluster`: installs SLURM, Ray and vLLM where it can, and runs them; what
 #                   it cannot install is skipped, and the summary says why
+#   make docs       the documentation as a site, in build/site; a link that leads nowhere is an error
 #   make gpu        the tests with the mark `gpu` and the GPU benchmarks: 8 minutes on one card; without one it says so
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys, ensurepip; print("$(p)") if (3, 11) <= sys.version_info < (3, 14) else None' 2>/dev/null)))
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed
 GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 GPU_RESULTS ?= benchmarks/results/gpu.json
 
-.PHONY: demo test test-all test-long test-cluster gpu check clean
+.PHONY: demo test test-all test-long test-cluster docs gpu check clean
 
 demo: $(STAMP)
 	rm -rf kdcache-demo
@@ -36,6 +37,9 @@ test-cluster: $(STAMP)
 		PATH="$(abspath $(BIN)):$$PATH" bash $$script || echo "$$script failed: the tests that need it are skipped"; \
 	done
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "cluster and not gpu"
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu --json $(GPU_RESULTS)
