@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Run a teacher once, cache a small sparse target for every token, distil any number of students.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
