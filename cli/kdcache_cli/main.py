@@ -58,6 +58,9 @@ def dump_teacher(options: DumpOptions, output: Output) -> None:
     def show(console: Console) -> None:
         shards = summary["shards"]
         state = "complete" if summary["complete"] else f"{shards['planned'] - shards['committed']} shards missing"
+        if options.create_only:
+            console.print(f"{summary['cache']}: {shards['planned']} shards planned, {shards['committed']} committed")
+            return
         counted = "" if summary["complete"] else "of this worker's shards: "
         console.print(
             f"{summary['cache']}: {state}, {shards['committed']} of {shards['planned']} shards "
