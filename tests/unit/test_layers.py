@@ -26,7 +26,7 @@ LAYERS = [
     {"position_filter", "selection", "losses", "codec", "isolation"},
     {"corpus"},
     {"store"},
-    {"file_hashes", "generated_corpus"},
+    {"file_hashes", "generated_corpus", "given_rows"},
     {"pretrained"},
     {"cache", "cache_writer", "verify"},
     {"convert"},
