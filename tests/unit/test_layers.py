@@ -29,7 +29,7 @@ LAYERS = [
     {"file_hashes", "generated_corpus"},
     {"pretrained"},
     {"cache", "cache_writer", "verify"},
-    {"convert"},
+    {"convert", "interop"},
     {"teacher", "student", "generation"},
     {"report", "planning"},
     {"demo"},
