@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import typer
+
 from kdcache.options import option
+from kdcache.teacher.config import EngineOptions
 from kdcache_cli.frame import Output
 
 if TYPE_CHECKING:
@@ -72,3 +75,56 @@ def import_cache(options: ImportOptions, output: Output) -> None:
 
     output.result(summary, show)
     output.advise([*summary["advice"], f"not in the source: {'; '.join(summary['lost'])}"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions(EngineOptions):
+    """Options of `audit`."""
+
+    cache: str = option("file or folder of a cache of any tool, or a cache of kdcache")
+    teacher: str = option("folder, .gguf file or hub name of the model that is said to have made it")
+    as_: str | None = option(
+        "its format: kdcache, distillkit, megatron, maxtext, se-kd, topk-jsonl or axolotl (default: by its files)", None
+    )
+    tokens: str | None = option("file of input_ids, one record a sequence, for caches that hold no tokens", None)
+    rows: int = option("how many sequences the teacher runs over", 32)
+    seed: int = option("seed of the selection of these", 0)
+    device: str = option("auto, cpu, cuda, cuda:1 or mps", "auto")
+    dtype: str = option("auto, float32, bfloat16 or float16", "auto")
+
+
+def audit_cache(options: AuditOptions, output: Output) -> None:
+    """Say what is wrong with the targets of anyone's cache, by running its teacher over a sample of it."""
+    from kdcache.report.audit import audit
+
+    with output.progress("audit", "rows") as bar:
+        found = audit(
+            options.cache, options.teacher, as_=options.as_, tokens=options.tokens, rows=options.rows,
+            seed=options.seed, device=options.device, dtype=options.dtype, engine=options.engine,
+            engine_options=options.engine_options, on_progress=bar,
+        )  # fmt: skip
+
+    def show(console: Console) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for each in found["checks"]:
+            figures = {key: value for key, value in each.items() if key not in ("name", "verdict", "what")}
+            told = ", ".join(
+                f"{key.replace('_', ' ')} {'unknown' if value is None else f'{value:.4g}'}"
+                for key, value in figures.items()
+            )
+            table.add_row(
+                Text(each["name"], style="bold"), each["verdict"], Text(each["what"]), Text(told, style="dim")
+            )
+        console.print(table)
+        state = "no fault found" if found["ok"] else "faults found"
+        console.print(
+            f"{found['cache']} ({found['format']}): {state}, in {found['rows']:,} rows, "
+            f"{found['positions']:,} positions", markup=False,
+        )  # fmt: skip
+
+    output.result(found, show)
+    if not found["ok"]:
+        raise typer.Exit(1)

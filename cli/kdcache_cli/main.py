@@ -415,6 +415,7 @@ def convert_cache(options: ConvertOptions, output: Output) -> None:
 
 command(app, "export", interop.ExportOptions, positional=("cache",))(interop.export_cache)
 command(app, "import", interop.ImportOptions, positional=("source",))(interop.import_cache)
+command(app, "audit", interop.AuditOptions, positional=("cache",))(interop.audit_cache)
 
 _BAD_INPUT = 2
 _KDCACHE = (sys.executable, "-m", "kdcache_cli")

@@ -38,6 +38,7 @@ class ForeignCache(ABC):
         vocab_size: token ids lie below it; None where the cache does not say.
         selection: how weights were drawn, where values are `WEIGHTS`; known once a row has been read.
         isolated: whether the teacher saw each piece alone; None where the cache does not say.
+        tokenizer_sha256: fingerprint of the teacher's tokenizer; None where the cache does not say.
 
     Raises:
         CorpusError: the path holds no cache of this format, or a damaged one.
@@ -49,6 +50,7 @@ class ForeignCache(ABC):
     vocab_size: int | None = None
     selection: Selection | None = None
     isolated: bool | None = None
+    tokenizer_sha256: str | None = None
 
     @abstractmethod
     def __init__(self, path: str, tokens: str | None = None) -> None: ...

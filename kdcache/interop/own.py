@@ -29,6 +29,7 @@ class OwnCache(ForeignCache):
         self._cache = open_cache(path, partial=True)
         manifest = self._cache.manifest
         self.vocab_size, self.isolated = manifest.vocab_size, manifest.isolate
+        self.tokenizer_sha256 = manifest.tokenizer_sha256 if manifest.tokenizer_files else None
         self.sampled = manifest.rule.sampled
         self.values, self.selection = (WEIGHTS, manifest.rule) if self.sampled else (LOGPROBS, None)
         self._tail = None if self.sampled else manifest.temperatures.index(1.0)
