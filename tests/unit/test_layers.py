@@ -27,7 +27,7 @@ LAYERS = [
     {"corpus"},
     {"store"},
     {"file_hashes", "generated_corpus"},
-    {"pretrained"},
+    {"pretrained", "row_views"},
     {"cache", "cache_writer", "verify"},
     {"convert", "interop"},
     {"teacher", "student", "generation"},
