@@ -33,7 +33,7 @@ LAYERS = [
     {"teacher", "student", "generation"},
     {"report", "planning"},
     {"demo"},
-    {"recipes"},
+    {"recipes", "doctor"},
     {"testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
