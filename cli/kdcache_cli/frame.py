@@ -182,7 +182,8 @@ def _parameters(command: str, options: type, positional: tuple[str, ...]) -> Ite
         if field.name in positional:
             kind = typer.Argument(help=help_text)
         else:
-            kind = typer.Option(help=help_text, rich_help_panel=groups[field.name])
+            flags = (flag_of(field.name),) if field.name.endswith("_") else ()  # typer makes the others itself
+            kind = typer.Option(*flags, help=help_text, rich_help_panel=groups[field.name])
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
         hint = hints[field.name]
         if typing.get_origin(hint) is tuple:  # an option that may be given again; typer knows it as a list
@@ -218,6 +219,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path} cannot be read as TOML: {error}") from None
     values = {key.replace("-", "_"): value for key, value in values.items()}
     known = {parameter.name: getattr(parameter, "multiple", False) for parameter in context.command.params}
+    values = {f"{key}_" if f"{key}_" in known else key: value for key, value in values.items()}
     for key, value in values.items():
         if known.get(key):
             values[key] = [str(one) for one in value] if isinstance(value, list) else [value]
@@ -293,8 +295,13 @@ def in_options(message: str, names: Sequence[str]) -> str:
         (rf"(?<![\w./'\"-])({'|'.join(map(re.escape, snakes))})(?![\w/'\"]|\.\w)", snakes),
     ):
         if flagged:
-            message = re.sub(found, lambda match: f"--{match[1].replace('_', '-')}", message)
+            message = re.sub(found, lambda match: flag_of(match[1]), message)
     return re.sub(r"^kind (?=\S+ is not one of)", "--select ", message) if "select" in names else message
+
+
+def flag_of(name: str) -> str:
+    """The option of a field. A field whose name would be a word of Python ends in an underscore: `as_` is --as."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def _switch(match: re.Match[str]) -> str:

@@ -18,6 +18,8 @@ from kdcache.recipes.config import DistilOptions
 from kdcache.student.config import TrainOptions
 from kdcache.student.from_teacher.config import MakeStudentOptions
 from kdcache.teacher.config import CheckOptions, DumpOptions, EngineOptions, PlanOptions
+from kdcache_cli import interop_commands as interop
+from kdcache_cli.doctor_command import DoctorOptions, doctor
 from kdcache_cli.frame import OPTIONS_OF, Output, command, run_app
 
 if TYPE_CHECKING:
@@ -413,6 +415,11 @@ def convert_cache(options: ConvertOptions, output: Output) -> None:
 
     output.result(summary, show)
 
+
+command(app, "export", interop.ExportOptions, positional=("cache",))(interop.export_cache)
+command(app, "import", interop.ImportOptions, positional=("source",))(interop.import_cache)
+command(app, "audit", interop.AuditOptions, positional=("cache",))(interop.audit_cache)
+command(app, "doctor", DoctorOptions)(doctor)
 
 _BAD_INPUT = 2
 _KDCACHE = (sys.executable, "-m", "kdcache_cli")

@@ -27,13 +27,13 @@ LAYERS = [
     {"corpus"},
     {"store"},
     {"file_hashes", "generated_corpus", "given_rows"},
-    {"pretrained"},
+    {"pretrained", "row_views"},
     {"cache", "cache_writer", "verify"},
-    {"convert"},
+    {"convert", "interop"},
     {"teacher", "student", "generation"},
     {"report", "planning"},
     {"demo"},
-    {"recipes"},
+    {"recipes", "doctor"},
     {"testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
