@@ -32,6 +32,7 @@ test: check
 
 # The tests with the mark `cluster` run even if others fail.
 test-all: $(STAMP)
+	@bash tests/explorer/install_chromium.sh
 	@status=0; \
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu" || status=1; \
 	$(MAKE) --no-print-directory test-cluster || status=1; \

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +120,20 @@ class PackedRow:
         starts = np.cumsum(self.piece_lengths) - self.piece_lengths
         piece = int(np.searchsorted(starts, slot, side="right")) - 1
         return int(self.piece_documents[piece]), int(slot - starts[piece])
+
+
+class Numbers(Protocol):
+    """Numbers by place."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int, /) -> Any: ...
+
+
+def spread_rows(rows: Numbers, count: int) -> list[int]:
+    """At most so many of some rows, evenly spread."""
+    count = min(count, len(rows))
+    return [int(rows[number * len(rows) // count]) for number in range(count)]
 
 
 def labelled_tokens(row: PackedRow) -> NDArray[np.bool_]:

@@ -7,7 +7,7 @@ EVERY = "Every command"
 
 GROUPS: dict[str, str] = {
     "Input": """
-        teacher writer cache recipe corpus prompts text prompt
+        cache source as_ tokens vocab_size teacher writer recipe corpus prompts text prompt
         text_column messages_column prompt_column completion_column tools_column documents_column ignore_columns
         chat_template split split_text min_chars drop limit_docs eos on_bad_record teacher_system tokenizer
         student init_from pool rows where partial compare reuse
@@ -25,9 +25,13 @@ GROUPS: dict[str, str] = {
         steps epochs accumulate lr warmup schedule weight_decay lora gradient_checkpointing fsdp heldout eval_every
         log_to seed
     """,
-    "Store": "out store precision docs_per_shard chars_per_shard local_copy local_limit record_rows",
+    "Store": """
+        out store precision docs_per_shard chars_per_shard rows_per_shard create_only local_copy local_limit record_rows
+        folder
+    """,
     "Show": """
-        shard row position top exact watch every stage list inspect-shard.temperature distil.set evaluate.heldout
+        shard row position top exact html entries inspect-shard.rows inspect-shard.compare explore.compare port open
+        self_test watch every stage list inspect-shard.temperature distil.set evaluate.heldout
         price_per_hour students plan.epochs plan.student
     """,
     "Compute": """
@@ -54,6 +58,11 @@ EXAMPLES = {
     "verify": "kdcache verify my-cache",
     "convert": "kdcache convert my-cache --k 32 --out smaller-cache",
     "distil": "kdcache distil examples/recipes/laptop.toml --out run --set teacher=DIR --set corpus=texts.jsonl",
+    "explore": "kdcache explore my-cache",
+    "export": "kdcache export my-cache --as parquet --out my-cache.parquet",
+    "import": "kdcache import answers.jsonl --as topk-jsonl --out my-cache --teacher Qwen/Qwen2.5-0.5B",
+    "audit": "kdcache audit their-cache --teacher Qwen/Qwen2.5-0.5B",
+    "doctor": "kdcache doctor",
     "demo": "kdcache demo --out kdcache-demo",
 }
 """What somebody would type, for each command."""

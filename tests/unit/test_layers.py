@@ -32,7 +32,7 @@ LAYERS = [
     {"convert", "interop"},
     {"teacher", "student", "generation"},
     {"report", "planning"},
-    {"demo"},
+    {"demo", "explorer"},
     {"recipes", "doctor"},
     {"testing"},
 ]

@@ -18,6 +18,7 @@ from torch import Tensor
 from kdcache.cache import Cache
 from kdcache.errors import ConfigError
 from kdcache.pretrained import load_tokenizer
+from kdcache.rows import spread_rows
 from kdcache.student.data import Rows, batches, labelled
 
 _ROWS = 16
@@ -32,20 +33,14 @@ Batches = Callable[[], Iterator[dict[str, Any]]]
 
 def rows_for_width(rows: Rows, count: int | None) -> list[int]:
     """So many of some rows, evenly spread, for the one pass that width takes; as many as are usual if None."""
-    return _spread(rows, count or _ROWS)
+    return spread_rows(rows, count or _ROWS)
 
 
 def rows_for_layers(cache: Cache, rows: Rows, count: int | None) -> list[int]:
     """So many of some rows of a cache, for the many passes that layers take; if None, for about 500 positions."""
     if count is None:
         count = math.ceil(_LAYER_POSITIONS * len(cache) / max(1, cache.commits.total("positions")))
-    return _spread(rows, max(1, count))
-
-
-def _spread(rows: Rows, count: int) -> list[int]:
-    """At most so many of some rows, evenly spread."""
-    count = min(count, len(rows))
-    return [int(rows[number * len(rows) // count]) for number in range(count)]
+    return spread_rows(rows, max(1, count))
 
 
 def of_cache(cache: Cache, rows: Rows, batch_rows: int) -> Iterator[dict[str, Any]]:
