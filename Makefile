@@ -6,6 +6,7 @@
 #   make test-long  more cases of what the two others test (the mark `long`): before a release
 #   make test-cluster  the tests with the mark `cluster`: installs SLURM, Ray and vLLM where it can, and runs them; what
 #                   it cannot install within ten minutes is skipped, and the summary says why
+#   make docs       the documentation as a site, in build/site; a link that leads nowhere is an error
 #   make gpu        the tests with the mark `gpu` and the GPU benchmarks: 8 minutes on one card; without one it says so
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys, ensurepip; print("$(p)") if (3, 11) <= sys.version_info < (3, 14) else None' 2>/dev/null)))
@@ -20,7 +21,7 @@ GPU_RESULTS ?= benchmarks/results/gpu.json
 # How long each installation of `make test-cluster` may take. One that hangs must not keep the tests from running.
 INSTALL_SECONDS ?= 600
 
-.PHONY: demo test test-all test-long test-cluster gpu check clean
+.PHONY: demo test test-all test-long test-cluster docs gpu check clean
 
 demo: $(STAMP)
 	rm -rf kdcache-demo
@@ -31,6 +32,7 @@ test: check
 
 # The tests with the mark `cluster` run even if others fail.
 test-all: $(STAMP)
+	@bash tests/explorer/install_chromium.sh
 	@status=0; \
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu" || status=1; \
 	$(MAKE) --no-print-directory test-cluster || status=1; \
@@ -45,6 +47,9 @@ test-cluster: $(STAMP)
 			echo "$$script did not end within $(INSTALL_SECONDS) s: its tests are skipped"; } & \
 	done; wait
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "cluster and not long and not gpu"
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu --json $(GPU_RESULTS)
