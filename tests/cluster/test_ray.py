@@ -163,6 +163,7 @@ def test_a_node_that_is_killed_in_the_middle_of_a_dump_and_replaced(cluster: Any
         cluster.remove_node(third)
 
 
+@pytest.mark.long
 def test_a_node_that_is_not_replaced_leaves_its_work_to_the_others(cluster: Any, work: Path, hold: Path) -> None:
     cache, second = work / "left", cluster.add_node(num_cpus=1)
     driver = Command(*on_ray(cluster, "left"), cwd=work)
@@ -174,6 +175,7 @@ def test_a_node_that_is_not_replaced_leaves_its_work_to_the_others(cluster: Any,
     require_the_cache_of_one(work, cache)
 
 
+@pytest.mark.long
 def test_a_killed_actor_is_replaced(cluster: Any, work: Path, hold: Path) -> None:
     cache = work / "killed"
     driver = Command(*on_ray(cluster, "killed", workers=1), cwd=work)
@@ -219,6 +221,7 @@ class Broken(TransformersEngine):
 """
 
 
+@pytest.mark.long
 def test_a_shard_that_fails_again_and_again_is_named_with_its_traceback(cluster: Any, work: Path) -> None:
     (work / "broken_engine.py").write_text(BROKEN)
     plugin = ("--plugin", "broken_engine.py", "--engine", "broken")

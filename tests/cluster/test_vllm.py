@@ -72,7 +72,10 @@ def spec_of(folder: Path, *settings: str, **changes: Any) -> TeacherSpec:
     return TeacherSpec(model=str(folder), **given)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["no prefix caching", "prefix caching"])
+CACHING = [pytest.param(False, id="no prefix caching"), pytest.param(True, id="prefix caching", marks=pytest.mark.long)]
+
+
+@pytest.fixture(scope="module", params=CACHING)
 def both(request: pytest.FixtureRequest, llama: Path) -> Iterator[tuple[OpenedTeacher, OpenedTeacher]]:
     """The engine vllm, which takes a long prompt in chunks, and the engine transformers."""
     settings = (f"max_num_batched_tokens={CHUNK}", f"enable_prefix_caching={str(request.param).lower()}")
@@ -211,7 +214,7 @@ def test_a_killed_process_loses_one_shard(llama: Path, corpus: Path, student_con
     cut = tmp_path / "cut"
     running = subprocess.Popen([*map(str, command), "--out", str(cut)], stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 900
-    while len(list(cut.glob("commits/*"))) < 2:
+    while len(list(cut.glob("commits/*.json"))) < 2:
         assert running.poll() is None and time.monotonic() < until, running.communicate()[1]
         time.sleep(0.01)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
@@ -219,7 +222,7 @@ def test_a_killed_process_loses_one_shard(llama: Path, corpus: Path, student_con
     os.kill(worker, signal.SIGKILL)
     said = running.communicate(timeout=900)[1]
     assert running.returncode == 2 and "the process of the engine vllm ended by signal 9" in said.splitlines()[-1]
-    assert 2 <= len(list(cut.glob("commits/*"))) < 9
+    assert 2 <= len(list(cut.glob("commits/*.json"))) < 9
     for out in (cut, tmp_path / "whole"):
         done = subprocess.run([*map(str, command), "--out", str(out)], capture_output=True, text=True, check=True)
         assert json.loads(done.stdout)["complete"]
@@ -305,12 +308,12 @@ def test_a_served_teacher(corpus: Path, hinted: Path, tmp_path: Path) -> None:
     with server, pytest.raises(ModelError, match="does not answer") as caught:
 
         def kill_after_two_shards(_done: int, _total: int, _positions: int) -> None:
-            if len(list((tmp_path / "served").glob("commits/*"))) >= 2:
+            if len(list((tmp_path / "served").glob("commits/*.json"))) >= 2:
                 os.killpg(server.process.pid, signal.SIGKILL)
 
         dump(dump_options(server.address, corpus, tmp_path / "served", **options), kill_after_two_shards)
     assert "\n" not in str(caught.value)
-    assert 2 <= len(list((tmp_path / "served").glob("commits/*"))) < 9
+    assert 2 <= len(list((tmp_path / "served").glob("commits/*.json"))) < 9
     with server:
         summary = dump(dump_options(server.address, corpus, tmp_path / "served", **options))
         dump(dump_options(server.address, hinted, tmp_path / "served-hinted", **{**options, **HINTS}))
