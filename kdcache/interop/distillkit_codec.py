@@ -189,7 +189,7 @@ class _Bytes:
     def numbers(self, dtype: str, count: int) -> NDArray[np.float64]:
         """`[m, count]` numbers of a dtype."""
         size = _DTYPES[dtype].itemsize
-        data = torch.from_numpy(np.ascontiguousarray(self._next(count * size)))
+        data = torch.from_numpy(self._next(count * size).copy())
         return data.view(_DTYPES[dtype]).double().numpy() if count else np.zeros((len(self._data), 0))
 
     def integers(self, bits: int, count: int) -> NDArray[np.int64]:

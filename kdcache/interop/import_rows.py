@@ -195,7 +195,7 @@ def _vocabulary(tokenizer: str | None, source: ForeignCache) -> int:
     if tokenizer is not None:
         return vocabulary_size(load_tokenizer(Path(tokenizer)))
     if source.vocab_size is None:
-        raise ConfigError("vocab_size is not given, and neither tokenizer nor the source says it")
+        raise ConfigError("vocab_size is not given, and the source does not say it; name it, or the tokenizer")
     return source.vocab_size
 
 

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache import Cache
 from kdcache.codec.streams import deflate, inflate
-from kdcache.errors import ConfigError, CorpusError, CorruptCacheError
+from kdcache.errors import ConfigError, CorpusError, CorruptCacheError, one_line
 from kdcache.interop.foreign_row import ForeignRow
 from kdcache.interop.formats import ForeignCache
 from kdcache.interop.pieces import entry_values, sampled_lost, slots_with_targets
@@ -94,7 +94,7 @@ class MegatronCache(ForeignCache):
         """The samples of an iteration of a rank."""
         iteration, rank, file, member = part
         where = f"{file}, iteration {iteration}"
-        with tarfile.open(file) as archive:
+        with tarfile.open(file, "r:") as archive:
             data = archive.extractfile(member)
             raw = b"" if data is None else data.read()
         try:
@@ -127,7 +127,7 @@ def _index(files: Sequence[tuple[int, Path]]) -> tuple[list[tuple[int, int, Path
     meta: Any = {}
     for rank, file in files:
         try:
-            with tarfile.open(file) as archive:
+            with tarfile.open(file, "r:") as archive:
                 for member in archive:
                     if member.name == META and member.isreg() and not meta and member.size < 1 << 20:
                         content = archive.extractfile(member)
@@ -135,7 +135,7 @@ def _index(files: Sequence[tuple[int, Path]]) -> tuple[list[tuple[int, int, Path
                     elif (name := _MEMBER.fullmatch(member.name)) and member.isreg():
                         members.append((int(name[1]), rank, file, member))
         except (tarfile.TarError, OSError, ValueError) as error:
-            raise CorpusError(f"{file} cannot be read: {error}") from None
+            raise CorpusError(f"{file} cannot be read: {one_line(error)}") from None
     if not members:
         raise CorpusError(f"{files[0][1]} holds no iterations")
     return sorted(members, key=lambda each: each[:2]), meta if isinstance(meta, dict) else {}

@@ -23,6 +23,11 @@ _DTYPE = frozenset("biufc")
 
 Function = Callable[..., Any]
 
+_DAMAGE = (
+    ValueError, TypeError, IndexError, KeyError, AttributeError, RecursionError, MemoryError, OverflowError,
+)  # fmt: skip
+"""What a pickle raises that no writer of data has made."""
+
 
 class _Mark:
     """The place on the stack where a list, tuple or dict begins."""
@@ -72,8 +77,12 @@ def _encode(text: Any, coding: Any = "latin1") -> bytes:
     return text.encode(str(coding))
 
 
-def _bytes(*data: Any) -> bytes:
-    return bytes(data[0]) if data else b""
+def _bytes(data: Any = b"", *coding: Any) -> bytes:
+    if isinstance(data, str):
+        return _encode(data, *coding)
+    if not isinstance(data, bytes | bytearray):  # of a number it would be so many zeros
+        raise CorpusError("the pickle makes bytes of something that is none")
+    return bytes(data)
 
 
 NUMPY: dict[str, Function] = {
@@ -84,8 +93,7 @@ NUMPY: dict[str, Function] = {
     "numpy dtype": _Dtype,
     "numpy ndarray": _Array,
     "_codecs encode": _encode,
-    "builtins bytearray": _bytes,
-    "__builtin__ bytearray": _bytes,
+    **{f"{module} {name}": _bytes for module in ("builtins", "__builtin__") for name in ("bytes", "bytearray")},
 }
 """By name in a pickle: what stands in for the functions by which numpy writes an array."""
 
@@ -106,7 +114,7 @@ def read_pickle(data: bytes, functions: dict[str, Function], where: str, stored:
         return _finished(_Machine(functions, stored).run(data), {})
     except CorpusError as error:
         raise CorpusError(f"{where}: {error}") from None
-    except (ValueError, TypeError, IndexError, KeyError, AttributeError, RecursionError, MemoryError) as error:
+    except _DAMAGE as error:
         raise CorpusError(f"{where} is damaged, or no data that was saved: {type(error).__name__}") from None
 
 

@@ -7,7 +7,9 @@ pickle is read by `pickled_data`, which runs nothing; the storages are plain num
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from typing import Any
 
 from kdcache.errors import CorpusError
@@ -15,6 +17,11 @@ from kdcache.interop.pickled_data import NUMPY, Function, read_pickle
 from kdcache.lazy_torch import torch
 
 _MOST_STORAGE = 1 << 34
+_DAMAGE = (
+    zipfile.BadZipFile, NotImplementedError, OSError, RuntimeError, ValueError, KeyError, EOFError, struct.error,
+    IndexError, zlib.error,
+)  # fmt: skip
+"""What zipfile raises of an archive that is damaged."""
 _TYPES = {
     "FloatStorage": "float32", "DoubleStorage": "float64", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
@@ -41,7 +48,7 @@ def read_torch(data: bytes, where: str) -> Any:
         root = pickle[: -len("data.pkl")]
         order = archive.read(f"{root}byteorder") if f"{root}byteorder" in names else b"little"
         program = archive.read(pickle)
-    except (zipfile.BadZipFile, StopIteration, NotImplementedError, OSError, RuntimeError) as error:
+    except (*_DAMAGE, StopIteration) as error:
         raise CorpusError(f"{where} is no file of torch.save, or a damaged one") from error
     if order != b"little":
         raise CorpusError(f"{where} was written on a machine of another byte order")
@@ -56,7 +63,7 @@ def read_torch(data: bytes, where: str) -> Any:
             if info.file_size > _MOST_STORAGE or info.compress_type != zipfile.ZIP_STORED:
                 raise CorpusError(f"the storage {key} is compressed, or larger than it can be")
             return _Stored(archive.read(name), storage.dtype)
-        except (KeyError, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             raise CorpusError(f"the storage {key} is missing or damaged") from error
 
     return read_pickle(program, _FUNCTIONS, where, stored)

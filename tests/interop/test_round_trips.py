@@ -14,6 +14,8 @@ import pyarrow as pa
 import pytest
 import torch
 import zarr
+from kdcache_cli.main import app
+from typer.testing import CliRunner
 
 from kdcache import Cache, Selection, create_cache, open_cache, select, verify_cache
 from kdcache.errors import CacheError, ConfigError
@@ -29,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "topp": {"kind": "topp", "top_p": 0.7, "k": 12},
     "ipps": {"kind": "ipps", "k": 6},
 }
+SOME = ["topk", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("masked", "topp", "ipps"))]
 VOCABULARY, SEQ_LEN = 320, 24
 
 
@@ -100,7 +103,7 @@ def close(one: list[dict[int, float]], two: list[dict[int, float]], tolerance: f
         assert max((abs(mine[i] - other[i]) for i in mine), default=0) < tolerance
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME)
 @pytest.mark.parametrize("form", ["parquet", "arrow", "jsonl"])
 def test_a_table_holds_the_caches_numbers(caches: dict[str, Path], tmp_path: Path, kind: str, form: str) -> None:
     out = tmp_path / f"t.{form}"
@@ -142,7 +145,7 @@ def test_a_table_holds_the_caches_numbers(caches: dict[str, Path], tmp_path: Pat
                 np.testing.assert_allclose(got, wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME)
 def test_zarr_arrays_hold_the_caches_numbers(caches: dict[str, Path], tmp_path: Path, kind: str) -> None:
     export(caches[kind], tmp_path / "z", "zarr")
     group, cache = zarr.open_group(str(tmp_path / "z"), mode="r"), open_cache(caches[kind])
@@ -162,7 +165,7 @@ def test_zarr_arrays_hold_the_caches_numbers(caches: dict[str, Path], tmp_path: 
 FOREIGN = ("distillkit", "megatron", "topk-jsonl")
 
 
-@pytest.mark.parametrize("kind", ["topk", "masked", "topp"])
+@pytest.mark.parametrize("kind", SOME[:-1])
 @pytest.mark.parametrize("form", FOREIGN)
 def test_what_is_exported_is_imported_as_it_was(caches: dict[str, Path], tmp_path: Path, kind: str, form: str) -> None:
     export(caches[kind], tmp_path / "x", form)
@@ -187,6 +190,7 @@ def test_what_is_exported_is_imported_as_it_was(caches: dict[str, Path], tmp_pat
             assert targets_2.label_logprob is None
 
 
+@pytest.mark.slow
 def test_an_import_goes_on_where_it_was_stopped(caches: dict[str, Path], tmp_path: Path) -> None:
     export(caches["topk"], tmp_path / "x", "distillkit")
     options: dict[str, Any] = {"as_": "distillkit", "teacher": "t", "vocab_size": VOCABULARY, "rows_per_shard": 6}
@@ -203,6 +207,7 @@ def test_an_import_goes_on_where_it_was_stopped(caches: dict[str, Path], tmp_pat
     assert verify_cache(tmp_path / "c").content_sha256 == verify_cache(tmp_path / "whole").content_sha256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FOREIGN)
 def test_sampled_weights_are_exported_as_log_weights_and_that_is_said(
     caches: dict[str, Path], tmp_path: Path, form: str
@@ -218,6 +223,7 @@ def test_sampled_weights_are_exported_as_log_weights_and_that_is_said(
         close(entries(targets), entries(targets_2), 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", WRITTEN)
 def test_an_export_replaces_nothing_and_leaves_nothing(caches: dict[str, Path], tmp_path: Path, form: str) -> None:
     out = tmp_path / "x"
@@ -235,6 +241,36 @@ def test_an_export_replaces_nothing_and_leaves_nothing(caches: dict[str, Path], 
         export(caches["topk"], out, form, on_progress=stop)
     assert list(tmp_path.iterdir()) == []
     assert export(caches["topk"], out, form)["bytes"] > 0
+
+
+def test_the_commands(caches: dict[str, Path], tmp_path: Path) -> None:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        done = CliRunner().invoke(app, [str(each) for each in arguments])
+        return done.exit_code, done.stdout, done.stderr
+
+    code, out, err = call("export", caches["topk"], "--as", "topk-jsonl", "--out", tmp_path / "x.jsonl")
+    assert code == 0 and "10 rows" in out and err.startswith("note: not in the export: ") and err.count("\n") == 1
+    code, out, err = call("export", caches["topk"], "--as", "parquet", "--out", tmp_path / "x.parquet", "--json")
+    assert code == 0 and err == "" and json.loads(out)["as"] == "parquet" and json.loads(out)["lost"]
+    code, out, err = call("export", caches["topk"], "--as", "excel", "--out", tmp_path / "y")
+    assert (code, out) == (2, "") and err.startswith("error: --as is excel, but must be one of parquet, arrow")
+    code, out, err = call("export", caches["topk"], "--as", "jsonl", "--out", tmp_path / "x.jsonl")
+    assert code == 2 and err.count("\n") == 1 and "replaces nothing" in err
+
+    usual = ("import", tmp_path / "x.jsonl", "--as", "topk-jsonl", "--teacher", "t", "--out", tmp_path / "c")
+    code, out, err = call(*usual)
+    assert (
+        code == 2
+        and err == "error: --vocab-size is not given, and the source does not say it; name it, or the tokenizer\n"
+    )
+    code, out, err = call(*usual, "--vocab-size", VOCABULARY)
+    assert code == 0 and "positions" in out and "not in the source: the teacher's entropy" in err
+    code, out, err = call(*usual, "--vocab-size", 7)
+    assert code == 2 and "has the token id" in err and verify_cache(tmp_path / "c").ok
+    (tmp_path / "o.toml").write_text('as = "jsonl"\n')
+    assert call("export", caches["topk"], "--config", tmp_path / "o.toml", "--out", tmp_path / "z.jsonl")[0] == 0
+    code, _, err = call("import", tmp_path / "x.jsonl", "--as", "se-kd", "--teacher", "t", "--out", tmp_path / "d")
+    assert code == 2 and err.count("\n") == 1
 
 
 def test_what_no_format_can_do_is_refused(caches: dict[str, Path], tmp_path: Path) -> None:
