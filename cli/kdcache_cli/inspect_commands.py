@@ -28,7 +28,7 @@ class InspectOptions:
     exact: bool = option("compute the summary from every row instead of from the sums in the commits", False)
     html: str | None = option("write a page for a browser into this new file instead", None)
     rows: int = option("rows of --html, evenly spread over the cache or the shard", 50)
-    entries: int = option("most entries of a position that --html shows", 32)
+    entries: int = option("most entries of a position that --html shows", 24)
     compare: str | None = option("a student, or another teacher's cache, to lay beside the cache in --html", None)
     device: str = option("where the student of --compare runs: auto, cpu, cuda or mps", "auto")
 
@@ -104,7 +104,7 @@ class ExploreOptions:
 
     cache: str = option("folder or URL of the cache")
     shard: int | None = option("show the rows of this shard alone", None)
-    entries: int = option("most entries of a position to show", 32)
+    entries: int = option("most entries of a position to show", 24)
     compare: str | None = option("a student, or another teacher's cache, to lay beside the cache", None)
     device: str = option("where the student of --compare runs: auto, cpu, cuda or mps", "auto")
     port: int = option("port of this machine to listen on; 0 takes a free one", 0)

@@ -19,7 +19,7 @@ from kdcache.explorer.token_texts import TokenTexts, readable
 from kdcache.report.inspect import Progress, teacher_read
 from kdcache.rows import IGNORE, spread_rows
 
-TOP = 32
+TOP = 24
 """Entries of a position that a page shows, unless told otherwise."""
 
 

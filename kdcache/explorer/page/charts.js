@@ -17,8 +17,8 @@ function canvas(about, ...children) {
   return draw("svg", { viewBox: `0 0 ${WIDE} ${HIGH}`, role: "img", "aria-label": about }, ...children);
 }
 
-function label(x, text, anchor) {
-  const made = draw("text", { x, y: HIGH - 3, "text-anchor": anchor });
+function label(x, text, anchor, y = HIGH - 3) {
+  const made = draw("text", { x, y, "text-anchor": anchor });
   made.textContent = text;
   return made;
 }
@@ -53,12 +53,13 @@ function histogram(title, values, unit, note, bins = 32) {
   );
   const counts = new Array(bins).fill(0);
   for (const value of known) counts[Math.min(bins - 1, Math.max(0, Math.floor((value / most) * bins)))]++;
-  return columns(title, counts, ["0", `${share(most)} ${unit}`.trim()], note);
+  const end = Number.isInteger(most) ? thousands(most) : share(most);
+  return columns(title, counts, ["0", `${end} ${unit}`.trim()], note);
 }
 
 /** A rising curve of shares by whole numbers from 1, with a mark at k. */
 function curve(title, values, k, note) {
-  const low = Math.floor(values[0] * 10) / 10;
+  const low = Math.floor(values[0] * 10) / 10; // where the picture begins; the labels say so
   const x = (i) => 4 + (i / Math.max(1, values.length - 1)) * (WIDE - 8);
   const y = (value) => 6 + (1 - (value - low) / (1 - low || 1)) * (HIGH - FOOT - 12);
   const points = values.map((value, i) => `${x(i).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
@@ -78,6 +79,9 @@ function curve(title, values, k, note) {
       draw("circle", { cx: x(at), cy: y(values[at]), r: 4 }),
       label(0, "1 entry", "start"),
       label(WIDE, `${values.length} entries`, "end"),
+      label(0, `mass 1`, "start", 9),
+      label(x(at) - 8, share(values[at]), "end", y(values[at]) - 8),
+      label(6, `from ${low}`, "start", HIGH - FOOT - 5),
     ),
     note,
   );

@@ -300,6 +300,7 @@ function showPosition(state, parts, row, token, more) {
         "table",
         { class: "entries" },
         make("caption", {}, caption),
+        make("colgroup", {}, ...["name", "bars", "number"].map((kind) => make("col", { class: kind }))),
         make("thead", { class: "unseen" }, make("tr", {}, ...columnsOf)),
         make("tbody", {}, ...listed.rows),
       ),
