@@ -49,7 +49,7 @@ test-cluster: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "cluster and not long and not gpu"
 
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu --json $(GPU_RESULTS)

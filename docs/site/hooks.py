@@ -1,5 +1,5 @@
-"""What `make docs` does beside mkdocs: README.md becomes the home page, files of the repository that a page links to
-come along, and formulas in `math` blocks become MathML, which browsers draw without a script.
+"""What `make docs` does beside mkdocs: README.md becomes the home page and CHANGELOG.md a page, files of the repository
+that a page links to come along, and formulas in `math` blocks become MathML, which browsers draw without a script.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 
 _LINK = re.compile(r"(\]\()([^)\s:#]+)(#[^)\s]*)?\)")
+_PAGES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md"}
+"""Pages of the site that lie outside docs."""
+
 _REPOSITORY = "repository"
 """Folder of the site for files that lie outside docs."""
 
@@ -34,13 +37,15 @@ def _mathml(source: str, *_: Any, **__: Any) -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the home page, and whatever pages link to outside docs."""
-    pages = {"index.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+    pages = {page: (ROOT / path).read_text(encoding="utf-8") for page, path in _PAGES.items()}
+    files_of_pages = [File.generated(config, page, content=text) for page, text in pages.items()]
     for file in files.documentation_pages():
         pages[file.src_uri] = file.content_string
     wanted = {path for page, text in pages.items() for path in _outside(page, text) if (ROOT / path).is_file()}
-    for path in sorted(wanted):
+    for path in sorted(wanted - set(_PAGES.values())):
         files.append(File.generated(config, f"{_REPOSITORY}/{path}", abs_src_path=str(ROOT / path)))
-    files.append(File.generated(config, "index.md", content=pages["index.md"]))
+    for file in files_of_pages:
+        files.append(file)
     return files
 
 
@@ -50,6 +55,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     def moved(found: re.Match[str]) -> str:
         path = _in_repository(page.file.src_uri, found[2])
         target = path.removeprefix("docs/") if path.startswith("docs/") else f"{_REPOSITORY}/{path}"
+        target = next((page for page, outside in _PAGES.items() if outside == path), target)
         if (ROOT / path).is_dir() and (ROOT / path / "README.md").is_file():
             target += "/README.md"
         start = posixpath.dirname(page.file.src_uri) or "."
@@ -60,7 +66,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 def _in_repository(page: str, link: str) -> str:
     """The path in the repository that a link of a page of the site leads to."""
-    folder = "" if page == "index.md" else posixpath.join("docs", posixpath.dirname(page))
+    folder = "" if page in _PAGES else posixpath.join("docs", posixpath.dirname(page))
     return posixpath.normpath(posixpath.join(folder, link))
 
 
