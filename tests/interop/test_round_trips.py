@@ -292,7 +292,9 @@ def test_distillkit_as_its_own_reader_takes_it(caches: dict[str, Path], tmp_path
     assert config["exact_k"] == config["k"] == 6 and config["exact_dtype"] == "float32"
     assert not config["delta_encoding"] and not config["residual_bins"] and not config["polynomial_terms"]
     width = int(np.ceil(np.log2(config["d"])))
-    records = datasets.load_dataset("parquet", data_dir=str(tmp_path / "x"), cache_dir=str(tmp_path / "hf"))["train"]
+    records = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "x/data_*.parquet"), cache_dir=str(tmp_path / "hf")
+    )["train"]
     wanted = pieces(open_cache(caches["topk"]))
     assert len(records) == len(wanted)
     for record, (tokens, targets, slots) in zip(records, wanted, strict=True):
