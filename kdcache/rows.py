@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,9 +122,40 @@ class PackedRow:
         return int(self.piece_documents[piece]), int(slot - starts[piece])
 
 
+class Numbers(Protocol):
+    """Numbers by place."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int, /) -> Any: ...
+
+
+def spread_rows(rows: Numbers, count: int) -> list[int]:
+    """At most so many of some rows, evenly spread."""
+    count = min(count, len(rows))
+    return [int(rows[number * len(rows) // count]) for number in range(count)]
+
+
 def labelled_tokens(row: PackedRow) -> NDArray[np.bool_]:
     """`[n]` which tokens of a row are in labelled slots."""
     return np.asarray(row.labels(len(row.tokens)) != IGNORE)
+
+
+def taught_unread(row: PackedRow) -> NDArray[np.int64]:
+    """The pieces with a label where the teacher has read nothing: among the tokens that its prefix replaces."""
+    if row.prefixes is None:
+        return np.zeros(0, np.int64)
+    _, lengths, replaced = row.prefixes.places.T
+    before, begins = np.cumsum(labelled_tokens(row)), np.cumsum(row.piece_lengths) - row.piece_lengths
+    unread = replaced - (lengths > 0)  # slots of a piece that have no place in what the teacher reads
+    return np.array(
+        [
+            piece
+            for piece, (begin, count) in enumerate(zip(begins.tolist(), unread.tolist(), strict=True))
+            if count > 0 and before[begin + count - 1] > (before[begin - 1] if begin else 0)
+        ],
+        np.int64,
+    )
 
 
 def join_rows(rows: Sequence[PackedRow]) -> PackedRow:

@@ -21,6 +21,7 @@ from kdcache.teacher.config import CheckOptions, DumpOptions, EngineOptions, Pla
 from kdcache_cli import interop_commands as interop
 from kdcache_cli.doctor_command import DoctorOptions, doctor
 from kdcache_cli.frame import OPTIONS_OF, Output, command, run_app
+from kdcache_cli.inspect_commands import ExploreOptions, InspectOptions, explore, inspect_shard
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Run a teacher once, cache a small sparse target for every token, distil any number of students.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -61,6 +61,9 @@ def dump_teacher(options: DumpOptions, output: Output) -> None:
     def show(console: Console) -> None:
         shards = summary["shards"]
         state = "complete" if summary["complete"] else f"{shards['planned'] - shards['committed']} shards missing"
+        if options.create_only:
+            console.print(f"{summary['cache']}: {shards['planned']} shards planned, {shards['committed']} committed")
+            return
         counted = "" if summary["complete"] else "of this worker's shards: "
         console.print(
             f"{summary['cache']}: {state}, {shards['committed']} of {shards['planned']} shards "
@@ -191,44 +194,8 @@ def train_student(options: TrainOptions, output: Output) -> None:
         output.result(summary, show)
 
 
-@dataclass(frozen=True, kw_only=True)
-class InspectOptions:
-    """Options of `inspect-shard`."""
-
-    cache: str = option("folder or URL of the cache")
-    shard: int | None = option("show this shard; --row then counts inside it", None)
-    row: int | None = option("show one row as text", None)
-    position: int | None = option("show the entries of one position of the row", None)
-    top: int = option("how many entries to show", 10)
-    temperature: float = option("temperature of the probabilities shown", 1.0)
-    exact: bool = option("compute the summary from every row instead of from the sums in the commits", False)
-
-
-@command(app, "inspect-shard", InspectOptions, positional=("cache",))
-def inspect_shard(options: InspectOptions, output: Output) -> None:
-    """Show what a cache, a shard, a row or a position holds."""
-    from kdcache.errors import ConfigError
-    from kdcache.report.inspect import inspect_position, inspect_row, inspect_summary
-    from kdcache_cli import tables
-
-    if options.position is not None and options.row is None:
-        raise ConfigError("--position needs --row")
-    if options.exact and options.row is not None:
-        raise ConfigError("--exact is for a summary, so it does not go with --row")
-    if options.top < 1:
-        raise ConfigError(f"--top is {options.top}, but must be at least 1")
-    if options.row is None:
-        with output.progress("inspect", "rows") as bar:
-            summary = inspect_summary(options.cache, options.shard, exact=options.exact, on_progress=bar)
-        output.result(summary, lambda console: console.print(tables.summary_table(summary)))
-    elif options.position is None:
-        row = inspect_row(options.cache, options.row, options.shard)
-        output.result(row, lambda console: tables.print_row(console, row))
-    else:
-        at = inspect_position(
-            options.cache, options.row, options.position, options.shard, options.top, options.temperature
-        )
-        output.result(at, lambda console: tables.print_position(console, at))
+command(app, "inspect-shard", InspectOptions, positional=("cache",))(inspect_shard)
+command(app, "explore", ExploreOptions, positional=("cache",))(explore)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +253,8 @@ def evaluate_students(options: EvaluateOptions, output: Output) -> None:
         raise ConfigError("evaluate needs either one --student or several as --compare A B C")
     if options.prompt is not None and (options.heldout is not None or options.rows is not None):
         raise ConfigError("--prompt measures no rows, so it excludes --heldout and --rows")
-    from kdcache.report.evaluate import require_new, write_evaluation
+    from kdcache.report.evaluate import write_evaluation
+    from kdcache.store.atomic_files import require_new
 
     if options.out is not None:
         require_new(options.out)

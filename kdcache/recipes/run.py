@@ -132,15 +132,12 @@ class RecipeRun:
         return record if not stage.leaves_folder or (self._out / stage.name).exists() else None
 
     def _write_options(self, stage: Stage) -> None:
-        chosen = {"out": str(self._out / stage.name)} if stage.leaves_folder else {}
-        if stage.command == "train-student":
-            chosen["resume"] = True  # type: ignore[assignment]
         path = self._path(stage, "toml")
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if stage.leaves_folder:
                 (self._out / stage.name).parent.mkdir(parents=True, exist_ok=True)
-        write_over(path, to_toml({**stage.options, **chosen}).encode())
+        write_over(path, to_toml({**stage.options, **stage.chosen}).encode())
 
     @contextmanager
     def _locked(self, stage: Stage) -> Iterator[int]:

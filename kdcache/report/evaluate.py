@@ -31,7 +31,8 @@ from kdcache.errors import ConfigError
 from kdcache.losses import LogitSource, StoredLogits
 from kdcache.pretrained import find_device
 from kdcache.report.live_teacher import DenseFigures, TeacherCalibration
-from kdcache.store.atomic_files import write_new
+from kdcache.rows import spread_rows
+from kdcache.store.atomic_files import require_new, write_new
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
 from kdcache.student.data import Rows, batches, labelled, split_heldout
@@ -42,16 +43,6 @@ from kdcache.student.model_card import versions
 from kdcache.teacher.engines.base import TeacherSpec
 from kdcache.teacher.open_teacher import open_teacher_of
 from kdcache.teacher.opened_teacher import OpenedTeacher
-
-
-def require_new(path: str) -> None:
-    """Refuse a file that exists, before anything is measured.
-
-    Raises:
-        ConfigError: it does.
-    """
-    if Path(path).exists():
-        raise ConfigError(f"{path} exists already; choose another name")
 
 
 def write_evaluation(path: str, options: dict[str, Any], figures: dict[str, Any]) -> None:
@@ -170,9 +161,7 @@ def compare(
 
 def _rows_to_measure(count: int, heldout: float | None, rows: int | None) -> Rows:
     wanted: Rows = range(count) if heldout is None else split_heldout(count, heldout)[1]
-    if rows is not None and rows < len(wanted):
-        wanted = [wanted[i * len(wanted) // rows] for i in range(rows)]
-    return wanted
+    return wanted if rows is None else spread_rows(wanted, rows)
 
 
 class _Live:

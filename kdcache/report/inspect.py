@@ -146,7 +146,7 @@ def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]
             "position": slot, "id": ids[slot], "text": added_text(tokenizer, ids[starts[segment] : slot], ids[slot]),
             "piece": segment, "document": int(value.documents[segment]), "logprob": logprob,
         })  # fmt: skip
-    read = [_teacher_read(tokenizer, packed, piece) for piece in range(len(value.documents))]
+    read = [teacher_read(tokenizer, packed, piece) for piece in range(len(value.documents))]
     return {
         "cache": path,
         "shard": shard,
@@ -157,8 +157,11 @@ def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]
     }
 
 
-def _teacher_read(tokenizer: Any, packed: PackedRow, piece: int) -> dict[str, Any] | None:
-    """What the teacher alone read before a piece, and how many of the piece's tokens it read that in place of."""
+def teacher_read(tokenizer: Any, packed: PackedRow, piece: int) -> dict[str, Any] | None:
+    """What the teacher alone read before a piece, and how many of the piece's tokens it read that in place of.
+
+    None where it read nothing more.
+    """
     prefix = packed.prefix(piece)
     if not prefix.content:
         return None
@@ -200,7 +203,7 @@ def inspect_position(
         "position": position,
         "document": int(value.documents[segment]),
         "context": tokenizer.decode(inside[-_CONTEXT_TOKENS:]),
-        "teacher_read": _teacher_read(tokenizer, packed, segment),
+        "teacher_read": teacher_read(tokenizer, packed, segment),
         "token": {"id": inside[-1], "text": added_text(tokenizer, inside[:-1], inside[-1])},
         "label": None,
         "temperature": temperature,

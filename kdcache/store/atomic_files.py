@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from kdcache.errors import CacheError
+from kdcache.errors import CacheError, ConfigError
 
 _TEMPORARY = ".kdcache-tmp"
 _SWEEP_AGE = 2.0  # seconds
@@ -113,6 +113,16 @@ class NewFile:
             self._file.close()
         with contextlib.suppress(OSError):
             self._temporary.unlink()
+
+
+def require_new(path: str) -> None:
+    """Refuse a file that exists, before the work for it is done.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if Path(path).exists():
+        raise ConfigError(f"{path} exists already; choose another name")
 
 
 def write_new(path: Path, data: bytes) -> bool:

@@ -160,7 +160,7 @@ class StudentFigures:
     def of(cache: RowReader) -> StudentFigures:
         """Those over rows of one cache, none so far."""
         figures = StudentFigures()
-        figures._kinds = {_kl_kind(cache.manifest)}
+        figures._kinds = {kl_kind(cache.manifest)}
         if isinstance(cache, PooledCache):
             figures.teachers = cache.teachers
         return figures
@@ -247,7 +247,7 @@ class StudentFigures:
             "cache": teacher.name,
             "weight": teacher.weight / sum(each.weight for each in self.teachers),
             "kl": self._mean("kl", number),
-            "kl_kind": _kl_kind(teacher.cache.manifest),
+            "kl_kind": kl_kind(teacher.cache.manifest),
             "teacher_nll": self._mean("teacher_nll", number),
             "targets": self._targets(number),
         }
@@ -269,7 +269,8 @@ class StudentFigures:
         return math.sqrt(max(0.0, square - mean**2) / self._targets(number))
 
 
-def _kl_kind(manifest: Manifest) -> str:
+def kl_kind(manifest: Manifest) -> str:
+    """What the KL of a student from the targets of a cache is: `dense`, `lower-bound` or `estimate`; see the module."""
     if manifest.rule.sampled:
         return "estimate"
     return "dense" if manifest.width == manifest.vocab_size else "lower-bound"

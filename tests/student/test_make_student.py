@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,47 @@ def test_the_least_needed_layers_by_hand() -> None:
     out, rounds = importance.least_needed(4, 2, kl)
     assert out == {1, 3}  # of equal ones the later
     assert rounds == [{0: 1.0, 1: 0.1, 2: 0.2, 3: 1.0}, pytest.approx({0: 1.1, 2: 5.3, 3: 1.1})]
+
+
+def test_half_of_the_layers_that_are_to_go_leave_in_each_round() -> None:
+    """4, 2 and 1 of 7; and the last round sees that 5 and 6 stand in for each other, as the first cannot."""
+    worth = {5: 0.51, 6: 0.52, 7: 0.6, 8: 2.0, 9: 3.0}
+    seen: list[tuple[int, int]] = []
+
+    def kl(without: frozenset[int]) -> float:
+        return sum(worth.get(layer, 0.1) for layer in without) + 9.0 * ({5, 6} <= without)
+
+    out, rounds = importance.least_needed(10, 3, kl, lambda done, total: seen.append((done, total)))
+    assert [len(found) for found in rounds] == [10, 6, 4] and seen == [(done, 20) for done in range(1, 21)]
+    assert out == {0, 1, 2, 3, 4, 5, 7}
+    assert importance.least_needed(3, 3, kl) == (frozenset(), [])
+
+
+def test_a_layer_without_which_nothing_is_finite_stays() -> None:
+    """Half of four would be two, but only the layer 2 can go; then the layer 1 can."""
+
+    def kl(without: frozenset[int]) -> float:
+        return math.inf if without & {0, 3} or without == {1} else 1.0
+
+    out, rounds = importance.least_needed(4, 2, kl)
+    assert out == {1, 2} and rounds == [
+        {0: math.inf, 1: math.inf, 2: 1.0, 3: math.inf},
+        {0: math.inf, 1: 1.0, 3: math.inf},
+    ]
+    assert importance.least_needed(2, 1, lambda _: math.inf)[0] == {1}
+
+
+def test_the_rows_that_layers_are_measured_on_hold_five_hundred_positions(cache: Path) -> None:
+    from kdcache import open_cache
+    from kdcache.student.from_teacher.calibration import rows_for_layers, rows_for_width
+
+    opened = open_cache(cache)
+    rows = rows_for_layers(opened, range(len(opened)), None)
+    positions = [int((opened[row].labels != -100).sum()) for row in rows]
+    assert sum(positions) + max(positions) >= 500 and sum(positions) < 650 and len(rows) < len(opened)
+    assert rows_for_layers(opened, range(7), None) == list(range(7))  # there are no more
+    assert len(rows_for_layers(opened, range(len(opened)), 3)) == 3
+    assert len(rows_for_width(range(len(opened)), None)) == 16
 
 
 def test_the_best_layers_are_chosen_on_the_cache_and_a_killed_choice_goes_on(
