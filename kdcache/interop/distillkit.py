@@ -32,7 +32,7 @@ from kdcache.interop.foreign_row import ForeignRow
 from kdcache.interop.formats import ForeignCache
 from kdcache.interop.pieces import ABSENT, Piece, filled, pieces_of, sampled_lost
 from kdcache.interop.row_table import lost as table_lost
-from kdcache.interop.tables import OnRow, publish
+from kdcache.interop.tables import OnRow, RowGroups, publish
 from kdcache.store.atomic_files import NewFolder
 from kdcache.store.manifest import Manifest
 
@@ -138,8 +138,6 @@ def _read_config(path: Path) -> Compression:
 
 def write(cache: Cache, out: Path, on_row: OnRow) -> None:
     """Write a folder of DistillKit; see the module."""
-    import pyarrow.parquet as parquet
-
     manifest = cache.manifest
     width = manifest.width
     compression = Compression(
@@ -147,20 +145,40 @@ def write(cache: Cache, out: Path, on_row: OnRow) -> None:
     )
     with NewFolder(out) as folder:
         (folder.place / CONFIG).write_text(yaml.safe_dump(compression.fields()), encoding="utf-8")
-        writer, file, records = None, 0, 0
+        file: _File | None = None
+        files = 0
         for number, pieces in enumerate(pieces_of(cache), 1):
             for piece in pieces:
-                if writer is None:
-                    writer = parquet.ParquetWriter(folder.place / f"data_{file}.parquet", _SCHEMA, compression="zstd")
-                writer.write_batch(_record(piece, compression))
-                records += 1
-                if records == _FILE_RECORDS:
-                    writer.close()
-                    writer, file, records = None, file + 1, 0
+                if file is None:
+                    file, files = _File(folder.place / f"data_{files}.parquet"), files + 1
+                if file.add(_record(piece, compression)) == _FILE_RECORDS:
+                    file.close()
+                    file = None
             on_row(number)
-        if writer is not None:
-            writer.close()
+        if file is not None:
+            file.close()
         publish(folder, out)
+
+
+class _File:
+    """A Parquet file of records."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as parquet
+
+        self._writer = parquet.ParquetWriter(path, _SCHEMA, compression="zstd")
+        self._groups, self._records = RowGroups(self._writer, _SCHEMA), 0
+
+    def add(self, record: pa.RecordBatch) -> int:
+        """Write a record; how many there are."""
+        self._groups.add(record)
+        self._records += 1
+        return self._records
+
+    def close(self) -> None:
+        """Write what waits, and the footer."""
+        self._groups.flush()
+        self._writer.close()
 
 
 def _record(piece: Piece, compression: Compression) -> pa.RecordBatch:

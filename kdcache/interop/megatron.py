@@ -38,7 +38,7 @@ from kdcache.interop.foreign_row import ForeignRow
 from kdcache.interop.formats import ForeignCache
 from kdcache.interop.pieces import entry_values, sampled_lost, slots_with_targets
 from kdcache.interop.row_table import lost as table_lost
-from kdcache.interop.tables import OnRow, publish
+from kdcache.interop.tables import OnRow, RowGroups, publish
 from kdcache.interop.token_rows import TokenRow, read_token_rows
 from kdcache.interop.torch_file import read_torch
 from kdcache.rows import PackedRow
@@ -186,14 +186,15 @@ def write(cache: Cache, out: Path, on_row: OnRow) -> None:
             parquet.ParquetWriter(folder.place / TOKENS, _TOKENS_SCHEMA, compression="zstd") as tokens,
             _Tars(folder.place, -(-len(cache) // _BATCH), json.dumps(meta, separators=(",", ":")).encode()) as tars,
         ):
-            batch = []
+            batch, groups = [], RowGroups(tokens, _TOKENS_SCHEMA)
             for number, (packed, targets) in enumerate(cache.read_rows(range(len(cache))), 1):
-                tokens.write_batch(_tokens_of(packed))
+                groups.add(_tokens_of(packed))
                 batch.append(_sample(packed, targets, manifest))
                 if len(batch) == _BATCH or number == len(cache):
                     tars.add(_iteration(batch))
                     batch = []
                 on_row(number)
+            groups.flush()
         publish(folder, out)
 
 

@@ -19,7 +19,7 @@ from kdcache.store.atomic_files import NewFile, NewFolder
 
 OnRow = Callable[[int], None]
 
-_GROUP_BYTES = 32 << 20
+_GROUP_BYTES = 8 << 20
 """Bytes of a row group of a Parquet file or a batch of an Arrow file, before compression."""
 
 
@@ -57,24 +57,40 @@ def publish(new: NewFile | NewFolder, out: Path) -> None:
         raise CacheError(f"{out} has appeared while it was written; nothing was replaced")
 
 
+class RowGroups:
+    """Writes batches of rows as groups of some size: row groups of Parquet, record batches of Arrow.
+
+    Args:
+        writer: of a Parquet or Arrow file; whoever opened it closes it, after `flush`.
+        schema: of the batches.
+    """
+
+    def __init__(self, writer: Any, schema: pa.Schema) -> None:
+        self._writer, self._schema = writer, schema
+        self._waiting: list[pa.RecordBatch] = []
+        self._size = 0
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Write a batch, together with others."""
+        self._waiting.append(batch)
+        self._size += batch.nbytes
+        if self._size >= _GROUP_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        if self._waiting:
+            table = pa.Table.from_batches(self._waiting, self._schema).combine_chunks()
+            self._writer.write_table(table, len(table))
+            self._waiting, self._size = [], 0
+
+
 def _write(cache: Cache, out: Path, on_row: OnRow, open_writer: Callable[[Any], Any], schema: pa.Schema) -> None:
     with NewFile(out) as file:
         with open_writer(pa.PythonFile(file, mode="w")) as writer:
-            waiting: list[pa.RecordBatch] = []
-            size = 0
+            groups = RowGroups(writer, schema)
             for number, record in enumerate(row_tables(cache), 1):
-                waiting.append(record_batch(record, schema))
-                size += waiting[-1].nbytes
-                if size >= _GROUP_BYTES:
-                    _flush(writer, waiting, schema)
-                    waiting, size = [], 0
+                groups.add(record_batch(record, schema))
                 on_row(number)
-            _flush(writer, waiting, schema)
+            groups.flush()
         publish(file, out)
-
-
-def _flush(writer: Any, waiting: list[pa.RecordBatch], schema: pa.Schema) -> None:
-    """Write the rows that wait as one group."""
-    if waiting:
-        table = pa.Table.from_batches(waiting, schema).combine_chunks()
-        writer.write_table(table, len(table))

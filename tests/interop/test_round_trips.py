@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 import zarr
 from kdcache_cli.main import app
 from typer.testing import CliRunner
@@ -280,3 +283,54 @@ def test_what_no_format_can_do_is_refused(caches: dict[str, Path], tmp_path: Pat
         export(caches["topk"], "s3://bucket/x", "parquet")
     for form in ("maxtext", "se-kd", "kdcache"):
         assert form not in IMPORTED
+
+
+def test_distillkit_as_its_own_reader_takes_it(caches: dict[str, Path], tmp_path: Path) -> None:
+    """Its `LogprobCompressor.decompress_to_sparse`, derived again for a configuration of exact values."""
+    export(caches["topk"], tmp_path / "x", "distillkit")
+    config = yaml.safe_load((tmp_path / "x/compression_config.yaml").read_text())
+    assert config["exact_k"] == config["k"] == 6 and config["exact_dtype"] == "float32"
+    assert not config["delta_encoding"] and not config["residual_bins"] and not config["polynomial_terms"]
+    width = int(np.ceil(np.log2(config["d"])))
+    records = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "x/data_*.parquet"), cache_dir=str(tmp_path / "hf")
+    )["train"]
+    wanted = pieces(open_cache(caches["topk"]))
+    assert len(records) == len(wanted)
+    for record, (tokens, targets, slots) in zip(records, wanted, strict=True):
+        assert record["input_ids"] == tokens.tolist() and len(record["compressed_logprobs"]) == len(tokens) - 1
+        for entries_of, slot in zip(entries(targets), slots, strict=True):
+            values = np.frombuffer(bytes(record["compressed_logprobs"][slot]), "<f4")
+            text = "".join(format(byte, "08b") for byte in record["bytepacked_indices"][slot])
+            ids = [int(text[i * width : (i + 1) * width], 2) for i in range(config["k"])]
+            assert (np.diff(values) <= 0).all()
+            close([dict(zip(ids, values.tolist(), strict=True))], [entries_of])
+        for slot in set(range(len(tokens) - 1)) - set(slots.tolist()):  # no target: adds nothing to a KL
+            assert np.exp(np.frombuffer(bytes(record["compressed_logprobs"][slot]), "<f4")).sum() == 0
+
+
+def test_megatron_as_its_own_reader_takes_it(caches: dict[str, Path], tmp_path: Path) -> None:
+    """Its `iter_logprobs_tar_entries` and `decode_logprobs_payload`, derived again."""
+    export(caches["topk"], tmp_path / "x", "megatron")
+    cache, found = open_cache(caches["topk"]), []
+    for path in sorted((tmp_path / "x").glob("dp0__*.tar")):
+        with tarfile.open(path, "r|*") as archive:
+            for number, member in enumerate(archive):
+                data = archive.extractfile(member)
+                assert data is not None
+                if number == 0:
+                    saver = json.loads(data.read())["saver"]
+                    assert member.name == "_meta.json" and saver["format_version"] == 2
+                    continue
+                with pa.input_stream(pa.BufferReader(data.read()), compression="zstd") as stream:
+                    content = torch.load(io.BytesIO(stream.read()), weights_only=True)
+                ids = content["bit_17"].long() << 16 | content["indices_low"].long()
+                found += list(zip(content["values"].unbind(1), ids.unbind(1), strict=True))
+    assert len(found) % saver["gbs_save"] == 0 and len(found) >= len(cache)
+    for (values, ids), row in zip(found, cache, strict=False):
+        has = row.targets.count > 0
+        assert values.shape == (SEQ_LEN, 6) and (values[~has] <= -1e3).all() and (ids[~has] == 131071).all()
+        close(
+            [dict(zip(i.tolist(), v.tolist(), strict=True)) for i, v in zip(ids[has], values[has], strict=True)],
+            entries(row.targets[has]),
+        )
