@@ -80,7 +80,7 @@ def scripts_cache(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def page_file(scripts_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("page") / "page.html"
     explorer = Explorer(str(scripts_cache), top=20)
-    write_page(explorer, explorer.spread(6), str(path))
+    write_page(explorer, explorer.spread(4), str(path))
     return path.as_uri()
 
 
@@ -218,6 +218,9 @@ def test_hostile_texts_are_only_texts(browser: Any, page_file: str) -> None:
         assert page.locator("img, b, #rows script").count() == 0
         text = page.text_content("#rows")
         assert "onerror" in text and "⟨" in text and "\u202e" not in text
+        texts = [["<s>", one, " fox"] for one in ("مرحبا", "नि", "⟨D9⟩")]
+        directions = [page.evaluate("texts => directionOf(texts)", each) for each in texts]
+        assert directions == ["rtl", "ltr", "ltr"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

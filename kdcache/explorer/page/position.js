@@ -231,7 +231,7 @@ function contextOf(row, token) {
     .replace(/\n/g, " ");
   return make(
     "p",
-    { class: "context", dir: "auto" },
+    { class: "context", dir: directionOf([before, row.texts[row.tokens[token]]]) },
     make("span", {}, (start ? "… " : "") + before),
     make("mark", {}, alone(row.texts[row.tokens[token]])),
   );

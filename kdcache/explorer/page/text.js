@@ -62,20 +62,17 @@ function rowElement(row) {
   row.spans = [];
   let slot = 0;
   row.pieces.forEach((length, piece) => {
-    const body = make("div", {
-      class: "piece",
-      role: "group",
-      "aria-label": `document ${row.documents[piece]}`,
-      dir: "auto",
-    });
-    for (const end = slot + length; slot < end; slot++) {
-      const shown = row.texts[row.tokens[slot]];
-      const name = shown.trim() ? null : alone(shown);
-      const span = make("span", { role: "option", "aria-selected": "false", "aria-label": name }, running(shown));
-      span.token = slot;
+    const texts = Array.from(row.tokens.subarray(slot, slot + length), (id) => row.texts[id]);
+    const name = `document ${row.documents[piece]}`;
+    const body = make("div", { class: "piece", role: "group", "aria-label": name, dir: directionOf(texts) });
+    texts.forEach((shown, i) => {
+      const label = shown.trim() ? null : alone(shown);
+      const span = make("span", { role: "option", "aria-selected": "false", "aria-label": label });
+      span.textContent = running(isMark.test(shown) && endsWritten(texts[i - 1] ?? "⟩") ? alone(shown) : shown);
+      span.token = slot++;
       row.spans.push(span);
       body.append(span);
-    }
+    });
     text.append(pieceHead(row, piece), body);
   });
   text.row = row;

@@ -43,5 +43,17 @@ function alone(text) {
   return standing.replace(/ /g, "\u2423").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "⟨empty⟩";
 }
 
+/** Whether a text ends with something that is written out, on which no mark can stand. */
+const endsWritten = (text) => text.endsWith("⟩");
+
+const isWritten = /<[^<>\s]*>|⟨[^⟩]*⟩/g;
+const isRightToLeft = /[\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u;
+
+/** The direction of tokens: that of their first letter, special tokens and what is written out left aside. */
+function directionOf(texts) {
+  const letter = texts.join("").replace(isWritten, "").match(/\p{L}/u);
+  return letter && isRightToLeft.test(letter[0]) ? "rtl" : "ltr";
+}
+
 /** A token in running text: a line that it ends shows. */
 const running = (text) => text.replace(/\n/g, "↵\n");
