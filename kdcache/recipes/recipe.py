@@ -99,7 +99,9 @@ def read_recipe(path: Path, settings: Sequence[str], out: Path, commands: Mappin
     """
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {one_line(error)}") from None
     try:
         return _Reader(fields, settings, out, commands).stages()

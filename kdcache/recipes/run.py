@@ -40,10 +40,12 @@ class RecipeRun:
         program: the words that start kdcache, before the name of a command.
 
     Raises:
-        ConfigError: the folder holds results of other options.
+        ConfigError: the folder is none, or holds results of other options.
     """
 
     def __init__(self, stages: Sequence[Stage], out: Path, program: Sequence[str]) -> None:
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"out {out} is a file, but must be a folder")
         self.stages, self._out, self._program = stages, out, program
         self._records = {stage.name: self._read(stage) for stage in stages}
 

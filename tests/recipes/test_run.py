@@ -172,6 +172,8 @@ def test_one_stage_needs_those_before_it(teacher: Path, texts: Path, cache: Path
         run.run("verify")
     run.write_options()
     assert sorted(path.name for path in (tmp_path / "out" / "stages").iterdir()) == ["check.toml", "verify.toml"]
+    with pytest.raises(ConfigError, match=r"out .*r\.toml is a file, but must be a folder"):
+        opened(recipe, recipe, ())
     (tmp_path / "out" / "stages" / "check.json").write_text("{")
     with pytest.raises(ConfigError, match="is no record of a stage"):
         opened(recipe, tmp_path / "out", ())

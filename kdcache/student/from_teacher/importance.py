@@ -54,14 +54,14 @@ Round = dict[int, float]
 
 
 def least_needed(
-    layers: int, keep: int, kl: Callable[[frozenset[int]], float], on_progress: Progress | None = None
+    layers: int, keep: int, kl: Callable[[frozenset[int], int], float], on_progress: Progress | None = None
 ) -> tuple[frozenset[int], list[Round]]:
     """The layers that a model can best do without; of L layers it takes about L log2(L - keep) measurements.
 
     Args:
         layers: how many it has.
         keep: how many are to be kept.
-        kl: the mean KL of the model without some layers, nats.
+        kl: the mean KL of the model without some layers that are gone, and without one more, nats.
         on_progress: see `Progress`.
 
     Returns:
@@ -78,7 +78,7 @@ def least_needed(
             if layer in out:
                 continue
             stopping.check()
-            found[layer] = kl(out | {layer})
+            found[layer] = kl(out, layer)
             done += 1
             if on_progress:
                 on_progress(done, total)
