@@ -19,8 +19,8 @@ from kdcache.teacher.config import DumpOptions
 from tests.processes import fresh_kdcache as kdcache
 
 COMMANDS = (
-    "dump-teacher", "make-student", "train-student", "inspect-shard", "explore", "evaluate", "verify", "demo", "export", "import",
-    "audit", "doctor",
+    "dump-teacher", "make-student", "train-student", "inspect-shard", "explore", "evaluate", "verify", "demo", "export",
+    "import", "audit", "doctor",
 )  # fmt: skip
 
 
