@@ -2,10 +2,11 @@
 #
 #   make test       linters, types and the tests that a contributor runs: 10 minutes on 2 cores, installation included
 #   make test-all   the tests that `make test` leaves out (the mark `slow`): kills, buckets, the demo, ranks, the
-#                   explorer in Chromium, which it installs where it can
+#                   explorer in Chromium, which it installs where it can; and after them `make test-cluster`
 #   make test-long  more cases of what the two others test (the mark `long`): before a release
 #   make test-cluster  the tests with the mark `cluster`: installs SLURM, Ray and vLLM where it can, and runs them; what
-#                   it cannot install is skipped, and the summary says why
+#                   it cannot install within ten minutes is skipped, and the summary says why
+#   make docs       the documentation as a site, in build/site; a link that leads nowhere is an error
 #   make gpu        the tests with the mark `gpu` and the GPU benchmarks: 8 minutes on one card; without one it says so
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys, ensurepip; print("$(p)") if (3, 11) <= sys.version_info < (3, 14) else None' 2>/dev/null)))
@@ -17,7 +18,10 @@ STAMP := $(VENV)/.installed
 GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 GPU_RESULTS ?= benchmarks/results/gpu.json
 
-.PHONY: demo test test-all test-long test-cluster gpu check clean
+# How long each installation of `make test-cluster` may take. One that hangs must not keep the tests from running.
+INSTALL_SECONDS ?= 600
+
+.PHONY: demo test test-all test-long test-cluster docs gpu check clean
 
 demo: $(STAMP)
 	rm -rf kdcache-demo
@@ -26,18 +30,26 @@ demo: $(STAMP)
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not gpu"
 
+# The tests with the mark `cluster` run even if others fail.
 test-all: $(STAMP)
 	@bash tests/explorer/install_chromium.sh
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu"
+	@status=0; \
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu" || status=1; \
+	$(MAKE) --no-print-directory test-cluster || status=1; \
+	exit $$status
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long and not gpu"
 
 test-cluster: $(STAMP)
 	@for script in tests/cluster/install_*.sh; do \
-		PATH="$(abspath $(BIN)):$$PATH" bash $$script || echo "$$script failed: the tests that need it are skipped"; \
-	done
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "cluster and not gpu"
+		{ PATH="$(abspath $(BIN)):$$PATH" timeout --kill-after 10 $(INSTALL_SECONDS) bash $$script || \
+			echo "$$script did not end within $(INSTALL_SECONDS) s: its tests are skipped"; } & \
+	done; wait
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "cluster and not long and not gpu"
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu --json $(GPU_RESULTS)

@@ -95,8 +95,7 @@ def count(teacher: Path, corpus: Path) -> dict[int, dict[str, Counter[str]]]:
                 before = server.counts.copy()
                 with ShardMaker(config) as maker:
                     mine = range(worker, shards, 2)
-                    maker.create()
-                    maker._open()  # which `make` would do at its first shard
+                    maker._prepare()  # which `make` would do at its first shard
                     steps[start] = server.since(before)
                     before = server.counts.copy()
                     for shard in mine:

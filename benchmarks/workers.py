@@ -4,14 +4,14 @@
                                  [--json FILE]
 
 Each round makes the same cache twice, by one worker on one core and by two at the same time on two cores; rounds take
-turns in which comes first and on which core the one runs. Both caches have been created before, by a worker that owns
-no shard; a second such worker shows what a start costs (imports, weights, probe), which a long dump does not notice.
+turns in which comes first and on which core the one runs. Both caches have been created before (`--create-only`); the
+same command, given again, shows what a start costs without the teacher, which a long dump does not notice.
 
     wall      from the launch of all workers to the end of the last
     seconds   what the slowest worker says of itself, which leaves out imports
     cpu       processor seconds of all workers: 2 * those of one / those of two is the speed-up on cores that nobody
               else uses, wherever the two wait for each other
-    shards    the same, the starts taken off
+    shards    the same, these starts taken off
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ from benchmarks.record import write
 
 SEQ_LEN = {"stories260K": 256, "lab32k": 512}
 CLOCKS = ("wall", "seconds", "cpu", "shards")
-NO_SHARD = "999999/1000000"
 
 
-def run(asked: list[str], named: dict[str, int]) -> dict[str, float]:
-    """Run workers at the same time, each on a core; their positions, and the clocks."""
+def run(commands: list[list[str]], cores: list[int]) -> dict[str, float]:
+    """Run dumps at the same time, each on a core; their positions, and the clocks."""
     started = time.perf_counter()
     processes = []
     with tempfile.TemporaryDirectory() as folder:
-        for i, (worker, core) in enumerate(named.items()):
+        for i, (asked, core) in enumerate(zip(commands, cores, strict=True)):
             output = (Path(folder) / str(i)).open("w+b")
             command = ["taskset", "-c", str(core), sys.executable, "-m", "kdcache_cli", "dump-teacher", *asked]
-            processes.append((subprocess.Popen([*command, "--worker", worker], stdout=output), output))
+            processes.append((subprocess.Popen(command, stdout=output), output))
         found: dict[str, float] = {"cpu": 0.0, "seconds": 0.0, "positions": 0}
         for process, output in processes:
             _, status, used = os.wait4(process.pid, 0)
@@ -60,9 +59,10 @@ def run(asked: list[str], named: dict[str, int]) -> dict[str, float]:
 def make(asked: list[str], out: Path, cores: list[int]) -> dict[str, float]:
     """Create a cache, then make all of its shards by a worker on each core; only the latter is measured."""
     asked = [*asked, "--out", str(out), "--json"]
-    run(asked, {NO_SHARD: cores[0]})
-    start = run(asked, {NO_SHARD: cores[0]})["cpu"]
-    found = run(asked, {f"{i}/{len(cores)}": core for i, core in enumerate(cores)})
+    create = [[*asked, "--create-only"]]
+    run(create, cores[:1])
+    start = run(create, cores[:1])["cpu"]
+    found = run([[*asked, "--worker", f"{i}/{len(cores)}"] for i in range(len(cores))], cores)
     return {**found, "start": start, "shards": found["cpu"] - len(cores) * start}
 
 

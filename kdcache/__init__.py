@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kdcache.extras import ExtraSpec
     from kdcache.known import Known
     from kdcache.losses import Pool, linear_lse_gather, register_divergence, sparse_kd_loss, sparse_kd_loss_from_logits
+    from kdcache.prefixes import Prefix
     from kdcache.selection import Selection, register_kind, select
     from kdcache.store.registry import register_store
     from kdcache.targets import SparseTargets
@@ -30,6 +31,7 @@ __all__ = [
     "KdcacheError",
     "Known",
     "Pool",
+    "Prefix",
     "Row",
     "Selection",
     "SparseTargets",
@@ -53,6 +55,7 @@ _HOMES = {
     "KdcacheError": "errors",
     "Known": "known",
     "Pool": "losses",
+    "Prefix": "prefixes",
     "Row": "cache",
     "Selection": "selection",
     "SparseTargets": "targets",

@@ -32,7 +32,8 @@ class TrainingFacts:
         teacher_parameters: None if they are not known.
         labels: tokens that it will learn from, each as often as it comes.
         truncated: whether the targets hold the largest entries and one number for the rest.
-        without_labels: whether neither a label term nor the tail makes use of labels.
+        without_labels: whether neither a label term nor the tail makes use of labels, and these are not a student's own
+            words.
         lr: the peak learning rate.
     """
 

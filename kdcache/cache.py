@@ -233,6 +233,26 @@ class Cache:
             raise CacheError(f"{self.storage} has no committed shard {shard}")
         return open_group(self.storage, self.shard(shard).name)
 
+    def to_torch(self) -> torch.utils.data.Dataset[dict[str, torch.Tensor]]:
+        """Its rows as a data set of torch: dicts of tensors of fixed shapes, read as they are asked for.
+
+        `kdcache.row_views` says what is in them. A `DataLoader` stacks them with its own collator, shuffles them, and
+        may send the data set to worker processes.
+        """
+        from kdcache.row_views import TorchRows
+
+        return TorchRows(self)
+
+    def to_datasets(self) -> Any:
+        """Its rows as a `datasets.Dataset`: the same dicts, read as they are asked for; nothing is copied.
+
+        It selects, shuffles, shards and iterates as any other. Its one stored column is `row`, the number of a row;
+        `map` therefore reads what it is given, and writes what it makes as usual.
+        """
+        from kdcache.row_views import datasets_view
+
+        return datasets_view(self)
+
     def __reduce__(self) -> tuple[type[Cache], tuple[Any, ...]]:
         return Cache, (self.storage, self.manifest, self.commits)
 

@@ -28,12 +28,14 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from kdcache.corpus.plan import Plan
 from kdcache.errors import ConfigError, TargetError
 from kdcache.extras import ExtraSpec
+from kdcache.given_rows import given_row
 from kdcache.known import Known
+from kdcache.prefixes import Prefix
 from kdcache.pretrained import load_tokenizer, tokenizer_fingerprint
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import Selection
@@ -69,6 +71,7 @@ def create_cache(
     store: str = "arrow",
     precision: str | None = None,
     extras: Mapping[str, ExtraSpec] | None = None,
+    teacher_seq_len: int | None = None,
     frequent_ids: Sequence[int] = (),
     origin: Mapping[str, Any] | None = None,
 ) -> CacheWriter:
@@ -96,6 +99,8 @@ def create_cache(
         precision: `float32`, `float16`, or 4 to 16 bits a value; by default the kind's own (6 bits; 8 where
                 every token is kept).
         extras: further arrays of each row, by name; every row must then come with all of them.
+        teacher_seq_len: where the teacher was told what its student never reads (docs/contexts.md), the most tokens
+            that it read for a piece, that included; rows may then come with prefixes.
         frequent_ids: ids by falling frequency among the entries, which makes precisions of some bits a fifth smaller;
             `kdcache.codec.id_ranks.FrequencyOrder` counts them over sample targets.
         origin: names and versions for people, as plain JSON values; caches that differ in nothing else are the same.
@@ -143,6 +148,7 @@ def create_cache(
         "id_order": tuple(int(i) for i in frequent_ids),
         "store": store,
         "extras": {name: spec.to_fields() for name, spec in sorted((extras or {}).items())},
+        "teacher_context": {} if teacher_seq_len is None else {"seq_len": teacher_seq_len, "system": None},
         "origin": {"teacher": teacher, "corpus": corpus, **(origin or {})},
     }
     manifest = Manifest(**fields, error_bound={})
@@ -307,6 +313,7 @@ class NewShard:
         labels: ArrayLike | None = None,
         supervised: ArrayLike | None = None,
         extras: Extras | None = None,
+        prefixes: Sequence[Prefix | None] | None = None,
     ) -> None:
         """Append a row.
 
@@ -321,14 +328,17 @@ class NewShard:
             supervised: `[n]` bool, whether each token may be a label; another way to say what `labels` says.
             extras: `[n, width]` by name, a vector for each token (`[N, width]`, one for each labelled slot, where the
                 extra is per position).
+            prefixes: `[P]` what the teacher read in front of each piece, and in place of its first tokens; None where
+                it read what its student does. The target of slot t then is the teacher's after that and the tokens that
+                it read of the piece, up to t.
 
         Raises:
             TargetError: targets that are not of the cache's selection and temperatures, or hold values that no targets
                 can have.
-            ConfigError: tokens, pieces, documents or labels that no row can have.
+            ConfigError: tokens, pieces, documents, labels or prefixes that no row can have.
         """
         where = f"row {self.rows} of shard {self.number}"
-        row = _pack(self._manifest, where, tokens, piece_lengths, documents, labels, supervised)
+        row = given_row(self._manifest, where, tokens, piece_lengths, documents, labels, supervised, prefixes)
         labelled = row.labels(self._manifest.seq_len) != IGNORE
         wanted, given = int(labelled.sum()), len(targets.count) if targets.count.ndim == 1 else -1
         if given == len(row.tokens):
@@ -370,68 +380,6 @@ class NewShard:
 def _share(manifest: Manifest, shard: int) -> int:
     """Documents of a shard, where all shards have as many as others or one more."""
     return (shard + 1) * manifest.documents // manifest.shards - shard * manifest.documents // manifest.shards
-
-
-def _pack(
-    manifest: Manifest,
-    where: str,
-    tokens: ArrayLike,
-    piece_lengths: ArrayLike | None,
-    documents: ArrayLike | None,
-    labels: ArrayLike | None,
-    supervised: ArrayLike | None,
-) -> PackedRow:
-    """A row, checked."""
-    ids = _integers(tokens, where, "tokens")
-    n, seq_len = len(ids), manifest.seq_len
-    if not 1 <= n <= seq_len:
-        raise ConfigError(f"{where} has {n} tokens, but must have 1 to {seq_len}")
-    if ids.min() < 0 or ids.max() >= manifest.vocab_size:
-        raise ConfigError(f"{where} has a token outside the vocabulary of {manifest.vocab_size}")
-    lengths = np.array([n]) if piece_lengths is None else _integers(piece_lengths, where, "piece_lengths")
-    if lengths.min(initial=n) < 1 or int(lengths.sum()) != n:
-        raise ConfigError(f"{where} has pieces of {lengths.sum()} tokens together, but {n} tokens")
-    sources = np.zeros(len(lengths), np.int64) if documents is None else _integers(documents, where, "documents")
-    if len(sources) != len(lengths) or sources.min() < 0 or sources.max() >= manifest.documents:
-        raise ConfigError(
-            f"{where} must name one document of the {manifest.documents} for each of {len(lengths)} pieces"
-        )
-    if labels is not None and supervised is not None:
-        raise ConfigError(f"{where} has both labels and supervised, which say the same")
-    mask = None if supervised is None else np.asarray(supervised)
-    if mask is not None and (mask.shape != (n,) or mask.dtype != np.bool_):
-        raise ConfigError(f"{where} has supervised {mask.dtype} of shape {mask.shape}, but must be bool [{n}]")
-    if labels is not None:
-        mask = _supervised(_integers(labels, where, "labels"), n, seq_len, where)
-    row = PackedRow(
-        tokens=ids.astype(np.int32), piece_lengths=lengths.astype(np.int32), piece_documents=sources, supervised=mask
-    )
-    if labels is not None:
-        given = _integers(labels, where, "labels")
-        wrong = np.flatnonzero(row.labels(seq_len)[: len(given)] != given)
-        if len(wrong):
-            raise ConfigError(
-                f"{where} has the label {given[wrong[0]]} at slot {wrong[0]}, which does not follow there"
-            )
-    return row
-
-
-def _supervised(labels: NDArray[np.int64], n: int, seq_len: int, where: str) -> NDArray[np.bool_]:
-    """Which tokens are labels."""
-    if len(labels) not in (n, seq_len):
-        raise ConfigError(f"{where} has {len(labels)} labels for {n} tokens")
-    mask = np.zeros(n, bool)
-    mask[1:] = labels[: n - 1] != IGNORE
-    return mask
-
-
-def _integers(values: ArrayLike, where: str, name: str) -> NDArray[np.int64]:
-    array = np.asarray(values)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ConfigError(
-            f"{where} has {name} {array.dtype} of shape {array.shape}, but must be integers in one dimension"
-        )
-    return array.astype(np.int64)
 
 
 def _fingerprint(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Options of who starts the workers of a command, which `dump-teacher` and `train-student` share.
+"""Options of who starts the workers of a command: of `dump-teacher`, `generate` and `train-student`.
 
 Importing this costs nothing: the command line takes its options from here.
 """

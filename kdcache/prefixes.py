@@ -25,7 +25,7 @@ PREFIXES_A_ROW = 8
 """The prefixes of a row have at most as many tokens as so many of the teacher's rows: what reading a row may take."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Prefix:
     """What a teacher reads in front of one piece.
 

@@ -141,6 +141,23 @@ def labelled_tokens(row: PackedRow) -> NDArray[np.bool_]:
     return np.asarray(row.labels(len(row.tokens)) != IGNORE)
 
 
+def taught_unread(row: PackedRow) -> NDArray[np.int64]:
+    """The pieces with a label where the teacher has read nothing: among the tokens that its prefix replaces."""
+    if row.prefixes is None:
+        return np.zeros(0, np.int64)
+    _, lengths, replaced = row.prefixes.places.T
+    before, begins = np.cumsum(labelled_tokens(row)), np.cumsum(row.piece_lengths) - row.piece_lengths
+    unread = replaced - (lengths > 0)  # slots of a piece that have no place in what the teacher reads
+    return np.array(
+        [
+            piece
+            for piece, (begin, count) in enumerate(zip(begins.tolist(), unread.tolist(), strict=True))
+            if count > 0 and before[begin + count - 1] > (before[begin - 1] if begin else 0)
+        ],
+        np.int64,
+    )
+
+
 def join_rows(rows: Sequence[PackedRow]) -> PackedRow:
     """One row of the pieces of several, which need not fit into `seq_len`; without extras."""
     masks = [np.ones(len(row.tokens), bool) if row.supervised is None else row.supervised for row in rows]

@@ -29,6 +29,7 @@ from typer.core import TyperCommand
 from kdcache import stopping
 from kdcache.errors import KdcacheError
 from kdcache.plugins import load_plugins
+from kdcache_cli.help_groups import EVERY, EXAMPLES, group_of, order_of
 
 if typing.TYPE_CHECKING:
     from rich.console import Console
@@ -131,11 +132,11 @@ def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str
                 load_plugins(plugins)  # before the options are checked: they may name what a plug-in registers
                 function(options(**given), output)
 
-        parameters = list(_parameters(options, positional))
+        parameters = list(_parameters(name, options, positional))
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         del run.__wrapped__  # type: ignore[attr-defined]
-        app.command(name, cls=_Command)(run)
+        app.command(name, cls=_Command, epilog=f"Example: {EXAMPLES[name]}")(run)
         return run
 
     return register
@@ -143,6 +144,12 @@ def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str
 
 class _Command(TyperCommand):
     """A command whose repeatable options also take several values at once: `--compare A B C`."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        found = super().get_help_option(ctx)
+        if found is not None:
+            found.rich_help_panel = EVERY  # type: ignore[attr-defined]
+        return found
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         several = {flag for p in self.params if getattr(p, "multiple", False) for flag in p.opts}
@@ -163,12 +170,20 @@ def _one_at_a_time(words: list[str], several: set[str]) -> Iterator[str]:
         yield word
 
 
-def _parameters(options: type, positional: tuple[str, ...]) -> Iterator[inspect.Parameter]:
+def _parameters(command: str, options: type, positional: tuple[str, ...]) -> Iterator[inspect.Parameter]:
     hints = typing.get_type_hints(options)
-    fields = dataclasses.fields(options)
-    for field in sorted(fields, key=lambda field: field.default is not dataclasses.MISSING):  # what must be given first
+    groups = {field.name: group_of(command, field.name) for field in dataclasses.fields(options)}
+
+    def place(field: dataclasses.Field[Any]) -> tuple[int, bool]:
+        return order_of(groups[field.name]), field.default is not dataclasses.MISSING  # what must be given first
+
+    for field in sorted(dataclasses.fields(options), key=place):
         help_text = field.metadata["help"]
-        kind = typer.Argument(help=help_text) if field.name in positional else typer.Option(help=help_text)
+        if field.name in positional:
+            kind = typer.Argument(help=help_text)
+        else:
+            flags = (flag_of(field.name),) if field.name.endswith("_") else ()  # typer makes the others itself
+            kind = typer.Option(*flags, help=help_text, rich_help_panel=groups[field.name])
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
         hint = hints[field.name]
         if typing.get_origin(hint) is tuple:  # an option that may be given again; typer knows it as a list
@@ -190,7 +205,7 @@ def _parameters(options: type, positional: tuple[str, ...]) -> Iterator[inspect.
     )
     for name, hint, default, help_text, more in shared:
         flags = () if hint is not bool else (f"--{name}",)
-        annotation = Annotated[hint, typer.Option(*flags, help=help_text, **more)]
+        annotation = Annotated[hint, typer.Option(*flags, help=help_text, rich_help_panel=EVERY, **more)]
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -204,6 +219,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path} cannot be read as TOML: {error}") from None
     values = {key.replace("-", "_"): value for key, value in values.items()}
     known = {parameter.name: getattr(parameter, "multiple", False) for parameter in context.command.params}
+    values = {f"{key}_" if f"{key}_" in known else key: value for key, value in values.items()}
     for key, value in values.items():
         if known.get(key):
             values[key] = [str(one) for one in value] if isinstance(value, list) else [value]
@@ -279,8 +295,13 @@ def in_options(message: str, names: Sequence[str]) -> str:
         (rf"(?<![\w./'\"-])({'|'.join(map(re.escape, snakes))})(?![\w/'\"]|\.\w)", snakes),
     ):
         if flagged:
-            message = re.sub(found, lambda match: f"--{match[1].replace('_', '-')}", message)
+            message = re.sub(found, lambda match: flag_of(match[1]), message)
     return re.sub(r"^kind (?=\S+ is not one of)", "--select ", message) if "select" in names else message
+
+
+def flag_of(name: str) -> str:
+    """The option of a field. A field whose name would be a word of Python ends in an underscore: `as_` is --as."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def _switch(match: re.Match[str]) -> str:

@@ -18,6 +18,8 @@ from kdcache.recipes.config import DistilOptions
 from kdcache.student.config import TrainOptions
 from kdcache.student.from_teacher.config import MakeStudentOptions
 from kdcache.teacher.config import CheckOptions, DumpOptions, EngineOptions, PlanOptions
+from kdcache_cli import interop_commands as interop
+from kdcache_cli.doctor_command import DoctorOptions, doctor
 from kdcache_cli.frame import OPTIONS_OF, Output, command, run_app
 from kdcache_cli.inspect_commands import ExploreOptions, InspectOptions, explore, inspect_shard
 
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Run a teacher once, cache a small sparse target for every token, distil any number of students.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -60,6 +61,9 @@ def dump_teacher(options: DumpOptions, output: Output) -> None:
     def show(console: Console) -> None:
         shards = summary["shards"]
         state = "complete" if summary["complete"] else f"{shards['planned'] - shards['committed']} shards missing"
+        if options.create_only:
+            console.print(f"{summary['cache']}: {shards['planned']} shards planned, {shards['committed']} committed")
+            return
         counted = "" if summary["complete"] else "of this worker's shards: "
         console.print(
             f"{summary['cache']}: {state}, {shards['committed']} of {shards['planned']} shards "
@@ -377,6 +381,11 @@ def convert_cache(options: ConvertOptions, output: Output) -> None:
 
     output.result(summary, show)
 
+
+command(app, "export", interop.ExportOptions, positional=("cache",))(interop.export_cache)
+command(app, "import", interop.ImportOptions, positional=("source",))(interop.import_cache)
+command(app, "audit", interop.AuditOptions, positional=("cache",))(interop.audit_cache)
+command(app, "doctor", DoctorOptions)(doctor)
 
 _BAD_INPUT = 2
 _KDCACHE = (sys.executable, "-m", "kdcache_cli")

@@ -1,5 +1,5 @@
 #!/bin/bash
-# From a corpus to a measured student: five jobs that wait for each other. It submits them and returns.
+# From a corpus to a measured student: six jobs that wait for each other. It submits them and returns.
 #
 #   TEACHER=Qwen/Qwen2.5-7B CORPUS=/data/chats.jsonl STUDENT=/data/student/config.json \
 #     bash examples/slurm/pipeline.sh --seq-len 1024
@@ -27,10 +27,14 @@ SUBMIT=(sbatch --parsable --kill-on-invalid-dep=yes)
 check="$("${SUBMIT[@]}" --job-name=kdcache-check --output=%x-%j.out \
   --wrap='exec kdcache check-data --teacher "$TEACHER" --corpus "$CORPUS"')"
 
-dump="$("${SUBMIT[@]}" --array="0-$((TASKS - 1))" --dependency="afterok:$check" "$EXAMPLES/dump.sbatch" "$@")"
+# One task creates the cache, so that not every task reads the whole corpus.
+create="$("${SUBMIT[@]}" --job-name=kdcache-create --output=%x-%j.out --dependency="afterok:$check" \
+  "$EXAMPLES/dump.sbatch" --create-only "$@")"
+
+dump="$("${SUBMIT[@]}" --array="0-$((TASKS - 1))" --dependency="afterok:$create" "$EXAMPLES/dump.sbatch" "$@")"
 
 # Once more, for what tasks that failed or were cancelled have left; those that find nothing to do end in seconds.
-rest="$("${SUBMIT[@]}" --array="0-$((TASKS - 1))" --dependency="afterok:$check,afterany:$dump" \
+rest="$("${SUBMIT[@]}" --array="0-$((TASKS - 1))" --dependency="afterok:$create,afterany:$dump" \
   "$EXAMPLES/dump.sbatch" "$@")"
 
 train="$("${SUBMIT[@]}" --dependency="afterok:$rest" "${TRAIN[@]}" "$EXAMPLES/train.sbatch" "${TRAIN_OPTIONS[@]}")"
@@ -39,4 +43,4 @@ evaluate="$("${SUBMIT[@]}" --job-name=kdcache-evaluate --output=%x-%j.out --gpus
   --dependency="afterok:$train" \
   --wrap='exec kdcache evaluate --student "$OUT" --cache "$CACHE" --heldout 0.02 --json')"
 
-echo "check $check, dump $dump, rest $rest, train $train, evaluate $evaluate"
+echo "check $check, create $create, dump $dump, rest $rest, train $train, evaluate $evaluate"

@@ -92,7 +92,7 @@ def _with_teacher(corpus: str, form: Form, names: Sequence[str], ignored: Sequen
                 f"{instead}, or name it in ignore_columns if it does not count"
             )
     there = {name: name for name in told if name in names}
-    late = () if form.name == "text" else tuple(name for name in told if name not in (*names, *ignored))
+    late = tuple(name for name in COLUMNS if name not in (*names, *ignored))
     return dataclasses.replace(form, optional={**form.optional, **there}, late=late)
 
 

@@ -6,8 +6,9 @@ Of a longer one `overlong` decides (`kdcache.corpus.rules`); what was cut, trunc
 row, so rows stay close to corpus order (compare Ding et al. 2024, "Fewer Truncations Improve Language Modeling",
 arXiv 2404.10830). `none`: each piece is a row of its own; the longest come first, so that rows of similar length lie
 side by side and a batch of them holds little padding.
-Cost: O(1) big-integer operations a piece, or one sort. Memory: 4 bytes a token, 28 a piece; a row is made when it is
-asked for. Where a teacher reads more, each different prefix once, and some 200 bytes a piece.
+Cost: O(1) big-integer operations a piece, or one sort. Memory: 2 bytes a token (4 if any id is above 65,535), 28 a
+piece; a row is made when it is asked for. Where a teacher reads more, each different prefix once, and some 200 bytes a
+piece.
 
 A piece of one token has no next token to predict and is left out.
 
@@ -58,7 +59,7 @@ class PackedRows(Sequence[PackedRow]):
     """The rows of one shard, each made when it is asked for.
 
     Args:
-        tokens: int32, of all pieces, one behind the other.
+        tokens: whole numbers of 2 or 4 bytes, of all pieces, one behind the other.
         supervised: a flag for each of them; empty when all may be labels.
         writer_logp: a number for each of them; empty where the corpus has none.
         lengths: `[P]` tokens of each piece.
@@ -78,7 +79,7 @@ class PackedRows(Sequence[PackedRow]):
         prefixes: Sequence[Prefix] | None = None,
     ) -> None:
         self._prefixes = prefixes
-        self._tokens, self._supervised = np.frombuffer(tokens, np.int32), np.frombuffer(supervised, np.bool_)
+        self._tokens, self._supervised = np.frombuffer(tokens, tokens.typecode), np.frombuffer(supervised, np.bool_)
         self._writer_logp = np.frombuffer(writer_logp, np.float32)
         self._lengths, self._documents, self._starts = lengths, documents, np.cumsum(lengths) - lengths
         self._order = np.argsort(rows, kind="stable")  # pieces of a row stay in the order of their documents
@@ -111,7 +112,7 @@ class PackedRows(Sequence[PackedRow]):
             logp = np.concatenate([self._writer_logp[place] for place in places])
             extras = {WRITER_LOGP: np.nan_to_num(logp, nan=0.0)[:, None]}
         return PackedRow(
-            tokens=np.concatenate([self._tokens[place] for place in places]),
+            tokens=np.concatenate([self._tokens[place] for place in places], dtype=np.int32),
             piece_lengths=self._lengths[pieces],
             piece_documents=self._documents[pieces],
             supervised=None if supervised is None or supervised.all() else supervised,
@@ -184,7 +185,7 @@ def pack(
         teacher_seq_len: the most tokens that a teacher reads of a piece, its prefix included: a piece is cut, truncated
             or left out so that they fit. 0 where no document has a prefix.
     """
-    tokens, lengths, numbers, rows = array("i"), array("i"), array("q"), array("q")
+    tokens, lengths, numbers, rows = array("H"), array("i"), array("q"), array("q")
     supervised, writer_logp = bytearray(), array("f")
     prefixes = _KnownPrefixes() if teacher_seq_len else None
     best_fit = _BestFit(seq_len, PREFIXES_A_ROW * teacher_seq_len) if pack == "best-fit" else None
@@ -200,7 +201,9 @@ def pack(
             supervised.extend(b"\1" * need if piece.supervised is None else piece.supervised.tobytes())
         if piece.writer_logp is not None:
             writer_logp.frombytes(piece.writer_logp.astype(np.float32, copy=False).tobytes())
-        tokens.frombytes(piece.ids.astype(np.int32, copy=False).tobytes())
+        if tokens.typecode == "H" and piece.ids.max() > np.iinfo(np.uint16).max:
+            tokens = array("i", tokens)
+        tokens.frombytes(piece.ids.astype(tokens.typecode, copy=False).tobytes())
         lengths.append(need)
         numbers.append(piece.document)
     sizes = np.array(lengths, np.int32)

@@ -227,6 +227,7 @@ class TextFiles:
     def digest(self, file: int, start: int, stop: int) -> tuple[bytes, NDArray[np.int64], NDArray[np.int64]] | None:
         """The sha256 of the UTF-8 of each text between two addresses, one behind the other, and lengths and addresses.
 
+        Of records, the text is the first of the columns that were chosen.
         The texts are not kept together, so one stays in a core's own cache while it is looked at. Text of plain files
         is hashed as it lies there.
 
@@ -255,8 +256,6 @@ class TextFiles:
         return digests, lengths, [a for a, _ in spans]
 
     def _digest_records(self, data: bytes, form: str) -> tuple[list[bytes], list[int], Addresses] | None:
-        if len(self._columns) != 1:
-            return None
         column, sha256, loads = self._columns[0], hashlib.sha256, orjson.loads
         digests, lengths = [], []
         records, starts = _records(data, form)

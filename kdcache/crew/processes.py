@@ -37,7 +37,7 @@ def local_workers(module: str, config: Any, options: LaunchOptions, device: str)
     """Processes of this machine, which all end with the context.
 
     Args:
-        module: what each runs, `python -m module`; it calls `serve`.
+        module: what each runs, `python -m module`; it calls `serve` with its `make_worker`.
         config: a dataclass, whose fields each worker is given.
         options: how many workers, and what each may use.
         device: that the workers run on; on `cpu` they get no GPUs.

@@ -5,7 +5,7 @@ prompts.py   prompts as token ids, in shards
 draw.py      logits to a token, and the log-probability of the distribution that it was drawn from
 writer.py    a model that is open, and what it writes behind a batch of prompts
 corpus_maker.py  the shards of a corpus, each a file
-corpus_worker.py  a worker of `--launch local`
+corpus_worker.py  a worker of `--launch`
 generate.py  all of it, by one process or by several
 
 Guarantee: a file is a function of (prompts, shard, seed, writer) and of nothing else, on one machine. A process that is

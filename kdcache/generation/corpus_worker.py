@@ -40,10 +40,10 @@ class CorpusWorker(TaskWorker):
         self.progress = (completions, tokens)
 
 
-def main() -> None:
-    """Be a worker in a process of its own."""
-    serve(lambda fields: CorpusWorker(GenerateConfig(**fields)))
+def make_worker(fields: dict[str, Any]) -> CorpusWorker:
+    """A worker of the generation that the fields configure."""
+    return CorpusWorker(GenerateConfig(**fields))
 
 
 if __name__ == "__main__":
-    main()
+    serve(make_worker)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kdcache.crew.assign import Progress, run
-from kdcache.crew.processes import local_workers
+from kdcache.crew.launch import launched
 from kdcache.generation.corpus_maker import CorpusMaker
 from kdcache.generation.options import GenerateConfig, GenerateOptions
 from kdcache.worker import find_worker
@@ -34,8 +34,8 @@ def generate(options: GenerateOptions, on_progress: Progress | None = None) -> d
     """
     if options.launch is None:
         return _by_this_process(options.config, on_progress)
-    with local_workers(_WORKER, options.config, options, options.device) as processes:
-        done = run(processes, on_progress)
+    with launched(_WORKER, options.config, options, options.device) as crew:
+        done = run(crew, on_progress)
     more = {"workers": done.workers, "replaced": done.replaced}
     return _summary(done.summary, done.made, {**done.totals, "tokens": done.amount}, "0/1", done.seconds) | more
 

@@ -103,7 +103,7 @@ class GenerateOptions(LaunchOptions, GenerateConfig):
 
     def __post_init__(self) -> None:
         GenerateConfig.__post_init__(self)
-        self.require_launch("local")
+        self.require_launch("local", "ray")
 
     @property
     def config(self) -> GenerateConfig:

@@ -43,6 +43,8 @@ def model_folder(name: str, role: str) -> Path:
     if not folder.exists() and _HUB_NAME.fullmatch(name):
         folder = _snapshot(name, _HUB_FILES, role)
     if not folder.is_dir():
+        if folder.exists():
+            raise ModelError(f"the {role} {name} is a file, but must be a folder or a .gguf file")
         raise ModelError(f"the {role} folder {name} does not exist")
     if not any(folder.glob("*.safetensors")):
         found = sorted(path for path in folder.iterdir() if is_gguf(path))

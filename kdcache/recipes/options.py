@@ -11,13 +11,23 @@ from typing import Any
 from kdcache.errors import ConfigError
 from kdcache.options import TYPES, parse_value
 
-_CHOSEN = ("out", "resume")
-"""Options that a recipe sets by itself."""
-
 
 def leaves_folder(options: type) -> bool:
     """Whether a command writes its result into a folder that it must be given."""
     return any(f.name == "out" and f.default is dataclasses.MISSING for f in dataclasses.fields(options))
+
+
+def chosen_options(options: type, out: str) -> dict[str, Any]:
+    """The options of a command that a recipe sets by itself: where its result goes, and that it goes on with it.
+
+    Args:
+        options: the dataclass of the command's options.
+        out: the folder of its result.
+    """
+    chosen: dict[str, Any] = {"out": out} if leaves_folder(options) else {}
+    if any(field.name == "resume" for field in dataclasses.fields(options)):
+        chosen["resume"] = True
+    return chosen
 
 
 def check_options(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,16 +40,17 @@ def check_options(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: an option that the command does not have or that is chosen for it, or a value that it cannot take.
     """
-    hints = typing.get_type_hints(options)
+    hints, chosen = typing.get_type_hints(options), chosen_options(options, "unwritten")
     values = {}
     for key, value in given.items():
         name = key.replace("-", "_")
         if name not in hints:
             raise ConfigError(f"it has no option {key}")
-        if name in _CHOSEN and not (name == "out" and not leaves_folder(options)):
+        if name in chosen:
             raise ConfigError(f"{key} is chosen by the recipe; leave it out")
+        if name == "out":  # a command that refuses a file that is there could not be run again after a kill
+            raise ConfigError(f"{key} is not for a stage: what its command finds is kept in its record")
         values[name] = _typed(key, hints[name], value)
-    chosen = {"out": "unwritten"} if leaves_folder(options) else {}
     missing = [
         f.name
         for f in dataclasses.fields(options)

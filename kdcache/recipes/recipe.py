@@ -37,7 +37,7 @@ from typing import Any
 
 from kdcache.errors import ConfigError, one_line
 from kdcache.options import parse_value, split_settings
-from kdcache.recipes.options import check_options, leaves_folder
+from kdcache.recipes.options import check_options, chosen_options, leaves_folder
 from kdcache.store.sealed_json import canonical
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -54,7 +54,8 @@ class Stage:
         name: of the stage; of one in a round `round-2/learn`.
         command: of kdcache.
         options: its options, checked; without what the recipe chooses by itself.
-        leaves_folder: whether its result is the folder of its name.
+        chosen: what the recipe chooses: `out`, the folder of its result, unless it leaves none; `resume`, where the
+            command must be told to go on.
         needs: the stages that it waits for, sorted.
         identity: sha256 of its command, its options, and the identities of the stages that it waits for.
     """
@@ -62,9 +63,14 @@ class Stage:
     name: str
     command: str
     options: dict[str, Any]
-    leaves_folder: bool
+    chosen: dict[str, Any]
     needs: tuple[str, ...]
     identity: str
+
+    @property
+    def leaves_folder(self) -> bool:
+        """Whether its result is a folder, of its name."""
+        return "out" in self.chosen
 
 
 @dataclass
@@ -93,7 +99,9 @@ def read_recipe(path: Path, settings: Sequence[str], out: Path, commands: Mappin
     """
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {one_line(error)}") from None
     try:
         return _Reader(fields, settings, out, commands).stages()
@@ -140,15 +148,16 @@ class _Reader:
         made = {name: self._resolved(name, one) for name, one in raw.items()}
         stages: dict[str, Stage] = {}
         for name in _ordered({name: one.needs for name, one in raw.items()}):
-            command, options, folder = made[name]
+            command, options = made[name]
             needs = tuple(sorted(raw[name].needs))
             known = {"command": command, "options": options, "needs": {n: stages[n].identity for n in needs}}
             identity = hashlib.sha256(canonical(known)).hexdigest()
-            stages[name] = Stage(name, command, options, folder, needs, identity)
+            chosen = chosen_options(self._commands[command], str(self._out / name))
+            stages[name] = Stage(name, command, options, chosen, needs, identity)
         return tuple(stages.values())
 
-    def _resolved(self, name: str, raw: _Raw) -> tuple[str, dict[str, Any], bool]:
-        """The command of a stage, its options, and whether it leaves a folder; what it waits for is noted in `raw`."""
+    def _resolved(self, name: str, raw: _Raw) -> tuple[str, dict[str, Any]]:
+        """The command of a stage and its options; what it waits for is noted in `raw`."""
         given = dict(raw.table)
         command, after = given.pop("command", name.rpartition("/")[2]), given.pop("after", [])
         if command not in self._commands:
@@ -162,7 +171,7 @@ class _Reader:
             options = check_options(self._commands[command], values)
         except ConfigError as error:
             raise ConfigError(f"stage {name} ({command}): {error}") from None
-        return command, options, leaves_folder(self._commands[command])
+        return command, options
 
     def _value(self, value: Any, find: Callable[[str], list[Any]], needs: set[str]) -> Any:
         """A value of the file with its references replaced."""

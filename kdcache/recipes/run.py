@@ -40,10 +40,12 @@ class RecipeRun:
         program: the words that start kdcache, before the name of a command.
 
     Raises:
-        ConfigError: the folder holds results of other options.
+        ConfigError: the folder is none, or holds results of other options.
     """
 
     def __init__(self, stages: Sequence[Stage], out: Path, program: Sequence[str]) -> None:
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"out {out} is a file, but must be a folder")
         self.stages, self._out, self._program = stages, out, program
         self._records = {stage.name: self._read(stage) for stage in stages}
 
@@ -132,15 +134,12 @@ class RecipeRun:
         return record if not stage.leaves_folder or (self._out / stage.name).exists() else None
 
     def _write_options(self, stage: Stage) -> None:
-        chosen = {"out": str(self._out / stage.name)} if stage.leaves_folder else {}
-        if stage.command == "train-student":
-            chosen["resume"] = True  # type: ignore[assignment]
         path = self._path(stage, "toml")
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if stage.leaves_folder:
                 (self._out / stage.name).parent.mkdir(parents=True, exist_ok=True)
-        write_over(path, to_toml({**stage.options, **chosen}).encode())
+        write_over(path, to_toml({**stage.options, **stage.chosen}).encode())
 
     @contextmanager
     def _locked(self, stage: Stage) -> Iterator[int]:

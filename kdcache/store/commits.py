@@ -8,7 +8,6 @@ from `seal.arrow` (see `seal`), which holds this table; any other from its commi
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -160,8 +159,7 @@ class Commits(Mapping[int, Commit]):
             name: `entropy`, `label_logprob` or `tail_mass`.
             temperature: which of the manifest's, for `tail_mass`.
         """
-        chosen = self.table.filter(pc.greater(self.table["positions"], 0))
-        values = chosen[name]
+        values = self.table[name].filter(pc.greater(self.table["positions"], 0))
         if name == "tail_mass":
             if values.null_count or (len(values) and pc.min(pc.list_value_length(values)).as_py() <= temperature):
                 return None
@@ -179,7 +177,7 @@ class Commits(Mapping[int, Commit]):
         """Shard, and `document` and `reason`, of each bad record that a commit lists; in order."""
         table = self.table.select(["shard", "bad_records"])
         some = table.filter(pc.greater(pc.list_value_length(table["bad_records"]), 0))
-        for batch in some.to_batches(max_chunksize=_BATCH):
+        for batch in some.to_batches(max_chunksize=_MOST_SHOWN):
             for fields in batch.to_pylist():
                 yield from ((fields["shard"], record) for record in fields["bad_records"])
 
@@ -191,10 +189,7 @@ class Commits(Mapping[int, Commit]):
             these could not be used, and `bad_records`, the first thousand of them; `cut`, `truncated`; `eos_labels`,
             None if they are unknown in any shard that has labels.
         """
-        dropped: Counter[str] = Counter()
-        reasons, counts = _flat_column(self.table["dropped_by"], "reason"), _flat(self.table["dropped_by"], "documents")
-        for reason, count in zip(reasons.to_pylist(), counts.tolist(), strict=True):
-            dropped[reason] += count
+        dropped = self._dropped()
         ends = self.table["eos_labels"]
         unknown = pc.any(pc.and_(pc.is_null(ends), pc.greater(self.table["labels"], 0))).as_py()
         return {
@@ -205,6 +200,17 @@ class Commits(Mapping[int, Commit]):
             "cut": self.total("cut"),
             "truncated": self.total("truncated"),
             "eos_labels": None if unknown else exact_total(pc.fill_null(ends, 0).to_numpy()),
+        }
+
+    def _dropped(self) -> dict[str, int]:
+        """Documents that became no rows, by reason."""
+        lists = self.table["dropped_by"]
+        reasons, counts = _flat_column(lists, "reason").combine_chunks().dictionary_encode(), _flat(lists, "documents")
+        order = np.argsort(reasons.indices.to_numpy(), kind="stable")
+        named = reasons.dictionary.to_pylist()
+        ends = np.cumsum(np.bincount(reasons.indices.to_numpy(), minlength=len(named)))
+        return {
+            reason: exact_total(part) for reason, part in zip(named, np.split(counts[order], ends)[:-1], strict=True)
         }
 
     def object_sizes(self) -> Iterator[tuple[str, int]]:
@@ -311,23 +317,23 @@ def _flat(lists: pa.ChunkedArray, field: str | None = None) -> NDArray[Any]:
 
 def _by_row(lists: pa.ChunkedArray, values: NDArray[Any]) -> Ints:
     """`[rows]` the sum of each list's values, which together follow the lists; 0 for an empty one."""
-    ends = np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy(), dtype=np.int64)
-    sums = np.zeros(len(values) + 1, np.uint64)
-    np.cumsum(values, dtype=np.uint64, out=sums[1:])
-    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-    found: Ints = (sums[ends] - sums[starts]).astype(np.int64)  # modulo 2^64: no matter that the whole sum may wrap
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+    starts, some = np.cumsum(lengths, dtype=np.int64) - lengths, lengths > 0
+    found = np.zeros(len(lengths), np.int64)
+    if some.any():  # modulo 2^64
+        found[some] = np.add.reduceat(values, starts[some], dtype=np.uint64).astype(np.int64)
     return found
 
 
 def _histograms(column: pa.ChunkedArray) -> Iterator[list[int]]:
-    """One histogram for each chunk of a column of them: their sum."""
+    """The sum of those histograms of each chunk of a column that have equally many bins."""
     for chunk in column.chunks:
         lengths = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy()
-        values = pc.list_flatten(chunk).to_numpy()
-        bins = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        halves = np.divmod(values.astype(np.uint64), np.uint64(1 << 32))
-        highs, lows = (np.bincount(bins, half) for half in halves)  # float64, exact up to 2^21 shards a chunk
-        yield [(int(high) << 32) + int(low) for high, low in zip(highs, lows, strict=True)]
+        values, starts = pc.list_flatten(chunk).to_numpy(), np.cumsum(lengths, dtype=np.int64) - lengths
+        for bins in np.unique(lengths[lengths > 0]):
+            some = values[starts[lengths == bins][:, np.newaxis] + np.arange(bins)].astype(np.uint64)
+            highs, lows = (some >> np.uint64(32)).sum(0), (some & np.uint64(0xFFFFFFFF)).sum(0)
+            yield [(int(high) << 32) + int(low) for high, low in zip(highs, lows, strict=True)]
 
 
 def _to_fields(commit: Commit) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from kdcache.errors import CorruptCacheError, TargetError
 from kdcache.extras import ExtraSpec, stream_names
 from kdcache.lazy_torch import torch
 from kdcache.prefixes import NO_PREFIX, Prefixes
-from kdcache.rows import IGNORE, PackedRow, labelled_tokens
+from kdcache.rows import IGNORE, PackedRow, taught_unread
 from kdcache.targets import SparseTargets
 
 Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
@@ -347,15 +347,11 @@ class RowFormat:
             raise CorruptCacheError("it has a teacher context outside those that it holds")
         if tokens.max(initial=0) >= self.vocab_size:
             raise CorruptCacheError(f"a teacher context has a token outside the vocabulary of {self.vocab_size}")
-        before, begins = np.cumsum(labelled_tokens(row)), np.cumsum(row.piece_lengths) - row.piece_lengths
-        unread = replaced - (lengths > 0)  # slots of a piece that have no place in what the teacher reads
-        if (replaced >= row.piece_lengths).any() or any(
-            before[begin + count - 1] > (before[begin - 1] if begin else 0)
-            for begin, count in zip(begins.tolist(), unread.tolist(), strict=True)
-            if count > 0
-        ):
+        prefixes = Prefixes(tokens=tokens.astype(np.int32), places=places.reshape(-1, 3).copy())
+        told = dataclasses.replace(row, prefixes=prefixes)
+        if (replaced >= row.piece_lengths).any() or len(taught_unread(told)):
             raise CorruptCacheError("it has a label where the teacher has read nothing")
-        return Prefixes(tokens=tokens.astype(np.int32), places=places.reshape(-1, 3).copy())
+        return prefixes
 
 
 def _slots_with_target(stream: NDArray[np.uint8], labels: int) -> NDArray[np.int64]:

@@ -38,12 +38,13 @@ class OwnTokenizer:
     absent: dict[int, str] = field(default_factory=dict)
 
 
-def read_own_tokenizer(folder: Path, cache: Cache) -> OwnTokenizer | None:
+def read_own_tokenizer(folder: Path, cache: Cache, role: str = "student") -> OwnTokenizer | None:
     """The tokenizer of a checkpoint, with the cache's chat template if it has none itself; None if there is none.
 
     Args:
         folder: of the checkpoint; of a .gguf file the tokenizer is checked, and no files are kept.
         cache: what the student learns from.
+        role: `student`, or `teacher` for one that a student is cut out of; for messages.
 
     Raises:
         ModelError: it gives an id of the cache another meaning.
@@ -61,8 +62,8 @@ def read_own_tokenizer(folder: Path, cache: Cache) -> OwnTokenizer | None:
             continue
         if token in known or number in ids:
             raise ModelError(
-                f"the student {folder} has another tokenizer than the cache: {token!r} is id {number} in the cache "
-                f"and {known.get(token, 'absent')} in the student"
+                f"the {role} {folder} has another tokenizer than the cache: {token!r} is id {number} in the cache "
+                f"and {known.get(token, 'absent')} in the {role}"
             )
         absent[number] = token
     if own.chat_template is None and isinstance(theirs.chat_template, str):

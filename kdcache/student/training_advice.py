@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.advice import TrainingFacts, of_training
+from kdcache.losses.rollout_loss import read_clip
+from kdcache.store.manifest import Manifest
 from kdcache.student.caches import CacheSource
 from kdcache.student.config import TrainConfig
 
@@ -29,6 +31,7 @@ def advise(
     caches = [source.cache for source in sources]
     labels = sum(cache.commits.total("labels") for cache in caches) / max(1, sum(map(len, caches)))
     constant = config.soft_schedule == "constant"
+    of_a_student = read_clip(config.loss) is not None or any(_written_by_a_student(c.manifest) for c in caches)
     return of_training(
         TrainingFacts(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -37,10 +40,17 @@ def advise(
             teacher_parameters=teacher_parameters or _recorded(caches[0].manifest.origin.get("teacher_parameters")),
             labels=rows * labels,
             truncated=any(c.manifest.width < c.manifest.vocab_size and not c.manifest.rule.sampled for c in caches),
-            without_labels=config.soft_weight == 1 and constant and config.tail not in _BY_LABELS,
+            without_labels=config.soft_weight == 1 and constant and config.tail not in _BY_LABELS and not of_a_student,
             lr=config.lr,
         )
     )
+
+
+def _written_by_a_student(manifest: Manifest) -> bool:
+    """Whether another model than the teacher wrote the text: no label term is missing, for its labels teach nothing."""
+    generated = manifest.origin.get("generated")
+    writer = generated.get("writer_sha256") if isinstance(generated, dict) else None
+    return writer is not None and writer != manifest.teacher_sha256
 
 
 def _recorded(count: Any) -> int | None:

@@ -255,15 +255,20 @@ class DumpConfig(EngineOptions, CorpusOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DumpOptions(LaunchOptions, DumpConfig):
-    """Options of `dump-teacher`: a dump, and who starts its workers.
+    """Options of `dump-teacher`: a dump, who starts its workers, and whether it makes shards.
 
     Raises:
         ConfigError: a value out of range.
     """
 
+    create_only: bool = option("create the cache for the workers that come later, and make no shard", False)
+
     def __post_init__(self) -> None:
         DumpConfig.__post_init__(self)
         self.require_launch("local", "ray")
+        for name in ("launch", "worker"):
+            if self.create_only and getattr(self, name) is not None:
+                raise ConfigError(f"create_only and {name} exclude each other: who creates a cache makes no shard")
         if self.launch is not None and ranks_of(self.teacher_spec) > 1:
             raise ConfigError(
                 f"tensor_parallel is {self.tensor_parallel}, for which the engine {self.engine} needs the ranks of "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,13 @@ Progress = Callable[[int, int, int], None]
 """Called with documents done, documents to do, and labelled positions done so far."""
 
 
-def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, Any]:
+def dump(config: DumpConfig, on_progress: Progress | None = None, create_only: bool = False) -> dict[str, Any]:
     """Run the teacher over this worker's share of the shards that are not committed yet.
+
+    Args:
+        config: of the dump.
+        on_progress: called after each batch.
+        create_only: create the cache if there is none, and take no share.
 
     Returns:
         The summary that `kdcache dump-teacher --json` prints; nothing in a process that holds a part of a teacher whose
@@ -37,15 +42,16 @@ def dump(config: DumpConfig, on_progress: Progress | None = None) -> dict[str, A
     started = time.perf_counter()
     worker = find_worker(config.worker, os.environ, ranks_of(config.teacher_spec))
     with ShardMaker(config) as maker:
-        if maker.done:  # refuses a damaged commit
-            read_commits(maker.storage, maker.writer.manifest, [s for s in maker.done if worker.owns(s)])
         plan = maker.inputs.plan
-        mine = [s for s in range(len(plan)) if worker.owns(s) and s not in maker.done]
+        share = [s for s in range(len(plan)) if worker.owns(s) and not create_only]
+        if maker.done:  # refuses a damaged commit
+            read_commits(maker.storage, maker.writer.manifest, [s for s in share if s in maker.done])
+        mine = [s for s in share if s not in maker.done]
         tally = _Tally(on_progress if maker.group.leads else None, sum(plan.documents_of(s) for s in mine))
         maker.create()
         for shard in mine:
             tally.finish(maker.make(shard, tally.show), plan.documents_of(shard))
-    return _summary(maker, worker, tally, time.perf_counter() - started) if maker.group.leads else {}
+    return _summary(maker, worker, share, tally, time.perf_counter() - started) if maker.group.leads else {}
 
 
 @dataclass
@@ -72,13 +78,12 @@ class _Tally:
         self.show(0, 0)
 
 
-def _summary(maker: ShardMaker, worker: Worker, tally: _Tally, seconds: float) -> dict[str, Any]:
-    manifest = maker.writer.manifest
-    summary = maker.writer.finish(range(worker.index, manifest.shards, worker.count))
+def _summary(maker: ShardMaker, worker: Worker, share: Sequence[int], tally: _Tally, seconds: float) -> dict[str, Any]:
+    summary = maker.writer.finish(share)
     summary["shards"]["by_this_worker"] = tally.shards
     return {
         **summary,
-        "extras": manifest.extras,
+        "extras": maker.writer.manifest.extras,
         "worker": str(worker),
         "seconds": seconds,
         "waited_seconds": maker.stalled_seconds,

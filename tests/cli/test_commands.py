@@ -18,7 +18,10 @@ from kdcache.student.from_teacher.config import MakeStudentOptions
 from kdcache.teacher.config import DumpOptions
 from tests.processes import fresh_kdcache as kdcache
 
-COMMANDS = ("dump-teacher", "make-student", "train-student", "inspect-shard", "explore", "evaluate", "verify", "demo")
+COMMANDS = (
+    "dump-teacher", "make-student", "train-student", "inspect-shard", "explore", "evaluate", "verify", "demo", "export",
+    "import", "audit", "doctor",
+)  # fmt: skip
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:

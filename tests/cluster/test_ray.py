@@ -163,6 +163,7 @@ def test_a_node_that_is_killed_in_the_middle_of_a_dump_and_replaced(cluster: Any
         cluster.remove_node(third)
 
 
+@pytest.mark.long
 def test_a_node_that_is_not_replaced_leaves_its_work_to_the_others(cluster: Any, work: Path, hold: Path) -> None:
     cache, second = work / "left", cluster.add_node(num_cpus=1)
     driver = Command(*on_ray(cluster, "left"), cwd=work)
@@ -174,6 +175,7 @@ def test_a_node_that_is_not_replaced_leaves_its_work_to_the_others(cluster: Any,
     require_the_cache_of_one(work, cache)
 
 
+@pytest.mark.long
 def test_a_killed_actor_is_replaced(cluster: Any, work: Path, hold: Path) -> None:
     cache = work / "killed"
     driver = Command(*on_ray(cluster, "killed", workers=1), cwd=work)
@@ -219,6 +221,7 @@ class Broken(TransformersEngine):
 """
 
 
+@pytest.mark.long
 def test_a_shard_that_fails_again_and_again_is_named_with_its_traceback(cluster: Any, work: Path) -> None:
     (work / "broken_engine.py").write_text(BROKEN)
     plugin = ("--plugin", "broken_engine.py", "--engine", "broken")
@@ -235,6 +238,59 @@ def test_bad_input_that_a_worker_finds_is_one_sentence(cluster: Any, work: Path)
     code, out, err = Command(*on_ray(cluster, "b", "--on-bad-record", "stop", corpus="bad.jsonl"), cwd=work).end()
     assert code == 2 and err.count("\n") == 1 and "document 1" in err
     assert not (work / "b" / "kdcache.json").exists()
+
+
+HELD_WRITER = '''
+"""A writer that begins no file from the sixth on while there is a file "hold" in the folder."""
+
+import os
+import time
+from pathlib import Path
+from kdcache.generation.writer import Writer
+
+write = Writer.write
+
+def held(self, prompts, *more):
+    while prompts[0].document >= 40 and Path("hold").exists():
+        Path(f"held-{os.getpid()}").touch()
+        time.sleep(0.02)
+    return write(self, prompts, *more)
+
+Writer.write = held
+'''
+
+
+def writing(out: object, *more: object) -> list[object]:
+    return [
+        "generate", "--writer", "teacher", "--prompts", "prompts.jsonl", "--out", out, "--max-new-tokens", 40,
+        "--docs-per-shard", 8, "--batch-rows", 8, "--device", "cpu", "--plugin", "held_writer.py", "--json", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(work: Path) -> Path:
+    """A corpus of 14 files that one process writes."""
+    (work / "held_writer.py").write_text(HELD_WRITER)
+    (work / "prompts.jsonl").write_text("".join(json.dumps({"text": text[:40]}) + "\n" for text in TEXTS))
+    done = kdcache(*writing("written"), cwd=work, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return work / "written"
+
+
+def test_a_node_that_is_killed_while_a_corpus_is_written(cluster: Any, written: Path, work: Path, hold: Path) -> None:
+    out, second = work / "by-nodes", cluster.add_node(num_cpus=1)
+    on = ("--launch", "ray", "--address", cluster.address, "--workers", 2)
+    driver = Command(*writing(out, *on), cwd=work)
+    holds = lambda: any((work / f"held-{actor.pid}").exists() for actor in actors(second))  # noqa: E731
+    wait_until(holds, driver, "nothing is written on the second node")
+    cluster.remove_node(second, allow_graceful=False)
+    hold.unlink()
+    code, said, err = driver.end()
+    assert (code, err) == (0, "")
+    summary = json.loads(said)
+    assert summary["complete"] and summary["shards"]["by_this_worker"] == 14 and summary["replaced"] == 1
+    found = subprocess.run(["diff", "-r", written, out], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
 
 
 def test_an_address_where_nobody_is(work: Path) -> None:

@@ -175,6 +175,7 @@ def test_two_nodes_train_together_and_requeue_themselves(trial: Trial) -> None:
     require_same_student(trial.out, trial.folder / "expected")
 
 
+@pytest.mark.long
 def test_tasks_of_two_gpus_requeue_themselves(trial: Trial) -> None:
     slurm = trial.slurm
     job = trial.submit("--array=0-1", "--gpus-per-node=2", EXAMPLES / "dump.sbatch", *DUMP)
@@ -185,6 +186,7 @@ def test_tasks_of_two_gpus_requeue_themselves(trial: Trial) -> None:
     trial.require_the_cache_of_one()
 
 
+@pytest.mark.long
 def test_an_array_that_is_cancelled_is_finished_by_another(trial: Trial) -> None:
     first = trial.submit("--array=0-1", EXAMPLES / "dump.sbatch", *DUMP)
     trial.until_committed(1)

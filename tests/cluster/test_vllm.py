@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from kdcache.teacher.dump import dump
 from kdcache.teacher.engines.base import TargetRequest, TeacherSpec
 from kdcache.teacher.open_teacher import open_teacher
 from kdcache.teacher.opened_teacher import OpenedTeacher
-from tests.making import TEACHER, dump_options, make_model, make_tokenizer
+from tests.making import TEACHER, TEXTS, dump_options, make_model, make_tokenizer
 from tests.teacher.test_dump import files
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,10 @@ def spec_of(folder: Path, *settings: str, **changes: Any) -> TeacherSpec:
     return TeacherSpec(model=str(folder), **given)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["no prefix caching", "prefix caching"])
+CACHING = [pytest.param(False, id="no prefix caching"), pytest.param(True, id="prefix caching", marks=pytest.mark.long)]
+
+
+@pytest.fixture(scope="module", params=CACHING)
 def both(request: pytest.FixtureRequest, llama: Path) -> Iterator[tuple[OpenedTeacher, OpenedTeacher]]:
     """The engine vllm, which takes a long prompt in chunks, and the engine transformers."""
     settings = (f"max_num_batched_tokens={CHUNK}", f"enable_prefix_caching={str(request.param).lower()}")
@@ -98,7 +101,10 @@ def long_rows() -> list[PackedRow]:
     return rows
 
 
-def require_same(one: SparseTargets, two: SparseTargets, close: float = 1e-3) -> None:
+SCALARS = ("log_partition", "log_tail", "entropy", "label_logprob")
+
+
+def require_same(one: SparseTargets, two: SparseTargets, scalars: Sequence[str] = SCALARS, close: float = 1e-3) -> None:
     """Kept ids equal but for ties, every number within `close`."""
     mine, theirs = one.ids.sort(-1), two.ids.sort(-1)
     other = (mine.values != theirs.values).any(-1)
@@ -106,7 +112,7 @@ def require_same(one: SparseTargets, two: SparseTargets, close: float = 1e-3) ->
     assert not (other & ~near).any()
     values = [each.logprobs.gather(-1, order.indices)[~other] for each, order in ((one, mine), (two, theirs))]
     torch.testing.assert_close(*values, rtol=0, atol=close)
-    for name in ("log_partition", "log_tail", "entropy", "label_logprob"):
+    for name in scalars:
         torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=0, atol=close, equal_nan=True)
 
 
@@ -169,6 +175,35 @@ def test_two_processes_hold_one_teacher(llama: Path, corpus: Path, tmp_path: Pat
     assert check_faithfulness(tmp_path / "two", str(llama), rows=3, device="cpu")["agrees"]
 
 
+@pytest.fixture(scope="module")
+def hinted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts, of each of which the teacher is told something else first."""
+    path = tmp_path_factory.mktemp("hinted") / "corpus.jsonl"
+    records = [{"text": text, "teacher_prompt": "It ends so:" + text[-12:] + ". "} for text in TEXTS[:40]]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+HINTS = {"teacher_system": "You know all of it. ", "docs_per_shard": 20}
+
+
+def require_same_targets(one: Path, two: Path, scalars: Sequence[str] = SCALARS) -> None:
+    """The same rows, and targets that are equal but for ties and what float32 leaves open."""
+    mine, theirs = open_cache(one), open_cache(two)
+    assert len(mine) == len(theirs) > 0
+    for a, b in ((mine[index], theirs[index]) for index in range(len(mine))):
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.labels, b.labels)
+        require_same(a.targets[a.labels != -100], b.targets[b.labels != -100], scalars)
+
+
+def test_a_teacher_that_reads_more_than_its_student(llama: Path, hinted: Path, tmp_path: Path) -> None:
+    dump(dump_options(llama, hinted, tmp_path / "plain", **HINTS))
+    how = {"engine": "vllm", "engine_python": str(PYTHON), "device": "auto"}
+    dump(dump_options(llama, hinted, tmp_path / "vllm", **HINTS, **how))
+    require_same_targets(tmp_path / "vllm", tmp_path / "plain")
+    assert check_faithfulness(tmp_path / "vllm", str(llama), rows=3, device="cpu")["agrees"]
+
+
 def test_a_killed_process_loses_one_shard(llama: Path, corpus: Path, student_config: Path, tmp_path: Path) -> None:
     """The cache is completed by the same command, and is that of a run that nobody disturbed, byte for byte."""
     command = [
@@ -179,7 +214,7 @@ def test_a_killed_process_loses_one_shard(llama: Path, corpus: Path, student_con
     cut = tmp_path / "cut"
     running = subprocess.Popen([*map(str, command), "--out", str(cut)], stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 900
-    while len(list(cut.glob("commits/*"))) < 2:
+    while len(list(cut.glob("commits/*.json"))) < 2:
         assert running.poll() is None and time.monotonic() < until, running.communicate()[1]
         time.sleep(0.01)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
@@ -187,7 +222,7 @@ def test_a_killed_process_loses_one_shard(llama: Path, corpus: Path, student_con
     os.kill(worker, signal.SIGKILL)
     said = running.communicate(timeout=900)[1]
     assert running.returncode == 2 and "the process of the engine vllm ended by signal 9" in said.splitlines()[-1]
-    assert 2 <= len(list(cut.glob("commits/*"))) < 9
+    assert 2 <= len(list(cut.glob("commits/*.json"))) < 9
     for out in (cut, tmp_path / "whole"):
         done = subprocess.run([*map(str, command), "--out", str(out)], capture_output=True, text=True, check=True)
         assert json.loads(done.stdout)["complete"]
@@ -260,37 +295,33 @@ class Server:
         self.process.wait()
 
 
-def test_a_served_teacher(corpus: Path, tmp_path: Path) -> None:
+def test_a_served_teacher(corpus: Path, hinted: Path, tmp_path: Path) -> None:
     """Its top k are those of transformers; killed in mid-shard and started again, the cache is completed."""
     llama = tmp_path / "llama"
     make_tokenizer(llama)
     make_model(llama, **{**WIDE, "vocab_size": 320})  # a server would give random padding its share
     options = {"temperatures": "1", "docs_per_shard": 12, "k": 24}
     dump(dump_options(llama, corpus, tmp_path / "plain", **options))
+    dump(dump_options(llama, hinted, tmp_path / "plain-hinted", **{**options, **HINTS}))
     options |= {"engine": "server", "device": "auto", "engine_set": ("concurrency=4", "retries=1")}
     server = Server(llama, tmp_path / "log", "--max-logprobs", "24")
     with server, pytest.raises(ModelError, match="does not answer") as caught:
 
         def kill_after_two_shards(_done: int, _total: int, _positions: int) -> None:
-            if len(list((tmp_path / "served").glob("commits/*"))) >= 2:
+            if len(list((tmp_path / "served").glob("commits/*.json"))) >= 2:
                 os.killpg(server.process.pid, signal.SIGKILL)
 
         dump(dump_options(server.address, corpus, tmp_path / "served", **options), kill_after_two_shards)
     assert "\n" not in str(caught.value)
-    assert 2 <= len(list((tmp_path / "served").glob("commits/*"))) < 9
+    assert 2 <= len(list((tmp_path / "served").glob("commits/*.json"))) < 9
     with server:
         summary = dump(dump_options(server.address, corpus, tmp_path / "served", **options))
+        dump(dump_options(server.address, hinted, tmp_path / "served-hinted", **{**options, **HINTS}))
         with pytest.raises(ConfigError, match=r"k is 25, above .* \(it allows 24\); start it with --max-logprobs 25"):
             dump(dump_options(server.address, corpus, tmp_path / "more", **{**options, "k": 25}))
     assert summary["complete"] and not (tmp_path / "more").exists()
-    served, plain = open_cache(tmp_path / "served"), open_cache(tmp_path / "plain")
-    assert served.known.tail_sum == "remainder" and not served.known.entropy and len(served) == len(plain)
-    for index in range(len(plain)):
-        one, two = served[index], plain[index]
-        assert torch.equal(one.tokens, two.tokens)
-        mine, theirs = one.targets[one.labels != -100], two.targets[two.labels != -100]
-        other = (mine.ids.sort(-1).values != theirs.ids.sort(-1).values).any(-1)
-        assert not (other & ((mine.logprobs[:, -1] - theirs.logprobs[:, -1]).abs() > 1e-4)).any()
-        torch.testing.assert_close(mine.logprobs, theirs.logprobs, rtol=0, atol=1e-3)
-        torch.testing.assert_close(mine.label_logprob, theirs.label_logprob, rtol=0, atol=1e-3)
-        torch.testing.assert_close(mine.log_tail, theirs.log_tail, rtol=0, atol=1e-3)
+    known = open_cache(tmp_path / "served").known
+    assert known.tail_sum == "remainder" and not known.entropy
+    scalars = ("log_tail", "label_logprob")  # entropy and partitions are what it does not know
+    require_same_targets(tmp_path / "served", tmp_path / "plain", scalars)
+    require_same_targets(tmp_path / "served-hinted", tmp_path / "plain-hinted", scalars)

@@ -47,6 +47,13 @@ def test_a_document_that_fits_is_never_cut() -> None:
     assert sum(len(row.piece_documents) for row in rows) == 6
 
 
+def test_ids_that_need_four_bytes_come_late() -> None:
+    ids = [[1, 65_535, 2], [3, 65_536], [2**31 - 1, 4, 5]]
+    packed = pack([Tokens(document=i, ids=np.array(one, np.int32)) for i, one in enumerate(ids)], 3)
+    assert [row.tokens.tolist() for row in packed.rows] == ids
+    assert all(row.tokens.dtype == np.int32 for row in packed.rows)
+
+
 def test_best_fit_fills_the_least_room() -> None:
     rows = pack(documents([5, 6, 2]), 8).rows
     assert [row.piece_documents.tolist() for row in rows] == [[0], [1, 2]]

@@ -134,13 +134,26 @@ def test_columns_that_say_what_a_teacher_reads(tokenizer: Any, tmp_path: Path) -
     assert not open_corpus(str(path), columns=Columns(ignored=("teacher_messages",))).form.tells_teacher
 
 
-def test_a_context_that_only_later_files_have_is_not_overlooked(tmp_path: Path) -> None:
-    for name, more in (("a", {}), ("b", {"teacher_messages": ASKED})):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": ASKED, **more}) + "\n")
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"messages": ASKED}, {"teacher_messages": ASKED}),
+        ({"text": "the fox"}, {"teacher_prompt": "a hint"}),
+        ({"prompt": "the", "completion": " fox"}, {"teacher_prompt": "a hint"}),
+        ({"input_ids": [1, 2]}, {"teacher_prompt": "a hint"}),
+    ],
+    ids=["chat", "text", "completion", "tokenised"],
+)
+def test_a_context_that_only_later_records_have_is_not_overlooked(
+    tmp_path: Path, record: dict[str, Any], told: dict[str, Any]
+) -> None:
+    for name, more in (("a", {}), ("b", told), ("c", dict.fromkeys(told))):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({**record, **more}) + "\n")
     corpus = open_corpus(str(tmp_path))
-    first, second = (corpus.read(part)[0][0] for part in corpus.parts())
-    assert corpus.document(first) is not None
-    with pytest.raises(BadDocument, match="late teacher context: the first records have no teacher_messages"):
+    assert len({corpus.examine(part).sha256 for part in corpus.parts()}) < 3
+    first, second, third = (corpus.read(part)[0][0] for part in corpus.parts())
+    assert corpus.document(first) is not None and corpus.document(third) is not None
+    with pytest.raises(BadDocument, match=f"late teacher context: the first records have no {next(iter(told))}"):
         corpus.document(second)
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from kdcache import open_cache
 from kdcache.convert import convert
 from kdcache.errors import CacheError
+from kdcache.interop.export import export
 from kdcache.isolation import packed_forward
 from kdcache.rows import position_ids
 from kdcache.teacher.dump import dump
@@ -32,14 +33,25 @@ def folder(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("reading")
     dump(dump_options(teacher, corpus, folder / "cache", precision="float16", k=8))
     convert(folder / "cache", folder / "cache-zarr", store="zarr")
+    export(folder / "cache", folder / "targets.parquet", "parquet")
+    export(folder / "cache", folder / "targets-zarr", "zarr")
     return folder
 
 
-@pytest.mark.parametrize("recipe", BLOCKS[1:], ids=["pyarrow", "polars", "duckdb", "zarr"])
+RECIPES = (
+    "pyarrow", "polars", "duckdb", "zarr", "pandas", "polars-table", "duckdb-table", "xarray", "datasets-table",
+    "torch", "datasets",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", BLOCKS[1:], ids=RECIPES)
 def test_a_recipe_gives_the_teachers_numbers(
     teacher: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "hf"))
+    if "xarray" in recipe:
+        pytest.importorskip("xarray")
     names: dict[str, Any] = {}
     exec(BLOCKS[0] + recipe, names)
     cache = open_cache("cache")
@@ -50,6 +62,9 @@ def test_a_recipe_gives_the_teachers_numbers(
     np.testing.assert_allclose(names["logp"], row.targets.logprobs[has], atol=2e-6)
     if "slots" in names:
         assert np.array_equal(names["slots"], np.flatnonzero(has))
+    if "surprising" in names:
+        surprises = [-float(v) for each in cache for v in each.targets.label_logprob[each.targets.count > 0]]
+        assert [s for _, _, s in names["surprising"]] == pytest.approx(sorted(surprises, reverse=True)[:10])
     if "proposed" in names:
         wanted = Counter(i for packed in cache for i in packed.targets.ids[packed.targets.count > 0].flatten().tolist())
         found = names["proposed"]

@@ -1,11 +1,10 @@
-"""Recipes that are really run: every example at a small size, a chain that is killed, and what is refused."""
+"""Recipes that are really run: every example at a small size, stopped in each of its stages, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
-import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from kdcache.recipes import run as running
 from kdcache.recipes.recipe import read_recipe
 from kdcache.recipes.run import RecipeRun
 from tests.making import TEXTS, make_model
-from tests.processes import ReadyMade, kdcache, wait_until
+from tests.processes import ReadyMade, kdcache
+from tests.recipes.kills import distil, left_behind, stop_in_each_stage
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 SMALL = {
@@ -98,63 +98,34 @@ def test_every_recipe_runs(
         opened(recipe, tmp_path, another)
 
 
-CHAIN = """
-[stages.dump]
-command = "dump-teacher"
-teacher = "{0}"
-corpus = "{1}"
-seq_len = 32
-k = 8
-
-[stages.student]
-command = "make-student"
-teacher = "{0}"
-layers = "best-1"
-cache = "{{dump}}"
-
-[stages.train]
-command = "train-student"
-cache = "{{dump}}"
-student = "{{student}}"
-steps = 4
-"""
+KILLED = [
+    pytest.param(path, marks=pytest.mark.slow if path.stem == "data-free" else pytest.mark.long, id=path.stem)
+    for path in sorted(RECIPES.glob("*.toml"))
+]
 
 
-@pytest.mark.slow
-def test_a_chain_that_is_killed_goes_on_and_ends_the_same(teacher: Path, texts: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "r.toml"
-    recipe.write_text(CHAIN.format(teacher, texts))
-    words = ["-m", "kdcache_cli", "distil", recipe, "--json"]
-    stopped = tmp_path / "stopped"
-    for moment in ("stages/dump.json", "train/train-student.json"):
-        process = ReadyMade(*words, "--out", stopped)
-        wait_until((stopped / moment).exists, process, f"{moment} is not there")
-        process.kill()
-        process.wait()
-        while not free(stopped):  # a stage's process outlives the recipe
-            time.sleep(0.1)
-    last = ReadyMade(*words, "--out", stopped)
-    out, err = last.communicate()
+@pytest.mark.parametrize("recipe", KILLED)
+def test_a_recipe_that_is_stopped_in_each_stage_goes_on_and_ends_the_same(
+    recipe: Path, teacher: Path, other: Path, texts: Path, tmp_path: Path
+) -> None:
+    given = [word for text in settings(recipe, teacher, texts, other) for word in ("--set", text)]
+    out = tmp_path / "out"  # the same for both, since paths are recorded
+    words = [recipe, "--out", out, *given]
+    alone = distil(*words)
+    said, err = alone.communicate()
+    assert alone.returncode == 0, err
+    seconds = {stage["name"]: stage["seconds"] for stage in json.loads(said)["stages"]}
+    expected = left_behind(out)
+    shutil.rmtree(out)
+    codes = [code for *_, code in stop_in_each_stage(words, out, seconds, seed=len(recipe.stem))]
+    assert len([code for code in codes if code]) >= len(codes) / 2, codes
+    last = distil(*words)
+    said, err = last.communicate()
     assert last.returncode == 0, err
-    states = [stage["state"] for stage in json.loads(out)["stages"]]
-    assert states == ["stood", "stood", "made"]
-    opened(recipe, tmp_path / "alone", ()).run()
-    for name in ("student", "train"):
-        weights = [(tmp_path / way / name / "model.safetensors").read_bytes() for way in ("alone", "stopped")]
-        assert weights[0] == weights[1], name
-
-
-def free(out: Path) -> bool:
-    """Whether no stage's process is at work: it outlives the recipe that is killed."""
-    import fcntl
-
-    for path in (out / "stages").glob("*.lock"):
-        with path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-    return True
+    assert json.loads(said)["stages"][0]["state"] == "stood"
+    found = left_behind(out)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
 
 
 ONE = """
@@ -201,6 +172,8 @@ def test_one_stage_needs_those_before_it(teacher: Path, texts: Path, cache: Path
         run.run("verify")
     run.write_options()
     assert sorted(path.name for path in (tmp_path / "out" / "stages").iterdir()) == ["check.toml", "verify.toml"]
+    with pytest.raises(ConfigError, match=r"out .*r\.toml is a file, but must be a folder"):
+        opened(recipe, recipe, ())
     (tmp_path / "out" / "stages" / "check.json").write_text("{")
     with pytest.raises(ConfigError, match="is no record of a stage"):
         opened(recipe, tmp_path / "out", ())

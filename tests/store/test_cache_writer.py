@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache import CacheWriter, Selection, SparseTargets, create_cache, open_cache, select, verify_cache
+from kdcache import CacheWriter, Prefix, Selection, SparseTargets, create_cache, open_cache, select, verify_cache
 from kdcache.errors import CacheMismatchError, ConfigError, ModelError, TargetError
 from kdcache.extras import ExtraSpec
 from kdcache.known import Known
@@ -210,6 +210,46 @@ def test_rows_that_cannot_be_are_one_sentence(tmp_path: Path, case: str) -> None
         shard.write(tokens, targets)
         shard.write(**{"tokens": tokens, "targets": targets, **change(tokens, targets)})
     assert "\n" not in str(caught.value) and made.missing() == [0, 1, 2]
+
+
+TOLD: dict[str, tuple[str, dict[str, Any]]] = {
+    "too few": ("row 0 of shard 2 has 1 prefixes for 2 pieces", {"prefixes": [None]}),
+    "foreign": ("has in prefix 1 a token outside the vocabulary of 50", {"prefixes": [None, Prefix(tokens=[50])]}),
+    "float": ("has prefix 0 float64 of shape", {"prefixes": [Prefix(tokens=[0.5]), None]}),
+    "all replaced": ("has 4 tokens replaced in piece 1, which has 4", {"prefixes": [None, Prefix([1], replaced=4)]}),
+    "less than none": ("has -1 tokens replaced in piece 0", {"prefixes": [Prefix([1], replaced=-1), None]}),
+    "long": ("piece 0 for which the teacher reads 15 tokens, above", {"prefixes": [Prefix([1] * 9), None]}),
+    "nothing read": ("has a label in piece 0 where", {"prefixes": [Prefix([], replaced=1), None]}),
+    "taught, not read": ("has a label in piece 1 where", {"prefixes": [None, Prefix([1, 2], replaced=2)]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_prefixes_that_cannot_be_are_one_sentence(tmp_path: Path, case: str) -> None:
+    words, given = TOLD[case]
+    made, (tokens, targets) = writer(tmp_path / "c", teacher_seq_len=14), some()
+    with pytest.raises(ConfigError, match=words) as caught, made.shard(2) as shard:
+        shard.write(tokens, targets, piece_lengths=[6, 4], documents=[0, 1], **given)
+    assert "\n" not in str(caught.value) and made.missing() == [0, 1, 2]
+
+
+def test_a_cache_without_contexts_takes_no_prefix(tmp_path: Path) -> None:
+    tokens, targets = some()
+    with pytest.raises(ConfigError, match="created without teacher_seq_len"), writer(tmp_path / "c").shard(0) as shard:
+        shard.write(tokens, targets, prefixes=[Prefix([1])])
+    for changes, words in (({"teacher_seq_len": 11}, "teacher_seq_len is 11"), ({"isolate": False}, "needs isolate")):
+        with pytest.raises(ConfigError, match=words):
+            writer(tmp_path / "d", **{"teacher_seq_len": 14, **changes})
+
+
+def test_a_row_holds_no_more_prefixes_than_a_reader_takes(tmp_path: Path) -> None:
+    made, (tokens, targets) = writer(tmp_path / "c", teacher_seq_len=12, shards=1), some(12)
+    many = [Prefix([number] * 11) for number in range(12)]
+    with pytest.raises(ConfigError, match="has prefixes of 132 tokens, above 8 times"), made.shard(0) as shard:
+        shard.write(tokens, targets, piece_lengths=[1] * 12, documents=[0] * 12, prefixes=many)
+    with made.shard(0) as shard:
+        shard.write(tokens, targets, piece_lengths=[1] * 12, documents=[0] * 12, prefixes=[many[0]] * 12)
+    assert open_cache(tmp_path / "c").read_packed(0)[0].prefixes.tokens.tolist() == [0] * 11
 
 
 def test_caches_that_cannot_be_are_one_sentence(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from kdcache.student.from_teacher import importance
 from kdcache.student.from_teacher.blocks import find_blocks, left_out
 from kdcache.student.from_teacher.config import MakeStudentOptions
 from kdcache.student.from_teacher.cut import Kept, narrowed, require_narrowable, with_fewer_layers
+from kdcache.student.from_teacher.kept_states import KeptStates
 from kdcache.student.from_teacher.kl_record import KlRecord
 from kdcache.student.from_teacher.layers import LayerRule
 from kdcache.student.from_teacher.make import make_student
@@ -104,6 +109,40 @@ def test_kept_layers_are_the_teachers_bit_for_bit(folder: Path, tmp_path: Path) 
     assert (logits(teacher) - wanted).abs().max().item() > 100 * rounding(wanted)  # layers do something
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "s" / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_what_lies_before_a_layer_need_not_be_computed_again(kind: str) -> None:
+    """Runs that begin at a layer, over two batches, and over one that was not kept."""
+    model = random_model(kind)
+    blocks, places = find_blocks(model), torch.arange(40)[None]
+    batches = [torch.arange(40)[None] * step % 320 for step in (7, 9, 11)]
+
+    def run(tokens: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            found: torch.Tensor = packed_forward(model, tokens, places).logits
+        return found
+
+    for gone in (frozenset[int](), frozenset({2})):
+        states, ran = KeptStates(blocks, gone), list[int]()
+        with states.kept():
+            kept = [run(tokens) for tokens in batches[:2]]
+        with left_out(blocks, gone):
+            assert all(torch.equal(run(tokens), found) for tokens, found in zip(batches, kept, strict=False))
+        for layer in sorted({0, 1, 2, 3} - gone):
+            with left_out(blocks, gone | {layer}):
+                wanted = [run(tokens) for tokens in batches]
+            with ExitStack() as stack:
+                for number, block in enumerate(blocks.layers):
+                    inside = next(block.children())
+                    note = functools.partial(lambda ran, number, *_: ran.append(number), ran, number)
+                    stack.callback(inside.register_forward_hook(note).remove)
+                stack.enter_context(states.without(layer))
+                found = [run(tokens) for tokens in batches]
+            assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+            later = [number for number in range(layer + 1, 4) if number not in gone]
+            assert ran == [*later, *later, *range(4)]
+            ran.clear()
+    assert torch.equal(run(batches[0]), logits(random_model(kind)))
 
 
 def test_all_layers_give_the_teachers_logits(folder: Path, tmp_path: Path) -> None:
@@ -251,15 +290,60 @@ def test_the_experts_that_the_router_takes_are_kept() -> None:
     assert kept.layers[0]["experts"].tolist() == [0, 3]
 
 
+def each(kl: Callable[[frozenset[int]], float]) -> Callable[[frozenset[int], int], float]:
+    return lambda gone, layer: kl(gone | {layer})
+
+
 def test_the_least_needed_layers_by_hand() -> None:
     """Layers 1 and 2 do the same: each alone can go, both cannot. Judged one by one, both would go."""
 
     def kl(without: frozenset[int]) -> float:
         return 5.0 * ({1, 2} <= without) + 0.1 * (1 in without) + 0.2 * (2 in without) + (0 in without) + (3 in without)
 
-    out, rounds = importance.least_needed(4, 2, kl)
+    out, rounds = importance.least_needed(4, 2, each(kl))
     assert out == {1, 3}  # of equal ones the later
     assert rounds == [{0: 1.0, 1: 0.1, 2: 0.2, 3: 1.0}, pytest.approx({0: 1.1, 2: 5.3, 3: 1.1})]
+
+
+def test_half_of_the_layers_that_are_to_go_leave_in_each_round() -> None:
+    """4, 2 and 1 of 7; and the last round sees that 5 and 6 stand in for each other, as the first cannot."""
+    worth = {5: 0.51, 6: 0.52, 7: 0.6, 8: 2.0, 9: 3.0}
+    seen: list[tuple[int, int]] = []
+
+    def kl(without: frozenset[int]) -> float:
+        return sum(worth.get(layer, 0.1) for layer in without) + 9.0 * ({5, 6} <= without)
+
+    out, rounds = importance.least_needed(10, 3, each(kl), lambda done, total: seen.append((done, total)))
+    assert [len(found) for found in rounds] == [10, 6, 4] and seen == [(done, 20) for done in range(1, 21)]
+    assert out == {0, 1, 2, 3, 4, 5, 7}
+    assert importance.least_needed(3, 3, each(kl)) == (frozenset(), [])
+
+
+def test_a_layer_without_which_nothing_is_finite_stays() -> None:
+    """Half of four would be two, but only the layer 2 can go; then the layer 1 can."""
+
+    def kl(without: frozenset[int]) -> float:
+        return math.inf if without & {0, 3} or without == {1} else 1.0
+
+    out, rounds = importance.least_needed(4, 2, each(kl))
+    assert out == {1, 2} and rounds == [
+        {0: math.inf, 1: math.inf, 2: 1.0, 3: math.inf},
+        {0: math.inf, 1: 1.0, 3: math.inf},
+    ]
+    assert importance.least_needed(2, 1, lambda *_: math.inf)[0] == {1}
+
+
+def test_the_rows_that_layers_are_measured_on_hold_five_hundred_positions(cache: Path) -> None:
+    from kdcache import open_cache
+    from kdcache.student.from_teacher.calibration import rows_for_layers, rows_for_width
+
+    opened = open_cache(cache)
+    rows = rows_for_layers(opened, range(len(opened)), None)
+    positions = [int((opened[row].labels != -100).sum()) for row in rows]
+    assert sum(positions) + max(positions) >= 500 and sum(positions) < 650 and len(rows) < len(opened)
+    assert rows_for_layers(opened, range(7), None) == list(range(7))  # there are no more
+    assert len(rows_for_layers(opened, range(len(opened)), 3)) == 3
+    assert len(rows_for_width(range(len(opened)), None)) == 16
 
 
 def test_the_best_layers_are_chosen_on_the_cache_and_a_killed_choice_goes_on(
@@ -271,7 +355,7 @@ def test_the_best_layers_are_chosen_on_the_cache_and_a_killed_choice_goes_on(
     true = module.measure
 
     def dies_late(*arguments: Any, **more: Any) -> dict[str, Any]:
-        if next(measured) == 1:
+        if next(measured) == 2:
             raise KeyboardInterrupt
         return true(*arguments, **more)
 
@@ -281,7 +365,7 @@ def test_the_best_layers_are_chosen_on_the_cache_and_a_killed_choice_goes_on(
         make(teacher, tmp_path / "s", **options)
     assert [p.name for p in tmp_path.iterdir()] == [".s.layers.jsonl"]
     made = make(teacher, tmp_path / "s", **options)
-    assert next(measured) == 4  # one before it died; then the other layer and the held-out rows
+    assert next(measured) == 6  # the whole and one layer before it died; then the whole, the other, the held-out rows
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
     monkeypatch.undo()
     assert make(teacher, tmp_path / "again", **options) == {**made, "out": str(tmp_path / "again")}

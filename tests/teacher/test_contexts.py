@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdcache import Selection, open_cache, select, verify_cache
+from kdcache import Selection, create_cache, open_cache, select, verify_cache
 from kdcache.convert import convert
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.report.faithfulness import check_faithfulness
@@ -161,6 +161,32 @@ def test_verify_makes_the_targets_again_from_the_cache_alone(told: Path, teacher
     entropy = torch.cat([cache.read_packed(i)[1].entropy for i in range(len(cache))])  # type: ignore[misc]
     logp = logits.log_softmax(-1)
     torch.testing.assert_close(-(logp.exp() * logp).sum(-1), entropy, atol=1e-4, rtol=0)
+
+
+def test_the_public_writer_takes_what_a_teacher_was_told(told: Path, teacher: Path, tmp_path: Path) -> None:
+    """A program that knows pieces, prefixes and targets writes the cache that dump-teacher does."""
+    cache, manifest = open_cache(told), open_cache(told).manifest
+    out = create_cache(
+        tmp_path / "c", vocab_size=manifest.vocab_size, seq_len=manifest.seq_len, selection=manifest.rule, shards=1,
+        teacher=manifest.teacher_sha256, documents=manifest.documents, temperatures=manifest.temperatures,
+        precision=manifest.precision, teacher_seq_len=manifest.teacher_context["seq_len"], tokenizer=teacher,
+    )  # fmt: skip
+    with out.shard(0) as shard:
+        for number in range(len(cache)):
+            row, targets = cache.read_packed(number)
+            shard.write(
+                row.tokens, targets, piece_lengths=row.piece_lengths, documents=row.piece_documents,
+                prefixes=[row.prefix(piece) for piece in range(len(row.piece_lengths))],
+            )  # fmt: skip
+    assert out.finish()["complete"] and verify_cache(tmp_path / "c").ok
+    for number in range(len(cache)):
+        (ours, targets), (theirs, wanted) = open_cache(tmp_path / "c").read_packed(number), cache.read_packed(number)
+        assert ours.prefixes is not None and theirs.prefixes is not None
+        assert np.array_equal(ours.prefixes.tokens, theirs.prefixes.tokens)
+        assert np.array_equal(ours.prefixes.places, theirs.prefixes.places)
+        assert torch.equal(targets.logprobs, wanted.logprobs) and torch.equal(targets.ids, wanted.ids)
+    found = check_faithfulness(tmp_path / "c", str(teacher), rows=4, device="cpu")
+    assert found["agrees"] and found["stored"]["total_variation"]["worst"] < 1e-4
 
 
 class PieceByPiece(Engine):

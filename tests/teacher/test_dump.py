@@ -166,6 +166,19 @@ def test_any_workers_in_any_order_make_the_same_cache(
     assert files(tmp_path / "c") == files(cache)
 
 
+def test_a_cache_is_created_for_workers_that_come_later(
+    cache: Path, teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    config = dump_options(teacher, corpus, tmp_path / "c")
+    created = dump(config, create_only=True)
+    assert created["shards"] == {"planned": 4, "committed": 0, "by_this_worker": 0} and not created["complete"]
+    made_later = ("shards", "commits", "seal.arrow")
+    assert set(files(tmp_path / "c")) == {name for name in files(cache) if not name.startswith(made_later)}
+    assert dump(config)["shards"]["by_this_worker"] == 4
+    assert dump(config, create_only=True)["complete"]
+    assert files(tmp_path / "c") == files(cache)
+
+
 def test_a_stopped_dump_goes_on_with_what_is_missing(cache: Path, teacher: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
     shutil.copytree(cache, out)

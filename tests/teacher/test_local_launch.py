@@ -90,6 +90,8 @@ def test_gpus_are_dealt_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"launch": "ray", "gpus_per_worker": float("nan")}, "gpus_per_worker is nan"),
         ({"launch": "local", "address": "auto"}, "address is auto, but only a Ray cluster has one"),
         ({"launch": "local", "worker": "0/2"}, "worker and launch exclude each other"),
+        ({"launch": "local", "create_only": True}, "create_only and launch exclude each other"),
+        ({"worker": "0/2", "create_only": True}, "create_only and worker exclude each other"),
     ],
 )
 def test_options_that_cannot_be(given: dict[str, object], said: str, teacher: Path, tmp_path: Path) -> None:

@@ -26,14 +26,14 @@ LAYERS = [
     {"position_filter", "selection", "losses", "codec", "isolation"},
     {"corpus"},
     {"store"},
-    {"file_hashes", "generated_corpus"},
-    {"pretrained"},
+    {"file_hashes", "generated_corpus", "given_rows"},
+    {"pretrained", "row_views"},
     {"cache", "cache_writer", "verify"},
-    {"convert"},
+    {"convert", "interop"},
     {"teacher", "student", "generation"},
     {"report", "planning"},
     {"demo", "explorer"},
-    {"recipes"},
+    {"recipes", "doctor"},
     {"testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -59,5 +59,11 @@ def left_out(blocks: Blocks, numbers: Collection[int]) -> Iterator[None]:
 
 
 def _hand_on(_layer: nn.Module, args: tuple[Any, ...], more: dict[str, Any], output: Any) -> Any:
-    given: Tensor = args[0] if args else more["hidden_states"]
+    given = given_states(args, more)
     return (given, *output[1:]) if isinstance(output, tuple) else given
+
+
+def given_states(args: tuple[Any, ...], more: dict[str, Any]) -> Tensor:
+    """The hidden states among what a layer is called with."""
+    given: Tensor = args[0] if args else more["hidden_states"]
+    return given

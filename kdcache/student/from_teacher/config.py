@@ -29,7 +29,10 @@ class CutOptions:
     heads: int | None = option("attention heads to keep in each layer; heads that share a key stay together", None)
     intermediate: int | None = option("neurons to keep in each MLP", None)
     experts: int | None = option("experts to keep in each layer of a mixture", None)
-    importance_rows: int = option("rows over which the importance of layers, heads, ... is measured", 16)
+    importance_rows: int | None = option(
+        "rows over which importance is measured; by default 16 for heads, ..., and about 500 positions for layers",
+        None,
+    )
 
     def __post_init__(self) -> None:
         LayerRule.parse(self.layers)

@@ -1,7 +1,8 @@
 """What matters in a model: layers by what the KL loses without each, heads, neurons, channels and experts by activity.
 
-Layers: one after the other is left out, each time the one without which KL(teacher ‖ model) on a cache is least, given
-those that were left out before. (With every layer judged alone, neighbours that do the same would all look useless.)
+Layers: in each round, half of those that are still to go are left out, the ones without which KL(teacher ‖ model) on a
+cache is least, one at a time, given those that are gone already. So the last ones, which matter most, are judged one by
+one. (With every layer judged alone, neighbours that do the same would all look useless.)
 
 Width: Muralidharan et al. 2024 (Minitron, arXiv 2407.14679), section 2.2, from forward passes alone. For activations
 a[r, t] of slot t of row r, aggregated over the S_r slots of a row by the mean and over rows by the L2 norm,
@@ -20,6 +21,7 @@ Shapes: R rows, L slots, I neurons, H heads, E experts, D channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -52,35 +54,48 @@ Round = dict[int, float]
 
 
 def least_needed(
-    layers: int, keep: int, kl: Callable[[frozenset[int]], float], on_progress: Progress | None = None
+    layers: int, keep: int, kl: Callable[[frozenset[int], int], float], on_progress: Progress | None = None
 ) -> tuple[frozenset[int], list[Round]]:
-    """The layers that a model can best do without.
+    """The layers that a model can best do without; of L layers it takes about L log2(L - keep) measurements.
 
     Args:
         layers: how many it has.
         keep: how many are to be kept.
-        kl: the mean KL of the model without some layers, nats.
+        kl: the mean KL of the model without some layers that are gone, and without one more, nats.
         on_progress: see `Progress`.
 
     Returns:
-        Those to leave out, and what was measured in each round; ties leave out the later layer.
+        Those to leave out, and what was measured in each round; ties leave out the later layer, and one without which
+        the model has no finite KL stays as long as there are others.
     """
     out: frozenset[int] = frozenset()
     rounds: list[Round] = []
-    total, done = sum(layers - taken for taken in range(layers - keep)), 0
-    for _ in range(layers - keep):
+    done = 0
+    while left := layers - keep - len(out):
         found: Round = {}
+        total = done + _measurements(layers - len(out), left)
         for layer in range(layers):
             if layer in out:
                 continue
             stopping.check()
-            found[layer] = kl(out | {layer})
+            found[layer] = kl(out, layer)
             done += 1
             if on_progress:
                 on_progress(done, total)
-        out |= {min(found, key=lambda layer: (found[layer], -layer))}
+        usable = sum(map(math.isfinite, found.values())) or 1
+        out |= frozenset(sorted(found, key=lambda layer: (found[layer], -layer))[: min(_half(left), usable)])
         rounds.append(found)
     return out, rounds
+
+
+def _half(left: int) -> int:
+    """How many leave in a round: 8, 4, 2, 1 of 15."""
+    return (left + 1) // 2
+
+
+def _measurements(there: int, left: int) -> int:
+    """How many it takes until so many of those that are there have left."""
+    return there + _measurements(there - _half(left), left - _half(left)) if left else 0
 
 
 class Scores:

@@ -3,8 +3,8 @@
 Guarantee: the folder appears whole or not at all, and only after the model in it was loaded again as `train-student`
 loads it. Choosing the best of L layers can be killed at any moment; the same command goes on with what is not measured
 yet. Layers that are kept are the teacher's bit for bit, in the dtype of its checkpoint.
-Cost: the teacher and the student in float32. The best N of L layers take (L - N)(L + N + 1) / 2 passes over the
-`importance_rows`; width takes one.
+Cost: the teacher and the student in float32. The best N of L layers take about L log2(L - N) passes over some rows,
+each of them half of a pass in the mean, as it begins at the layer that is left out; width takes one.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from kdcache.pretrained import (
 from kdcache.pretrained.config import load_config
 from kdcache.pretrained.files import is_gguf
 from kdcache.pretrained.quantised import quantisation
-from kdcache.rows import spread_rows
 from kdcache.store.atomic_files import NewFolder, storage_errors, sweep
 from kdcache.student.data import Rows, split_heldout
 from kdcache.student.evaluation import measure
 from kdcache.student.from_teacher import calibration
-from kdcache.student.from_teacher.blocks import find_blocks, left_out
+from kdcache.student.from_teacher.blocks import find_blocks
 from kdcache.student.from_teacher.config import CutOptions, MakeStudentOptions
 from kdcache.student.from_teacher.cut import narrowed, require_narrowable, with_fewer_layers
 from kdcache.student.from_teacher.importance import Activity, Round, least_needed
+from kdcache.student.from_teacher.kept_states import KeptStates
 from kdcache.student.from_teacher.kl_record import KlRecord
 from kdcache.student.from_teacher.layers import LayerRule
 from kdcache.student.from_teacher.sizes import Sizes
@@ -82,9 +82,8 @@ def make_student(options: MakeStudentOptions, on_progress: Progress | None = Non
     require_free(out)
     cache = None if options.cache is None else open_cache(options.cache)
     sides: tuple[Rows, Rows] = ((), ()) if cache is None else split_heldout(len(cache), options.heldout)
-    rows = spread_rows(sides[0], options.importance_rows) if cache is not None else []
     text = None if options.text is None else Path(options.text).expanduser()
-    source = Source(options.teacher, cache, rows, text, options.importance_rows)
+    source = Source(options.teacher, cache, sides[0], options.importance_rows, text)
     summary = cut_into(out, source, options, device, options.batch_rows, on_progress, sides[1], asked)
     return {"out": str(out), **summary}
 
@@ -118,16 +117,16 @@ class Source:
     Attributes:
         teacher: its name.
         cache: a cache of it, if there is one.
-        rows: of the cache, on which importance is measured.
+        rows: of the cache, that importance may be measured on.
+        most: how many of them are taken; None for what is usual.
         text: a text instead.
-        text_rows: rows of that text.
     """
 
     teacher: str
     cache: Cache | None
     rows: Rows
+    most: int | None
     text: Path | None = None
-    text_rows: int = 0
 
 
 def start_from(
@@ -144,7 +143,7 @@ def start_from(
         device: where it is measured.
         batch_rows: rows a forward pass.
     """
-    source = Source(teacher, cache, spread_rows(rows, options.importance_rows))
+    source = Source(teacher, cache, rows, options.importance_rows)
     return cut_into(out, source, options, device, batch_rows, None, ())
 
 
@@ -177,9 +176,10 @@ def cut_into(
     rounds: list[Round] = []
     record = None
     if rule.best is not None and source.cache is not None:
-        about = {"teacher": fingerprint(folder), "cache": source.cache.manifest.sha256, "rows": list(source.rows)}
+        rows = calibration.rows_for_layers(source.cache, source.rows, source.most)
+        about = {"teacher": fingerprint(folder), "cache": source.cache.manifest.sha256, "rows": rows}
         record = KlRecord(out.with_name(f".{out.name}.layers.jsonl"), about)
-        gone, rounds = _choose(teacher, source, rule.best, record, device, batch_rows, show)
+        gone, rounds = _choose(teacher, source.cache, rows, rule.best, record, device, batch_rows, show)
         kept = tuple(number for number in kept if number not in gone)
     made, generation = with_fewer_layers(teacher, kept, vocab), getattr(teacher, "generation_config", None)
     del teacher
@@ -221,7 +221,7 @@ def _require_fit(folder: Path, config: Any, source: Source) -> None:
             f"the teacher {source.teacher} has a vocabulary of {size}, which does not cover the cache's "
             f"{cache.manifest.vocab_size} ids"
         )
-    read_own_tokenizer(folder, cache)
+    read_own_tokenizer(folder, cache, "teacher")
 
 
 def _require_numbers(teacher: Any, folder: Path) -> None:
@@ -246,17 +246,29 @@ def _shown_round(found: Round) -> dict[str, float | None]:
 
 
 def _choose(
-    teacher: Any, source: Source, keep: int, record: KlRecord, device: torch.device, batch_rows: int, show: Progress
+    teacher: Any,
+    cache: Cache,
+    rows: Rows,
+    keep: int,
+    record: KlRecord,
+    device: torch.device,
+    batch_rows: int,
+    show: Progress,
 ) -> tuple[frozenset[int], list[Round]]:
-    """The layers that the teacher can best do without, by the KL on the rows of a cache."""
-    blocks, cache = find_blocks(teacher), source.cache
-    assert cache is not None
-    spec = cache.manifest.row_spec
+    """The layers that the teacher can best do without, by the KL on rows of a cache."""
+    blocks, spec = find_blocks(teacher), cache.manifest.row_spec
     probe(teacher, spec.vocab_size, spec.seq_len, device, isolate=spec.isolate, packed=spec.packed)
 
-    def kl(without: frozenset[int]) -> float:
-        with left_out(blocks, without):
-            found = measure(teacher, cache, source.rows, device, batch_rows)["kl"]
+    states = KeptStates(blocks, frozenset())
+
+    def kl(gone: frozenset[int], layer: int) -> float:
+        nonlocal states
+        if states.gone != gone or not states.batches:
+            states = KeptStates(blocks, gone)
+            with states.kept():
+                measure(teacher, cache, rows, device, batch_rows)
+        with states.without(layer):
+            found = measure(teacher, cache, rows, device, batch_rows)["kl"]
         if found is None:
             raise ConfigError(f"the cache {cache.storage} has no KL at T = 1, so no layer can be called best on it")
         return float(found) if math.isfinite(found) else math.inf
@@ -264,7 +276,7 @@ def _choose(
     return least_needed(
         len(blocks.layers),
         keep,
-        lambda without: record.kl(without, lambda: kl(without)),
+        lambda gone, layer: record.kl(gone | {layer}, lambda: kl(gone, layer)),
         lambda done, total: show(done, total, "layers"),
     )
 
@@ -273,11 +285,12 @@ def _narrow(model: Any, sizes: Sizes, source: Source, folder: Path, batch_rows: 
     """The model with the parts that matter on the rows of the cache, or on the text."""
     activity, done = Activity(model), 0
     if source.cache is not None:
-        total, found = len(source.rows), calibration.of_cache(source.cache, source.rows, batch_rows)
+        rows = calibration.rows_for_width(source.rows, source.most)
+        total, found = len(rows), calibration.of_cache(source.cache, rows, batch_rows)
     else:
         assert source.text is not None
         longest = context_length(model.config.to_dict())
-        total, found = 0, calibration.of_text(source.text, folder, source.text_rows, batch_rows, longest)
+        total, found = 0, calibration.of_text(source.text, folder, source.most, batch_rows, longest)
     for batch in found:
         activity.add(batch)
         done += len(batch["input_ids"])

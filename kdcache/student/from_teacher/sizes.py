@@ -96,6 +96,8 @@ class Sizes:
             if wanted is not None and wanted > there:
                 raise ConfigError(f"{name} is {wanted}, above the teacher's {there}")
         hidden, heads = self._hidden_and_heads(options)
+        if hidden % heads and options.hidden is None:
+            raise ConfigError(f"heads is {heads}, which does not divide the hidden size, {hidden}")
         if hidden % heads:
             raise ConfigError(f"hidden is {hidden}, which {heads} heads do not divide")
         experts = options.experts or self.experts

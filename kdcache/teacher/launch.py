@@ -1,21 +1,19 @@
-"""Dumps by many workers that one command starts: processes of this machine, or actors of a Ray cluster.
+"""A dump, by this process or by the workers that one command starts.
 
-`kdcache.crew` decides who makes which shard, for both, and has the workers of this machine; `shard_worker.py` is what
-each worker does, on top of `ShardMaker`; `ray_actors.py` has workers of a cluster. The driver opens no teacher and no
-corpus, and needs no GPU.
+`kdcache.crew` has the workers, of this machine or of a Ray cluster, and decides who makes which shard;
+`shard_worker.py` is what each of them does. The driver opens no teacher and no corpus, and needs no GPU.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kdcache.ray_cluster import require_ray
 from kdcache.teacher.config import DumpOptions
 
 if TYPE_CHECKING:
     from kdcache.crew.assign import Progress, Run
 
-_WORKER = "kdcache.teacher.launch.shard_worker"
+_WORKER = "kdcache.teacher.shard_worker"
 
 
 def launch(options: DumpOptions, on_progress: Progress | None = None) -> dict[str, Any]:
@@ -30,19 +28,12 @@ def launch(options: DumpOptions, on_progress: Progress | None = None) -> dict[st
     if options.launch is None:
         from kdcache.teacher.dump import dump
 
-        return dump(options.config, on_progress)
+        return dump(options.config, on_progress, create_only=options.create_only)
     from kdcache.crew.assign import run
+    from kdcache.crew.launch import launched
 
-    if options.launch == "local":
-        from kdcache.crew.processes import local_workers
-
-        with local_workers(_WORKER, options.config, options, options.device) as processes:
-            return _summary(run(processes, on_progress))
-    require_ray()
-    from kdcache.teacher.launch.ray_actors import ray_workers
-
-    with ray_workers(options) as actors:
-        return _summary(run(actors, on_progress))
+    with launched(_WORKER, options.config, options, options.device) as crew:
+        return _summary(run(crew, on_progress))
 
 
 def _summary(done: Run) -> dict[str, Any]:

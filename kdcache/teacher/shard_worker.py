@@ -53,10 +53,10 @@ class ShardWorker(TaskWorker):
         self.progress = (documents, positions)
 
 
-def main() -> None:
-    """Be a worker in a process of its own."""
-    serve(lambda fields: ShardWorker(DumpConfig(**fields)))
+def make_worker(fields: dict[str, Any]) -> ShardWorker:
+    """A worker of the dump that the fields configure."""
+    return ShardWorker(DumpConfig(**fields))
 
 
 if __name__ == "__main__":
-    main()
+    serve(make_worker)

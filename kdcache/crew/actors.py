@@ -1,4 +1,4 @@
-"""Workers that are actors of a Ray cluster, which hold the teacher open from shard to shard.
+"""Workers that are actors of a Ray cluster, which hold their model open from shard to shard.
 
 Why actors and not tasks: docs/decisions/0018. An actor that dies (its process, its node) is reported by Ray and started
 again by the driver, wherever there is room. Workers run in the driver's folder if their node has it, so that relative
@@ -8,6 +8,8 @@ names mean the same; what is not at a URL must lie on a file system that all nod
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,53 +19,58 @@ import ray
 from ray.exceptions import RayError
 
 from kdcache.crew.assign import Answer
-from kdcache.crew.tasks import Outcome, Task
+from kdcache.crew.tasks import Outcome, Task, TaskWorker
 from kdcache.errors import one_line
+from kdcache.launcher import LaunchOptions
 from kdcache.ray_cluster import connected, handed_on, has_gpus
-from kdcache.teacher.config import DumpConfig, DumpOptions
-from kdcache.teacher.launch.shard_worker import ShardWorker
 
 _LOOKING = "looking"
 """The concurrency group in which an actor is asked for its progress while it works."""
 
 _FAREWELL = 10.0
-"""Seconds for idle actors to close their teachers."""
+"""Seconds for idle actors to close their models."""
 
 
 class Actor:
-    """A `ShardWorker` in an actor's process."""
+    """A `TaskWorker` in an actor's process."""
 
-    def __init__(self, config: DumpConfig, folder: str) -> None:
+    def __init__(self, module: str, fields: dict[str, Any], folder: str) -> None:
         with contextlib.suppress(OSError):  # a node that has no such folder
             os.chdir(folder)
-        self._worker = ShardWorker(config)
+        self._worker: TaskWorker = importlib.import_module(module).make_worker(fields)
 
     def do(self, task: Task) -> Outcome:
-        """See `ShardWorker`."""
+        """See `TaskWorker`."""
         return self._worker.do(task)
 
     def progress(self) -> tuple[float, int]:
-        """See `ShardWorker`."""
+        """See `TaskWorker`."""
         return self._worker.progress
 
     def close(self) -> None:
-        """See `ShardWorker`."""
+        """See `TaskWorker`."""
         self._worker.close()
 
 
 @contextlib.contextmanager
-def ray_workers(options: DumpOptions) -> Iterator[RayActors]:
+def ray_workers(module: str, config: Any, options: LaunchOptions, device: str) -> Iterator[RayActors]:
     """Actors of a cluster, which all end with the context.
+
+    Args:
+        module: whose `make_worker` makes each of them.
+        config: a dataclass, whose fields each worker is given.
+        options: how many workers, where, and what each may use.
+        device: that the workers run on; on `cpu` they ask for no GPUs.
 
     Raises:
         ConfigError: nobody answers at the address, or there is no room for a worker.
     """
     cpus, gpus = options.cpus_per_worker or 1, options.gpus_per_worker or 0.0
     with connected(options.address, cpus, gpus):
-        if options.gpus_per_worker is None and options.device != "cpu" and has_gpus(ray):
+        if options.gpus_per_worker is None and device != "cpu" and has_gpus(ray):
             gpus = 1.0
         count = options.workers or (max(1, int(ray.cluster_resources().get("GPU", 0) // gpus)) if gpus else 1)
-        actors = RayActors(options.config, count, cpus, gpus)
+        actors = RayActors(module, dataclasses.asdict(config), count, cpus, gpus)
         try:
             yield actors
         finally:
@@ -71,11 +78,19 @@ def ray_workers(options: DumpOptions) -> Iterator[RayActors]:
 
 
 class RayActors:
-    """A `Crew` of actors."""
+    """A `Crew` of actors.
 
-    def __init__(self, config: DumpConfig, count: int, cpus: float, gpus: float) -> None:
+    Args:
+        module: whose `make_worker` makes each of them.
+        fields: of the configuration, which each is given.
+        count: how many.
+        cpus: cores of each.
+        gpus: GPUs likewise.
+    """
+
+    def __init__(self, module: str, fields: dict[str, Any], count: int, cpus: float, gpus: float) -> None:
         self.count = count
-        self._config = config
+        self._given = module, fields
         self._kind = ray.remote(concurrency_groups={_LOOKING: 1})(Actor).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, runtime_env=handed_on()
         )
@@ -87,7 +102,7 @@ class RayActors:
     def start(self, worker: int) -> None:
         """See `Crew`."""
         self._forget(worker)
-        self._actors[worker] = self._kind.remote(self._config, str(Path.cwd()))
+        self._actors[worker] = self._kind.remote(*self._given, str(Path.cwd()))
 
     def ask(self, worker: int, task: Task) -> None:
         """See `Crew`."""
@@ -109,7 +124,7 @@ class RayActors:
                 yield Answer(worker, outcome=outcome)
 
     def stop(self) -> None:
-        """End all actors; those that have nothing to do close their teachers first."""
+        """End all actors; those that have nothing to do close their models first."""
         idle = self._alive - set(self._asked.values())
         closing = [self._actors[worker].close.remote() for worker in idle]
         if closing:
