@@ -147,6 +147,11 @@ class Evidence:
         figures = {"teacher_nll": nll, "uniform_nll": self._uniform}
         if other:
             return check("tokenizer", FAULT, "the tokenizer in the cache is not the teacher's", **figures)
+        if nll > self._uniform and self.teacher()["verdict"] == OK:  # it read the same ids when the cache was made
+            return check(
+                "tokenizer", UNKNOWN, "the teacher finds the tokens less likely than chance: it does not know such "
+                "text, or the ids were another tokenizer's when the cache was made", **figures,
+            )  # fmt: skip
         if nll > self._uniform:
             return check(
                 "tokenizer", FAULT, "the teacher finds the tokens less likely than chance: their ids are another "
