@@ -1,8 +1,8 @@
 # The two commands of the README are `make demo` and `make test`; each makes .venv when there is none.
 #
 #   make test       linters, types and the tests that a contributor runs: 10 minutes on 2 cores, installation included
-#   make test-all   the tests that `make test` leaves out (the mark `slow`): kills, buckets, the demo, ranks; and after
-#                   them `make test-cluster`
+#   make test-all   the tests that `make test` leaves out (the mark `slow`): kills, buckets, the demo, ranks, the
+#                   explorer in Chromium, which it installs where it can; and after them `make test-cluster`
 #   make test-long  more cases of what the two others test (the mark `long`): before a release
 #   make test-cluster  the tests with the mark `cluster`: installs SLURM, Ray and vLLM where it can, and runs them; what
 #                   it cannot install within ten minutes is skipped, and the summary says why

@@ -1,7 +1,7 @@
 """Explorer: a cache as a page for a browser, in one file or served row by row.
 
 token_texts.py    what a token reads like by itself
-blocks.py         rows and their targets as few bytes
+payload.py        rows and their targets as few bytes
 compared.py       a student or another teacher's cache, laid beside the cache position by position
 summary.py        what the page says of the whole cache
 explorer.py       all of it for one cache: the head of the page and its rows

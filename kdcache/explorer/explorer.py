@@ -1,4 +1,4 @@
-"""Explorer: one cache as the page is told of it: a head for all, and a block for each row.
+"""Explorer: one cache as the page is told of it: a head for all, and a payload for each row.
 
 Cost of a row: its read, and some 15 ms for 512 positions of 64 entries; with a student to compare, a forward pass.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import kdcache
 from kdcache.cache import open_cache
 from kdcache.errors import CacheError, ConfigError
-from kdcache.explorer.blocks import Arrays, pack, ratio, row_arrays, target_arrays, with_places
+from kdcache.explorer.payload import Arrays, pack, ratio, row_arrays, target_arrays, with_places
 from kdcache.explorer.summary import cache_summary
 from kdcache.explorer.token_texts import TokenTexts, readable
 from kdcache.report.inspect import Progress, teacher_read
@@ -24,7 +24,7 @@ TOP = 24
 
 
 @dataclass(frozen=True)
-class RowBlock:
+class RowPayload:
     """A row, before it is packed; tokens as ids.
 
     Attributes:
@@ -46,7 +46,7 @@ class RowBlock:
         return Counter({int(token): count for token, count in found.items()})
 
     def packed(self, places: Mapping[int, int]) -> dict[str, Any]:
-        """The block as the page takes it.
+        """The payload as the page takes it.
 
         Args:
             places: of each token in the table of texts.
@@ -134,7 +134,7 @@ class Explorer:
             },
         }
 
-    def row(self, index: int) -> RowBlock:
+    def row(self, index: int) -> RowPayload:
         """One row.
 
         Raises:
@@ -162,7 +162,7 @@ class Explorer:
             "documents": row.piece_documents.tolist(),
             "told": [{"piece": piece, **_readable(read)} for piece, read in told if read is not None],
         }
-        return RowBlock(about, own, other)
+        return RowPayload(about, own, other)
 
     def packed_row(self, index: int) -> dict[str, Any]:
         """One row with a table of texts of its own.
@@ -170,10 +170,10 @@ class Explorer:
         Raises:
             CacheError: see `row`.
         """
-        block = self.row(index)
-        ids = [token for token, _ in block.ids().most_common()]
+        payload = self.row(index)
+        ids = [token for token, _ in payload.ids().most_common()]
         places = {token: place for place, token in enumerate(ids)}
-        return {**block.packed(places), "texts": self._table(ids)}
+        return {**payload.packed(places), "texts": self._table(ids)}
 
     def packed_rows(self, rows: Sequence[int], on_progress: Progress | None = None) -> dict[str, Any]:
         """Several rows as `rows`, and their common table of texts as `texts`.
@@ -181,15 +181,15 @@ class Explorer:
         Raises:
             CacheError: see `row`.
         """
-        blocks = list(self._blocks(rows, on_progress))
+        payloads = list(self._payloads(rows, on_progress))
         counted: Counter[int] = Counter()
-        for block in blocks:
-            counted += block.ids()
+        for payload in payloads:
+            counted += payload.ids()
         ids = [token for token, _ in counted.most_common()]
         places = {token: place for place, token in enumerate(ids)}
-        return {"texts": self._table(ids), "rows": [block.packed(places) for block in blocks]}
+        return {"texts": self._table(ids), "rows": [payload.packed(places) for payload in payloads]}
 
-    def _blocks(self, rows: Sequence[int], on_progress: Progress | None) -> Iterator[RowBlock]:
+    def _payloads(self, rows: Sequence[int], on_progress: Progress | None) -> Iterator[RowPayload]:
         for done, index in enumerate(rows, 1):
             yield self.row(index)
             if on_progress is not None:

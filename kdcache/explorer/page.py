@@ -1,8 +1,8 @@
 """Page: the explorer as one HTML file that needs nothing else: style, code and data stand in it.
 
-Data are JSON in a block that no browser runs; no `<` is left in it, so no text can end it. The only script is named in
-the page's policy by its sha256, so no other can run, and the page may connect to nowhere (of a served page: to its own
-server). Memory: the page, and the rows that it shows.
+Data are JSON in an element that no browser runs; no `<` is left in it, so no text can end it. The only script is named
+in the page's policy by its sha256, so no other can run, and the page may connect to nowhere (of a served page: to its
+own server). Memory: the page, and the rows that it shows.
 """
 
 from __future__ import annotations

@@ -123,7 +123,14 @@ def test_the_bars_are_the_values_of_the_cache(browser: Any, page_file: str, scri
                     assert same_to_three_digits(shown[-2][2], rest)
 
 
-def test_between_stored_temperatures_it_says_so(browser: Any, page_file: str) -> None:
+def test_between_stored_temperatures_it_says_so(
+    browser: Any, page_file: str, scripts_cache: Path, teacher: Path, tmp_path: Path
+) -> None:
+    from kdcache.teacher.dump import dump
+
+    texts = scripts_cache.parent / "texts.jsonl"
+    dump(dump_options(teacher, texts, tmp_path / "c", seq_len=128, k=40, precision="6", temperatures="1,1.41,2"))
+    exact = inspect_position(str(tmp_path / "c"), 0, 0, temperature=1.41)["tail"]
     with opened(browser, page_file) as page:
         before = {row[0]: value(row[2]) for row in entries(page) if row[0]}
         page.focus("#heat")
@@ -131,6 +138,9 @@ def test_between_stored_temperatures_it_says_so(browser: Any, page_file: str) ->
             page.keyboard.press("ArrowRight")
         assert page.text_content("#heat-says") == "T 1.41, tail interpolated"
         assert "the tail interpolated" in page.text_content(".entries caption")
+        assert page.text_content("#position h2") == "Row 0, position 0"
+        tail = value(entries(page)[-1][2])
+        assert 0.99 * exact <= tail <= 1.2 * exact  # never smaller than it is
         after = {row[0]: value(row[2]) for row in entries(page) if row[0]}
         ids = list(before)[:6]
         for one, other in itertools.pairwise(ids):  # ratios stay exact

@@ -56,14 +56,14 @@ def test_a_student_position_by_position(cache: Path, teacher: Path, tmp_path: Pa
     assert head["compare"]["what"] == "student" and head["compare"]["kl_kind"] == figures["kl_kind"] == "lower-bound"
     kl = []
     for index in explorer.rows:
-        block = explorer.packed_row(index)
-        own, other = unpack(block["own"]), unpack(block["other"])
+        payload = explorer.packed_row(index)
+        own, other = unpack(payload["own"]), unpack(payload["other"])
         assert (own["slots"] == other["slots"]).all()
         kl.append(ratios(other["kl"]))
     assert np.concatenate(kl).mean() == pytest.approx(figures["kl"], abs=1e-3)
     same = Explorer(str(cache), compare=str(teacher), device="cpu")  # the teacher is its own best student
-    block = same.packed_row(0)
-    assert np.abs(ratios(unpack(block["other"])["kl"])).max() < 2e-3
+    payload = same.packed_row(0)
+    assert np.abs(ratios(unpack(payload["other"])["kl"])).max() < 2e-3
 
 
 @pytest.mark.slow
@@ -74,8 +74,8 @@ def test_the_cache_of_another_teacher(cache: Path, corpus: Path, tmp_path: Path)
     make_model(tmp_path / "t", scale=4)
     dump(dump_options(tmp_path / "t", corpus, tmp_path / "c", k=5))
     explorer = Explorer(str(cache), compare=str(tmp_path / "c"))
-    block = explorer.packed_row(3)
-    other = unpack(block["other"])
+    payload = explorer.packed_row(3)
+    other = unpack(payload["other"])
     assert (other["count"] == 5).all() and (ratios(other["kl"]) > 0).any()
     dump(dump_options(tmp_path / "t", corpus, tmp_path / "long", k=5, seq_len=48))
     with pytest.raises(ConfigError, match=r"cannot be compared: they differ in seq_len \(64 and 48\)"):

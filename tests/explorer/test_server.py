@@ -50,11 +50,11 @@ def test_it_listens_on_this_machine_alone(server: ExplorerServer) -> None:
 def test_a_row_is_that_of_the_cache(server: ExplorerServer, cache: Path) -> None:
     opened = open_cache(cache)
     status, _, body = get(server, f"/rows/{len(opened) - 1}")
-    block = json.loads(body)
+    payload = json.loads(body)
     packed, targets = opened.read_packed(len(opened) - 1)
-    own = unpack(block["own"])
-    assert status == 200 and block["index"] == len(opened) - 1
-    assert np.array(block["texts"]["ids"])[own["tokens"]].tolist() == packed.tokens.tolist()
+    own = unpack(payload["own"])
+    assert status == 200 and payload["index"] == len(opened) - 1
+    assert np.array(payload["texts"]["ids"])[own["tokens"]].tolist() == packed.tokens.tolist()
     assert own["count"].tolist() == targets.count[targets.count > 0].tolist()
 
 

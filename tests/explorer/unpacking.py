@@ -1,4 +1,4 @@
-"""The other side of `kdcache.explorer.blocks`, written from its description."""
+"""The other side of `kdcache.explorer.payload`, written from its description."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def unpack(block: dict[str, Any]) -> dict[str, NDArray[np.int64]]:
-    data, found, start = zlib.decompress(base64.b64decode(block["data"])), {}, 0
-    for name, length, width in block["arrays"]:
+def unpack(payload: dict[str, Any]) -> dict[str, NDArray[np.int64]]:
+    data, found, start = zlib.decompress(base64.b64decode(payload["data"])), {}, 0
+    for name, length, width in payload["arrays"]:
         planes = np.frombuffer(data, np.uint8, length * width, start).reshape(width, length).astype(np.int64)
         found[name] = sum((planes[w] << 8 * w for w in range(width)), np.zeros(length, np.int64))
         start += length * width

@@ -171,10 +171,10 @@ const withTable = (row, table) => Object.assign(row, { ids: table.ids });
 /** A row of the server, with its own table of texts. */
 async function fetchRow(head, index) {
   const reply = await fetch(`rows/${index}`);
-  const block = await reply.json();
-  if (!reply.ok) throw new Error(block.error);
-  const row = await unpackRow(block, block.texts.texts, head.temperatures, head.compare?.temperatures);
-  return withTable(row, block.texts);
+  const payload = await reply.json();
+  if (!reply.ok) throw new Error(payload.error);
+  const row = await unpackRow(payload, payload.texts.texts, head.temperatures, head.compare?.temperatures);
+  return withTable(row, payload.texts);
 }
 
 /** Rows that are read as they are looked at, with the controls to do so. */
@@ -232,7 +232,7 @@ async function open() {
   const { texts, rows, ...head } = JSON.parse(byId("data").textContent);
   if (head.live) return serve(head);
   const second = head.compare?.temperatures;
-  const unpacked = await Promise.all(rows.map((block) => unpackRow(block, texts.texts, head.temperatures, second)));
+  const unpacked = await Promise.all(rows.map((payload) => unpackRow(payload, texts.texts, head.temperatures, second)));
   return start(head, unpacked.map((row) => withTable(row, texts)));
 }
 

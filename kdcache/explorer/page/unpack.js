@@ -1,17 +1,17 @@
-// Unpack: blocks of arrays, as explorer/blocks.py packs them. The steps and names are described there.
+// Unpack: payloads of arrays, as explorer/payload.py packs them. The steps and names are described there.
 
 const NATS = 2048;
 const RATIO = 1024;
 const ENTRY = 2048;
 
-/** Whole numbers of a block by name: { name: Uint32Array }. */
-async function unpackArrays(block) {
-  const deflated = Uint8Array.from(atob(block.data), (letter) => letter.charCodeAt(0));
+/** Whole numbers of a payload by name: { name: Uint32Array }. */
+async function unpackArrays(payload) {
+  const deflated = Uint8Array.from(atob(payload.data), (letter) => letter.charCodeAt(0));
   const stream = new Blob([deflated]).stream().pipeThrough(new DecompressionStream("deflate"));
   const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
   const found = {};
   let start = 0;
-  for (const [name, length, width] of block.arrays) {
+  for (const [name, length, width] of payload.arrays) {
     const values = new Uint32Array(length);
     for (let plane = 0; plane < width; plane++, start += length) {
       for (let i = 0; i < length; i++) values[i] += bytes[start + i] * 256 ** plane;
@@ -78,16 +78,16 @@ function placesOf(slots) {
  * A row that can be shown. `texts` is the table of texts that its places lead into; `temperatures` are the stored ones
  * of its targets, `second` of those that they are compared with.
  */
-async function unpackRow(block, texts, temperatures, second) {
-  const own = await unpackArrays(block.own);
-  const other = block.other && (await unpackArrays(block.other));
+async function unpackRow(payload, texts, temperatures, second) {
+  const own = await unpackArrays(payload.own);
+  const other = payload.other && (await unpackArrays(payload.other));
   return {
-    index: block.index,
-    shard: block.shard,
-    row: block.row,
-    pieces: block.pieces,
-    documents: block.documents,
-    told: block.told,
+    index: payload.index,
+    shard: payload.shard,
+    row: payload.row,
+    pieces: payload.pieces,
+    documents: payload.documents,
+    told: payload.told,
     texts,
     tokens: own.tokens,
     slots: own.slots,

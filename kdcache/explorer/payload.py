@@ -1,11 +1,11 @@
-"""Blocks: rows and their targets as few bytes, for the page to unpack.
+"""Payload: rows and their targets as few bytes, for the page to unpack.
 
-A block is a JSON object: `arrays` names its arrays of whole numbers, each with its length and its bytes a number, and
+A payload is a JSON object: `arrays` names its arrays of whole numbers, each with its length and its bytes a number, and
 `data` holds them: byte planes of all arrays in order, deflated, in base64. `page/unpack.js` is the other side.
 
     tokens    [n] place in the table of texts
     slots     [n] 0 without a label, 1 labelled without a target, 2 with a target
-    count     [M] entries that the cache keeps;  shown  [M] those of the block, the heaviest
+    count     [M] entries that the cache keeps;  shown  [M] those of the payload, the heaviest
     entropy   [M] nats;  surprise  [M] nats of the true next token; 0 where unknown, else 1 + 2048 x
     tail.i    [M] log of tail over kept mass at the i-th stored temperature
     hidden.i  [M] the same of the entries that are not shown over those that are
@@ -45,7 +45,7 @@ _MOST = float(1 << 20)
 
 
 def pack(arrays: Arrays) -> dict[str, Any]:
-    """Arrays of whole numbers, none negative, as the `arrays` and `data` of a block."""
+    """Arrays of whole numbers, none negative, as the `arrays` and `data` of a payload."""
     named, planes = [], []
     for name, values in arrays.items():
         most = int(values.max(initial=0))
@@ -127,7 +127,7 @@ def _nats(values: torch.Tensor | None) -> NDArray[np.int64]:
 
 
 def ratio(values: torch.Tensor) -> NDArray[np.int64]:
-    """`[M]` numbers of either sign as a block writes them; -inf and NaN as 0."""
+    """`[M]` numbers of either sign as a payload writes them; -inf and NaN as 0."""
     numbers = values.double().numpy()
     steps = np.round(RATIO * np.clip(np.nan_to_num(numbers), -_MOST, _MOST)).astype(np.int64)
     zigzag = np.where(steps < 0, -2 * steps - 1, 2 * steps)

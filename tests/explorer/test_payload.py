@@ -1,4 +1,4 @@
-"""Blocks hold what the targets say, for every kind of selection, to the digits that they promise."""
+"""Payload hold what the targets say, for every kind of selection, to the digits that they promise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdcache import Selection, SparseTargets, select
-from kdcache.explorer.blocks import pack, ratio, row_arrays, target_arrays
+from kdcache.explorer.payload import pack, ratio, row_arrays, target_arrays
 from kdcache.rows import PackedRow
 from tests.explorer.unpacking import nats, ratios, unpack
 
