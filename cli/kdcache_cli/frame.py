@@ -17,6 +17,7 @@ import re
 import sys
 import tomllib
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+import kdcache
 from kdcache import stopping
 from kdcache.errors import KdcacheError
 from kdcache.plugins import load_plugins
@@ -73,6 +75,23 @@ class Output:
         if not self.quiet and not self.json:
             for sentence in advice:
                 print(f"note: {in_options(sentence, self.names)}", file=sys.stderr)
+
+    @contextmanager
+    def warnings_as_notes(self) -> Iterator[None]:
+        """Show what the library itself warns of as a note; other people's warnings as they are."""
+        shown, library = warnings.showwarning, Path(kdcache.__file__).parent
+
+        def show(message: Warning | str, category: type[Warning], filename: str, *more: Any) -> None:
+            if not Path(filename).is_relative_to(library):
+                shown(message, category, filename, *more)
+            elif not self.quiet:
+                print(f"note: {in_options(str(message), self.names)}", file=sys.stderr)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            warnings.showwarning = shown
 
     @contextmanager
     def progress(self, what: str, unit: str) -> Iterator[Callable[..., None]]:
@@ -128,7 +147,7 @@ def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str
             given.pop("config")
             output = Output(json=given.pop("json"), quiet=given.pop("quiet"), names=names)
             plugins = given.pop("plugin")
-            with _command_errors(functools.partial(in_options, names=names)):
+            with _command_errors(functools.partial(in_options, names=names)), output.warnings_as_notes():
                 load_plugins(plugins)  # before the options are checked: they may name what a plug-in registers
                 function(options(**given), output)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
-from kdcache_cli.frame import in_options
+from kdcache_cli.frame import Output, in_options
 from kdcache_cli.main import app
 from typer.testing import CliRunner
 
@@ -328,6 +330,19 @@ def test_make_student_shows_what_it_kept(teacher: Path, cache: Path, tmp_path: P
     code, out, err = invoke(*usual, "--hidden", 30, "--out", tmp_path / "x")
     assert (code, out) == (2, "") and err == "error: --hidden is 30, which 4 heads do not divide\n"
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_the_library_warns_of_is_a_note(capsys: pytest.CaptureFixture[str], quiet: bool) -> None:
+    ours = str(importlib.import_module("kdcache.errors").__file__)
+    with (
+        pytest.warns(UserWarning, match="^old$") as caught,
+        Output(json=True, quiet=quiet, names=["soft_weight"]).warnings_as_notes(),
+    ):
+        warnings.warn_explicit("the tail is blind; raise soft_weight", UserWarning, ours, 1)
+        warnings.warn_explicit("old", UserWarning, "other.py", 1)
+    assert len(caught) == 1
+    assert capsys.readouterr().err == ("" if quiet else "note: the tail is blind; raise --soft-weight\n")
 
 
 @pytest.mark.slow
