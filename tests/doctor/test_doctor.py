@@ -28,6 +28,7 @@ def test_a_machine_that_works(tmp_path: Path) -> None:
     assert not any(path.is_file() for path in tmp_path.rglob("*"))  # nothing is left
 
 
+@pytest.mark.slow
 def test_without_the_self_test_it_only_looks(tmp_path: Path) -> None:
     done = kdcache("doctor", "--folder", tmp_path, "--no-self-test", "--device", "cpu")
     assert done.returncode == 0 and "everything that was looked at works" in done.stdout

@@ -28,8 +28,10 @@ def my_rows(shard: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def test_writing_a_cache(tmp_path: Path) -> None:
-    names: dict[str, Any] = {"my_rows": my_rows, "print": lambda summary: None}
-    exec(code_of("writing-caches.md").replace("my-cache", str(tmp_path / "c")), names)
+    names: dict[str, Any] = {"my_rows": my_rows, "print": lambda summary: None, "teacher_tokens": torch.arange(8)}
+    code = code_of("writing-caches.md").replace("my-cache", str(tmp_path / "c"))
+    exec(code.replace("told-cache", str(tmp_path / "told")), names)
+    assert open_cache(tmp_path / "told", partial=True).manifest.teacher_context
     assert verify_cache(tmp_path / "c").ok and len(open_cache(tmp_path / "c")) == 8
     tokens, logits = next(my_rows(2))
     row = open_cache(tmp_path / "c")[4]
