@@ -34,7 +34,7 @@ test: check
 test-all: $(STAMP)
 	@bash tests/explorer/install_chromium.sh
 	@status=0; \
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu" || status=1; \
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not long and not cluster and not gpu" || status=1; \
 	$(MAKE) --no-print-directory test-cluster || status=1; \
 	exit $$status
 
