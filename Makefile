@@ -1,8 +1,9 @@
 # The two commands of the README are `make demo` and `make test`; each makes .venv when there is none.
 #
 #   make test       linters, types and the tests that a contributor runs: 10 minutes on 2 cores, installation included
-#   make test-all   the tests that `make test` leaves out (the mark `slow`): kills, buckets, the demo, ranks, the
-#                   explorer in Chromium, which it installs where it can; and after them `make test-cluster`
+#   make test-slow  the tests that `make test` leaves out (the mark `slow`): kills, buckets, the demo, ranks, the
+#                   explorer in Chromium, which it installs where it can
+#   make test-all   `make test-slow`, and after it `make test-cluster`
 #   make test-long  more cases of what the two others test (the mark `long`): before a release
 #   make test-cluster  the tests with the mark `cluster`: installs SLURM, Ray and vLLM where it can, and runs them; what
 #                   it cannot install within ten minutes is skipped, and the summary says why
@@ -18,10 +19,10 @@ STAMP := $(VENV)/.installed
 GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 GPU_RESULTS ?= benchmarks/results/gpu.json
 
-# How long each installation of `make test-cluster` may take. One that hangs must not keep the tests from running.
+# How long each installation of a program for tests may take. One that hangs must not keep the tests from running.
 INSTALL_SECONDS ?= 600
 
-.PHONY: demo test test-all test-long test-cluster docs gpu check clean
+.PHONY: demo test test-all test-slow test-long test-cluster docs gpu check clean
 
 demo: $(STAMP)
 	rm -rf kdcache-demo
@@ -31,12 +32,14 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not gpu"
 
 # The tests with the mark `cluster` run even if others fail.
-test-all: $(STAMP)
-	@bash tests/explorer/install_chromium.sh
+test-all:
 	@status=0; \
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not long and not cluster and not gpu" || status=1; \
-	$(MAKE) --no-print-directory test-cluster || status=1; \
+	for part in test-slow test-cluster; do $(MAKE) --no-print-directory $$part || status=1; done; \
 	exit $$status
+
+test-slow: $(STAMP)
+	@timeout --kill-after 10 $(INSTALL_SECONDS) bash tests/explorer/install_chromium.sh || echo "no Chromium: its tests are skipped"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not long and not cluster and not gpu"
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long and not gpu"
