@@ -34,7 +34,7 @@ def style() -> Iterator[None]:
         ConfigError: matplotlib is not installed.
     """
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError:
         raise ConfigError("a plot needs matplotlib: pip install 'kdcache[plots]'") from None
     with matplotlib.rc_context(_STYLE):
@@ -48,9 +48,9 @@ def new_figure(width: float, height: float) -> Any:
         ConfigError: matplotlib is not installed.
     """
     with style():
-        from matplotlib.figure import Figure
+        import matplotlib.figure
 
-        return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        return matplotlib.figure.Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def finish(axes: Any) -> None:

@@ -36,9 +36,10 @@ NOT_HERE = {
     "kdcache doctor": "starts interpreters, and takes ten seconds: tests/doctor/test_doctor.py",
     "kdcache demo": "takes minutes: tests/cli/test_demo.py",
     "kdcache distil": "starts interpreters: tests/recipes/test_run.py",
-    "kdcache plan ... --student": "starts an interpreter: tests/teacher/test_plan.py",
+    "kdcache plan": "measures for ten seconds: tests/teacher/test_plan.py",
     "kdcache audit FOLDER --as se-kd": "needs a cache of SE-KD: tests/interop/test_audit.py makes one",
     "kdcache train-student --cache CACHE_OF_ROLLOUTS": "needs rollouts: tests/student/test_rollouts.py",
+    "kdcache train-student --cache 8b-cache:1 --pool": "needs another teacher: tests/student/test_multi_teacher.py",
 }
 """Lines that are not run, by how they begin, and why not."""
 
@@ -57,7 +58,6 @@ GIVEN = {"README.md": "import torch\nstudent_logits = torch.randn(64, 320)\n"}
 SMALL: dict[str, dict[str, str | None]] = {
     "check-data": {"--seq-len": "64"},
     "dump-teacher": {"--seq-len": "64", "--device": "cpu", "--docs-per-shard": "30", "--batch-rows": "8"},
-    "plan": {"--seq-len": "64", "--device": "cpu", "--batches": "1", "--batch-rows": "4"},
     "generate": {"--samples": "1", "--max-new-tokens": "4", "--device": "cpu", "--seq-len": None},
     "make-student": {"--layers": "best-1", "--device": "cpu"},
     "train-student": {
@@ -74,7 +74,6 @@ SMALL: dict[str, dict[str, str | None]] = {
 
 REST = {
     "dump-teacher": "--teacher TEACHER --corpus CORPUS --out NEW",
-    "plan": "--teacher TEACHER --corpus CORPUS",
     "train-student": "--cache CACHE --student MODEL --out NEW",
 }
 """What `...` stands for."""
@@ -130,6 +129,8 @@ def small(command: str) -> list[str]:
         words[at : at + 1] = _missing(words, REST[name])
     for option, value in SMALL.get(name, {}).items():
         words = _set(words, option, value)
+    if "--prompt" in words:  # it measures no rows
+        words = _set(words, "--rows", None)
     if name == "explore":
         words = [word for word in words if word != "--no-open"] + ["--no-open"]
     return words

@@ -34,6 +34,7 @@ class Place:
     def __init__(self, folder: Path, world: Path, teacher: Path, corpus: Path) -> None:
         self.folder, self._world, self._teacher, self._corpus = folder, world, teacher, corpus
         (folder / "examples").symlink_to(ROOT / "examples")
+        (folder / "my_module.py").write_text("")
 
     def ready(self, words: list[str]) -> None:
         """Make what words name and is not there, and clear what is to be written."""
@@ -47,7 +48,11 @@ class Place:
         for word in words:
             name = word.rpartition(":")[0] if word.rpartition(":")[2].isdecimal() else word
             path = self.folder / name
-            if name not in outputs and name in MADE and not path.exists():
+            if name in outputs or name not in MADE:
+                continue
+            if path.is_symlink():  # it may stand for something else in this line
+                path.unlink()
+            if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.symlink_to(getattr(self, MADE[name])(words))
 
@@ -142,7 +147,6 @@ MADE = {
     "RUN": "run",
     "RUN2": "run",
     "evaluation.json": "evaluation",
-    "my_module": "module",
     "path/to/mine.py": "module",
 }
 """What each name that pages use is here: a method of `Place`."""
