@@ -80,4 +80,5 @@ def all_within(chunks: Ints, good: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """
     total = np.concatenate([[0], np.cumsum(good)])
     count = chunks[:, 1] - chunks[:, 0]
-    return (total[chunks[:, 1]] - total[chunks[:, 0]] == count) & (count > 0)
+    good_in: Ints = total[chunks[:, 1]] - total[chunks[:, 0]]
+    return np.asarray((good_in == count) & (count > 0))

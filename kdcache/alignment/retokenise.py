@@ -97,11 +97,13 @@ class Retokeniser:
     def _retokenised(
         self, tokens: NDArray[np.integer[Any]], texts: list[bytes | None], begins: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        ids, edges, end = [], [], 0
+        ids: list[NDArray[np.int64]] = []
+        edges: list[NDArray[np.int64]] = []
+        end = 0
         for is_text, run in itertools.groupby(range(len(texts)), lambda place: texts[place] is not None):
             places = list(run)
             if not is_text:
-                ids.append([self._special(int(tokens[place])) for place in places])
+                ids.append(np.array([self._special(int(tokens[place])) for place in places], np.int64))
                 edges.append(begins[places])
                 end = int(begins[places[-1] + 1])
                 continue
@@ -114,8 +116,7 @@ class Retokeniser:
             ids.append(made)
             edges.append(np.where(at == UNKNOWN, UNKNOWN, at + int(begins[places[0]]) + skipped))
             end = int(begins[places[0]]) + skipped + len(text.encode())
-        flat = np.concatenate([np.array(part, np.int64) for part in ids]) if ids else np.zeros(0, np.int64)
-        return flat, np.concatenate([*edges, [end]]).astype(np.int64)
+        return np.concatenate([np.zeros(0, np.int64), *ids]), np.concatenate([*edges, np.array([end], np.int64)])
 
     def _special(self, token: int) -> int:
         partner = int(self._vocabularies.ids[token])

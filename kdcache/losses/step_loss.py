@@ -229,7 +229,7 @@ class Objective:
             for term, name, constants in self._aligned_terms():
                 if name == ALM:
                     some = torch.full_like(targets.weights[..., 0], weight)
-                    yield number, some, ChunkLoss.of(targets, *constants, term.weight)
+                    yield number, some, ChunkLoss.of(targets, constants[0], term.weight)
 
     def sorted_losses(self, pool: Pool, vocab: int) -> Iterator[tuple[Tensor, SortedLoss]]:
         """`[M]` weights of the losses that compare by rank, and these losses.

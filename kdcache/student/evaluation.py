@@ -176,7 +176,8 @@ class StudentFigures:
             if figures._kinds == {"dense"} and not cache.alignment.complete:
                 figures._kinds = {"lower-bound"}
         else:
-            figures._bytes = _token_bytes(cache.teachers[0].cache if isinstance(cache, PooledCache) else cache)
+            first = cache.teachers[0].cache if isinstance(cache, PooledCache) else cache
+            figures._bytes = _token_bytes(first) if isinstance(first, Cache) else None
         if isinstance(cache, PooledCache):
             figures.teachers = cache.teachers
         return figures

@@ -96,25 +96,23 @@ def test_the_same_tokenizer_gives_the_bytes_and_losses_of_the_ordinary_path(
 def test_rows_of_another_tokenizer_keep_their_pieces_and_their_text(cache: Path, byte_student: Path) -> None:
     rows = aligned(cache, byte_student.parent)
     own, theirs = rows.alignment.student.tokenizer, rows.cache.load_tokenizer()
-    numbers = range(4)
-    for number, (row, targets), (other, stored) in zip(
-        numbers, rows.read_rows(numbers), rows.cache.read_rows(numbers), strict=True
-    ):
+    numbers, whole = range(8), 0
+    for (row, targets), (other, stored) in zip(rows.read_rows(numbers), rows.cache.read_rows(numbers), strict=True):
         assert row.piece_documents.tolist() == other.piece_documents.tolist()
         ends, others = np.cumsum(row.piece_lengths), np.cumsum(other.piece_lengths)
         for end, size, end_there, size_there in zip(ends, row.piece_lengths, others, other.piece_lengths, strict=True):
             text = theirs.decode(other.tokens[end_there - size_there : end_there], skip_special_tokens=True)
-            assert own.decode(row.tokens[end - size : end], skip_special_tokens=True) == text.removeprefix(" ")
+            assert own.decode(row.tokens[end - size : end], skip_special_tokens=True) == text
         assert len(targets.count) == int((row.labels(len(row.tokens)) != -100).sum())
-        # All text behind the first token of a piece is in chunks, and its likelihood is what the teacher gave it.
-        assert targets.chunk_bytes.sum() == targets.label_bytes.sum(), number
-        begun = other.labels(len(other.tokens)) != -100
-        assert targets.chunk_logprob.sum().item() == pytest.approx(stored.label_logprob.sum().item(), rel=1e-5)
-        assert begun.sum() == len(stored.count)
+        if (other.tokens[others - other.piece_lengths] == 0).all():  # each piece begins a document, with its <s>
+            whole += 1  # then all of its text is in chunks, with the likelihood that the teacher gave it
+            assert targets.chunk_bytes.sum() == targets.label_bytes.sum()
+            assert targets.chunk_logprob.sum().item() == pytest.approx(stored.label_logprob.sum().item(), rel=1e-5)
         # Where a chunk begins, what is known of the teacher is what it said there.
         log_p, log_tail = targets.at_temperature(2.0)
         some = targets.has_target
         torch.testing.assert_close((log_p.exp().sum(-1) + log_tail.exp())[some], torch.ones(int(some.sum())))
+    assert whole
 
 
 def config(cache: Path, student: Path, out: Path, **changes: Any) -> TrainConfig:
@@ -128,7 +126,7 @@ def test_a_run_reports_what_is_aligned_and_bits_per_byte(
 ) -> None:
     summary = train(config(cache, byte_student, tmp_path, loss=loss, soft_weight=0.5))
     after = summary["heldout"]["after"]
-    assert after["aligned_bytes"] == 1.0 and after["tokens_per_chunk"] >= 1
+    assert 0.9 < after["aligned_bytes"] <= 1.0 and after["tokens_per_chunk"] >= 1
     assert after["bits_per_byte"] > after["teacher_bits_per_byte"] > 0
     assert after["bits_per_byte"] < summary["heldout"]["before"]["bits_per_byte"]
     assert "aligned_bytes" in (tmp_path / "metrics.jsonl").read_text()
