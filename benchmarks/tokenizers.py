@@ -32,7 +32,7 @@ SIZES = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
-TEACHER = {**SIZES, "hidden_size": 128, "intermediate_size": 384}
+TEACHER = {**SIZES, "hidden_size": 96, "intermediate_size": 288}
 HELDOUT = 0.15
 WAYS = {
     "labels": ("forward-kl", 0.0),

@@ -232,7 +232,7 @@ class StudentFigures:
         targets = batch["targets"]
         if isinstance(targets, AlignedTargets):
             return targets.label_bytes.cpu().double()
-        if self._bytes is None:
+        if self._bytes is None or "input_ids" not in batch:  # of logits and targets alone
             return None
         mask = labelled(batch).cpu()
         labels, before, places = (batch[name].cpu()[mask].numpy() for name in ("labels", "input_ids", "position_ids"))

@@ -17,6 +17,7 @@ from kdcache.aligned_targets import AlignedTargets
 from kdcache.alignment import AlignedRows, Alignment, read_student_tokenizer
 from kdcache.errors import ConfigError, KdcacheError
 from kdcache.losses import Objective
+from kdcache.report.evaluate import evaluate
 from kdcache.student.config import TrainConfig
 from kdcache.student.data import batches
 from kdcache.student.fused_head import compute_loss, fuse_head
@@ -132,6 +133,8 @@ def test_a_run_reports_what_is_aligned_and_bits_per_byte(
     assert "aligned_bytes" in (tmp_path / "metrics.jsonl").read_text()
     own = AutoTokenizer.from_pretrained(tmp_path)
     assert own.get_vocab() == make("llama2").get_vocab()
+    again = evaluate(str(tmp_path), str(cache), heldout=0.2, device="cpu", align=True)
+    assert again["bits_per_byte"] == pytest.approx(after["bits_per_byte"], rel=1e-6)
     assert json.loads((tmp_path / "train-student.json").read_text())["caches"][0]["student_tokenizer"]
 
 
