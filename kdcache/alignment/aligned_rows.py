@@ -230,13 +230,12 @@ class AlignedRows:
             ConfigError: no chunk begins in any of them.
             ModelError: the student cannot be given the text of one.
         """
-        for _, targets in self.read_rows(spread_rows(range(len(self.cache)), _TRIED_ROWS)):
-            if bool(targets.has_target.any()):
-                return
-        raise ConfigError(
-            f"the tokenizers of the cache {self.cache.storage} and of the student {self.alignment.student.name} share "
-            "no byte boundary inside a piece, so there is nothing to align"
-        )
+        rows = self.read_rows(spread_rows(range(len(self.cache)), _TRIED_ROWS))
+        if not sum(int(targets.has_target.sum()) for _, targets in rows):
+            raise ConfigError(
+                f"the tokenizers of the cache {self.cache.storage} and of the student {self.alignment.student.name} "
+                "share no byte boundary inside a piece, so there is nothing to align"
+            )
 
     def _aligned(self, index: int, row: PackedRow, targets: SparseTargets) -> tuple[PackedRow, AlignedTargets]:
         try:

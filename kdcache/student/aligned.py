@@ -8,6 +8,7 @@ vocabulary that the student's does not hold, and, after some rows were tried, to
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,8 +91,12 @@ def aligned_tokenizer(folder: Path, cache: Cache, alignment: Alignment) -> OwnTo
         cache: what the student learns from.
         alignment: of both.
     """
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
     own, template = alignment.student.tokenizer, _template(cache)
+    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    if not files:  # inside a .gguf file
+        with tempfile.TemporaryDirectory() as made:
+            own.save_pretrained(made)
+            files = {path.name: path.read_bytes() for path in Path(made).iterdir()}
     if template is not None and own.chat_template is None:
         known = own.get_vocab()
         named = [text for text in cache.load_tokenizer().get_added_vocab() if text in template]
