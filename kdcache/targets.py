@@ -82,8 +82,8 @@ class SparseTargets:
 
         Entries are sorted by falling probability. The tail is one minus the kept mass in float64. Its error is
         that of `logprobs`: about 1e-7 where exact ones were rounded to float32, more where they were computed in
-        float32 (2e-6 was measured). It is 0 where the kept mass reaches 1. The entropy is unknown, and so is the label's
-        log-probability unless it is given.
+        float32 (2e-6 was measured). It is 0 where the kept mass reaches 1. The entropy is unknown, and so is the
+        label's log-probability unless it is given.
 
         Args:
             ids: `[..., K]` token ids, in any order.
