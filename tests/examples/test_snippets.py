@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as parquet
 import pytest
 from kdcache_cli.main import app
 from typer.testing import CliRunner
@@ -104,8 +105,11 @@ class Place:
     def answers(self, words: list[str]) -> Path:
         return self._once("answers.jsonl", lambda path: export(self.cache(words), path, "topk-jsonl"))
 
-    def samples(self, words: list[str]) -> Path:
-        return self.foreign(["--as", "megatron"]) / "tokens.parquet"
+    def samples(self, _: list[str]) -> Path:
+        """The tokens of Megatron's samples, as records."""
+        rows = parquet.read_table(self.foreign(["--as", "megatron"]) / "tokens.parquet").to_pylist()
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        return self._once("samples.jsonl", lambda path: path.write_text(lines))
 
     def run(self, words: list[str]) -> Path:
         """A folder of a training."""

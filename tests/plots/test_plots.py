@@ -97,6 +97,7 @@ def test_kept_mass_and_entropy_are_those_of_the_rows(cache: Path) -> None:
     assert sum(one["positions"] for one in found["by_document"]) == kept["positions"]
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_a_cache(cache: Path, teacher: Path, corpus: Path, tmp_path: Path) -> None:
     opened = open_cache(cache)
     found = opened.plot("selections", rows=10**6).numbers
@@ -143,11 +144,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("what", ["kept-mass", "selections", "entropy", "curves", "calibration"])
+@pytest.mark.parametrize(
+    "what",
+    ["kept-mass", pytest.param("selections", marks=pytest.mark.slow), "entropy", "curves", "calibration"],
+)
 def test_a_picture_is_drawn(what: str, cache: Path, files: Path, tmp_path: Path) -> None:
     sources = {"curves": [files / "a$x_1$", files / "b"], "calibration": [files / "e.json"]}.get(what, [cache])
     pictures = []
-    for name in ("one.svg", "two.svg", "three.png"):
+    for name in ("one.svg", "two.SVG", "three.png"):
         code, out, error = invoke("plot", what, *sources, "--out", tmp_path / name, "--rows", 3, "--json")
         assert code == 0, error
         pictures.append((tmp_path / name).read_bytes())
