@@ -23,7 +23,7 @@ from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.known import Known
 from kdcache.lazy_torch import torch
 from kdcache.pretrained import load_tokenizer
-from kdcache.rows import IGNORE, PackedRow
+from kdcache.rows import IGNORE, PackedRow, RowSpec
 from kdcache.store.commits import Commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
@@ -83,6 +83,11 @@ class Cache:
     def known(self) -> Known:
         """What its targets know of the teacher: entropy, log p of the labels, temperatures of partitions and tails."""
         return self.manifest.known
+
+    @property
+    def row_spec(self) -> RowSpec:
+        """The shape of its rows."""
+        return self.manifest.row_spec
 
     @property
     def tokenizer_path(self) -> Path:

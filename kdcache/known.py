@@ -16,7 +16,7 @@ from kdcache.errors import ConfigError
 
 TAIL_SUMS = ("complement", "remainder")
 """How the mass of a tail was found: summed over the complement itself, exact to its last digits; or as one minus the
-kept mass in float64, which is noise below 1e-7 where the log-probabilities came as float32."""
+kept mass in float64, which is as inexact as the log-probabilities that it is made of."""
 
 _WORDS = {"entropy": "the teacher's entropy", "label_logprob": "the teacher's log-probability of the labels"}
 

@@ -10,7 +10,7 @@ GROUPS: dict[str, str] = {
         cache source as_ tokens vocab_size teacher writer recipe corpus prompts text prompt
         text_column messages_column prompt_column completion_column tools_column documents_column ignore_columns
         chat_template split split_text min_chars drop limit_docs eos on_bad_record teacher_system tokenizer
-        student init_from pool rows where partial compare reuse
+        student align init_from pool rows where partial compare reuse
         samples start examples batches
     """,
     "Rows": "seq_len teacher_seq_len pack overlong isolate",

@@ -230,6 +230,9 @@ class EvaluateOptions(EngineOptions):
     cache: str = option("folder or URL of the cache")
     student: str | None = option("checkpoint folder or hub name", None)
     compare: list[str] | None = option("several students instead, side by side: --compare A B C", None)
+    align: bool = option(
+        "each student has its own tokenizer: align it and the cache's over the bytes of the text", False
+    )
     teacher: str | None = option(
         "run the teacher of the cache too, for the dense KL, the acceptance rate and its own ECE", None
     )
@@ -251,6 +254,8 @@ def evaluate_students(options: EvaluateOptions, output: Output) -> None:
 
     if (options.student is None) == (not options.compare):
         raise ConfigError("evaluate needs either one --student or several as --compare A B C")
+    if options.prompt is not None and options.align:
+        raise ConfigError("--prompt is in the cache's tokens, so it excludes --align")
     if options.prompt is not None and (options.heldout is not None or options.rows is not None):
         raise ConfigError("--prompt measures no rows, so it excludes --heldout and --rows")
     from kdcache.report.evaluate import write_evaluation

@@ -27,7 +27,8 @@ from kdcache.losses import LogitSource
 from kdcache.losses import measure as measure_targets
 from kdcache.pretrained import find_device
 from kdcache.rows import IGNORE, PackedRow, labelled_tokens
-from kdcache.selection import Selection, select
+from kdcache.selection import select
+from kdcache.selection.topk import TopK
 from kdcache.store.manifest import NAME, Manifest
 from kdcache.store.open_storage import open_storage
 from kdcache.student.data import batches
@@ -88,7 +89,7 @@ class ComparedStudent:
         self.name, self._cache, self._device = name, cache, find_device(device)
         self._model = load_student(name, cache, self._device, seed=0, trained=False).eval()
         self._head = head_or_none(self._model, self._device)
-        self._rule = Selection("topk", k=min(top, cache.manifest.vocab_size))
+        self._rule = TopK(k=min(top, cache.manifest.vocab_size))
         self.kl_kind, self.sampled, self.temperatures = kl_kind(cache.manifest), False, cache.manifest.temperatures
 
     @torch.inference_mode()

@@ -28,6 +28,8 @@ from kdcache.interop.formats import LOGITS, READ, ForeignCache, find_format
 from kdcache.known import Known
 from kdcache.pretrained import fingerprint, load_tokenizer, vocabulary_size
 from kdcache.selection import Selection
+from kdcache.selection.topk import TopK
+from kdcache.selection.topp import TopP
 
 _RENORMALISED = 1e-3
 """Masses that are all nearer to 1 than this come of a renormalisation over the entries."""
@@ -155,8 +157,8 @@ class _Survey:
     def selection(self) -> Selection:
         """`topk` where all targets have as many entries, else `topp`."""
         if self.fewest == self.most:
-            return Selection(kind="topk", k=self.most)
-        return Selection(kind="topp", k=self.most, top_p=1.0, min_k=self.fewest)
+            return TopK(k=self.most)
+        return TopP(k=self.most, top_p=1.0, min_k=self.fewest)
 
 
 def _write(

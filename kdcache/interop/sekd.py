@@ -30,7 +30,7 @@ from kdcache.interop.foreign_row import ForeignRow
 from kdcache.interop.formats import WEIGHTS, ForeignCache
 from kdcache.interop.token_rows import TokenRow, read_token_rows
 from kdcache.interop.torch_file import read_torch
-from kdcache.selection import Selection
+from kdcache.selection.sample import Sample
 
 _ID_BITS, _SHARE_BITS = 17, 7
 _SHARES = (1 << _SHARE_BITS) - 1
@@ -86,7 +86,7 @@ class SeKdCache(ForeignCache):
             bytes_ = packed.numpy().reshape(len(valid), width, 3).astype(np.int64)
         except (KeyError, TypeError, AttributeError, ValueError):
             raise CorpusError(f"{where} is no item of SE-KD") from None
-        self.vocab_size, self.selection = absent, Selection(kind="sample", draws=draws)
+        self.vocab_size, self.selection = absent, Sample(draws=draws)
         row = self._tokens(key, index, len(valid) + 1, where)
         joined = bytes_[..., 0] | bytes_[..., 1] << 8 | bytes_[..., 2] << 16
         ids, shares = joined & (1 << _ID_BITS) - 1, joined >> _ID_BITS

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.errors import ConfigError
@@ -17,7 +16,10 @@ from kdcache.planning.sample import Sample
 from kdcache.planning.trial import MEASURED, WARM, Sizes, Trial
 from kdcache.rows import PackedRow
 from kdcache.selection import Selection, select
+from kdcache.selection.ipps import Ipps
 from kdcache.selection.target_faults import drop_unknown
+from kdcache.selection.topk import TopK
+from kdcache.selection.topp import TopP
 from kdcache.store.commit import Commit
 from kdcache.store.manifest import Manifest
 from kdcache.targets import SparseTargets
@@ -27,13 +29,7 @@ from kdcache.teacher.engines.batch import Batch
 from kdcache.teacher.inputs import Inputs
 from kdcache.teacher.opened_teacher import OpenedTeacher
 
-OTHERS: tuple[dict[str, Any], ...] = (
-    {"kind": "topk", "k": 12},
-    {"kind": "topk", "k": 64},
-    {"kind": "topk", "k": 128},
-    {"kind": "ipps", "k": 12},
-    {"kind": "topp", "top_p": 0.9},
-)
+OTHERS: tuple[Selection, ...] = (TopK(k=12), TopK(k=64), TopK(k=128), Ipps(k=12), TopP(top_p=0.9))
 """What the chosen selection is set beside."""
 
 
@@ -80,7 +76,7 @@ def measure_others(
         folder: for caches that are thrown away.
     """
     chosen = inputs.manifest.rule
-    found = [Other(Selection(**fields)) for fields in OTHERS]
+    found = [Other(rule) for rule in OTHERS]
     found = [other for other in found if not other.rule.same_but_for_pilot(chosen)]
     manifests: list[tuple[Other, Manifest]] = []
     for other in found:

@@ -30,7 +30,8 @@ from kdcache.student.from_teacher.config import CUTS
 CARD, CURVES = "README.md", "curves.png"
 
 _FIGURES = ("nll", "teacher_nll", "delta_nll", "kl", "top1_agreement", "ece", "acceptance", "acceptance_low",
-            "acceptance_high", "positions", "targets")  # fmt: skip
+            "acceptance_high", "bits_per_byte", "teacher_bits_per_byte", "aligned_bytes", "positions",
+            "targets")  # fmt: skip
 _NOT_TO_REPEAT = ("resume",)
 
 

@@ -22,6 +22,7 @@ from kdcache.planning import plan as plan_module
 from kdcache.planning.plan import plan
 from kdcache.planning.sample import take_sample
 from kdcache.pretrained import find_device
+from kdcache.selection import Selection
 from kdcache.teacher.config import PlanOptions
 from kdcache.teacher.dump import dump
 from kdcache.teacher.inputs import open_inputs
@@ -86,7 +87,8 @@ def test_other_selections_take_what_they_would_take(
 
 
 def test_a_selection_that_cannot_be_had_says_why(teacher: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selections, "OTHERS", ({"kind": "topk", "k": 321}, {"kind": "ipps", "k": 12}))
+    others = (Selection(kind="topk", k=321), Selection(kind="ipps", k=12))
+    monkeypatch.setattr(selections, "OTHERS", others)
     changes = {"select": "sample", "k": None, "draws": 8, "temperatures": "2", "sample_temperature": 2.0, "batches": 1}
     found = plan(plan_options(teacher, corpus, **changes))
     assert "320" in of(found, "topk 321")["problem"] and of(found, "topk 321")["bytes"] is None
