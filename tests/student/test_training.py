@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -305,20 +303,9 @@ def test_two_ranks_from_a_fresh_folder(cache: Path, student_config: Path, tmp_pa
         "train-student", "--cache", str(cache), "--student", str(student_config), "--steps", "5", "--lr", "1e-3",
         "--heldout", "0.1", "--device", "cpu", "--json",
     ]  # fmt: skip
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "kdcache_cli",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    two = subprocess.run(
-        [*launch, *arguments, "--batch-rows", "1", "--out", str(tmp_path / "two")],
-        capture_output=True, text=True, check=False, env=environment,
+    two = python(  # its ranks are interpreters that are started anew
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kdcache_cli", *arguments,
+        "--batch-rows", "1", "--out", tmp_path / "two", env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert two.returncode == 0, two.stderr
     summary = json.loads(two.stdout)
