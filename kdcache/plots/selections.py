@@ -172,8 +172,8 @@ def _counted(rule: Selection) -> bool:
 
 def _why_not(rule: Selection, kind: str) -> str:
     if rule.sampled:
-        return f"this cache holds a sample of the teacher's distribution, of which {kind} cannot be made"
-    return f"{kind} draws from ids whose probabilities this cache does not hold; `kdcache plan` runs the teacher"
+        return f"{kind} cannot be made of the draws of kind {rule.kind} that this cache holds"
+    return f"it draws from ids whose probabilities this cache does not hold; `kdcache plan` measures {kind} with the teacher"
 
 
 def _drawn(old: Manifest, rule: Selection, name: str) -> _Candidate:
