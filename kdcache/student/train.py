@@ -39,6 +39,7 @@ from kdcache.store.atomic_files import storage_errors
 from kdcache.student import caches, data_workers, distributed, model_card, resume
 from kdcache.student.aligned import align_sources, require_aligned
 from kdcache.student.config import TrainConfig
+from kdcache.student.curves import BEFORE, METRICS, SUMMARY
 from kdcache.student.evaluation import measure_each
 from kdcache.student.from_teacher.config import CutOptions
 from kdcache.student.from_teacher.make import RECORD, start_from
@@ -51,7 +52,7 @@ from kdcache.student.split import Split, keep, split
 from kdcache.student.trainer import DistillationTrainer, arguments, complete
 from kdcache.student.training_advice import advise
 
-BEFORE, METRICS, SUMMARY, START = "heldout-before.json", "metrics.jsonl", "summary.json", ".start"
+START = ".start"
 
 _LOGGED = (
     "loss", "grad_norm", "learning_rate", "nll", "kl", "top1_agreement", "kept_mass", "log_partition",

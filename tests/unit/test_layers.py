@@ -19,7 +19,7 @@ ROOT = Path(kdcache.__file__).parent
 LAYERS = [
     {"prefixes"},
     {"errors", "rows", "compiled", "entry_form", "lazy_torch", "prepared_mask", "stopping"},
-    {"options", "plugins", "known", "advice"},
+    {"options", "plugins", "known", "advice", "drawing", "surfaces"},
     {"registry", "file_systems", "launcher", "ray_cluster"},
     {"extras", "targets", "token_bytes", "worker"},
     {"aligned_targets"},
@@ -33,6 +33,7 @@ LAYERS = [
     {"alignment", "convert", "interop"},
     {"teacher", "student", "generation"},
     {"report", "planning"},
+    {"plots"},
     {"demo", "explorer"},
     {"recipes", "doctor"},
     {"testing"},
