@@ -7,12 +7,13 @@ some 600 bytes a shard. An open cache may be sent to worker processes: it reopen
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.known import Known
 from kdcache.lazy_torch import torch
 from kdcache.pretrained import load_tokenizer
-from kdcache.rows import IGNORE, PackedRow
+from kdcache.rows import IGNORE, PackedRow, RowSpec
 from kdcache.store.commits import Commits
 from kdcache.store.local import LocalStorage
 from kdcache.store.manifest import Manifest
@@ -33,6 +34,7 @@ from kdcache.store.seal import open_commits
 from kdcache.store.shards import FOLDER, Shard
 from kdcache.store.storage import LastUsed, Storage
 from kdcache.store.zarr_store import open_group
+from kdcache.surfaces import show
 from kdcache.targets import SparseTargets
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ class Row:
             left the slot out.
         extras: `[L, width]` float32 of each extra of the cache, by name; NaN where a slot has none: padded slots, and
             slots without a label in an extra of positions.
+        cache, index: where it was read, so that a notebook shows its text; None of a row that is sent to another
+            process.
     """
 
     tokens: torch.Tensor
@@ -62,6 +66,55 @@ class Row:
     documents: torch.Tensor
     targets: SparseTargets
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    cache: Cache | None = field(default=None, repr=False, compare=False)
+    index: int | None = field(default=None, compare=False)
+
+    def position(self, slot: int) -> Position:
+        """One position of it.
+
+        Raises:
+            IndexError: no such slot.
+        """
+        if not 0 <= slot < len(self.tokens):
+            raise IndexError(f"slot {slot} of a row of {len(self.tokens)} slots")
+        return Position(row=self, slot=slot)
+
+    def _repr_html_(self) -> str:
+        return str(show("row", self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "cache": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """One slot of a row.
+
+    Attributes:
+        row: the row.
+        slot: from 0.
+    """
+
+    row: Row
+    slot: int
+
+    @property
+    def token(self) -> int:
+        """The token of the slot."""
+        return int(self.row.tokens[self.slot])
+
+    @property
+    def label(self) -> int:
+        """The true next token; -100 where there is none."""
+        return int(self.row.labels[self.slot])
+
+    @property
+    def target(self) -> SparseTargets:
+        """Its target, without leading axes; `count` is 0 where it carries none."""
+        return self.row.targets[self.slot]
+
+    def _repr_html_(self) -> str:
+        return str(show("position", self))
 
 
 class Cache:
@@ -83,6 +136,11 @@ class Cache:
     def known(self) -> Known:
         """What its targets know of the teacher: entropy, log p of the labels, temperatures of partitions and tails."""
         return self.manifest.known
+
+    @property
+    def row_spec(self) -> RowSpec:
+        """The shape of its rows."""
+        return self.manifest.row_spec
 
     @property
     def tokenizer_path(self) -> Path:
@@ -171,7 +229,8 @@ class Cache:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __iter__(self) -> Iterator[Row]:
-        return (unpack(*row, self.manifest.seq_len) for row in self.read_rows(range(len(self))))
+        rows = enumerate(self.read_rows(range(len(self))))
+        return (self._row(index, packed, targets) for index, (packed, targets) in rows)
 
     def locate(self, index: int) -> tuple[int, int]:
         """The shard of a row, and the row's number inside it.
@@ -202,8 +261,11 @@ class Cache:
         return start + row
 
     def __getitem__(self, index: int) -> Row:
-        packed, targets = self.read_packed(index)
-        return unpack(packed, targets, self.manifest.seq_len)
+        return self._row(index, *self.read_packed(index))
+
+    def _row(self, index: int, packed: PackedRow, targets: SparseTargets) -> Row:
+        row = unpack(packed, targets, self.manifest.seq_len)
+        return dataclasses.replace(row, cache=self, index=index % len(self))
 
     def read_packed(self, index: int) -> tuple[PackedRow, SparseTargets]:
         """A row without padding, with its extras, and the targets of its labelled slots.
@@ -252,6 +314,27 @@ class Cache:
         from kdcache.row_views import datasets_view
 
         return datasets_view(self)
+
+    def plot(
+        self, what: str = "kept-mass", *, rows: int = 128, on_progress: Callable[[int, int], None] | None = None
+    ) -> Any:
+        """A plot of it, which a notebook shows; `.numbers` holds what is drawn, `.save(path)` writes a PNG or SVG.
+
+        `kept-mass` is the mass that the k largest entries keep, for each k; `selections` bytes against error, for each
+        selection that can be made of this cache; `entropy` how sure the teacher was, by position and by document.
+
+        Args:
+            what: one of these.
+            rows: how many rows are read for it, evenly spread.
+            on_progress: called with rows read and rows to read.
+
+        Raises:
+            ConfigError: there is no such plot, or the cache does not know what it shows.
+        """
+        return show("plot", self, what, rows, on_progress)
+
+    def _repr_html_(self) -> str:
+        return str(show("cache", self))
 
     def __reduce__(self) -> tuple[type[Cache], tuple[Any, ...]]:
         return Cache, (self.storage, self.manifest, self.commits)

@@ -24,7 +24,7 @@ from kdcache.cache import Cache, open_cache
 from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.errors import CorruptCacheError
 from kdcache.rows import IGNORE, PackedRow
-from kdcache.selection import narrow, require_narrower
+from kdcache.selection import Selection, narrow, require_narrower
 from kdcache.store.commits import committed, read_commits
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
@@ -82,7 +82,7 @@ def convert(
     wanted = _plan(source, store, k, precision)
     existing = require_free_or_same(storage, wanted)
     if existing is None:
-        wanted = dataclasses.replace(wanted, id_order=_id_order(source, wanted))
+        wanted = dataclasses.replace(wanted, id_order=id_order_of(source, wanted))
     manifest = publish_manifest(
         storage, existing or wanted, _tokenizer_files(source), read_plan(source.storage, source.manifest)
     )
@@ -111,6 +111,8 @@ def convert(
                 cut=commit.cut, truncated=commit.truncated, eos_labels=commit.eos_labels,
                 sums=commit.sums if same_targets else None,
             )  # fmt: skip
+    if on_progress:
+        on_progress(len(mine), len(mine))
     summary = finish(storage, range(me.index, manifest.shards, me.count))
     summary["shards"]["by_this_worker"] = len(mine)
     return {**summary, "seconds": time.perf_counter() - started}
@@ -126,20 +128,27 @@ def _plan(source: Cache, store: str | None, k: int | None, precision: str | None
     if store is not None:
         find_store(store)
     old = source.manifest
-    rule = old.rule if k is None else old.rule.fewer(k)
+    new = narrowed_manifest(old, old.rule if k is None else old.rule.fewer(k), precision)
+    return dataclasses.replace(new, store=store or old.store, origin={**old.origin, "converted_from": old.sha256})
+
+
+def narrowed_manifest(old: Manifest, rule: Selection, precision: str | None = None) -> Manifest:
+    """The manifest of a cache whose entries are made of another one's, but for an order of ids that it may lack.
+
+    Raises:
+        ConfigError: the rule asks for entries that are not there, or an unknown precision.
+    """
     require_narrower(rule, old.rule, old.width)
     new = dataclasses.replace(
         old,
-        selection=old.selection if k is None else rule.to_fields(),
-        store=store or old.store,
+        selection=old.selection if rule == old.rule else rule.to_fields(),
         precision=precision or old.precision,
         id_order=old.id_order if precision in (None, old.precision) else (),
-        origin={**old.origin, "converted_from": old.sha256},
     )
     return dataclasses.replace(new, error_bound=new.codec.error_bound)
 
 
-def _id_order(source: Cache, manifest: Manifest) -> tuple[int, ...]:
+def id_order_of(source: Cache, manifest: Manifest) -> tuple[int, ...]:
     """The order of the manifest, or one from the first rows of the cache where a compact codec has none yet."""
     if manifest.id_order or not manifest.codec.orders_ids:
         return manifest.id_order
@@ -157,13 +166,26 @@ def _row(source: Cache, manifest: Manifest, shard: int, row: int) -> tuple[Packe
     if (manifest.selection, manifest.precision) == (old.selection, old.precision):
         return packed, targets, record
     if manifest.selection != old.selection:
-        carries = (targets.count > 0).nonzero()[:, 0]  # of the labelled slots
-        slots = np.flatnonzero(packed.labels(manifest.seq_len) != IGNORE)[carries.numpy()]
-        keys = torch.tensor([[shard, row, int(slot)] for slot in slots], dtype=torch.int64).reshape(-1, 3)
-        labels = torch.from_numpy(packed.labels(manifest.seq_len)[slots])
-        fewer = narrow(targets[carries], manifest.rule, source=old.rule, labels=labels, seed=manifest.seed, keys=keys)
-        targets = fewer.spread(carries, len(targets.count))
+        targets = narrowed_row(packed, targets, old, manifest, shard, row)
     return packed, targets, manifest.row_format.repack(record, packed, targets)
+
+
+def narrowed_row(
+    packed: PackedRow, targets: SparseTargets, old: Manifest, new: Manifest, shard: int, row: int
+) -> SparseTargets:
+    """The targets `[N]` of the labelled slots of a row with fewer entries, as a conversion makes them.
+
+    Args:
+        packed, targets: the row.
+        old, new: manifests of its cache, and of the one with fewer entries.
+        shard, row: where it is.
+    """
+    carries = (targets.count > 0).nonzero()[:, 0]  # of the labelled slots
+    slots = np.flatnonzero(packed.labels(new.seq_len) != IGNORE)[carries.numpy()]
+    keys = torch.tensor([[shard, row, int(slot)] for slot in slots], dtype=torch.int64).reshape(-1, 3)
+    labels = torch.from_numpy(packed.labels(new.seq_len)[slots])
+    fewer = narrow(targets[carries], new.rule, source=old.rule, labels=labels, seed=new.seed, keys=keys)
+    return fewer.spread(carries, len(targets.count))
 
 
 def _tokenizer_files(source: Cache) -> dict[str, bytes]:

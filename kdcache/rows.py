@@ -34,16 +34,19 @@ class RowSpec:
         isolate: whether the packed pieces of a row are kept from seeing each other.
         packed: whether rows hold several pieces. Otherwise each is one, so that there is nothing to isolate, and a
             batch of them is padded to its longest only.
+        ragged: whether rows of several pieces, too, are padded to the longest of a batch only: those of a student whose
+            tokens are more, or fewer, than the cache's.
     """
 
     vocab_size: int
     seq_len: int
     isolate: bool = True
     packed: bool = True
+    ragged: bool = False
 
     def length(self, rows: Sequence[PackedRow]) -> int:
         """L, the slots of each row in a batch of these."""
-        return self.seq_len if self.packed else max(len(row.tokens) for row in rows)
+        return self.seq_len if self.packed and not self.ragged else max(len(row.tokens) for row in rows)
 
     def contexts(self, row: PackedRow) -> list[slice]:
         """The tokens of each context of a row: those that a teacher sees together, and no others."""

@@ -144,6 +144,11 @@ class SparseTargets:
         """`[..., K]` bool: which entries are in use."""
         return torch.arange(self.ids.shape[-1], device=self.count.device) < self.count[..., None]
 
+    @property
+    def has_target(self) -> Tensor:
+        """`[...]` bool: which positions have a target."""
+        return self.count > 0
+
     def _tensors(self) -> list[str]:
         """Names of the fields that are known tensors."""
         return [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), torch.Tensor)]

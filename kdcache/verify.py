@@ -103,6 +103,8 @@ def verify_cache(path: str | os.PathLike[str], on_progress: Callable[[int, int],
         if _check_objects(report, storage, shard, commit.objects):
             _check_rows(report, storage, manifest, commit)
         content.update(commit.content_sha256.encode())
+    if on_progress:
+        on_progress(manifest.shards, manifest.shards)
     if missing > _MOST_MISSING:
         report.add(None, COMMITS, f"{missing - _MOST_MISSING:,} more shards are not committed")
     _check_strays(report, storage, manifest, known)

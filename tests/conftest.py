@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -20,6 +21,12 @@ from tests.objects import ENVIRONMENT, Bucket, Endpoint
 from tests.processes import READY
 
 pytest.register_assert_rewrite("kdcache.testing.store_conformance")  # an inherited suite explains itself as any other
+
+
+def pytest_collection_finish() -> None:
+    """What is there for good is not looked through again: accelerate collects garbage in every training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ Importing this runs nothing of kdcache's and starts no thread, but for one of py
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 
@@ -32,6 +33,8 @@ def get_ready() -> None:
     cpu_target.typing_context.refresh()  # what numba imports for its first call
     cpu_target.target_context.refresh()
     data_workers.START = READY  # the readers of such a process are ready-made as well
+    gc.collect()
+    gc.freeze()  # what all processes share is neither looked through nor copied
 
 
 get_ready()

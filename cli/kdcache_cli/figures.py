@@ -12,13 +12,14 @@ from rich.text import Text
 
 _BEST = {
     "nll": min, "delta_nll": min, "kl": min, "top1_agreement": max, "ece": min, "dense_kl": min,
-    "dense_top1_agreement": max, "acceptance": max,
+    "dense_top1_agreement": max, "acceptance": max, "bits_per_byte": min,
 }  # fmt: skip
 """Which value of a row is the best: the least or the largest."""
 
 _ROWS = (
     "nll", "teacher_nll", "delta_nll", "kl", "top1_agreement", "dense_kl", "dense_top1_agreement", "acceptance",
-    "acceptance_bounds", "ece", "teacher_ece", "nll_difference", "positions", "targets",
+    "acceptance_bounds", "ece", "teacher_ece", "nll_difference", "bits_per_byte",
+    "teacher_bits_per_byte", "aligned_bytes", "tokens_per_chunk", "positions", "targets",
 )  # fmt: skip
 _OF_TEACHER = ("teacher_nll", "delta_nll")
 """Figures that may be unknown in a cache that has targets."""

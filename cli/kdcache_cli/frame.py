@@ -1,8 +1,8 @@
 """What every command has in common.
 
 A command is a dataclass of options and a function that takes it. This module makes the command line from the fields
-and adds `--config`, `--json`, `--quiet` and `--plugin`. A `KdcacheError` becomes one sentence on stderr and exit code
-2; any other exception keeps its traceback. SIGTERM and SIGUSR1 end a command as `kdcache.stopping` says.
+and adds `--config`, `--json`, `--log-json`, `--quiet` and `--plugin`. A `KdcacheError` becomes one sentence on stderr
+and exit code 2; any other exception keeps its traceback. SIGTERM and SIGUSR1 end a command as `kdcache.stopping` says.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ class Output:
         json: whether the result is one JSON object, advice included.
         quiet: whether nothing but errors and that object is printed.
         names: fields of the command's options.
+        log_json: whether progress, notes and errors are JSON lines on stderr.
     """
 
     json: bool
     quiet: bool
     names: Sequence[str] = ()
+    log_json: bool = False
 
     @property
     def console(self) -> Console:
@@ -67,14 +69,23 @@ class Output:
 
     def note(self, text: str) -> None:
         """A line about what begins now, on stderr and only on a terminal."""
-        if not self.quiet and sys.stderr.isatty():
+        if self.log_json and not self.quiet:
+            log_line({"note": text})
+        elif not self.quiet and sys.stderr.isatty():
             print(text, file=sys.stderr, flush=True)
 
     def advise(self, advice: Sequence[str]) -> None:
         """Print advice on stderr; with --json it is in the object instead."""
         if not self.quiet and not self.json:
             for sentence in advice:
-                print(f"note: {in_options(sentence, self.names)}", file=sys.stderr)
+                self._note(sentence)
+
+    def _note(self, sentence: str) -> None:
+        text = in_options(sentence, self.names)
+        if self.log_json:
+            log_line({"note": text})
+        else:
+            print(f"note: {text}", file=sys.stderr)
 
     @contextmanager
     def warnings_as_notes(self) -> Iterator[None]:
@@ -85,7 +96,7 @@ class Output:
             if not Path(filename).is_relative_to(library):
                 shown(message, category, filename, *more)
             elif not self.quiet:
-                print(f"note: {in_options(str(message), self.names)}", file=sys.stderr)
+                self._note(str(message))
 
         warnings.showwarning = show  # type: ignore[assignment]
         try:
@@ -95,37 +106,24 @@ class Output:
 
     @contextmanager
     def progress(self, what: str, unit: str) -> Iterator[Callable[..., None]]:
-        """A progress bar with rate and time left, on stderr and only on a terminal.
+        """How far something is; see `progress.py`. Yields a function of (done, total, note)."""
+        from kdcache_cli.progress import no_progress, progress_bar, progress_lines
 
-        Yields a function of (done, total, note).
-        """
-        if self.quiet or not sys.stderr.isatty():
-            yield lambda *_: None
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} " + unit),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=None, rate="", note="")
-
-            def update(done: int, total: int, note: str = "") -> None:
-                speed = bar.tasks[0].speed
-                rate = f"{speed:,.1f}/s" if speed else ""
-                bar.update(task, completed=done, total=total, rate=rate, note=note)
-
+        if self.quiet or os.environ.get("RANK", "0") != "0":  # of several ranks the first speaks for all
+            shown = no_progress()
+        elif self.log_json:
+            shown = progress_lines(what, unit, log_line)
+        else:
+            shown = progress_bar(what, unit) if sys.stderr.isatty() else no_progress()
+        with shown as update:
             yield update
 
 
 OPTIONS_OF: dict[str, type] = {}
 """The dataclass of the options of each command."""
+
+ARGUMENTS_OF: dict[str, tuple[str, ...]] = {}
+"""The fields of it that are arguments, in their order; all others are options."""
 
 
 def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str, ...] = ()) -> Callable[[Any], Any]:
@@ -138,16 +136,21 @@ def command(app: typer.Typer, name: str, options: type, *, positional: tuple[str
         positional: the fields that are arguments rather than options.
     """
 
-    OPTIONS_OF[name] = options
+    OPTIONS_OF[name], ARGUMENTS_OF[name] = options, positional
     names = [field.name for field in dataclasses.fields(options) if field.name not in positional]
 
     def register(function: Callable[[Any, Output], None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(**given: Any) -> None:
             given.pop("config")
-            output = Output(json=given.pop("json"), quiet=given.pop("quiet"), names=names)
+            output = Output(
+                json=given.pop("json"), quiet=given.pop("quiet"), names=names, log_json=given.pop("log_json")
+            )
             plugins = given.pop("plugin")
-            with _command_errors(functools.partial(in_options, names=names)), output.warnings_as_notes():
+            with (
+                _command_errors(functools.partial(in_options, names=names), output.log_json),
+                output.warnings_as_notes(),
+            ):
                 load_plugins(plugins)  # before the options are checked: they may name what a plug-in registers
                 function(options(**given), output)
 
@@ -219,11 +222,12 @@ def _parameters(command: str, options: type, positional: tuple[str, ...]) -> Ite
             {"is_eager": True, "callback": _read_config},
         ),
         ("json", bool, False, "print one JSON object on stdout, and nothing else", {}),
+        ("log_json", bool, False, "progress, notes and errors as JSON, a line each, on stderr, for machines", {}),
         ("quiet", bool, False, "print nothing but errors and --json: no progress, no advice", {}),
         ("plugin", list[str], [], "import this Python module or .py file first; may be repeated", {}),
     )
     for name, hint, default, help_text, more in shared:
-        flags = () if hint is not bool else (f"--{name}",)
+        flags = () if hint is not bool else (flag_of(name),)
         annotation = Annotated[hint, typer.Option(*flags, help=help_text, rich_help_panel=EVERY, **more)]
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
@@ -336,7 +340,7 @@ def _both(match: re.Match[str]) -> str:
 
 
 @contextmanager
-def _command_errors(worded: Callable[[str], str]) -> Iterator[None]:
+def _command_errors(worded: Callable[[str], str], log_json: bool) -> Iterator[None]:
     """One sentence for bad input, a traceback for defects, and a clean end for signals."""
     _set_library_defaults()
 
@@ -344,14 +348,26 @@ def _command_errors(worded: Callable[[str], str]) -> Iterator[None]:
         with stopping.handled():
             yield
     except KdcacheError as error:
-        print(f"error: {worded(str(error))}", file=sys.stderr)
+        _say("error", worded(str(error)), log_json)
         raise typer.Exit(2) from None
     except (stopping.Stopped, KeyboardInterrupt) as how:
-        print("stopped; what is finished is kept", file=sys.stderr)
+        _say("stopped", "what is finished is kept", log_json)
         raise typer.Exit(stopping.EXIT_CODE if isinstance(how, stopping.Stopped) else _CTRL_C) from None
     except BrokenPipeError:  # whoever read our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
+
+
+def log_line(value: dict[str, Any]) -> None:
+    """Write a line for machines, on stderr."""
+    print(json.dumps(value, default=str), file=sys.stderr, flush=True)
+
+
+def _say(kind: str, text: str, log_json: bool) -> None:
+    if log_json:
+        log_line({kind: text})
+    else:
+        print(f"{kind}{';' if kind == 'stopped' else ':'} {text}", file=sys.stderr)
 
 
 def _set_library_defaults() -> None:

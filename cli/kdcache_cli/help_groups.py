@@ -7,10 +7,10 @@ EVERY = "Every command"
 
 GROUPS: dict[str, str] = {
     "Input": """
-        cache source as_ tokens vocab_size teacher writer recipe corpus prompts text prompt
+        what sources cache source as_ tokens vocab_size teacher writer recipe corpus prompts text prompt
         text_column messages_column prompt_column completion_column tools_column documents_column ignore_columns
         chat_template split split_text min_chars drop limit_docs eos on_bad_record teacher_system tokenizer
-        student init_from pool rows where partial compare reuse
+        student align init_from pool rows where partial compare reuse
         samples start examples batches
     """,
     "Rows": "seq_len teacher_seq_len pack overlong isolate",
@@ -30,9 +30,9 @@ GROUPS: dict[str, str] = {
         folder
     """,
     "Show": """
-        shard row position top exact html entries inspect-shard.rows inspect-shard.compare explore.compare port open
-        self_test watch every stage list inspect-shard.temperature distil.set evaluate.heldout
-        price_per_hour students plan.epochs plan.student
+        shard row position next previous top exact csv html entries inspect-shard.rows plot.rows
+        inspect-shard.compare explore.compare port open self_test watch every stage list inspect-shard.temperature
+        distil.set evaluate.heldout price_per_hour students plan.epochs plan.student
     """,
     "Compute": """
         device device_map dtype attn_implementation batch_rows tile_head tensor_parallel readers
@@ -41,7 +41,7 @@ GROUPS: dict[str, str] = {
     "Work": """
         worker launch workers gpus_per_worker cpus_per_worker address grace resume save_every keep budget fetch
     """,
-    EVERY: "config json quiet plugin help",
+    EVERY: "config json log_json quiet plugin help",
 }
 """The options of each group, in the order of `--help`. `COMMAND.name` is for one command, before `name` for all."""
 
@@ -59,6 +59,7 @@ EXAMPLES = {
     "convert": "kdcache convert my-cache --k 32 --out smaller-cache",
     "distil": "kdcache distil examples/recipes/laptop.toml --out run --set teacher=DIR --set corpus=texts.jsonl",
     "explore": "kdcache explore my-cache",
+    "plot": "kdcache plot selections my-cache --out bytes-and-error.png",
     "export": "kdcache export my-cache --as parquet --out my-cache.parquet",
     "import": "kdcache import answers.jsonl --as topk-jsonl --out my-cache --teacher Qwen/Qwen2.5-0.5B",
     "audit": "kdcache audit their-cache --teacher Qwen/Qwen2.5-0.5B",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdcache.options import option
 from kdcache_cli.frame import Output
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from kdcache.explorer.explorer import Explorer
 
 
@@ -23,6 +26,9 @@ class InspectOptions:
     shard: int | None = option("show this shard; --row then counts inside it", None)
     row: int | None = option("show one row as text", None)
     position: int | None = option("show the entries of one position of the row", None)
+    next: bool = option("show the row after --row, or the position with a target after --position", False)
+    previous: bool = option("the same, before it", False)
+    csv: bool = option("print a table of comma-separated values on stdout; texts are JSON strings", False)
     top: int = option("how many entries to show", 10)
     temperature: float = option("temperature of the probabilities shown", 1.0)
     exact: bool = option("compute the summary from every row instead of from the sums in the commits", False)
@@ -50,18 +56,41 @@ def inspect_shard(options: InspectOptions, output: Output) -> None:
         raise ConfigError("--exact is for a summary, so it does not go with --row")
     if options.top < 1:
         raise ConfigError(f"--top is {options.top}, but must be at least 1")
-    if options.row is None:
+    if options.csv and output.json:
+        raise ConfigError("--csv and --json exclude each other")
+    number, position = _place(options)
+    found: dict[str, Any]
+    if number is None:
         with output.progress("inspect", "rows") as bar:
-            summary = inspect_summary(options.cache, options.shard, exact=options.exact, on_progress=bar)
-        output.result(summary, lambda console: console.print(tables.summary_table(summary)))
-    elif options.position is None:
-        row = inspect_row(options.cache, options.row, options.shard)
-        output.result(row, lambda console: tables.print_row(console, row))
+            found = inspect_summary(options.cache, options.shard, exact=options.exact, on_progress=bar)
+        show: Callable[[Console], None] = lambda console: console.print(tables.summary_table(found))  # noqa: E731
+    elif position is None:
+        found = inspect_row(options.cache, number, options.shard)
+        show = functools.partial(tables.print_row, row=found)
     else:
-        at = inspect_position(
-            options.cache, options.row, options.position, options.shard, options.top, options.temperature
-        )
-        output.result(at, lambda console: tables.print_position(console, at))
+        found = inspect_position(options.cache, number, position, options.shard, options.top, options.temperature)
+        show = functools.partial(tables.print_position, at=found)
+    if options.csv:
+        from kdcache_cli.csv_table import print_csv
+
+        print_csv(found)
+    else:
+        output.result(found, show)
+
+
+def _place(options: InspectOptions) -> tuple[int | None, int | None]:
+    """The row and the position to show."""
+    from kdcache.errors import ConfigError
+    from kdcache.report.inspect import beside
+
+    if not options.next and not options.previous:
+        return options.row, options.position
+    if options.next and options.previous:
+        raise ConfigError("--next and --previous exclude each other")
+    if options.row is None:
+        raise ConfigError(f"--{'next' if options.next else 'previous'} needs --row")
+    step = 1 if options.next else -1
+    return beside(options.cache, options.row, options.position, options.shard, step)
 
 
 def _write_page(options: InspectOptions, output: Output) -> None:
@@ -71,8 +100,8 @@ def _write_page(options: InspectOptions, output: Output) -> None:
     from kdcache.explorer.page import write_page
     from kdcache.store.atomic_files import require_new
 
-    if options.position is not None or options.exact:
-        raise ConfigError("--html shows whole rows, so it excludes --position and --exact")
+    if options.position is not None or options.exact or options.csv or options.next or options.previous:
+        raise ConfigError("--html shows whole rows, so it excludes --position, --exact, --csv, --next and --previous")
     require_new(str(options.html))
     explorer = Explorer(
         options.cache, shard=options.shard, compare=options.compare, top=options.entries, device=options.device

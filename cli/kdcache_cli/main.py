@@ -22,6 +22,7 @@ from kdcache_cli import interop_commands as interop
 from kdcache_cli.doctor_command import DoctorOptions, doctor
 from kdcache_cli.frame import OPTIONS_OF, Output, command, run_app
 from kdcache_cli.inspect_commands import ExploreOptions, InspectOptions, explore, inspect_shard
+from kdcache_cli.plot_command import PlotOptions, plot
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -196,6 +197,7 @@ def train_student(options: TrainOptions, output: Output) -> None:
 
 command(app, "inspect-shard", InspectOptions, positional=("cache",))(inspect_shard)
 command(app, "explore", ExploreOptions, positional=("cache",))(explore)
+command(app, "plot", PlotOptions, positional=("what", "sources"))(plot)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +232,9 @@ class EvaluateOptions(EngineOptions):
     cache: str = option("folder or URL of the cache")
     student: str | None = option("checkpoint folder or hub name", None)
     compare: list[str] | None = option("several students instead, side by side: --compare A B C", None)
+    align: bool = option(
+        "each student has its own tokenizer: align it and the cache's over the bytes of the text", False
+    )
     teacher: str | None = option(
         "run the teacher of the cache too, for the dense KL, the acceptance rate and its own ECE", None
     )
@@ -251,6 +256,8 @@ def evaluate_students(options: EvaluateOptions, output: Output) -> None:
 
     if (options.student is None) == (not options.compare):
         raise ConfigError("evaluate needs either one --student or several as --compare A B C")
+    if options.prompt is not None and options.align:
+        raise ConfigError("--prompt is in the cache's tokens, so it excludes --align")
     if options.prompt is not None and (options.heldout is not None or options.rows is not None):
         raise ConfigError("--prompt measures no rows, so it excludes --heldout and --rows")
     from kdcache.report.evaluate import write_evaluation
@@ -405,7 +412,9 @@ def distil(options: DistilOptions, output: Output) -> None:
 
     out = Path(options.out)
     commands = {name: OPTIONS_OF[name] for name in STAGES}
-    run = RecipeRun(read_recipe(Path(options.recipe), options.set, out, commands), out, _KDCACHE)
+    flags = [*(["--log-json"] if output.log_json else []), *(["--quiet"] if output.quiet else [])]
+    stages = read_recipe(Path(options.recipe), options.set, out, commands)
+    run = RecipeRun(stages, out, _KDCACHE, flags, heard=output.log_json)
     if options.list:
         run.write_options()
         listed = [

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kdcache.explorer.token_texts import readable
 from kdcache_cli.figures import bar, figures_table, print_next_tokens
 
 _BAD_RECORDS = 5
@@ -48,7 +49,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ),
         *_teacher_context(summary["teacher_context"]),
     ):
-        table.add_row(Text(name, style="bold"), Text(value))
+        table.add_row(Text(name, style="bold"), Text(readable(value)))
     return table
 
 
@@ -90,7 +91,7 @@ def print_checked(console: Console, found: dict[str, Any]) -> None:
         ("tokens a document", ", ".join(f"{name} {value:,}" for name, value in lengths.items()) or "none"),
         *_teacher_context(found["teacher_context"]),
     ):
-        table.add_row(Text(name, style="bold"), Text(value))
+        table.add_row(Text(name, style="bold"), Text(readable(value)))
     console.print(table)
     for example in found["examples"]:
         console.print(Text(f"\ndocument {example['document']:,}, supervised between » and «", style="bold"))
@@ -100,7 +101,7 @@ def print_checked(console: Console, found: dict[str, Any]) -> None:
             console.print(told.append(f", in place of {example['teacher']['replaces']!r}"), soft_wrap=True)
         text, left = Text(), _SHOWN
         for part in example["parts"]:
-            shown = part["text"][: max(0, left)]
+            shown = readable(part["text"][: max(0, left)])
             left -= len(part["text"])
             text.append(f"»{shown}«" if part["supervised"] else shown, style="green" if part["supervised"] else "dim")
         console.print(text.append("..." if left < 0 else ""), soft_wrap=True)
@@ -175,7 +176,7 @@ def print_row(console: Console, row: dict[str, Any]) -> None:
             piece = token["piece"]
             line.append(f"\n\n[piece {piece}, document {token['document']}] ", style="bold")
         p = None if token["logprob"] is None else 2.718281828459045 ** token["logprob"]
-        line.append(token["text"], style=_colour(p))
+        line.append(readable(token["text"]), style=_colour(p))
         if p is not None:
             line.append(f"{{{p:.2f}}}" if p >= 0.005 else "{<.01}", style="dim")
     console.print(line)

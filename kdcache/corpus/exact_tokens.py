@@ -33,9 +33,10 @@ class ExactTokens:
 
     Args:
         tokenizer: of transformers.
+        parse_special: whether a special token that is written in a text is one; else it is text like any other.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, parse_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._whole: Any = None
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -44,6 +45,7 @@ class ExactTokens:
             whole = _from_json({**described, "post_processor": None, "padding": None, "truncation": None})
             if whole.encode(_PLAIN, add_special_tokens=False).ids == self._plain(_PLAIN):
                 self._whole, self._continued = whole, _from_json(_without_prefix(described))
+                self._whole.encode_special_tokens = self._continued.encode_special_tokens = not parse_special
 
     def encode(self, text: str, spans: Sequence[Span]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """The ids of a text, without special tokens that it does not hold, and which of them lie in a span.
@@ -61,11 +63,11 @@ class ExactTokens:
         if self._whole is None:
             return self._by_prefixes(text, spans)
         edges = sorted({edge for span in spans for edge in span} - {0, len(text)})
-        ids, starts, ends = self._encoded(text, 0)
+        ids, starts, ends = self.encode_plain(text)
         cuts = [edge for edge in edges if _straddled(starts, ends, edge)]
         if cuts:
             bounds = [0, *cuts, len(text)]
-            parts = [self._encoded(text[a:b], a) for a, b in itertools.pairwise(bounds)]
+            parts = [self.encode_plain(text[a:b], a) for a, b in itertools.pairwise(bounds)]
             ids, starts, ends = (np.concatenate([part[i] for part in parts]) for i in range(3))
         supervised = np.zeros(len(ids), bool)
         for begin, end in spans:
@@ -75,8 +77,14 @@ class ExactTokens:
             supervised |= inside
         return ids, supervised
 
-    def _encoded(self, text: str, at: int) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-        """Ids, starts and ends of a text that stands at some place of a longer one."""
+    def encode_plain(self, text: str, at: int = 0) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+        """Ids, and where each token begins and ends in characters, of a text that stands at some place of a longer one.
+
+        Without a place for any token (two arrays of none) where the tokenizer has no offsets.
+        """
+        if self._whole is None:
+            none = np.zeros(0, np.int64)
+            return np.array(self._plain(text), np.int32), none, none
         tokenizer = self._continued if at else self._whole
         found = tokenizer.encode(text, add_special_tokens=False)
         offsets = np.array(found.offsets, np.int64).reshape(-1, 2)

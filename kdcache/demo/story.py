@@ -20,15 +20,16 @@ from kdcache.cache import open_cache
 from kdcache.demo.lesson import Lesson, own_lesson, pretrained_lesson
 from kdcache.demo.smollm2 import NAME, fetch_smollm2
 from kdcache.demo.stages import Progress, Stages
+from kdcache.drawing import new_figure
 from kdcache.errors import CacheError, ConfigError, ModelError
 from kdcache.planning.student_step import measure_steps
+from kdcache.plots.curves import plot_curves
 from kdcache.report.inspect import inspect_position, inspect_summary
-from kdcache.report.plots import plot_curves
 from kdcache.report.prompt import next_tokens
 from kdcache.store.atomic_files import storage_errors
 from kdcache.student.config import TrainConfig
-from kdcache.student.curves import new_figure
-from kdcache.student.train import METRICS, train
+from kdcache.student.curves import METRICS
+from kdcache.student.train import train
 from kdcache.student.trainer import complete
 from kdcache.teacher.config import DumpConfig
 from kdcache.teacher.dump import dump

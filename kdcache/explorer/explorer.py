@@ -5,6 +5,9 @@ Cost of a row: its read, and some 15 ms for 512 positions of 64 entries; with a 
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +24,9 @@ from kdcache.rows import IGNORE, spread_rows
 
 TOP = 24
 """Entries of a position that a page shows, unless told otherwise."""
+
+SECONDS, MATCHES = 0.5, 500
+"""How long a search goes on, and how much it finds, before it gives what it has."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,38 @@ class Explorer:
         places = {token: place for place, token in enumerate(ids)}
         return {**payload.packed(places), "texts": self._table(ids)}
 
+    def find(self, text: str, start: int, seconds: float = SECONDS, most: int = MATCHES) -> dict[str, Any]:
+        """Where a text occurs, in any case, from a row on; for so long, or until so many are found.
+
+        The text of a row is that of its tokens one after the other, as the page shows them. Only tokens are read.
+
+        Args:
+            text: not empty.
+            start: the row to begin with.
+            seconds: to go on for, about.
+            most: matches to give, about.
+
+        Returns:
+            `matches`: `[row, first token]` of each; `rows`: how many rows were looked through; `next`: the row to go on
+            with, None after the last.
+
+        Raises:
+            CacheError: a row cannot be read.
+        """
+        needle, until = text.lower(), time.monotonic() + seconds
+        matches: list[tuple[int, int]] = []
+        rows = range(max(start, self.rows[0]), self.rows[-1] + 1) if self.rows else range(0)
+        for looked, (index, tokens) in enumerate(zip(rows, self.cache.storage.map(self._tokens, rows), strict=True), 1):
+            matches += ((index, token) for token in _occurrences([self._texts[token] for token in tokens], needle))
+            if index != rows[-1] and (len(matches) >= most or time.monotonic() >= until):
+                return {"matches": matches, "rows": looked, "next": index + 1}
+        return {"matches": matches, "rows": len(rows), "next": None}
+
+    def _tokens(self, index: int) -> list[int]:
+        shard, row = self.cache.locate(index)
+        found: list[int] = self.cache.shard(shard).read_tokens(row).tokens.tolist()
+        return found
+
     def packed_rows(self, rows: Sequence[int], on_progress: Progress | None = None) -> dict[str, Any]:
         """Several rows as `rows`, and their common table of texts as `texts`.
 
@@ -197,6 +235,19 @@ class Explorer:
 
     def _table(self, ids: Sequence[int]) -> dict[str, Any]:
         return {"ids": ids, "texts": [self._texts[token] for token in ids]}
+
+
+def _occurrences(texts: Sequence[str], needle: str) -> Iterator[int]:
+    """The first token of each place where a text in small letters occurs, as `search` of page/find.js counts them."""
+    text = "".join(texts)
+    small = text.lower()
+    if len(small) != len(text):  # some letters are longer in lower case
+        small = text
+    starts = list(itertools.accumulate((len(each) for each in texts), initial=0))
+    at = small.find(needle)
+    while at >= 0:
+        yield bisect.bisect_right(starts, at, hi=len(texts)) - 1
+        at = small.find(needle, at + len(needle))
 
 
 def _readable(value: Any) -> Any:

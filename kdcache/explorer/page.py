@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.explorer.explorer import Explorer
+from kdcache.explorer.tints import TINTS, style_of_page
 from kdcache.report.inspect import Progress
 from kdcache.store.atomic_files import require_new, write_new
 
@@ -44,10 +45,10 @@ def render(head: dict[str, Any], data: dict[str, Any] | None = None) -> str:
         head: of `Explorer.head`.
         data: of `Explorer.packed_rows`; without it the page reads its rows from the server that it comes from.
     """
-    told = {"live": data is None, **head, **(data or {})}
+    told = {"live": data is None, "tints": TINTS, **head, **(data or {})}
     parts = {
         "policy": policy(data is None),
-        "style": (_PARTS / "page.css").read_text(encoding="utf-8"),
+        "style": (_PARTS / "page.css").read_text(encoding="utf-8") + style_of_page(),
         "data": json.dumps(told, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         "script": _script(),
     }

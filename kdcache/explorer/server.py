@@ -1,7 +1,9 @@
 """Server: the explorer over a whole cache, for a browser on this machine; rows are read as they are looked at.
 
 It listens on 127.0.0.1 alone and answers only requests that name it by that address or as `localhost`, so that no page
-of another site can read through it (DNS rebinding). It only gives: `/` is the page, `/rows/N` a row.
+of another site can read through it (DNS rebinding). It only gives: `/` is the page, `/rows/N` a row, and
+`/find?text=TEXT&from=N` where a text occurs from a row on. A search gives what it has after half a second and says
+where to go on, so whoever asks may stop.
 Memory: an open cache and one row at a time.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
+import urllib.parse
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -18,6 +21,9 @@ from kdcache.explorer.explorer import Explorer
 from kdcache.explorer.page import policy, render
 
 ADDRESS = "127.0.0.1"
+
+_LONGEST = 1000
+"""Letters of a text that is looked for."""
 
 _SAMPLED_ROWS = 8
 """Rows that the bytes of streams are measured on."""
@@ -68,6 +74,15 @@ class ExplorerServer(ThreadingHTTPServer):
         with self._reading:
             return json.dumps(self._explorer.packed_row(index), ensure_ascii=False, allow_nan=False).encode()
 
+    def find(self, text: str, start: int) -> bytes:
+        """Where a text occurs from a row on, see `Explorer.find`.
+
+        Raises:
+            KdcacheError: a row cannot be read.
+        """
+        with self._reading:
+            return json.dumps(self._explorer.find(text, start)).encode()
+
     def has_row(self, index: int) -> bool:
         """Whether there is such a row."""
         return index in self._explorer.rows
@@ -83,10 +98,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Host", "").lower() not in self.server.hosts:
             self._say(HTTPStatus.FORBIDDEN, {"error": "this address does not belong to the explorer"})
             return
-        path = self.path.partition("?")[0]
+        path, _, query = self.path.partition("?")
         number = path.removeprefix("/rows/")
         if path == "/":
             self._send(HTTPStatus.OK, self.server.page(), "text/html; charset=utf-8")
+        elif path == "/find":
+            self._find(query)
         elif path != number and number.isascii() and number.isdecimal() and len(number) < 20:
             self._row(int(number))
         else:
@@ -98,6 +115,17 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             self._send(HTTPStatus.OK, self.server.row(index), "application/json")
+        except KdcacheError as error:
+            self._say(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": str(error)})
+
+    def _find(self, query: str) -> None:
+        asked = urllib.parse.parse_qs(query, max_num_fields=4)
+        text, start = (asked.get(name, [""])[0] for name in ("text", "from"))
+        if not 0 < len(text) <= _LONGEST or not (start.isascii() and start.isdecimal() and len(start) < 20):
+            self._say(HTTPStatus.BAD_REQUEST, {"error": f"a search is for 1 to {_LONGEST} letters, from a row on"})
+            return
+        try:
+            self._send(HTTPStatus.OK, self.server.find(text, int(start)), "application/json")
         except KdcacheError as error:
             self._say(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": str(error)})
 

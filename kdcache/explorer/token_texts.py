@@ -9,11 +9,11 @@ Cost: one look into the vocabulary a token, kept.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from typing import Any
 
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+from kdcache.token_bytes import TokenBytes
+
 _JOINERS = "\u200c\u200d"
 """They join or part letters of some scripts, and pictures; beside others they are left where they are."""
 _PLAIN = "\n\t"
@@ -46,15 +46,8 @@ class TokenTexts:
     """
 
     def __init__(self, tokenizer: Any | None) -> None:
-        self._tokenizer = tokenizer
+        self._bytes = None if tokenizer is None else TokenBytes(tokenizer)
         self._texts: dict[int, str] = {}
-        self._added: dict[int, str] = {}
-        self._bytes_of: dict[str, int] = {}
-        if tokenizer is not None:
-            self._added = {number: text for text, number in tokenizer.get_added_vocab().items()}
-            space = tokenizer.get_vocab().get("\u0120")
-            if space is not None and tokenizer.decode([space]) == " ":  # the letters of its tokens stand for bytes
-                self._bytes_of = _byte_alphabet()
 
     def __getitem__(self, token: int) -> str:
         if token not in self._texts:
@@ -62,24 +55,5 @@ class TokenTexts:
         return self._texts[token]
 
     def _text(self, token: int) -> str:
-        if self._tokenizer is None:
-            return f"⟨{token}⟩"
-        if token in self._added:
-            return self._added[token]
-        piece = self._tokenizer.convert_ids_to_tokens(token)
-        if piece is None:
-            return f"⟨{token}⟩"
-        if self._bytes_of and all(each in self._bytes_of for each in piece):
-            return bytes(self._bytes_of[each] for each in piece).decode("utf-8", "surrogateescape")
-        if byte := _BYTE.fullmatch(piece):
-            return bytes([int(byte[1], 16)]).decode("utf-8", "surrogateescape")
-        if "\u2581" in piece:  # SentencePiece's space
-            return str(piece).replace("\u2581", " ")
-        return str(piece)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The letter that byte-level tokenizers write for each byte (GPT-2's `bytes_to_unicode`)."""
-    own = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in own]
-    return {chr(byte): byte for byte in own} | {chr(256 + place): byte for place, byte in enumerate(others)}
+        piece = None if self._bytes is None else self._bytes.piece(token)
+        return f"⟨{token}⟩" if piece is None else piece.decode("utf-8", "surrogateescape")

@@ -4,7 +4,8 @@
     export.py       a cache in another format
     import_rows.py  another tool's cache into a cache
     foreign_row.py  what every reader gives: one sequence and its entries
-    records.py      JSON lines, Parquet and Arrow files of records, in parts
+    records.py      JSON lines, Parquet and Arrow files of records, in parts; listed_records.py those with a list for
+                    each token
 
 One format a file:
 

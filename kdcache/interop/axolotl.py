@@ -14,30 +14,28 @@ Source: axolotl-ai-cloud/axolotl, `src/axolotl/integrations/kd/chat_template.py`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from kdcache.errors import CorpusError
 from kdcache.interop.foreign_row import ForeignRow
-from kdcache.interop.formats import ForeignCache
-from kdcache.interop.records import Records, integers, ragged
+from kdcache.interop.listed_records import ListedRecords, listed_row, token_number
+from kdcache.interop.records import integers
 
 _PREPARED = ("target_token_ids", "target_logprobs", "target_mask")
 _RAW = ("logprobs", "llm_text_generation_vllm_logprobs")
 _COLUMNS = ("input_ids", "labels", *_PREPARED, *_RAW)
-_PREFIX = "token_id:"
 
 
-class AxolotlCache(ForeignCache):
-    """A data set with log-probabilities. A part is about a megabyte of it."""
+class AxolotlCache(ListedRecords):
+    """A data set with log-probabilities."""
 
     format = "axolotl"
+    wanted = _COLUMNS
 
-    def __init__(self, path: str, tokens: str | None = None) -> None:  # noqa: ARG002 - it has its own
-        self._records = Records(path, _COLUMNS)
-        names = self._records.columns
+    def __init__(self, path: str, tokens: str | None = None) -> None:
+        super().__init__(path, tokens)
+        names = self.columns
         if "input_ids" not in names:
             raise CorpusError(
                 f"{path} has no input_ids but {', '.join(names)[:80]}; let `axolotl preprocess` prepare it first"
@@ -45,27 +43,17 @@ class AxolotlCache(ForeignCache):
         if not {"target_token_ids", "target_logprobs"} <= set(names) and not set(_RAW) & set(names):
             raise CorpusError(f"{path} has neither target_token_ids with target_logprobs nor logprobs")
 
-    def parts(self) -> Sequence[Any]:
-        """Parts of files."""
-        return self._records.parts()
-
-    def read(self, part: Any) -> Iterator[ForeignRow]:
-        """The records of a part."""
-        for where, record in self._records.read(part):
-            yield _row(record, where)
-
-
-def _row(record: Mapping[str, Any], where: str) -> ForeignRow:
-    tokens = integers(record.get("input_ids"), where, "input_ids")
-    prepared = record.get("target_token_ids") is not None
-    ids, values = _prepared(record, len(tokens), where) if prepared else _raw(record, where)
-    first = len(tokens) - len(ids)  # of the token that the first list is of
-    if first < 0:
-        raise CorpusError(f"{where} has {len(ids)} lists of log-probabilities for {len(tokens)} tokens")
-    kept = [at for at, each in enumerate(ids) if each and first + at > 0]
-    entry_ids, entry_values, count = ragged([ids[at] for at in kept], [values[at] for at in kept], where)
-    slots = np.array([first + at - 1 for at in kept], np.int64)
-    return ForeignRow(tokens=tokens, slots=slots, ids=entry_ids, values=entry_values, count=count, where=where)
+    def row(self, record: Mapping[str, Any], where: str) -> ForeignRow:
+        """A record as a row."""
+        tokens = integers(record.get("input_ids"), where, "input_ids")
+        prepared = record.get("target_token_ids") is not None
+        ids, values = _prepared(record, len(tokens), where) if prepared else _raw(record, where)
+        first = len(tokens) - len(ids)  # of the token that the first list is of
+        if first < 0:
+            raise CorpusError(f"{where} has {len(ids)} lists of log-probabilities for {len(tokens)} tokens")
+        kept = [at for at, each in enumerate(ids) if each and first + at > 0]
+        named = [first + at for at in kept]
+        return listed_row(tokens, named, [ids[at] for at in kept], [values[at] for at in kept], where)
 
 
 def _prepared(record: Mapping[str, Any], tokens: int, where: str) -> tuple[list[list[int]], list[list[float]]]:
@@ -97,7 +85,7 @@ def _raw(record: Mapping[str, Any], where: str) -> tuple[list[list[int]], list[l
     ids, values = [], []
     for each in lists:
         try:
-            entries = {int(str(entry["token"]).removeprefix(_PREFIX)): float(entry["logprob"]) for entry in each or ()}
+            entries = {token_number(entry["token"]): float(entry["logprob"]) for entry in each or ()}
         except (KeyError, TypeError, ValueError):
             raise CorpusError(f'{where} has an entry other than {{"token": "token_id:7", "logprob": -0.1}}') from None
         ids.append(list(entries))

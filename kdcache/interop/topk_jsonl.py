@@ -18,7 +18,7 @@ Shapes: n tokens, m targets, K entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +28,26 @@ import orjson
 from kdcache.cache import Cache
 from kdcache.errors import CorpusError
 from kdcache.interop.foreign_row import ForeignRow
-from kdcache.interop.formats import ForeignCache
+from kdcache.interop.listed_records import ListedRecords, listed_row, token_number
 from kdcache.interop.pieces import Piece, pieces_of, sampled_lost
-from kdcache.interop.records import Records, integers, ragged
+from kdcache.interop.records import integers
 from kdcache.interop.row_table import lost as table_lost
 from kdcache.interop.tables import OnRow, publish
 from kdcache.store.atomic_files import NewFile
 from kdcache.store.manifest import Manifest
 
 _TOKENS = ("prompt_token_ids", "tokens", "input_ids")
-_COLUMNS = (*_TOKENS, "prompt_logprobs", "logprobs", "choices")
-_PREFIX = "token_id:"
 
 
-class TopkJsonl(ForeignCache):
-    """Files of answers. A part is about a megabyte of them."""
+class TopkJsonl(ListedRecords):
+    """Files of answers."""
 
     format = "topk-jsonl"
+    wanted = (*_TOKENS, "prompt_logprobs", "logprobs", "choices")
 
-    def __init__(self, path: str, tokens: str | None = None) -> None:  # noqa: ARG002 - it has its own
-        self._records = Records(path, _COLUMNS)
-
-    def parts(self) -> Sequence[Any]:
-        """Parts of files."""
-        return self._records.parts()
-
-    def read(self, part: Any) -> Iterator[ForeignRow]:
-        """The answers of a part."""
-        for where, record in self._records.read(part):
-            yield _row(record, where)
+    def row(self, record: Mapping[str, Any], where: str) -> ForeignRow:
+        """An answer as a row."""
+        return _row(record, where)
 
 
 def _row(record: Mapping[str, Any], where: str) -> ForeignRow:
@@ -72,18 +63,17 @@ def _row(record: Mapping[str, Any], where: str) -> ForeignRow:
         lists = given["logprobs"].get("top_logprobs")
     if not isinstance(lists, list) or len(lists) != len(ids):
         raise CorpusError(f"{where} has no list of log-probabilities for each of its {len(ids)} tokens")
-    slots, found = [], []
+    named, found = [], []
     for position, entries in enumerate(lists):
         if entries and position:
-            slots.append(position - 1)
+            named.append(position)
             found.append(_Answer(entries, int(ids[position]), where))
     fewest = min((len(each.entries) for each in found), default=1)
     chosen = [each.top(fewest) for each in found]
     labels = [each.own for each in found]
-    entry_ids, values, count = ragged([list(each) for each in chosen], [list(each.values()) for each in chosen], where)
-    return ForeignRow(
-        tokens=ids, slots=np.array(slots, np.int64), ids=entry_ids, values=values, count=count, where=where,
-        label_logprob=None if None in labels else np.array(labels, np.float64),
+    return listed_row(
+        ids, named, [list(each) for each in chosen], [list(each.values()) for each in chosen], where,
+        None if None in labels else np.array(labels, np.float64),
     )  # fmt: skip
 
 
@@ -99,7 +89,7 @@ class _Answer:
         if not isinstance(entries, Mapping):
             raise CorpusError(f"{where} has a list of log-probabilities that names no tokens")
         try:
-            named = {int(str(name).removeprefix(_PREFIX)): value for name, value in entries.items()}
+            named = {token_number(name): value for name, value in entries.items()}
         except ValueError:
             raise CorpusError(
                 f"{where} names tokens by their text; ask the server for token ids (return_tokens_as_token_ids)"

@@ -21,6 +21,7 @@ Shapes: N positions, n positions of a tile, V vocabulary, D hidden, K ids of `li
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -191,6 +192,8 @@ class View:
         look: called with (student, rows) of each tile.
         tail_mean: whether `loss` needs `StudentTile.tail_mean`.
         entropy: whether `look` needs `StudentTile.entropy`.
+        pick: `(logits [n, V], rows) -> (ids [n, G], kept [n, G])` of each tile, in the place of `ids` and `kept`: for a
+            loss that looks at the student's most likely ids.
     """
 
     temperature: float
@@ -200,11 +203,14 @@ class View:
     look: Callable[[StudentTile, Rows], None] | None = None
     tail_mean: bool = False
     entropy: bool = False
+    pick: Callable[[Tensor, Rows], tuple[Tensor, Tensor]] | None = None
 
     def reduce(self, logits: Tensor, rows: Rows) -> Tile:
         """The tile of some positions; overwrites their logits `[n, V]`."""
         if self.temperature != 1:
             logits.div_(self.temperature)
+        if self.pick is not None:
+            return Tile(logits, *self.pick(logits, rows), self.tail_mean, self.entropy)
         kept = None if self.kept is None else self.kept[rows]
         return Tile(logits, self.ids[rows], kept, self.tail_mean, self.entropy)
 
@@ -223,19 +229,23 @@ class View:
         return summands.detach(), tile.gradient(*(d / self.temperature for d in found))
 
 
-def fused_loss(source: LogitSource, views: Sequence[View], index: Tensor | None = None) -> Tensor:
+def fused_loss(
+    source: LogitSource, views: Sequence[View], index: Tensor | None = None, inside: Tensor | None = None
+) -> Tensor:
     """The sum of the losses of some views, differentiable in the tensors of the source.
 
     Args:
         source: where the logits come from.
         views: what is asked of them; all over the same positions.
         index: `[N]` rows of the source that these positions are; None for all of them, in order.
+        inside: `[N]` bool, positions at which no tile may begin; None if it may anywhere. A tile is then as much larger
+            as a run of such positions is long.
 
     Returns:
         A scalar in the source's dtype.
     """
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in source.tensors)
-    total: Tensor = _Fused.apply(source, views, index, needed, *source.tensors)  # type: ignore[no-untyped-call]
+    total: Tensor = _Fused.apply(source, views, index, inside, needed, *source.tensors)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -272,6 +282,7 @@ class _Fused(torch.autograd.Function):
         source: LogitSource,
         views: Sequence[View],
         index: Tensor | None,
+        inside: Tensor | None,
         needed: bool,
         *_tensors: Tensor | None,
     ) -> Tensor:
@@ -279,8 +290,8 @@ class _Fused(torch.autograd.Function):
         total = torch.zeros((), dtype=source.dtype, device=ids.device)
         with _no_autocast(ids.device):
             if needed:
-                source.require(ctx.needs_input_grad[4:])
-            tiles = _tiles(len(ids), source.vocab, len(views), ids.device)
+                source.require(ctx.needs_input_grad[5:])
+            tiles = _tiles(len(ids), source.vocab, len(views), ids.device, inside)
             buffers = [_buffer(source, tiles) for _ in views]
             for rows in tiles:
                 total += _scan_tile(source, views, rows, rows if index is None else index[rows], needed, buffers)
@@ -294,7 +305,7 @@ class _Fused(torch.autograd.Function):
         grads: Grads = ctx.saved_tensors
         if d_total != 1:  # a copy of the weight's gradient, and so worth a look
             grads = tuple(None if grad is None else grad * d_total.to(grad.dtype) for grad in grads)
-        return (None, None, None, None, *grads)
+        return (None, None, None, None, None, *grads)
 
 
 class _LseGather(torch.autograd.Function):
@@ -347,12 +358,20 @@ def linear_lse_gather(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor 
     return lse, gathered
 
 
-def _tiles(positions: int, vocab: int, views: int, device: torch.device) -> list[Rows]:
-    """Positions in tiles of about equal size; a last one of a few would cost as much as a full one."""
+def _tiles(positions: int, vocab: int, views: int, device: torch.device, inside: Tensor | None = None) -> list[Rows]:
+    """Positions in tiles of about equal size; a last one of a few would cost as much as a full one.
+
+    A tile that would begin `inside` begins at the next position that is not.
+    """
     elements = TILE_ELEMENTS.get(device.type, TILE_ELEMENTS["cuda"])
     most = max(LEAST_POSITIONS, elements // max(1, vocab)) // views
     count = max(1, -(-positions // most))  # one empty tile, so that no figure is missing where no position counts
-    return [slice(positions * i // count, positions * (i + 1) // count) for i in range(count)]
+    bounds = [positions * i // count for i in range(count + 1)]
+    if inside is not None and count > 1:
+        free = torch.cat([(~inside).nonzero()[:, 0], torch.tensor([positions], device=inside.device)])
+        bounds = free[torch.searchsorted(free, torch.tensor(bounds, device=inside.device))].tolist()
+        bounds = [0, *sorted(set(bounds) - {0})]
+    return [slice(start, end) for start, end in itertools.pairwise(bounds)]
 
 
 def _buffer(source: LogitSource, tiles: Sequence[Rows]) -> Tensor:

@@ -93,6 +93,11 @@ class Pool:
         return torch.stack([targets.count for targets in self.targets]).amax(0)
 
     @property
+    def has_target(self) -> Tensor:
+        """`[N]` bool: where at least one of them has a target."""
+        return torch.stack([targets.has_target for targets in self.targets]).any(0)
+
+    @property
     def present(self) -> Tensor:
         """`[teachers, N]` weight of each teacher at each position, 0 where it has no target."""
         weights = zip(self.weights, self.targets, strict=True)

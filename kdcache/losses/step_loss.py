@@ -17,6 +17,7 @@ Shapes: N positions, M positions that count, V vocabulary, D hidden, K entries.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcache.aligned_targets import AlignedTargets
 from kdcache.errors import ConfigError, TargetError
+from kdcache.losses.aligned_losses import ALM, GOLD, ULD, ChunkLoss, SortedLoss, read_aligned, weight_in_common
 from kdcache.losses.divergence_registry import Divergence, DivergenceFunction, LossTerm, find_divergence, read_terms
 from kdcache.losses.fused_linear import StudentTile, View, eager, fused_loss
 from kdcache.losses.given_faults import require_sound
@@ -77,6 +80,13 @@ class Objective:
             raise ConfigError(f"tail {self.tail!r} is not one of {', '.join(TAILS)}")
         for name, divergence in divergences.items():
             self._require_tail(name, divergence)
+        for term, name, _ in self._aligned_terms():
+            if self.tail != "bucket":
+                raise ConfigError(f"loss {term.name!r} takes tail 'bucket' only")
+            if name == ALM and self.temperature != 1:
+                raise ConfigError(
+                    f"loss {term.name!r} compares likelihoods of text, at temperature 1, not {self.temperature:g}"
+                )
         if not divergences and self.tail != "bucket":
             raise ConfigError(f"tail {self.tail!r} is not for loss {self.loss!r}, which uses no entries and no tail")
         if not self.temperature > 0:
@@ -102,7 +112,13 @@ class Objective:
     def _divergences(self) -> dict[str, Divergence]:
         """The divergences among the terms, by name."""
         names = (term.name for term in self._terms())
-        return {name: find_divergence(name) for name in names if read_clip(name) is None}
+        return {name: find_divergence(name) for name in names if read_clip(name) is None and not read_aligned(name)}
+
+    def _aligned_terms(self) -> Iterator[tuple[LossTerm, str, tuple[float, ...]]]:
+        """The terms `uld`, `gold` and `alm`, each with its constants."""
+        for term in self._terms():
+            if (found := read_aligned(term.name)) is not None:
+                yield term, *found
 
     def _terms(self) -> Iterator[LossTerm]:
         """Terms that count."""
@@ -119,9 +135,24 @@ class Objective:
         return any(read_clip(term.name) is not None for term in self._terms())
 
     @property
+    def takes_chunks(self) -> bool:
+        """Whether it needs all labels of a chunk of text at once."""
+        return any(name == ALM for _, name, _ in self._aligned_terms())
+
+    @property
+    def takes_entries(self) -> bool:
+        """Whether it needs the teacher's entries, and not the likelihood of chunks alone."""
+        return bool(self._divergences()) or any(name != ALM for _, name, _ in self._aligned_terms())
+
+    @property
+    def takes_label_entry(self) -> bool:
+        """Whether it needs the label among the teacher's ids."""
+        return self.takes_rollouts or any(each.takes_label for each in self._divergences().values())
+
+    @property
     def takes_label_logprob(self) -> bool:
         """Whether it needs the teacher's log-probability of each label."""
-        return self.takes_rollouts or any(each.takes_label for each in self._divergences().values())
+        return self.takes_label_entry or self.takes_chunks
 
     def require_fit(self, kind: str, sampled: bool, sample_temperature: float) -> None:
         """Refuse what targets of a sampled kind cannot give.
@@ -141,6 +172,12 @@ class Objective:
                 raise TargetError(
                     f"loss {name!r} needs the teacher's probabilities, but {kind} targets hold random weights, whose "
                     "logarithm or absolute value is biased; use forward-kl, or a cache of topk targets"
+                )
+        for term, name, _ in self._aligned_terms():
+            if name != ALM:
+                raise TargetError(
+                    f"loss {term.name!r} needs the teacher's probabilities, but {kind} targets hold random weights; "
+                    "use alm, or a cache of topk targets"
                 )
         if self.tail != "bucket":
             raise TargetError(f"tail {self.tail!r} is for truncated targets; {kind} targets have no tail")
@@ -175,6 +212,8 @@ class Objective:
             if several and not pool.targets[0].sampled:
                 warn_once("pool", _TRUNCATED_POOL)
             found = pooled_loss(pool, lambda targets: self._losses_of_one(targets, labels, vocab), labels, vocab)
+        if self.takes_chunks:
+            found = dataclasses.replace(found, parts=(*found.parts, *self._chunk_losses(pool)))
         if not self.takes_rollouts:
             return found
         more = [
@@ -184,6 +223,34 @@ class Objective:
             if (clip := read_clip(term.name)) is not None
         ]
         return dataclasses.replace(found, parts=(*found.parts, *more))
+
+    def _chunk_losses(self, pool: Pool) -> Iterator[tuple[int, Tensor, ChunkLoss]]:
+        for number, (targets, weight) in enumerate(zip(pool.targets, pool.weights, strict=True)):
+            for term, name, constants in self._aligned_terms():
+                if name == ALM:
+                    some = torch.full_like(targets.weights[..., 0], weight)
+                    yield number, some, ChunkLoss.of(targets, constants[0], term.weight)
+
+    def sorted_losses(self, pool: Pool, vocab: int) -> Iterator[tuple[Tensor, SortedLoss]]:
+        """`[M]` weights of the losses that compare by rank, and these losses.
+
+        Args:
+            pool: targets of the teachers, at M positions.
+            vocab: V.
+
+        Raises:
+            TargetError: the targets cannot give the loss exactly.
+        """
+        for targets, weight in zip(pool.targets, pool.weights, strict=True):
+            for term, name, constants in self._aligned_terms():
+                factor, found = term.weight * self.temperature, None
+                if name == ULD:
+                    found = SortedLoss.uld(targets, self.temperature, factor, vocab)
+                elif name == GOLD:
+                    rest = factor * (1 - weight_in_common(constants, targets))
+                    found = SortedLoss.gold(targets, self.temperature, rest, vocab) if rest else None
+                if found is not None:
+                    yield torch.where(targets.has_target, weight, 0.0).to(targets.weights.dtype), found
 
     def _rollout_loss(
         self, term: LossTerm, clip: float, targets: SparseTargets, writer_logp: Tensor | None
@@ -207,6 +274,12 @@ class Objective:
             if some:
                 function = self._sum_of(some)
                 yield outcome_loss(targets, function, self.tail, self.temperature, labels, takes_label)
+        for term, name, constants in self._aligned_terms():
+            weight = weight_in_common(constants, targets) if name == GOLD else 0.0
+            if weight:
+                jsd = LossTerm("jsd", term.weight * weight)
+                function = functools.partial(_scaled, find_divergence(jsd.name).function, self._factor(jsd))
+                yield outcome_loss(targets, function, self.tail, self.temperature, labels, False)
 
     def _factor(self, term: LossTerm) -> float:
         """A term's weight, and T to the power that keeps its gradient's size."""
@@ -222,6 +295,10 @@ class Objective:
             return torch.stack([factor * function(*given) for factor, function in parts]).sum(0)
 
         return total
+
+
+def _scaled(function: DivergenceFunction, factor: float, *given: Any) -> Tensor:
+    return factor * function(*given)
 
 
 _TRUNCATED_POOL = (
@@ -277,15 +354,15 @@ def distil(
             raise TargetError(
                 f"{name} are of shape {tuple(given.shape)}, but the student has {source.positions} positions"
             )
-    has_target = pool.count > 0
+    has_target = pool.has_target
     labelled = torch.ones_like(has_target) if labels is None else labels != IGNORE
-    keep = labelled if hard else labelled & has_target
+    keep = labelled if hard or objective.takes_chunks else labelled & has_target
     index = None if bool(keep.all()) else keep.nonzero()[:, 0]
     counted = pool if index is None else pool[index]
     counted_labels, fixed, writer_logp = (
         given if given is None or index is None else given[index] for given in (labels, fixed, writer_logp)
     )
-    has_target = counted.count > 0
+    has_target = counted.has_target
 
     def share(counts: Tensor, scale: float, given: Tensor | float | None) -> Tensor:
         return counts.to(source.dtype) * scale / (counts.sum().clamp(min=1) if given is None else given)
@@ -305,13 +382,16 @@ def distil(
             looks.append(lambda student, rows: _weigh(rule, student, source.vocab, student_weights[rows]))
             losses = _Weighed(losses, student_weights).losses
             at[1.0] = []  # first, so that a tile's weights are there before its loss is made
-        at.setdefault(objective.temperature, []).append(_Term(factor, losses))
+        if target_loss.parts:
+            at.setdefault(objective.temperature, []).append(_Term(factor, losses))
+        factor_of_targets = factor
     if hard:
         factor = share(torch.ones_like(has_target), 1 - objective.soft_weight, num_items)
         at.setdefault(1.0, []).append(_Term(factor, _label_losses))
     if figures is not None and counted_labels is not None:
         at.setdefault(1.0, [])
         looks.append(figures.over(counted, union))
+    inside = _inside(counted) if soft and objective.takes_chunks else None
     views = [
         View(
             temperature,
@@ -324,7 +404,18 @@ def distil(
         )
         for temperature, terms in at.items()
     ]
-    return fused_loss(source, views, index)
+    if soft:
+        for weights, by_rank in objective.sorted_losses(counted, source.vocab):
+            losses = _Weighed(by_rank.losses, student_weights).losses if weighing else by_rank.losses
+            term = _Term(factor_of_targets * weights, losses)
+            views.append(View(objective.temperature, union.ids, loss=term.summands, pick=by_rank.pick))
+    return fused_loss(source, views, index, inside)
+
+
+def _inside(pool: Pool) -> Tensor | None:
+    """`[M]` bool: positions inside a chunk that begins before them; None where each label is a chunk."""
+    (targets,) = pool.targets if len(pool.targets) == 1 else (None,)
+    return targets.inside if isinstance(targets, AlignedTargets) else None
 
 
 def _weigh(rule: PositionWeights, student: StudentTile, vocab: int, out: Tensor) -> None:

@@ -38,15 +38,20 @@ class RecipeRun:
         stages: in the order in which they are run.
         out: the folder.
         program: the words that start kdcache, before the name of a command.
+        flags: further words of each command, which decide what it says on stderr.
+        heard: whether that is passed on as it is said; on a terminal it always is.
 
     Raises:
         ConfigError: the folder is none, or holds results of other options.
     """
 
-    def __init__(self, stages: Sequence[Stage], out: Path, program: Sequence[str]) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], out: Path, program: Sequence[str], flags: Sequence[str] = (), heard: bool = False
+    ) -> None:
         if out.exists() and not out.is_dir():
             raise ConfigError(f"out {out} is a file, but must be a folder")
         self.stages, self._out, self._program = stages, out, program
+        self._flags, self._heard = flags, heard
         self._records = {stage.name: self._read(stage) for stage in stages}
 
     def stands(self, stage: Stage) -> bool:
@@ -157,8 +162,8 @@ class RecipeRun:
     def _make(self, stage: Stage, handle: int) -> dict[str, Any]:
         """Run the command of a stage and write its record."""
         self._write_options(stage)
-        words = [*self._program, *self.command(stage), "--json"]
-        shown = sys.stderr.isatty()
+        words = [*self._program, *self.command(stage), "--json", *self._flags]
+        shown = self._heard or sys.stderr.isatty()
         started = time.perf_counter()
         process = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=None if shown else subprocess.PIPE, pass_fds=(handle,)

@@ -5,5 +5,4 @@ evaluate.py           figures of one student or of several, side by side; an eva
 live_teacher.py       figures that need the cache's own teacher, run live on the same rows as a student
 prompt.py             the next tokens after a text, of teacher and students
 faithfulness.py       whether a cache holds what its teacher gives
-plots.py              held-out curves of several students
 """

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from kdcache.alignment import AlignedRows, Alignment, read_student_tokenizer
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError
 from kdcache.losses import LogitSource, StoredLogits
@@ -35,11 +36,13 @@ from kdcache.rows import spread_rows
 from kdcache.store.atomic_files import require_new, write_new
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
+from kdcache.student.aligned import student_folder
 from kdcache.student.data import Rows, batches, labelled, split_heldout
 from kdcache.student.evaluation import StudentFigures, head_or_none
 from kdcache.student.fused_head import with_logits
-from kdcache.student.model import load_student, require_students
+from kdcache.student.model import load_student, longest_context, require_students
 from kdcache.student.model_card import versions
+from kdcache.student.multi_teacher import RowReader
 from kdcache.teacher.engines.base import TeacherSpec
 from kdcache.teacher.open_teacher import open_teacher_of
 from kdcache.teacher.opened_teacher import OpenedTeacher
@@ -107,6 +110,7 @@ def compare(
     local_limit: str = "20GB",
     engine: str = "transformers",
     engine_options: Mapping[str, Any] | None = None,
+    align: bool = False,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure several students on the same rows of a cache; all of them are in memory at once.
@@ -122,11 +126,12 @@ def compare(
         local_copy, local_limit: as for `open_cache`.
         engine: what runs the teacher.
         engine_options: its `engine_python`, `engine_set` and `tokenizer`, see `TeacherSpec`.
+        align: each student has a tokenizer of its own, see `kdcache.alignment`.
         on_progress: called with (rows done, rows to do).
 
     Returns:
         `students`: by name, what `evaluate` returns, and `nll_difference` to the first with
-        `nll_difference_standard_error`; both None for the first itself.
+        `nll_difference_standard_error`; both None for the first itself, and where students have other tokens.
 
     Raises:
         KdcacheError: see the exception tree.
@@ -138,6 +143,8 @@ def compare(
         raise ConfigError(f"batch_rows is {batch_rows}, but must be at least 1")
     if heldout is not None and not 0 < heldout < 1:
         raise ConfigError(f"heldout is {heldout}, but must lie between 0 and 1")
+    if align and teacher is not None:
+        raise ConfigError("align and teacher exclude each other: the students have other tokens than the teacher")
     opened, where = open_cache(cache, local_copy=local_copy, local_limit=local_limit), find_device(device)
     wanted = _rows_to_measure(len(opened), heldout, rows)
     if not len(wanted):
@@ -149,7 +156,7 @@ def compare(
                 model=teacher, engine=engine, device=device, batch_rows=batch_rows, **(engine_options or {})
             )
             live = _Live(stack.enter_context(open_teacher_of(spec, opened.manifest, opened.storage)))
-        measured = [_Measured(name, opened, where, teacher is not None) for name in students]
+        measured = [_Measured(name, opened, where, teacher is not None, align) for name in students]
         _walk(measured, live, opened, wanted, where, batch_rows, on_progress)
     return {
         "students": {
@@ -185,10 +192,17 @@ class _Live:
 class _Measured:
     """A student, and what is known of it so far."""
 
-    def __init__(self, name: str, cache: Cache, device: torch.device, beside_teacher: bool) -> None:
-        self.name, self.model = name, load_student(name, cache, device, seed=0, trained=False).eval()
+    def __init__(self, name: str, cache: Cache, device: torch.device, beside_teacher: bool, align: bool) -> None:
+        self.rows: RowReader = cache
+        alignment = None
+        if align:
+            alignment = Alignment(cache, read_student_tokenizer(name, student_folder(name)))
+        self.name = name
+        self.model = load_student(name, cache, device, seed=0, trained=False, alignment=alignment).eval()
+        if alignment is not None:
+            self.rows = AlignedRows(cache, alignment, longest_context(self.model))
         self.head = head_or_none(self.model, device)
-        self.known = StudentFigures.of(cache)
+        self.known = StudentFigures.of(self.rows)
         self.dense, self.beside_teacher = DenseFigures(), beside_teacher
         self.nll_by_row: list[float] = []
         self.positions_by_row: list[int] = []
@@ -209,7 +223,7 @@ class _Measured:
 
     def less(self, first: _Measured) -> dict[str, float | None]:
         mean = error = None
-        if self is not first:
+        if self is not first and self.positions_by_row == first.positions_by_row:
             mean, error = paired_difference(self.nll_by_row, first.nll_by_row, self.positions_by_row)
         return {"nll_difference": mean, "nll_difference_standard_error": error}
 
@@ -224,11 +238,14 @@ def _walk(
     batch_rows: int,
     on_progress: Progress | None,
 ) -> None:
-    vocab, done = cache.manifest.vocab_size, 0
-    for batch in batches(cache, rows, batch_rows):
+    done = 0
+    for each in _batches(measured, rows, batch_rows):
+        batch = each[0]
         sources = [
-            with_logits(one.model, one.head, batch, device, vocab, functools.partial(one.add, batch=batch))
-            for one in measured
+            with_logits(
+                one.model, one.head, own, device, one.rows.row_spec.vocab_size, functools.partial(one.add, batch=own)
+            )
+            for one, own in zip(measured, each, strict=True)
         ]
         if live is not None:
             labels = batch["labels"][labelled(batch)].to(device)
@@ -239,6 +256,16 @@ def _walk(
         done += len(batch["labels"])
         if on_progress:
             on_progress(done, len(rows))
+
+
+def _batches(measured: Sequence[_Measured], rows: Rows, batch_rows: int) -> Iterator[list[dict[str, Any]]]:
+    """Of each batch of rows what every student reads; what all of them read is read once."""
+    first = measured[0].rows
+    if all(one.rows is first for one in measured):
+        for batch in batches(first, rows, batch_rows):
+            yield [batch] * len(measured)
+    else:
+        yield from map(list, zip(*(batches(one.rows, rows, batch_rows) for one in measured), strict=True))
 
 
 def paired_difference(

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from kdcache.cache import Cache, Row, open_cache, unpack
 from kdcache.errors import CacheError, TargetError
 from kdcache.lazy_torch import torch
@@ -49,7 +51,14 @@ def inspect_summary(
         CorruptCacheError: a commit is damaged, or (with `exact`) a row.
     """
     cache = open_cache(path, partial=True)
-    manifest = cache.manifest
+    return {**describe_cache(cache, shard, exact=exact, on_progress=on_progress), "cache": path}
+
+
+def describe_cache(
+    cache: Cache, shard: int | None = None, *, exact: bool = False, on_progress: Progress | None = None
+) -> dict[str, Any]:
+    """The same of an open cache."""
+    manifest, path = cache.manifest, str(cache.storage)
     if shard is not None and shard not in cache.commits:
         raise CacheError(f"{path} has no committed shard {shard}; it has {len(cache.commits)} of {manifest.shards}")
     chosen = cache if shard is None else cache.only([shard])
@@ -130,8 +139,12 @@ def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]
     `teacher_read` says of each piece before which the teacher read more, what that was: `piece`, `tokens` and `text`,
     and how many of the piece's first tokens it `replaced`.
     """
+    return {**describe_row(*_find(path, row, shard)), "cache": path}
 
-    cache, shard, row, value, packed = _find(path, row, shard)
+
+def describe_row(cache: Cache, index: int) -> dict[str, Any]:
+    """The same of a row of an open cache."""
+    shard, row, value, packed = _read(cache, index)
     tokenizer = cache.load_tokenizer()
     ids = value.tokens[value.segments >= 0].tolist()
     starts = [
@@ -148,7 +161,7 @@ def inspect_row(path: str, row: int, shard: int | None = None) -> dict[str, Any]
         })  # fmt: skip
     read = [teacher_read(tokenizer, packed, piece) for piece in range(len(value.documents))]
     return {
-        "cache": path,
+        "cache": str(cache.storage),
         "shard": shard,
         "row": row,
         "pieces": len(value.documents),
@@ -183,8 +196,15 @@ def inspect_position(
         CacheError: no such row or position.
         TargetError: a temperature that the cache cannot give exactly.
     """
+    found = describe_position(*_find(path, row, shard), position, top, temperature)
+    return {**found, "cache": path}
 
-    cache, shard, row, value, packed = _find(path, row, shard)
+
+def describe_position(
+    cache: Cache, index: int, position: int, top: int = 10, temperature: float = 1.0
+) -> dict[str, Any]:
+    """The same of a position of an open cache."""
+    shard, row, value, packed = _read(cache, index)
     tokenizer = cache.load_tokenizer()
     used = int((value.segments >= 0).sum())
     if not 0 <= position < used:
@@ -197,7 +217,7 @@ def inspect_position(
         return {"id": token, "text": added_text(tokenizer, inside, token)}
 
     found: dict[str, Any] = {
-        "cache": path,
+        "cache": str(cache.storage),
         "shard": shard,
         "row": row,
         "position": position,
@@ -266,11 +286,49 @@ def added_text(tokenizer: Any, before: list[int], token: int) -> str:
     return str(both[len(start) :] if both.startswith(start) else tokenizer.decode([token]))
 
 
-def _find(path: str, row: int, shard: int | None) -> tuple[Cache, int, int, Row, PackedRow]:
-    """The cache, and the shard, number and values of a row that is counted in the shard or in the whole cache."""
+def beside(path: str, row: int, position: int | None, shard: int | None, step: int) -> tuple[int, int | None]:
+    """The row beside a row, or the position with a target beside a position, in the same row or one further on.
+
+    Args:
+        path: folder or URL of the cache.
+        row: counted in the shard or in the whole cache.
+        position: of the row; None for rows.
+        shard: rows of this shard alone; None for all.
+        step: 1 for what follows, -1 for what precedes.
+
+    Returns:
+        row, and position or None.
+
+    Raises:
+        CacheError: no such row, or nothing more on that side.
+    """
+    cache, index = _find(path, row, shard)
+    first, rows = (0, len(cache)) if shard is None else (cache.index(shard, 0), cache.commits[shard].rows)
+    side, where = ("after", "last") if step > 0 else ("before", "first")
+    if position is None:
+        if not first <= index + step < first + rows:
+            raise CacheError(f"row {row} is the {where}; there is none {side} it")
+        return row + step, None
+    while first <= index < first + rows:
+        packed, targets = cache.read_packed(index)
+        slots = np.flatnonzero(packed.labels(cache.manifest.seq_len) != IGNORE)[(targets.count > 0).numpy()]
+        found = slots[slots > position] if step > 0 else slots[slots < position]
+        if len(found):
+            return index - first, int(found[0 if step > 0 else -1])
+        index, position = index + step, -1 if step > 0 else cache.manifest.seq_len
+    raise CacheError(f"there is no position with a target {side} this one")
+
+
+def _find(path: str, row: int, shard: int | None) -> tuple[Cache, int]:
+    """The cache, and the cache-wide number of a row that is counted in the shard or in the whole cache."""
     cache = open_cache(path, partial=True)
     index = row if shard is None else cache.index(shard, row)
     if not 0 <= index < len(cache):
         raise CacheError(f"{path} has rows 0 to {len(cache) - 1}, not {row}")
+    return cache, index
+
+
+def _read(cache: Cache, index: int) -> tuple[int, int, Row, PackedRow]:
+    """Shard, number inside it, and values of a row."""
     packed, targets = cache.read_packed(index)
-    return cache, *cache.locate(index), unpack(packed, targets, cache.manifest.seq_len), packed
+    return *cache.locate(index), unpack(packed, targets, cache.manifest.seq_len), packed

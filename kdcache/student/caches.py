@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdcache.alignment import AlignedRows, Alignment
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError, IncompleteCacheError
 from kdcache.store.manifest import NAME, Manifest
@@ -34,6 +35,8 @@ class CacheSource:
         weight: its share of the rows that are read, in any unit; None for in proportion to its rows.
         partial: whether it may lack shards.
         partners: other teachers of the same rows.
+        alignment: with the tokenizer of the student, if that is another one.
+        longest: tokens of a context that such a student takes; None if any.
     """
 
     name: str
@@ -41,6 +44,8 @@ class CacheSource:
     weight: float | None
     partial: bool
     partners: tuple[TeacherCache, ...] = ()
+    alignment: Alignment | None = None
+    longest: int | None = None
 
     @property
     def teachers(self) -> tuple[TeacherCache, ...]:
@@ -50,6 +55,8 @@ class CacheSource:
     @property
     def rows(self) -> RowReader:
         """What its rows are read from."""
+        if self.alignment is not None:
+            return AlignedRows(self.cache, self.alignment, self.longest)
         return PooledCache(self.teachers) if self.partners else self.cache
 
     @property
@@ -62,6 +69,8 @@ class CacheSource:
         shards = sorted(self.cache.commits) if self.partial else None
         pool = [{"sha256": each.cache.manifest.sha256, "weight": each.weight} for each in self.partners]
         found = {"sha256": self.cache.manifest.sha256, "weight": self.weight, "shards": shards}
+        if self.alignment is not None:
+            found["student_tokenizer"] = self.alignment.student.sha256
         return {**found, "pool": pool} if pool else found
 
 

@@ -30,11 +30,14 @@ class _RunOptions:
     init_from: str | None = option(
         "cut the student out of this teacher instead: see --layers, --hidden, --heads, --intermediate, --experts", None
     )
+    align: bool = option(
+        "the student has another tokenizer than the cache: align both over the bytes of the text", False
+    )
     out: str = option("folder of the trained student; created, or resumed with --resume")
     # objective
     loss: str = option(
         "forward-kl, reverse-kl, skew-kl, skew-reverse-kl, jsd, tvd, adaptive-kl, alpha-beta, decoupled-kl, tail-kl, "
-        "sampled-reverse-kl, or that of a plug-in; jsd:0.9 sets a constant, and a*0.7+b*0.3 sums two by weights",
+        "sampled-reverse-kl, uld, gold, alm, or a plug-in's; jsd:0.9 sets a constant, a*0.7+b*0.3 sums two by weights",
         "forward-kl",
     )
     tail: str = option(
@@ -118,6 +121,9 @@ class TrainConfig(CutOptions, _RunOptions):
                 f"pool needs one cache, not {len(self.cache)}: the rows of a pool are the same for every "
                 "teacher, those of a mixture are not"
             )
+        for name in ("pool", "init_from"):
+            if self.align and getattr(self, name):
+                raise ConfigError(f"align and {name} exclude each other")
         parse_rows(self.rows)
         parse_where(self.where)
         least_of = {"batch_rows": 1, "accumulate": 1, "save_every": 1, "keep": 1, "eval_every": 0, "seed": 0, "lora": 0}

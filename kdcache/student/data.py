@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
+from kdcache.alignment import AlignedRows
 from kdcache.errors import ConfigError, TargetError
 from kdcache.losses import Pool
 from kdcache.rows import IGNORE, PackedRow
@@ -85,8 +86,7 @@ class Collator:
     """
 
     def __init__(self, caches: Sequence[RowReader]) -> None:
-        manifest = caches[0].manifest
-        self.spec = manifest.row_spec
+        self.spec = caches[0].row_spec
         self.width = max(cache.manifest.width for cache in caches)
         specs = [cache.manifest.extra_specs for cache in caches]
         self.extras = [
@@ -94,6 +94,8 @@ class Collator:
             for name, spec in specs[0].items()
             if all(name in other and (other[name].width, other[name].per) == (spec.width, spec.per) for other in specs)
         ]
+        if any(isinstance(cache, AlignedRows) for cache in caches):  # whose tokens are others
+            self.extras = []
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Make one batch of rows and their targets."""

@@ -59,7 +59,10 @@ class _ByValue(dict[str, Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         targets = self["targets"]
         pool = Pool.of(targets)
-        each = [_arrays({f.name: getattr(one, f.name) for f in dataclasses.fields(one)}) for one in pool.targets]
+        each = [
+            (type(one), _arrays({f.name: getattr(one, f.name) for f in dataclasses.fields(one)}))
+            for one in pool.targets
+        ]
         weights = pool.weights if isinstance(targets, Pool) else None
         return _arrived, (_arrays({**self, "targets": None}), each, weights)
 
@@ -68,11 +71,13 @@ def _arrays(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
 
 
-def _arrived(batch: dict[str, Any], each: list[dict[str, Any]], weights: tuple[float, ...] | None) -> dict[str, Any]:
+def _arrived(
+    batch: dict[str, Any], each: list[tuple[type[SparseTargets], dict[str, Any]]], weights: tuple[float, ...] | None
+) -> dict[str, Any]:
     def tensors(values: dict[str, Any]) -> dict[str, Any]:
         return {n: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for n, value in values.items()}
 
-    targets = tuple(SparseTargets(**tensors(one)) for one in each)
+    targets = tuple(kind(**tensors(one)) for kind, one in each)
     return {**tensors(batch), "targets": targets[0] if weights is None else Pool(targets, weights)}
 
 

@@ -14,6 +14,11 @@ that carry a target, `targets` of them, and None where there is none.
     ece             expected calibration error of the student's most likely token (`student.metrics`)
     acceptance      of the student's drafts by the teacher (`student.metrics`): known when everything is kept, else
                     between `acceptance_low` and `acceptance_high`; all three None for sampled targets
+    bits_per_byte   the nll of the student's own tokens over the bytes of text that they stand for, in bits: comparable
+                    between tokenizers. Labels that stand for no text (the end of a document) do not count; None where
+                    the bytes of the tokens are not known. `teacher_bits_per_byte` is the same of the teacher's tokens
+    aligned_bytes   of a student with another tokenizer: share of these bytes that lie in chunks (`kdcache.alignment`);
+                    with it `tokens_per_chunk`, of the student
     teachers        of a pool: kl and teacher_nll of each; the figures above compare with the first
 
 Guarantee: all come from one forward pass, a tile of logits at a time, made inside it as the loss is in training.
@@ -37,7 +42,10 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from kdcache.errors import ConfigError, ModelError
+from kdcache.aligned_targets import AlignedTargets
+from kdcache.alignment import AlignedRows
+from kdcache.cache import Cache
+from kdcache.errors import ConfigError, KdcacheError, ModelError
 from kdcache.losses import LogitSource, Pool, of_teacher
 from kdcache.losses import measure as measure_targets
 from kdcache.store.manifest import Manifest
@@ -46,6 +54,8 @@ from kdcache.student.data import Rows, batches, labelled
 from kdcache.student.fused_head import FusedHead, fuse_head, with_logits
 from kdcache.student.metrics import Calibration, acceptance_bounds, confidence
 from kdcache.student.multi_teacher import PooledCache, RowReader, TeacherCache
+from kdcache.targets import SparseTargets
+from kdcache.token_bytes import TokenBytes
 
 
 def measure(
@@ -102,7 +112,7 @@ def _figures(
 
     Whole batches are dealt out, so each holds the rows that it has on one rank, and its figures are the same.
     """
-    figures, vocab = StudentFigures.of(cache), cache.manifest.vocab_size
+    figures, vocab = StudentFigures.of(cache), cache.row_spec.vocab_size
     head = head_or_none(model, device)
     shares = _shares(rows, batch_rows, ranks)
     mine = shares[distributed.rank() if ranks > 1 else 0]
@@ -152,6 +162,7 @@ class StudentFigures:
     def __init__(self) -> None:
         self.calibration, self.rows = Calibration(), 0
         self.teachers: tuple[TeacherCache, ...] = ()
+        self._bytes: TokenBytes | None = None
         self._kinds: set[str] = set()
         self._sums: dict[str, float] = {}
         self._labels = 0
@@ -161,6 +172,12 @@ class StudentFigures:
         """Those over rows of one cache, none so far."""
         figures = StudentFigures()
         figures._kinds = {kl_kind(cache.manifest)}
+        if isinstance(cache, AlignedRows):
+            if figures._kinds == {"dense"} and not cache.alignment.complete:
+                figures._kinds = {"lower-bound"}
+        else:
+            first = cache.teachers[0].cache if isinstance(cache, PooledCache) else cache
+            figures._bytes = _token_bytes(first) if isinstance(first, Cache) else None
         if isinstance(cache, PooledCache):
             figures.teachers = cache.teachers
         return figures
@@ -201,11 +218,25 @@ class StudentFigures:
         for number in range(len(pool.targets)):
             if (kl := figures.get(of_teacher("kl", number))) is not None:
                 figures[of_teacher("kl_square", number)] = kl.square()
-        for name, values in figures.items():
-            self._sums[name] = self._sums.get(name, 0.0) + values.sum().item()
+        for name, value in {
+            **{name: values.sum().item() for name, values in figures.items()},
+            **_sums_of_bytes(figures, pool.targets[0], self._label_bytes(batch)),
+        }.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
         self.rows += len(batch["labels"])
         self._labels += len(labels)
         return figures
+
+    def _label_bytes(self, batch: dict[str, Any]) -> Tensor | None:
+        """`[M]` float64 bytes of each label; None if they are not known."""
+        targets = batch["targets"]
+        if isinstance(targets, AlignedTargets):
+            return targets.label_bytes.cpu().double()
+        if self._bytes is None or "input_ids" not in batch:  # of logits and targets alone
+            return None
+        mask = labelled(batch).cpu()
+        labels, before, places = (batch[name].cpu()[mask].numpy() for name in ("labels", "input_ids", "position_ids"))
+        return torch.from_numpy(self._bytes.of_labels(labels, before, places)).double()
 
     def means(self) -> dict[str, Any]:
         """The figures, as the module describes them.
@@ -235,10 +266,24 @@ class StudentFigures:
             "positions": self._labels,
             "targets": self._targets(0),
         }
+        found |= self._of_bytes()
         if kind == "estimate" and found["kl"] is not None:
             found["kl_standard_error"] = self._kl_error(0)
         if self.teachers:
             found["teachers"] = [self._of_teacher(number) for number in range(len(self.teachers))]
+        return found
+
+    def _of_bytes(self) -> dict[str, Any]:
+        """Figures of each byte of text; of aligned rows also how much of the text is aligned."""
+        sums, nat = self._sums, 1 / math.log(2)
+        size, known = sums.get("bytes", 0.0), sums.get("teacher_bytes", 0.0)
+        found: dict[str, Any] = {
+            "bits_per_byte": nat * sums["nll_of_bytes"] / size if size else None,
+            "teacher_bits_per_byte": nat * sums["teacher_nll_of_bytes"] / known if known else None,
+        }
+        if "chunks" in sums:
+            found["aligned_bytes"] = sums["chunk_bytes"] / size if size else None
+            found["tokens_per_chunk"] = sums["chunk_tokens"] / sums["chunks"] if sums["chunks"] else None
         return found
 
     def _of_teacher(self, number: int) -> dict[str, Any]:
@@ -267,6 +312,43 @@ class StudentFigures:
     def _kl_error(self, number: int) -> float:
         mean, square = self._mean("kl", number) or 0.0, self._mean("kl_square", number) or 0.0
         return math.sqrt(max(0.0, square - mean**2) / self._targets(number))
+
+
+def _sums_of_bytes(figures: dict[str, Tensor], targets: SparseTargets, label_bytes: Tensor | None) -> dict[str, float]:
+    """What the figures of each byte are made of, summed over a batch.
+
+    Args:
+        figures: `[M]` each.
+        targets: of the first teacher, at the M labels.
+        label_bytes: `[M]` float64; None if they are not known.
+    """
+    if label_bytes is None:
+        return {}
+    text = label_bytes > 0
+    found = {"bytes": label_bytes.sum().item(), "nll_of_bytes": figures["nll"][text].sum().item()}
+    if isinstance(targets, AlignedTargets):
+        some = (targets.chunk_bytes > 0).cpu()
+        size, log_p = targets.chunk_bytes.cpu().double()[some], targets.chunk_logprob.cpu().double()[some]
+        found["chunks"], found["chunk_bytes"] = float(targets.has_target.sum()), size.sum().item()
+        found["chunk_tokens"] = float(targets.chunk_length.sum())
+        if not bool(log_p.isnan().any()):
+            found["teacher_nll_of_bytes"], found["teacher_bytes"] = -log_p.sum().item(), size.sum().item()
+    elif "teacher_nll" in figures:
+        some = text & (targets.count > 0).cpu()
+        found["teacher_nll_of_bytes"] = figures["teacher_nll"][some].sum().item()
+        found["teacher_bytes"] = label_bytes[some].sum().item()
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _token_bytes(cache: Cache) -> TokenBytes | None:
+    """The bytes of a cache's tokens; None where they are not known."""
+    try:
+        found = TokenBytes(cache.load_tokenizer())
+        found.require_exact("cache")
+    except KdcacheError:
+        return None
+    return found
 
 
 def kl_kind(manifest: Manifest) -> str:

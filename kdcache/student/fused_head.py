@@ -234,7 +234,7 @@ def with_logits(
 
 def count_items(batch: dict[str, Any]) -> Tensor:
     """`[2]` how many positions of a batch have a label, and how many a target."""
-    return torch.stack([labelled(batch).sum(), (batch["targets"].count > 0).sum().to(batch["labels"].device)])
+    return torch.stack([labelled(batch).sum(), batch["targets"].has_target.sum().to(batch["labels"].device)])
 
 
 def compute_loss(

@@ -9,6 +9,7 @@ is always a plain Hugging Face model with a tokenizer: the student's own if it b
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from kdcache.alignment import Alignment
 from kdcache.cache import Cache
 from kdcache.errors import ConfigError, ModelError
 from kdcache.isolation import probe
 from kdcache.pretrained import context_length, keep_attention_cap, load_model, model_folder, one_line, require_dense
+from kdcache.student.aligned import aligned_tokenizer, student_folder
 from kdcache.student.own_tokenizer import read_own_tokenizer, require_unused
 
 
@@ -94,7 +97,14 @@ def _gathered(model: Any) -> dict[str, Tensor] | None:
 
 
 def load_student(
-    name: str, cache: Cache, device: torch.device, seed: int, *, mixed: Sequence[Cache] = (), trained: bool = True
+    name: str,
+    cache: Cache,
+    device: torch.device,
+    seed: int,
+    *,
+    mixed: Sequence[Cache] = (),
+    trained: bool = True,
+    alignment: Alignment | None = None,
 ) -> Any:
     """A student in float32 on a device, checked against the cache.
 
@@ -107,6 +117,7 @@ def load_student(
         seed: of the weights that a config.json gets.
         mixed: further caches of a mixture with this one.
         trained: whether it will be trained; a quantised one can only be measured.
+        alignment: of the cache's tokenizer and the student's, if these are not one.
 
     Raises:
         ModelError: it cannot learn from this cache.
@@ -119,26 +130,36 @@ def load_student(
         folder = model_folder(name, "student")
         if trained:
             require_dense(folder, "student")
-        tokenizer = read_own_tokenizer(folder, cache)
+        tokenizer = None if alignment is not None else read_own_tokenizer(folder, cache)
         model = load_model(folder, "student", "float32", device)
+    rows = cache.row_spec
+    if alignment is not None:
+        tokenizer = aligned_tokenizer(student_folder(name), cache, alignment)
+        rows = dataclasses.replace(rows, vocab_size=alignment.student.vocab_size)
     if tokenizer is not None:
         setattr(model, _TOKENIZER, tokenizer.files)
-    manifest = cache.manifest
     if tokenizer is not None and tokenizer.absent:
         require_unused(tokenizer.absent, [cache, *mixed], name)
-        _pad_vocabulary(model, manifest.vocab_size)
+        _pad_vocabulary(model, rows.vocab_size)
     config = model.config.get_text_config()
-    if config.vocab_size < manifest.vocab_size:
+    if config.vocab_size < rows.vocab_size:
+        whose = "cache's" if alignment is None else "tokenizer's"
         raise ModelError(
-            f"the student {name} has a vocabulary of {config.vocab_size}, which does not cover the cache's "
-            f"{manifest.vocab_size} ids"
+            f"the student {name} has a vocabulary of {config.vocab_size}, which does not cover the {whose} "
+            f"{rows.vocab_size} ids"
         )
-    longest = context_length(config.to_dict())
-    if longest is not None and longest < manifest.seq_len:
-        raise ModelError(f"the student {name} takes {longest} positions, but a row of the cache has {manifest.seq_len}")
-    rows = manifest.row_spec
-    probe(model, rows.vocab_size, rows.seq_len, device, isolate=rows.isolate, packed=rows.packed)
+    longest, seq_len = longest_context(model), rows.seq_len
+    if alignment is not None and longest is not None:  # its rows have as many tokens as their text
+        seq_len = min(seq_len, longest)
+    if longest is not None and longest < seq_len:
+        raise ModelError(f"the student {name} takes {longest} positions, but a row of the cache has {seq_len}")
+    probe(model, rows.vocab_size, seq_len, device, isolate=rows.isolate, packed=rows.packed)
     return model
+
+
+def longest_context(model: Any) -> int | None:
+    """Positions that a model takes; None if it does not say."""
+    return context_length(model.config.get_text_config().to_dict())
 
 
 @torch.no_grad()

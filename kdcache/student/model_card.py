@@ -24,13 +24,14 @@ import kdcache
 from kdcache.errors import ConfigError
 from kdcache.store.manifest import Manifest
 from kdcache.student.config import TrainConfig
-from kdcache.student.curves import draw_run
+from kdcache.student.curves import curves_of, draw_run
 from kdcache.student.from_teacher.config import CUTS
 
 CARD, CURVES = "README.md", "curves.png"
 
 _FIGURES = ("nll", "teacher_nll", "delta_nll", "kl", "top1_agreement", "ece", "acceptance", "acceptance_low",
-            "acceptance_high", "positions", "targets")  # fmt: skip
+            "acceptance_high", "bits_per_byte", "teacher_bits_per_byte", "aligned_bytes", "positions",
+            "targets")  # fmt: skip
 _NOT_TO_REPEAT = ("resume",)
 
 
@@ -65,14 +66,9 @@ def write_record(
     Returns:
         The file name of the curves; None, and nothing drawn, without matplotlib.
     """
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    heldout = [
-        (line["step"], line["heldout"]) for line in lines if "heldout" in line and line["step"] < summary["steps"]
-    ]
-    heldout = [(0, summary["heldout"]["before"]), *heldout, (summary["steps"], summary["heldout"]["after"])]
     curves: str | None = CURVES
     try:
-        draw_run(out / CURVES, [line for line in lines if "heldout" not in line], heldout)
+        draw_run(out / CURVES, curves_of(metrics, summary))
     except ConfigError:  # no matplotlib: a run must not fail at its end for want of a picture
         curves = None
     card = make_card(config, caches, rows_per_step, summary, curves)

@@ -21,7 +21,7 @@ from kdcache.cache import Cache
 from kdcache.errors import ConfigError, TargetError
 from kdcache.losses import Pool
 from kdcache.losses.pool import require_alike
-from kdcache.rows import PackedRow
+from kdcache.rows import PackedRow, RowSpec
 from kdcache.store.manifest import Manifest
 from kdcache.targets import SparseTargets
 
@@ -42,9 +42,15 @@ class TeacherCache:
 
 
 class RowReader(Protocol):
-    """What rows are read from: a `Cache`, or a `PooledCache`."""
+    """What rows are read from: a `Cache`, a `PooledCache`, or the `AlignedRows` of a student with another tokenizer."""
 
-    manifest: Manifest
+    @property
+    def manifest(self) -> Manifest:
+        """Of the cache that gives the rows."""
+
+    @property
+    def row_spec(self) -> RowSpec:
+        """The shape of the rows, in the student's tokens."""
 
     def read_packed(self, index: int) -> tuple[PackedRow, SparseTargets | Pool]:
         """A row without padding, and the targets of its labelled slots."""
@@ -59,11 +65,13 @@ class PooledCache:
     Attributes:
         teachers: the first gives the rows; they line up, see `require_lined_up`.
         manifest: of the first.
+        row_spec: of its rows.
     """
 
     def __init__(self, teachers: Sequence[TeacherCache]) -> None:
         self.teachers = tuple(teachers)
         self.manifest = teachers[0].cache.manifest
+        self.row_spec = self.manifest.row_spec
 
     def read_packed(self, index: int) -> tuple[PackedRow, Pool]:
         """A row without padding, and the pool of its labelled slots."""

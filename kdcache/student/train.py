@@ -32,18 +32,19 @@ import torch
 from transformers import TrainerCallback
 
 from kdcache import stopping
-from kdcache.cache import Cache
 from kdcache.errors import ConfigError, ModelError
 from kdcache.losses import Objective
 from kdcache.pretrained import find_device
 from kdcache.store.atomic_files import storage_errors
 from kdcache.student import caches, data_workers, distributed, model_card, resume
+from kdcache.student.aligned import align_sources, require_aligned
 from kdcache.student.config import TrainConfig
+from kdcache.student.curves import BEFORE, METRICS, SUMMARY
 from kdcache.student.evaluation import measure_each
 from kdcache.student.from_teacher.config import CutOptions
 from kdcache.student.from_teacher.make import RECORD, start_from
 from kdcache.student.mixture import Mixture
-from kdcache.student.model import load_student, save_student, with_adapters
+from kdcache.student.model import load_student, longest_context, save_student, with_adapters
 from kdcache.student.preflight import logging_under, require_environment
 from kdcache.student.rollouts import require_writer
 from kdcache.student.schedule import Schedule
@@ -51,11 +52,11 @@ from kdcache.student.split import Split, keep, split
 from kdcache.student.trainer import DistillationTrainer, arguments, complete
 from kdcache.student.training_advice import advise
 
-BEFORE, METRICS, SUMMARY, START = "heldout-before.json", "metrics.jsonl", "summary.json", ".start"
+START = ".start"
 
 _LOGGED = (
     "loss", "grad_norm", "learning_rate", "nll", "kl", "top1_agreement", "kept_mass", "log_partition",
-    "data_wait_share",
+    "aligned_bytes", "data_wait_share",
 )  # fmt: skip
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -102,9 +103,12 @@ def _train(
     device = find_device(config.device)
     if config.init_from is not None:
         _cut_student(config, opened, device)
-    model = _make_student(config, [source.cache for source in opened], device)
+    model = _make_student(config, opened, device)
     distributed.join(device)
     opened = caches.agree(opened)
+    if config.align:
+        opened = tuple(dataclasses.replace(source, longest=longest_context(model)) for source in opened)
+        require_aligned(opened, config)
     rows = split(opened, config, on_reading)
     _write_description(config, opened, rows)
     run = _Run(config, opened, rows, model, device)
@@ -158,6 +162,8 @@ def _open_caches(config: TrainConfig) -> tuple[caches.CacheSource, ...]:
     out = Path(config.out)
     resumed = resume.saved_description(out) if config.resume else None
     opened = caches.open_sources(config, (resumed or {}).get("caches", ()))
+    if config.align:
+        opened = align_sources(opened, config)
     if config.soft_weight > 0:
         caches.require_targets(opened)
     for source in opened:
@@ -184,9 +190,10 @@ def _cut_student(config: TrainConfig, opened: Sequence[caches.CacheSource], devi
         start_from(config.start, cut, opened[0].cache, rows, out / START, device, config.batch_rows)
 
 
-def _make_student(config: TrainConfig, opened: Sequence[Cache], device: torch.device) -> Any:
+def _make_student(config: TrainConfig, opened: Sequence[caches.CacheSource], device: torch.device) -> Any:
     start = config.start if config.init_from is None else str(Path(config.out) / START)
-    model = load_student(start, opened[0], device, config.seed, mixed=opened[1:])
+    first, *more = (source.cache for source in opened)
+    model = load_student(start, first, device, config.seed, mixed=more, alignment=opened[0].alignment)
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise ModelError(f"the student {type(model).__name__} cannot be trained with gradient_checkpointing")
     return with_adapters(model, config.lora, config.seed) if config.lora else model

@@ -28,6 +28,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from kdcache import stopping
+from kdcache.aligned_targets import AlignedTargets
 from kdcache.losses import Figures, divisor_of
 from kdcache.rows import IGNORE
 from kdcache.store.atomic_files import sync_folder
@@ -157,7 +158,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if use_cache is not None:  # Trainer turns it off, and would save it so; packed_forward does without in any case
             model.config.use_cache = use_cache
         self.remove_callback(PrinterCallback)  # only the command line prints
-        self.vocab, self.mixture, self.first_step = caches[0].manifest.vocab_size, mixture, first_step
+        self.vocab, self.mixture, self.first_step = caches[0].row_spec.vocab_size, mixture, first_step
         self.config, self.schedule, self.waiting = config, schedule, Waiting()
         self.head, self.auxiliary = fuse_head(model, args.device), auxiliary
         self.positions = 0
@@ -177,7 +178,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
         """`[2]` labelled positions of the whole step, and those with a target: Trainer's own count of each."""
         count = super()._get_num_items_in_batch
-        marks = [torch.where(batch["targets"].count > 0, 0, IGNORE) for batch in batch_samples]
+        marks = [torch.where(batch["targets"].has_target, 0, IGNORE) for batch in batch_samples]
         items = count(batch_samples, device)
         targets = count([{"labels": mark, "shift_labels": mark} for mark in marks], device)
         return None if items is None else torch.stack([items, targets])
@@ -204,11 +205,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             vocab_size=self.vocab, num_items=items, weights=self.schedule.weights, figures=figures,
             auxiliary=self.auxiliary,
         )  # fmt: skip
-        self._add(figures.values())
+        self._add(figures.values(), inputs["targets"])
         return (loss, {}) if return_outputs else loss
 
-    def _add(self, figures: dict[str, torch.Tensor]) -> None:
-        for name, values in {**figures, "positions": torch.ones_like(figures["nll"])}.items():
+    def _add(self, figures: dict[str, torch.Tensor], targets: Any) -> None:
+        found = {**figures, "positions": torch.ones_like(figures["nll"])}
+        if isinstance(targets, AlignedTargets):
+            found |= {name: getattr(targets, name).to(figures["nll"]) for name in ("chunk_bytes", "label_bytes")}
+        for name, values in found.items():
             self._sums[name] = self._sums.get(name, 0.0) + values.sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -217,6 +221,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             names = sorted(self._sums)
             sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]))
             totals = dict(zip(names, sums.tolist(), strict=True))
+            if "label_bytes" in totals:
+                logs["aligned_bytes"] = totals.pop("chunk_bytes") / max(1.0, totals.pop("label_bytes"))
             for name, total in totals.items():
                 if (divisor := divisor_of(name)) is not None:
                     logs[name] = total / max(1.0, totals[divisor])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import shlex
 import subprocess
@@ -15,7 +16,7 @@ from kdcache_cli.frame import OPTIONS_OF
 from kdcache_cli.help_groups import EXAMPLES, GROUPS
 from kdcache_cli.main import app
 
-SHARED = {"config", "json", "quiet", "plugin", "help"}
+SHARED = {"config", "json", "log_json", "quiet", "plugin", "help"}
 
 
 def test_no_group_names_an_option_that_is_gone() -> None:
@@ -34,6 +35,17 @@ def test_an_example_is_taken(name: str) -> None:
     assert (command, words[0]) == ("kdcache", name)
     found.make_context(name, words[1:])  # raises if an option is missing or unknown
     assert set(EXAMPLES) == set(OPTIONS_OF)
+
+
+def test_the_pages_have_the_options_of_the_command_line() -> None:
+    path = Path(__file__).parents[2] / "docs" / "site" / "options.py"
+    spec = importlib.util.spec_from_file_location("site_options", path)
+    assert spec is not None and spec.loader is not None
+    options = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(options)
+    stale = [page.name for page, text, wanted in options.pages() if text != wanted]
+    assert stale == [], f"run python docs/site/options.py: {stale}"
+    assert options.page_of("verify", "# A page\n").count("--teacher") == 1
 
 
 def test_a_shell_completes_commands_and_options() -> None:

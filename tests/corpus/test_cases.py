@@ -92,7 +92,7 @@ def taught(cache: Cache, document: int = 0) -> list[str]:
 # A record that cannot be tokenised does not stop a dump for good.
 
 
-@pytest.mark.parametrize("documents", [60, pytest.param(1200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("documents", [60, pytest.param(1200, marks=pytest.mark.long)])
 def test_a_bad_record_near_the_end(place: Workplace, documents: int) -> None:
     records = [{"messages": [user(f"What is {i}?"), assistant(f"It is {i}.")]} for i in range(documents)]
     records[-10] = {"messages": [user("Hello?"), user("Is anyone there?"), assistant("Yes.")]}

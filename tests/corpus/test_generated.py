@@ -376,7 +376,7 @@ def test_a_cache_holds_what_a_slow_reference_says(made: Made, rules: Rules, teac
     check(made, rules, teachers)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(MADE, max_examples=30)
 @given(made=corpora(), rules=RULES)
 def test_30_caches_hold_what_a_slow_reference_says(made: Made, rules: Rules, teachers: dict[str, str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -79,3 +81,16 @@ KINDS = {
 def make(kind: str) -> Any:
     """A tokenizer of a kind."""
     return PreTrainedTokenizerFast(tokenizer_object=KINDS[kind](), bos_token="<s>", eos_token="</s>")
+
+
+def permuted(tokenizer: Any) -> tuple[Any, np.ndarray[Any, Any]]:
+    """The same tokenizer with other ids, and the new id of each; without the special tokens that it adds."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    new = np.random.default_rng(0).permutation(len(tokenizer))
+    described["model"]["vocab"] = {text: int(new[n]) for text, n in described["model"]["vocab"].items()}
+    for token in described["added_tokens"]:
+        token["id"] = int(new[token["id"]])
+    described["added_tokens"].sort(key=lambda token: token["id"])
+    described["post_processor"] = None
+    backend = Tokenizer.from_str(json.dumps(described))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"), new

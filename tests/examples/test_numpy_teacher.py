@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from kdcache.report.inspect import inspect_row, inspect_summary
 from kdcache.student.config import TrainConfig
 from kdcache.student.train import train
 from tests.examples.loading import EXAMPLES, example
+from tests.processes import ReadyMade, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -30,25 +30,22 @@ STUDENT = {
 }  # fmt: skip
 
 
-def start(cache: Path, worker: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, str(EXAMPLES / "numpy_teacher.py"), str(cache), worker]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+RUN = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Written by two processes; one was killed after its first commits and started again."""
     path = tmp_path_factory.mktemp("numpy") / "cache"
-    one, two = start(path, "0/2"), start(path, "1/2")
-    while not (path / "commits/00002.json").exists():
-        assert one.poll() is None
-        time.sleep(0.001)
-    one.send_signal(signal.SIGKILL)
+    one, two = (ReadyMade("-c", RUN, EXAMPLES / "numpy_teacher.py", path, f"{i}/2", env=ENVIRONMENT) for i in (0, 1))
+    wait_until((path / "commits/00002.json").exists, one, "has no second commit", every=0.001)
+    one.kill()
     assert one.wait() == -signal.SIGKILL and two.wait() == 0
     left = open_cache(path, partial=True).missing()
     assert left and all(shard % 2 == 0 for shard in left)  # what was begun is not there
-    assert start(path, "0/2").wait() == 0
+    again = [sys.executable, EXAMPLES / "numpy_teacher.py", path, "0/2"]
+    assert subprocess.run(again, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=False).returncode == 0
     return path
 
 

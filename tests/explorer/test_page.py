@@ -89,7 +89,10 @@ def test_the_script_makes_no_markup_of_texts() -> None:
         (("--html", "{page}"), "{page} exists already; choose another name"),
         (("--html", "{new}", "--rows", 0), "--rows is 0, but must be at least 1"),
         (("--html", "{new}", "--entries", 0), "--entries is 0, but must be at least 1"),
-        (("--html", "{new}", "--position", 1), "--html shows whole rows, so it excludes --position and --exact"),
+        (
+            ("--html", "{new}", "--position", 1),
+            "--html shows whole rows, so it excludes --position, --exact, --csv, --next and --previous",
+        ),
         (("--html", "{new}", "--row", 999_999), "has rows 0 to"),
         (("--compare", "x"), "--compare is for a page, so it needs --html"),
     ],

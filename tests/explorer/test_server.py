@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from kdcache import open_cache
 from kdcache.errors import ConfigError
 from kdcache.explorer.explorer import Explorer
 from kdcache.explorer.server import ExplorerServer
+from kdcache.explorer.token_texts import TokenTexts
 from tests.explorer.unpacking import unpack
 
 
@@ -64,6 +67,27 @@ def test_a_row_is_that_of_the_cache(server: ExplorerServer, cache: Path) -> None
 def test_nothing_else_is_given(server: ExplorerServer, path: str) -> None:
     status, _, body = get(server, path)
     assert status == 404 and "there is no" in json.loads(body)["error"]
+
+
+def test_a_text_is_found_in_the_whole_cache(server: ExplorerServer, cache: Path) -> None:
+    opened = open_cache(cache)
+    texts = TokenTexts(opened.load_tokenizer())
+    expected = []
+    for index in range(len(opened)):
+        pieces = [texts[int(token)] for token in opened[index].tokens[opened[index].segments >= 0]]
+        text = "".join(pieces)
+        for match in re.finditer("heron", text, re.IGNORECASE):
+            before = itertools.accumulate(map(len, pieces))
+            expected.append([index, sum(end <= match.start() for end in before)])
+    status, _, body = get(server, "/find?text=HERON&from=0")
+    found = json.loads(body)
+    assert status == 200 and found == {"matches": expected, "rows": len(opened), "next": None}
+    one = Explorer(str(cache)).find("heron", 1, seconds=0)
+    assert one["rows"] == 1 and one["next"] == 2  # whoever asks may stop after each row
+    assert one["matches"] == [tuple(match) for match in expected if match[0] == 1]
+    for query in ("", "text=", "text=a", "text=a&from=-1", "text=a&from=x", f"text={'a' * 1001}&from=0"):
+        assert get(server, f"/find?{query}")[0] == 400
+    assert json.loads(get(server, f"/find?text=a&from={len(opened) + 5}")[2])["next"] is None
 
 
 def test_other_hosts_are_refused(server: ExplorerServer) -> None:

@@ -24,8 +24,16 @@ def command(teacher: Path, corpus: Path, out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("long") / "c.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{n}: {text}"}) + "\n" for n in range(12) for text in TEXTS))
+    path.write_text("".join(json.dumps({"text": f"{n}: {text}"}) + "\n" for n in range(6) for text in TEXTS))
     return path
+
+
+@pytest.fixture(scope="module")
+def whole(teacher: Path, long_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of a dump that nobody disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "c"
+    assert kdcache(*command(teacher, long_corpus, out)).returncode == 0
+    return out
 
 
 def shards(out: Path) -> dict[str, bytes]:
@@ -42,10 +50,8 @@ def wait_for_commits(out: Path, count: int, process: ReadyMade) -> None:
 
 
 @pytest.mark.slow
-def test_kill_9_and_go_on(teacher: Path, long_corpus: Path, tmp_path: Path) -> None:
-    whole = kdcache(*command(teacher, long_corpus, tmp_path / "whole"))
-    planned = json.loads(whole.stdout)["shards"]["planned"]
-    out = tmp_path / "killed"
+def test_kill_9_and_go_on(teacher: Path, long_corpus: Path, whole: Path, tmp_path: Path) -> None:
+    planned, out = len(shards(whole)), tmp_path / "killed"
     for commits in (1, planned // 2):
         process = start(command(teacher, long_corpus, out))
         wait_for_commits(out, commits, process)
@@ -57,7 +63,7 @@ def test_kill_9_and_go_on(teacher: Path, long_corpus: Path, tmp_path: Path) -> N
     done = json.loads(kdcache(*command(teacher, long_corpus, out)).stdout)
     assert done["complete"] and 0 < done["shards"]["by_this_worker"] < planned
     assert verify_cache(out).ok
-    assert shards(out) == shards(tmp_path / "whole")
+    assert shards(out) == shards(whole)
     left = [p.name for p in out.rglob(".*")]
     time.sleep(2.1)
     kdcache(*command(teacher, long_corpus, out))
@@ -65,11 +71,10 @@ def test_kill_9_and_go_on(teacher: Path, long_corpus: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_workers_side_by_side(teacher: Path, long_corpus: Path, tmp_path: Path) -> None:
+def test_workers_side_by_side(teacher: Path, long_corpus: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
     processes = [start([*command(teacher, long_corpus, out), "--worker", f"{i}/3"]) for i in range(3)]
     results = [(p.communicate(), p.returncode) for p in processes]
     assert all(code == 0 for _, code in results), results
     assert verify_cache(out).ok
-    kdcache(*command(teacher, long_corpus, tmp_path / "whole"))
-    assert shards(out) == shards(tmp_path / "whole")
+    assert shards(out) == shards(whole)

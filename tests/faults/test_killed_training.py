@@ -1,6 +1,7 @@
 """A training killed at random moments and gone on with: always, bit for bit, the weights of one that was left alone.
 
-`KDCACHE_KILLS` says how many times (4 unless told; a release runs 100). Every other kill is by SIGTERM, the rest by -9.
+Twice; the long case as often as `KDCACHE_KILLS` says (10 unless told; a release runs 100). Every other kill is by
+SIGTERM, the rest by -9.
 Runs are forked from a process that has imported everything, so the moments fall into the work and not into imports.
 """
 
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from tests.processes import ReadyMade, wait_until
 
 STEPS = 40
-KILLS = int(os.environ.get("KDCACHE_KILLS", "4"))
+KILLS = [2, pytest.param(int(os.environ.get("KDCACHE_KILLS", "10")), marks=pytest.mark.long)]
 
 
 def steps_of(out: Path) -> int:
@@ -32,7 +33,8 @@ def steps_of(out: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_at_random_steps(cache: Path, student_config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_at_random_steps(cache: Path, student_config: Path, tmp_path: Path, kills: int) -> None:
     common = [
         "--cache", str(cache), "--student", str(student_config), f"--steps={STEPS}", "--batch-rows=2", "--lr=5e-3",
         "--heldout=0.1", "--save-every=3", "--device=cpu", "--quiet", "--record-rows",
@@ -57,8 +59,8 @@ def test_killed_at_random_steps(cache: Path, student_config: Path, tmp_path: Pat
     finish(start(tmp_path / "whole"))
     expected, rows = weights(tmp_path / "whole"), (tmp_path / "whole/rows-0.jsonl").read_text()
     moments, steps = random.Random(0), []
-    for kill in range(4 * KILLS):  # some have ended before they are killed
-        if len(steps) == KILLS:
+    for kill in range(4 * kills):  # some have ended before they are killed
+        if len(steps) == kills:
             break
         out = tmp_path / "s"
         process, at = start(out), moments.randrange(STEPS)
@@ -73,4 +75,4 @@ def test_killed_at_random_steps(cache: Path, student_config: Path, tmp_path: Pat
         assert (out / "rows-0.jsonl").read_text() == rows
         assert summary(out)["heldout"] == summary(tmp_path / "whole")["heldout"]
         shutil.rmtree(out)
-    assert len(steps) == KILLS, steps
+    assert len(steps) == kills, steps

@@ -1,7 +1,8 @@
 """Two workers killed by -9 at a random moment, then gone on with: always the cache of a run that was left alone.
 
-`KDCACHE_KILLS` says how many times (4 unless told; a release runs 100). Workers are forked from a process that has
-imported everything, and the moments are told by the files that are there, so they fall into the work on any machine.
+Twice; the long case as often as `KDCACHE_KILLS` says (10 unless told; a release runs 100). Workers are forked from a
+process that has imported everything, and the moments are told by the files that are there, so they fall into the work
+on any machine.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from kdcache import verify_cache
 from tests.making import TEXTS, run_dump
 from tests.processes import PATIENCE, READY
 
-KILLS = int(os.environ.get("KDCACHE_KILLS", "4"))
+KILLS = [2, pytest.param(int(os.environ.get("KDCACHE_KILLS", "10")), marks=pytest.mark.long)]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kills", KILLS)
 @pytest.mark.parametrize("store", ["arrow", "zarr"])
-def test_killed_workers_leave_what_the_next_run_completes(teacher: Path, tmp_path: Path, store: str) -> None:
+def test_killed_workers_leave_what_the_next_run_completes(
+    teacher: Path, tmp_path: Path, store: str, kills: int
+) -> None:
     corpus = tmp_path / "c.jsonl"
     corpus.write_text("".join(json.dumps({"text": f"{n}: {text}"}) + "\n" for n in range(2) for text in TEXTS))
     common = {"teacher": teacher, "corpus": corpus, "store": store, "docs_per_shard": 8, "precision": "6"}
@@ -52,8 +56,8 @@ def test_killed_workers_leave_what_the_next_run_completes(teacher: Path, tmp_pat
     assert expected is not None
     moments = random.Random(store)
     interrupted = 0
-    for _ in range(4 * KILLS):  # some have ended before they are killed
-        if interrupted == KILLS:
+    for _ in range(4 * kills):  # some have ended before they are killed
+        if interrupted == kills:
             break
         out = tmp_path / "c"
         processes = pair(out)
@@ -70,4 +74,4 @@ def test_killed_workers_leave_what_the_next_run_completes(teacher: Path, tmp_pat
         assert report.ok, report.problems
         assert report.content_sha256 == expected
         shutil.rmtree(out)
-    assert interrupted == KILLS
+    assert interrupted == kills

@@ -24,7 +24,10 @@ WORDS = "stopped; what is finished is kept\n"
 STEPS = 40
 
 pytestmark = pytest.mark.slow
-BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["term", "usr1"])
+BOTH = pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)], ids=["term", "usr1"]
+)
+"""Both are handled alike (tests/unit/test_stopping.py); the ranks below get the other one."""
 
 
 def one_thread() -> dict[str, str]:

@@ -17,7 +17,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), GPU])
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.long), GPU])
 def device_of_commands(request: pytest.FixtureRequest) -> str:
-    """The same for tests that take seconds: the tests of commands try most of it on a CPU already."""
+    """The same for tests that take seconds: on a CPU they compare it with itself, and other tests run all of it."""
     return str(request.param)

@@ -157,7 +157,7 @@ class TestArrowInBucket(InBucket, TestArrow):
 
 @pytest.mark.slow
 class TestZarrInBucket(InBucket, TestZarr):
-    pass
+    damage_every = 25  # of some sixty objects, each of which takes a request for every look
 
 
 def zarr_group(storage: Storage, objects: Objects) -> Any:

@@ -295,7 +295,8 @@ def damage(bucket: Bucket, name: str, how: str) -> None:
         bucket.delete(name)
 
 
-DAMAGES = ("flip", "truncate", "empty", "lengthen", "delete")
+DAMAGES = ("flip", "delete", *(pytest.param(how, marks=pytest.mark.long) for how in ("truncate", "empty", "lengthen")))
+"""Every kind of damage is done in a bucket by the suite that all stores pass (test_conformance.py)."""
 
 
 @pytest.mark.slow

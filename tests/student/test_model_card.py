@@ -29,6 +29,11 @@ def options(cache: Path, student: object, out: Path, **changes: Any) -> TrainCon
     return TrainConfig(**{**usual, "cache": (str(cache),), "student": str(student), "out": str(out), **changes})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def curves() -> None:
+    """They are drawn here."""
+
+
 @pytest.fixture(scope="module")
 def run(cache: Path, student_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Any]:
     config = options(cache, student_config, tmp_path_factory.mktemp("run") / "s")

@@ -39,8 +39,7 @@ def options(cache: Path, student: Path, out: Path, **changes: Any) -> TrainConfi
     [
         *({"loss": loss} for loss in divergence_names()),
         *({"tail": tail, "temperature": 1} for tail in TAILS),
-        *({"schedule": name} for name in ("wsd", "constant")),
-        *({"soft_schedule": name, "warmup": 0.25} for name in ("wsd", "cosine", "linear")),
+        {"soft_schedule": "cosine", "warmup": 0.25},
         {"temperature": "2:1"},
         {"position_weights": "confidence"},
         {"position_weights": "entropy-gate:0.1:"},
@@ -55,7 +54,7 @@ def options(cache: Path, student: Path, out: Path, **changes: Any) -> TrainConfi
 def test_a_student_learns(
     changes: dict[str, Any], cache: Path, student_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each divergence, tail, schedule and the like; LoRA in test_adapters.py, draws and selections below."""
+    """Each divergence, tail and the like; LoRA in test_model.py, schedules in test_schedule.py, draws below."""
     monkeypatch.setattr(target_losses, "_warned", set(TAILS))
     summary = train(options(cache, student_config, tmp_path / "s", **changes))
     before, after = summary["heldout"]["before"], summary["heldout"]["after"]

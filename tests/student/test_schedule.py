@@ -77,7 +77,7 @@ def test_a_moving_soft_weight_trains_on_both_terms(cache: Path, student_config: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wsd", "linear"])
+@pytest.mark.parametrize("name", ["wsd", pytest.param("linear", marks=pytest.mark.long)])
 def test_a_resumed_run_has_the_same_weights(name: str, cache: Path, student_config: Path, tmp_path: Path) -> None:
     def config(out: Path, **changes: Any) -> TrainConfig:
         steps = {"steps": 10, "save_every": 5, "temperature": "2:1", "schedule": "wsd", "soft_schedule": name}

@@ -354,7 +354,10 @@ print((peak_resident() - before) / (4 * vocab * length * rows))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "least", "most"), [("tiled", 0, 0.25), ("whole", 0.28, 9)])
+@pytest.mark.parametrize(
+    ("how", "least", "most"),
+    [("tiled", 0, 0.25), pytest.param("whole", 0.28, 9, marks=pytest.mark.long)],  # that logits made whole are seen
+)
 def test_memory_above_the_models_own(how: str, least: float, most: float, tmp_path: Path) -> None:
     """As a share of the logits of 4 rows, probe and check included; of all of them the kernel may take some back."""
     config = LlamaConfig(

@@ -138,7 +138,7 @@ def real(assets: Path, request: pytest.FixtureRequest) -> Problem:
     return Problem(hidden + 0.3 * hidden.std() * noise, weight, bias, (hidden @ weight.T).double(), labels)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the gradients of all are compared with those of dense autograd above
 @pytest.mark.parametrize(("loss", "tail"), [x for x in ONE_OF_EACH if x[0] != "adaptive-kl"])  # whose weight is held
 def test_gradcheck(loss: str, tail: str) -> None:
     given = problem(torch.float64)

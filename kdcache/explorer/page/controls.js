@@ -18,32 +18,106 @@ function among(state) {
   return state.cache.live ? `in the ${count} rows read so far` : `in ${count} rows`;
 }
 
-/** Search for a text, and step through its matches. */
+/** Search for a text, and step through its matches; of a served cache also in the rows that were not read. */
 function makeSearch(state) {
-  let hits = [];
+  let hits = []; // [row or its number, first token]
   let at = -1;
+  let where = ""; // what was looked through
 
-  function next(by) {
+  async function next(by) {
     if (!hits.length) return;
     at = (at + by + hits.length) % hits.length;
-    state.choose(...hits[at]);
-    state.tell(`match ${thousands(at + 1)} of ${thousands(hits.length)} ${among(state)}`);
+    const now = at;
+    const [found, token] = hits[now];
+    const row = typeof found === "number" ? await state.rowAt(found) : found;
+    if (!row || at !== now) return;
+    state.choose(row, token);
+    state.tell(`match ${thousands(at + 1)} of ${thousands(hits.length)} ${where}`);
   }
 
-  state.look = () => {
+  /** Mark the matches among the rows that are there; they are what is stepped through, unless all of a cache is. */
+  state.look = ({ keep = false } = {}) => {
     const wanted = byId("search").value;
-    hits = search(state.rows, wanted);
-    at = -1;
+    const here = search(state.rows, wanted);
     state.rows.forEach((row) => tintRow(state, row));
-    state.tell(wanted ? `${thousands(hits.length)} matches ${among(state)}` : "");
+    if (keep) return;
+    whole?.stop();
+    [hits, at, where] = [here, -1, among(state)];
+    state.tell(wanted ? `${thousands(hits.length)} matches ${where}` : "");
   };
-  byId("search").addEventListener("input", state.look);
+
+  const whole = state.cache.live ? makeWholeSearch(state, (found, looked) => {
+    [hits, where] = [found, `in ${looked}`];
+    state.keepHits = true;
+    state.tell(`${thousands(hits.length)} matches ${where}`);
+  }, () => {
+    at = -1;
+    next(1);
+  }) : null;
+  byId("search").addEventListener("input", () => {
+    state.keepHits = false;
+    state.look();
+  });
   byId("search").addEventListener("keydown", (event) => {
     if (event.key === "Enter") next(event.shiftKey ? -1 : 1);
   });
   byId("search-back").addEventListener("click", () => next(-1));
   byId("search-on").addEventListener("click", () => next(1));
 }
+
+/**
+ * A button that searches a served cache from its first row to its last, and stops when it is pressed again. The server
+ * looks for half a second at a time. `found` is told of all matches so far, `ended` that there are no more.
+ */
+function makeWholeSearch(state, found, ended) {
+  const title = "In the whole cache";
+  const button = make("button", { type: "button", class: "quiet", id: "search-whole" }, title);
+  let running = null;
+
+  async function run() {
+    const text = byId("search").value;
+    if (!text) {
+      byId("search").focus();
+      return;
+    }
+    const mine = new AbortController();
+    running = mine;
+    button.replaceChildren("Stop");
+    const [low, high] = state.cache.head.range;
+    const all = [];
+    let complete = false;
+    try {
+      for (let from = low; from !== null; ) {
+        const reply = await fetch(`find?text=${encodeURIComponent(text)}&from=${from}`, { signal: mine.signal });
+        const answer = await reply.json();
+        if (!reply.ok) throw new Error(answer.error);
+        all.push(...answer.matches);
+        from = all.length < MOST_FOUND ? answer.next : null;
+        complete = answer.next === null;
+        const looked = answer.next === null ? high + 1 : answer.next;
+        const rows = thousands(high - low + 1);
+        found(all, complete ? `all ${rows} rows` : `the first ${thousands(looked - low)} of ${rows} rows`);
+      }
+    } catch (error) {
+      if (error.name !== "AbortError") state.tell(`the search has stopped: ${error.message}`);
+    }
+    if (running !== mine) return;
+    running = null;
+    button.replaceChildren(title);
+    if (all.length && byId("search").value === text) ended();
+  }
+
+  const stop = () => {
+    running?.abort();
+    running = null;
+    button.replaceChildren(title);
+  };
+  button.addEventListener("click", () => (running ? running.abort() : run()));
+  byId("search-on").after(button);
+  return { stop };
+}
+
+const MOST_FOUND = 10000;
 
 /** Step through the positions with the largest values of a kind. */
 function makeExtremes(state) {

@@ -38,6 +38,7 @@ function makeState(head) {
     k: cache.width,
     all: false, // whether all entries are listed
     ranks: {},
+    keepHits: false, // whether the matches are those of the whole cache, not of the rows that were read
   };
   const button = (text, label, does, kind = "quiet") => {
     const made = make("button", { type: "button", class: kind, "aria-label": label }, text);
@@ -195,7 +196,7 @@ async function serve(head) {
         break;
       }
     }
-    if (byId("search").value) state.look();
+    if (byId("search").value) state.look({ keep: state.keepHits });
   }
 
   /** Read some rows, one after the other, behind those that are being read. */
@@ -203,6 +204,11 @@ async function serve(head) {
     reading = reading.then(() => readNow(from, to));
     return reading;
   }
+
+  state.rowAt = async (index) => {
+    await read(index, index);
+    return state.rows.find((row) => row.index === index);
+  };
 
   const number = make("input", { type: "number", id: "row-number", min: low, max: high, value: low });
   const form = make(
@@ -212,8 +218,7 @@ async function serve(head) {
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     const index = Math.min(high, Math.max(low, Math.round(Number(number.value)) || low));
-    await read(index, index);
-    const row = state.rows.find((each) => each.index === index);
+    const row = await state.rowAt(index);
     if (row) state.choose(row, Math.min(1, row.spans.length - 1), { focus: true });
     await read(index + 1, index + PER_LOOK - 1);
   });
@@ -230,6 +235,7 @@ async function serve(head) {
 
 async function open() {
   const { texts, rows, ...head } = JSON.parse(byId("data").textContent);
+  Object.assign(TINTS, head.tints);
   if (head.live) return serve(head);
   const second = head.compare?.temperatures;
   const unpacked = await Promise.all(rows.map((payload) => unpackRow(payload, texts.texts, head.temperatures, second)));

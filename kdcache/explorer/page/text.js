@@ -2,32 +2,7 @@
 //
 // A token is tinted by what the teacher said of it, one slot earlier: by the target whose true next token it is.
 
-const TINTS = {
-  surprise: {
-    title: "Surprise",
-    unit: "nats",
-    steps: [0.1, 0.5, 1, 2, 3, 4.5, 6, 8],
-    about: "−log of the probability that the teacher gave the token",
-  },
-  entropy: {
-    title: "Entropy",
-    unit: "nats",
-    steps: [0.1, 0.4, 0.8, 1.4, 2, 2.8, 3.8, 5],
-    about: "of the teacher's distribution: how unsure it was",
-  },
-  tail: {
-    title: "Tail",
-    unit: "",
-    steps: [0.001, 0.005, 0.01, 0.03, 0.07, 0.15, 0.3, 0.5],
-    about: "mass that is not kept, at the chosen T and number of entries",
-  },
-  kl: {
-    title: "KL",
-    unit: "nats",
-    steps: [0.01, 0.03, 0.07, 0.15, 0.3, 0.6, 1.2, 2.5],
-    about: "from the teacher to what it is compared with",
-  },
-};
+const TINTS = {}; // as explorer/tints.py has them; filled when the page opens
 
 /** The value that tints position m of a row. */
 function tintOf(state, row, slot) {
