@@ -171,7 +171,7 @@ def train_student(options: TrainOptions, output: Output) -> None:
     with output.progress("train", "steps") as bar:
         summary = launch(
             options,
-            lambda done, total, latest: bar(done, total, "  ".join(f"{k} {v:.4g}" for k, v in latest.items())),
+            lambda done, total, latest: bar(done, total, _latest(latest)),
             lambda done, total: bar(done, total, "rows read for --where"),
             output.advise,
         )
@@ -193,6 +193,12 @@ def train_student(options: TrainOptions, output: Output) -> None:
 
     if int(os.environ.get("RANK", "0")) == 0:  # under torchrun, one summary for all ranks
         output.result(summary, show)
+
+
+def _latest(figures: dict[str, float]) -> str:
+    """The last figures of a training in one line; metrics.jsonl has all of them."""
+    names = ("loss", "kl", "nll", "heldout kl", "heldout nll", "learning_rate")
+    return "  ".join(f"{name.replace('_', ' ')} {figures[name]:.4g}" for name in names if name in figures)
 
 
 command(app, "inspect-shard", InspectOptions, positional=("cache",))(inspect_shard)

@@ -6,6 +6,7 @@ Both are made of the same calls (done, total, note). A bar is one line; it is cu
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,26 +37,48 @@ def progress_bar(what: str, unit: str) -> Iterator[Update]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
 
-    def column(text: str, ratio: int | None = None) -> TextColumn:
-        return TextColumn(text, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=ratio))
+    def column(text: str) -> TextColumn:
+        return TextColumn(text, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
 
+    console = Console(stderr=True)
+    bar_width = min(_BAR, console.width // 4)
     columns = (
         column("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=bar_width),
         column("{task.fields[count]} " + unit),
         column("{task.fields[rate]}"),
-        column("{task.fields[note]}"),
         TimeRemainingColumn(),
+        column("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=None, count="", rate="", note="")
 
         def update(done: int, total: int, note: str = "") -> None:
+            _silence_transformers()
             speed = bar.tasks[0].speed
-            rate = f"{speed:,.1f}/s" if speed else ""
-            bar.update(task, completed=done, total=total, count=f"{done:,}/{total:,}", rate=rate, note=note)
+            rate, count = f"{speed:,.1f}/s" if speed else "", f"{done:,}/{total:,}"
+            taken = len(what) + bar_width + len(count) + len(unit) + len(rate) + _REST
+            room = max(0, console.width - taken)  # the note gets what the figures leave
+            shown = note if len(note) <= room else f"{note[: max(0, room - 1)]}…" if room else ""
+            bar.update(task, completed=done, total=total, count=count, rate=rate, note=shown)
 
         yield update
+
+
+_BAR = 30
+"""Columns of a bar."""
+_REST = 14
+"""Columns of the time left, and of what lies between all of them."""
+
+
+def _silence_transformers() -> None:
+    """Keep the bars of transformers, if it is loaded, from crossing ours; downloads go on to show theirs."""
+    loaded = sys.modules.get("transformers.utils.logging")
+    if loaded is not None and loaded.is_progress_bar_enabled():
+        from huggingface_hub.utils import enable_progress_bars
+
+        loaded.disable_progress_bar()
+        enable_progress_bars()
 
 
 @contextmanager
@@ -69,11 +92,12 @@ def progress_lines(what: str, unit: str, write: Callable[[dict[str, Any]], None]
         write: takes an object.
     """
     started = time.monotonic()
-    first: list[int] = []
+    first: list[tuple[int, float]] = []  # what was done when it began, and when that was
 
     def line(done: int, total: int, note: str) -> dict[str, Any]:
         seconds = time.monotonic() - started
-        rate = (done - first[0]) / seconds if seconds > 0 and done > first[0] else None
+        more, since = done - first[0][0], time.monotonic() - first[0][1]
+        rate = more / since if since > 0 and more > 0 else None
         return {
             "progress": what, "done": done, "total": total, "unit": unit or None,
             "per_second": rate, "seconds": round(seconds, 3),
@@ -86,7 +110,7 @@ def progress_lines(what: str, unit: str, write: Callable[[dict[str, Any]], None]
     def update(done: int, total: int, note: str = "") -> None:
         nonlocal written
         if not first:
-            first.append(done)
+            first.append((done, time.monotonic()))
         waiting[:] = [line(done, total, note)]
         if time.monotonic() - written >= _EVERY:
             write(waiting.pop())

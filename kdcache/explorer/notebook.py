@@ -132,9 +132,10 @@ def _bar(share: tuple[str, float, bool]) -> str:
     ground = colour("entropy", len(SHADES)) if not true else colour("surprise", len(SHADES))
     cell = 'style="text-align:left;padding:0 1em 0 0"'
     weight = "font-weight:600;" if true else ""
+    figure = f"{value:.4f}" if value >= 1e-3 else f"{value:.2g}"
     return (
         f'<tr><td {cell}><bdi style="{weight}white-space:pre-wrap">{_safe(name)}</bdi>{" ← next" if true else ""}</td>'
-        f'<td {cell}>{value:.4f}</td><td {cell}><span style="display:inline-block;height:.8em;width:{width:.2f}em;'
+        f'<td {cell}>{figure}</td><td {cell}><span style="display:inline-block;height:.8em;width:{width:.2f}em;'
         f'background:{ground}"></span></td></tr>'
     )
 

@@ -27,7 +27,7 @@ from kdcache.interop.row_table import description
 from kdcache.interop.tables import OnRow, publish
 from kdcache.store.atomic_files import NewFolder
 
-_BLOCK_BYTES = 32 << 20
+_BLOCK_BYTES = 8 << 20
 """Bytes of a block of rows in the largest array, which is a chunk of it."""
 
 

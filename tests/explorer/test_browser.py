@@ -314,10 +314,10 @@ def test_a_served_cache_is_read_as_it_is_looked_at(browser: Any, cache: Path) ->
                 page.fill("#search", "wall")
                 page.click("#search-whole")
                 told = f"match 1 of {len(everywhere)} in all {last + 1} rows"
-                page.wait_for_function(f"document.querySelector('#found').textContent === '{told}'")
+                page.wait_for_selector(f'#found:text-is("{told}")')
                 page.click("#search-back")  # the last of all, in a row that is read for it
                 end = everywhere[-1][0]
-                page.wait_for_function(f"document.querySelector('#position h2').textContent.startsWith('Row {end},')")
+                page.wait_for_selector(f'#position h2:has-text("Row {end},")')
                 assert "wall" in page.text_content(f"#row-{end} ~ .running")
         finally:
             server.shutdown()
