@@ -54,7 +54,7 @@ test-cluster: $(STAMP)
 		{ PATH="$(abspath $(BIN)):$$PATH" timeout --kill-after 10 $(INSTALL_SECONDS) bash $$script || \
 			echo "$$script did not end within $(INSTALL_SECONDS) s: its tests are skipped"; } & \
 	done; wait
-	$(BIN)/python -m pytest -n 2 --dist loadfile --timeout 600 -m "cluster and not long and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --timeout 600 -m "cluster and not long and not gpu" tests/cluster
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

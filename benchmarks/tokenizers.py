@@ -17,13 +17,20 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kdcache import open_cache
+from kdcache.alignment import AlignedRows, Alignment, read_student_tokenizer
+from kdcache.losses import Objective
 from kdcache.pretrained import load_tokenizer
 from kdcache.student.config import TrainConfig
+from kdcache.student.data import batches
+from kdcache.student.fused_head import compute_loss, fuse_head
+from kdcache.student.model import load_student
 from kdcache.student.train import train
 from kdcache.teacher.config import DumpConfig
 from kdcache.teacher.dump import dump
@@ -104,6 +111,42 @@ def run(way: str, seed: int, work: Path, steps: int) -> dict[str, float]:
     return figures
 
 
+def costs(work: Path) -> dict[str, float]:
+    """Processor time of reading a row, plainly and aligned, and of a training step of each loss over that of labels."""
+    cache, folder = open_cache(work / "cache"), work / "student"
+    alignment = Alignment(cache, read_student_tokenizer("student", folder))
+    rows = AlignedRows(cache, alignment)
+    numbers = list(range(min(32, len(cache))))
+    found = {
+        f"milliseconds a row, {name}": 1000 * least(lambda each=each: list(each.read_rows(numbers))) / len(numbers)
+        for name, each in {"plain": cache, "aligned": rows}.items()
+    }
+    model = load_student(str(folder / "config.json"), cache, torch.device("cpu"), 0, alignment=alignment)
+    head, (batch,) = fuse_head(model, "cpu"), batches(rows, range(4), 4)
+
+    def step(objective: Objective) -> None:
+        compute_loss(model, head, batch, objective, vocab_size=rows.row_spec.vocab_size).backward()
+        model.zero_grad()
+
+    base = 0.0
+    for way, (loss, soft_weight) in WAYS.items():
+        objective = Objective(loss=loss, soft_weight=soft_weight)
+        took = least(lambda objective=objective: step(objective))
+        base = base or took
+        found[f"step, {way}"] = took / base
+    return found
+
+
+def least(call: Callable[[], Any], times: int = 5) -> float:
+    """The least processor time of some calls, seconds."""
+    taken = []
+    for _ in range(times):
+        begun = time.process_time()
+        call()
+        taken.append(time.process_time() - begun)
+    return min(taken)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True)
@@ -134,6 +177,8 @@ def main() -> None:
         rows.append({"way": way, "seeds": len(each), "steps": args.steps, "bits_per_byte": means["bits_per_byte"],
                      "spread": spread, **{k: v for k, v in means.items() if k != "bits_per_byte"}})  # fmt: skip
         print({name: value if isinstance(value, str | int) else round(value, 4) for name, value in rows[-1].items()})
+    for name, value in costs(work).items():
+        print(f"{name}: {value:.3g}", flush=True)
     if args.csv:
         with Path(args.csv).open("w", newline="") as file:
             file.write(f"# {time.strftime('%Y-%m-%d')}, {platform.machine()}, 1 thread\n")

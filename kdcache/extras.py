@@ -7,18 +7,25 @@ Streams of an extra of N vectors, little-endian, vector after vector:
 
     float32, float16   values [N, width]
     bfloat16           [N, width] uint16: the upper half of each float32, rounded to the nearest even
-    int8               [N, width] int8, from -127 to 127; and a float32 scale a vector: its max|x| / 127
+    int8               [N, width] int8, from -127 to 127; a float32 scale a vector: max|x| / 127 over all but its m
+                       largest numbers; and these m apart, as they are: `apart` [N, m] float32 and their `channel`
+                       [N, m], rising, where `values` is 0
 
-Guarantee: `float32` loses nothing; `int8` is off by half a scale at most. NaN and infinity are refused when written,
-and whatever is read is finite. Decoding trusts nothing.
+A hidden state has a few channels that are hundreds of times as large as the others (arXiv 2402.17762). With one scale
+for all, little is left of the others, so `int8` keeps them apart: m = 8 of each vector, but at most one of 16.
+
+Guarantee: `float32` loses nothing; `error_bound` bounds what the others lose. NaN and infinity are refused when
+written, and whatever is read is finite. Decoding trusts nothing. Which numbers are kept apart does not depend on the
+machine: of equal ones the first.
 Cost: a few vectorised passes.
 
-Shapes: N vectors, W their width, L slots a row, n tokens of a row.
+Shapes: N vectors, W their width, m of them apart, L slots a row, n tokens of a row.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,6 +62,9 @@ _TYPES: dict[str, np.dtype[Any]] = {
 }
 _SINGLE = np.dtype("<f4")
 _LEVELS = 127
+_MOST_APART, _APART_SHARE = 8, 16
+_ROUNDING = 1 + 1e-6
+"""Of scales and products, which are float32."""
 _LARGEST_SCALE = np.nextafter(np.float32(np.finfo(np.float32).max / _LEVELS), np.float32(0))
 
 
@@ -65,7 +75,8 @@ class ExtraSpec:
     Attributes:
         width: W, numbers of a vector.
         dtype: of the numbers that a reader gets; `float32`.
-        precision: how they are stored: `float32`, `float16`, `bfloat16`, or `int8` with one float32 scale a vector.
+        precision: how they are stored: `float32`, `float16`, `bfloat16`, or `int8` with one float32 scale a vector
+            and its largest numbers apart.
         per: `token`: a vector for each of a row's n tokens; `position`: one for each labelled slot, in slot order.
 
     Raises:
@@ -87,15 +98,35 @@ class ExtraSpec:
         if self.per not in OWNERS:
             raise ConfigError(f"per of an extra is {self.per!r}, not one of {', '.join(OWNERS)}")
 
+    @property
+    def apart(self) -> int:
+        """How many numbers of each vector are stored apart."""
+        return min(_MOST_APART, self.width // _APART_SHARE) if self.precision == "int8" else 0
+
+    @property
+    def error_bound(self) -> float | None:
+        """The largest |x - stored x| / |x| of any vector x, in the Euclidean norm. None: it depends on its numbers.
+
+        `int8`: each of the W - m numbers that are not apart is off by M / 254 at most, where M is the largest of them;
+        and the m apart are not smaller, so |x| is at least M sqrt(m + 1). `bfloat16`: half a step of its 8 bits.
+        `float16` has none: numbers below 6e-5 lose bits.
+        """
+        if self.precision == "int8":
+            return _ROUNDING * math.sqrt(self.width - self.apart) / (2 * _LEVELS * math.sqrt(self.apart + 1))
+        return {"float32": 0.0, "bfloat16": 2.0**-8}.get(self.precision)
+
     def to_fields(self) -> dict[str, Any]:
         """The JSON object in a manifest."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "error_bound": self.error_bound}
 
     def shapes(self, vectors: int) -> Shapes:
         """Type and largest shape of each stream of so many vectors, in order; `values` is the first."""
         shapes: Shapes = {"values": (_TYPES[self.precision], (vectors, self.width))}
         if self.precision == "int8":
             shapes["scale"] = (_SINGLE, (vectors,))
+        if self.apart:
+            shapes["apart"] = (_SINGLE, (vectors, self.apart))
+            shapes["channel"] = (np.dtype("<u2" if self.width <= 1 << 16 else "<u4"), (vectors, self.apart))
         return shapes
 
     def encode(self, values: NDArray[Any] | torch.Tensor) -> Streams:
@@ -110,7 +141,7 @@ class ExtraSpec:
         if not np.isfinite(single).all():
             raise TargetError("it holds NaN or an infinite number")
         if self.precision == "int8":
-            return _encode_int8(single)
+            return self._encode_int8(single)
         stored = _to_bfloat16(single) if self.precision == "bfloat16" else _cast(single, _TYPES[self.precision])
         if not np.isfinite(self._widen(stored)).all():
             largest = np.abs(single).max()
@@ -124,8 +155,8 @@ class ExtraSpec:
             `[N, W]` finite float32.
 
         Raises:
-            CorruptCacheError: a stream of another length or type, a scale that is negative or huge, or a number that
-                is not finite.
+            CorruptCacheError: a stream of another length or type, a scale that is negative or huge, a number that is
+                not finite, or a channel outside the vector or twice.
         """
         for name, (dtype, shape) in self.shapes(vectors).items():
             found, size = streams[name], int(np.prod(shape))
@@ -138,11 +169,44 @@ class ExtraSpec:
                 raise CorruptCacheError("its scale is negative, too large or no number")
             if (stored == -128).any():
                 raise CorruptCacheError("its values go below -127")
-            return np.asarray(stored * scale[:, None], np.float32)
+            values = np.asarray(stored * scale[:, None], np.float32)
+            if self.apart:
+                self._put_back(values, streams, vectors)
+            return values
         values = self._widen(stored)
         if not np.isfinite(values).all():
             raise CorruptCacheError("its values are not all finite")
         return values
+
+    def _encode_int8(self, values: Floats) -> Streams:
+        """The streams of finite vectors."""
+        apart: Streams = {}
+        if self.apart:
+            own = _largest(np.abs(values), self.apart)
+            channels = np.nonzero(own)[1].reshape(-1, self.apart)
+            kept = np.take_along_axis(values, channels, -1)
+            channel_type = self.shapes(0)["channel"][0]
+            apart = {"apart": kept.astype(_SINGLE).reshape(-1), "channel": channels.astype(channel_type).reshape(-1)}
+            values = np.where(own, np.float32(0), values)
+        largest = np.abs(values).max(-1, initial=0).astype(np.float64)
+        scale = np.minimum((largest / _LEVELS).astype(_SINGLE), _LARGEST_SCALE)
+        steps = np.where(scale > 0, scale, 1).astype(np.float64)[:, None]
+        levels = np.rint(values / steps).clip(-_LEVELS, _LEVELS)
+        return {"values": levels.astype(np.int8).reshape(-1), "scale": scale, **apart}
+
+    def _put_back(self, values: Floats, streams: Mapping[str, NDArray[Any]], vectors: int) -> None:
+        """Write the numbers apart into their channels.
+
+        Raises:
+            CorruptCacheError: a channel outside the vector or twice, or a number that is not finite.
+        """
+        channels = streams["channel"].reshape(vectors, self.apart).astype(np.int64)
+        kept = streams["apart"].reshape(vectors, self.apart)
+        if (channels >= self.width).any() or (np.diff(channels, axis=-1) <= 0).any():
+            raise CorruptCacheError("its channels lie outside the vector or do not rise")
+        if not np.isfinite(kept).all():
+            raise CorruptCacheError("its numbers apart are not all finite")
+        np.put_along_axis(values, channels, kept, -1)
 
     def _widen(self, stored: NDArray[Any]) -> Floats:
         if self.precision == "bfloat16":
@@ -162,9 +226,12 @@ def read_specs(fields: Mapping[str, Any]) -> dict[str, ExtraSpec]:
     for name in sorted(fields):
         require_name(name)
         spec = fields[name]
-        if not isinstance(spec, dict) or set(spec) != {field.name for field in dataclasses.fields(ExtraSpec)}:
+        if not isinstance(spec, dict) or set(spec) != {*(f.name for f in dataclasses.fields(ExtraSpec)), "error_bound"}:
             raise ConfigError(f"extra {name} does not have the fields of an extra")
-        found[name] = ExtraSpec(**spec)
+        found[name] = ExtraSpec(**{field: value for field, value in spec.items() if field != "error_bound"})
+        if found[name].error_bound != spec["error_bound"]:
+            wanted = found[name].error_bound
+            raise ConfigError(f"extra {name} has an error_bound of {spec['error_bound']!r}, but should have {wanted!r}")
     return found
 
 
@@ -179,7 +246,7 @@ def require_name(name: str) -> None:
 
 
 def stream_names(name: str, spec: ExtraSpec) -> dict[str, str]:
-    """What the streams of an extra are called in a row: `extra.NAME`, and `scale.NAME` of `int8`.
+    """What the streams of an extra are called in a row: `extra.NAME`, and of `int8` also `scale.NAME` and so on.
 
     Zarr stores make folders of these names, so `:`, which some file systems refuse, is written `~`.
     """
@@ -203,9 +270,10 @@ def _to_bfloat16(values: Floats) -> NDArray[np.uint16]:
     return bits.view(np.uint16).astype("<u2")
 
 
-def _encode_int8(values: Floats) -> Streams:
-    largest = np.abs(values).max(-1, initial=0).astype(np.float64)
-    scale = np.minimum((largest / _LEVELS).astype(_SINGLE), _LARGEST_SCALE)
-    steps = np.where(scale > 0, scale, 1).astype(np.float64)[:, None]
-    levels = np.rint(values / steps).clip(-_LEVELS, _LEVELS)
-    return {"values": levels.astype(np.int8).reshape(-1), "scale": scale}
+def _largest(sizes: Floats, count: int) -> NDArray[np.bool_]:
+    """`[N, W]` the `count` largest of each vector; of equal ones the first."""
+    least = np.partition(sizes, sizes.shape[1] - count, axis=-1)[:, -count, None]
+    above, equal = sizes > least, sizes == least
+    wanted = count - above.sum(-1, keepdims=True)
+    found: NDArray[np.bool_] = above | (equal & (np.cumsum(equal, -1) <= wanted))
+    return found

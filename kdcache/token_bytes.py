@@ -56,6 +56,7 @@ class TokenBytes:
         space = tokenizer.get_vocab().get("\u0120")
         self.byte_level = space is not None and tokenizer.decode([space]) == " "
         self._letters = _byte_alphabet() if self.byte_level else {}
+        self._texts: dict[int, bytes | None] = {}
         self._lengths: NDArray[np.int32] | None = None
         self._prefixed: bool | None = None
 
@@ -79,7 +80,9 @@ class TokenBytes:
 
     def text(self, token: int) -> bytes | None:
         """The bytes of a token; None if it is special, or there is none."""
-        return None if token in self.special else self.piece(token)
+        if token not in self._texts:
+            self._texts[token] = None if token in self.special else self.piece(token)
+        return self._texts[token]
 
     @property
     def lengths(self) -> NDArray[np.int32]:

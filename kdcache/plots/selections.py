@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ from kdcache.plots.read_rows import read_packed_spread
 from kdcache.plots.squared_error import Between, KnownProbabilities, fewer_draws, redrawn_ipps
 from kdcache.rows import IGNORE, PackedRow
 from kdcache.selection import Selection, select
+from kdcache.selection.ipps import Ipps
+from kdcache.selection.sample import Sample
+from kdcache.selection.topk import TopK
+from kdcache.selection.topp import TopP
 from kdcache.store.commit import Commit
 from kdcache.store.manifest import Manifest
 from kdcache.store.open_storage import open_storage
@@ -35,7 +40,11 @@ from kdcache.targets import SparseTargets
 
 _MOST_ENTRIES = 256
 _MASSES = (0.5, 0.8, 0.9, 0.95, 0.99)
-_SAMPLED = (("ipps", "k", (4, 8, 12, 16, 32, 64)), ("sample", "draws", (8, 16, 32, 64, 128)))
+_SAMPLED: tuple[tuple[type[Selection], Callable[[int], Selection], str, tuple[int, ...]], ...] = (
+    (Ipps, lambda n: Ipps(k=n), "k", (4, 8, 12, 16, 32, 64)),
+    (Sample, lambda n: Sample(draws=n), "draws", (8, 16, 32, 64, 128)),
+)
+"""The kinds that are drawn: how one of a size is made, what that size is called, and those that are tried."""
 _EMPTY, _FULL = 0, 1
 """Shards of a trial: one without rows, whose bytes are subtracted, and one with them."""
 
@@ -118,8 +127,8 @@ def _candidates(cache: Cache) -> tuple[list[_Candidate], list[dict[str, str]]]:
     old = dataclasses.replace(cache.manifest, extras={})
     rule = old.rule
     every = rule.form.every_id
-    error = "exact" if every else "estimate" if rule.kind == "sample" else "bounds"
-    if rule.sampled and (rule.labelled or rule.kind not in ("ipps", "sample") or not _counted(rule)):
+    error = "exact" if every else "estimate" if isinstance(rule, Sample) else "bounds"
+    if rule.sampled and (rule.labelled or not isinstance(rule, Ipps | Sample) or not _counted(rule)):
         raise ConfigError(
             f"the error of kind {rule.kind}, settings {rule.to_fields()}, cannot be told from its entries"
         )
@@ -132,28 +141,28 @@ def _candidates(cache: Cache) -> tuple[list[_Candidate], list[dict[str, str]]]:
             order = id_order_of(cache, manifest) if order is None else order
             manifest = dataclasses.replace(manifest, id_order=order)
         found.append(_Candidate(new, manifest, name, error))
-    for kind, setting, sizes in _SAMPLED:
+    for kind, make, setting, sizes in _SAMPLED:
         if every:
-            found += [_drawn(old, Selection(kind, **{setting: n}), f"{setting}={n}") for n in sizes if n <= old.width]
-        elif rule.kind != kind:
-            left_out.append({"kind": kind, "why": _why_not(rule, kind)})
+            found += [_drawn(old, make(n), f"{setting}={n}") for n in sizes if n <= old.width]
+        elif not isinstance(rule, kind):
+            left_out.append({"kind": kind.kind, "why": _why_not(rule, kind)})
     if rule.sampled:
-        left_out += [{"kind": kind, "why": _why_not(rule, kind)} for kind in ("topk", "topp")]
-    elif rule.kind == "topp":
-        left_out.append({"kind": "topk", "why": "a position of this cache may hold fewer than k entries"})
+        left_out += [{"kind": kind.kind, "why": _why_not(rule, kind)} for kind in (TopK, TopP)]
+    elif isinstance(rule, TopP):
+        left_out.append({"kind": TopK.kind, "why": "a position of this cache may hold fewer than k entries"})
     return found, left_out
 
 
 def _narrower(rule: Selection, width: int) -> list[tuple[Selection, str]]:
     """The stored selection, and those that narrowing makes of it, each with what varies."""
-    every, size = rule.form.every_id, "draws" if rule.kind == "sample" else "k"
+    every, size = rule.form.every_id, "draws" if isinstance(rule, Sample) else "k"
     most = min(getattr(rule, size, width), width) if size == "k" else getattr(rule, size)
     top = min(most, _MOST_ENTRIES) if every else most
-    masses = [mass for mass in _MASSES if mass < getattr(rule, "top_p", 1)]
-    if rule.kind == "topp":
+    if isinstance(rule, TopP):
+        masses = [mass for mass in _MASSES if mass < rule.top_p]
         return [
-            *((dataclasses.replace(rule, top_p=mass), f"p={mass:g}") for mass in masses),  # type: ignore[type-var]
-            (rule, f"p={getattr(rule, 'top_p', 1):g}"),
+            *((dataclasses.replace(rule, top_p=mass), f"p={mass:g}") for mass in masses),
+            (rule, f"p={rule.top_p:g}"),
         ]
     ks = sorted({*(1 << i for i in range(1, top.bit_length())), top})
     try:
@@ -161,19 +170,22 @@ def _narrower(rule: Selection, width: int) -> list[tuple[Selection, str]]:
     except ConfigError:  # a kind of a plug-in that cannot be made fewer
         found = [(rule, "as stored")]
     if not rule.sampled and not rule.form.ragged:
-        found += [(Selection("topp", top_p=mass, k=top, force_label=rule.labelled), f"p={mass:g}") for mass in masses]
+        found += [(TopP(top_p=mass, k=top, force_label=rule.labelled), f"p={mass:g}") for mass in _MASSES]
     return [*found, (rule, rule.kind)] if every else found
 
 
 def _counted(rule: Selection) -> bool:
     """Whether the weights of draws are counts, of at least two."""
-    return rule.kind != "sample" or (getattr(rule, "proposal_power", 1.0) == 1 and getattr(rule, "draws", 0) > 1)
+    return not isinstance(rule, Sample) or (rule.proposal_power == 1 and rule.draws > 1)
 
 
-def _why_not(rule: Selection, kind: str) -> str:
+def _why_not(rule: Selection, kind: type[Selection]) -> str:
     if rule.sampled:
-        return f"{kind} cannot be made of the draws of kind {rule.kind} that this cache holds"
-    return f"it draws from ids whose probabilities this cache does not hold; `kdcache plan` measures {kind} with the teacher"
+        return f"{kind.kind} cannot be made of the draws of kind {rule.kind} that this cache holds"
+    return (
+        f"{kind.kind} draws from ids whose probabilities this cache does not hold; `kdcache plan` measures it with the "
+        "teacher"
+    )
 
 
 def _drawn(old: Manifest, rule: Selection, name: str) -> _Candidate:
@@ -223,14 +235,14 @@ def _made(
 def _error(
     rule: Selection, made: SparseTargets, stored: SparseTargets, known: KnownProbabilities | None, old: Selection
 ) -> Between:
-    settings = rule.to_fields()
     if known is not None:
-        if rule.kind == "ipps":
-            return known.ipps(settings["k"])
-        return known.sample(settings["draws"]) if rule.kind == "sample" else known.truncated(made)
-    if rule.kind == "ipps":
-        return redrawn_ipps(stored, None if rule == old else getattr(rule, "k", None))
-    return fewer_draws(stored, old.to_fields()["draws"], settings["draws"])
+        if isinstance(rule, Ipps):
+            return known.ipps(rule.k)
+        return known.sample(rule.draws) if isinstance(rule, Sample) else known.truncated(made)
+    if isinstance(rule, Ipps):
+        return redrawn_ipps(stored, None if rule == old else rule.k)
+    assert isinstance(rule, Sample) and isinstance(old, Sample)
+    return fewer_draws(stored, old.draws, rule.draws)
 
 
 def _draw_from(
@@ -286,7 +298,7 @@ def _name_points(
 ) -> None:
     """Write at each point what varies, where there is room, and put a ring around the stored one."""
     seen: set[tuple[str, str]] = set()
-    above = points[0]["kind"] != "topp"
+    above = points[0]["kind"] != TopP.kind
     for point, at, value in zip(points, x, y, strict=True):
         place = f"{at:.3g}", f"{value:.2g}"
         if place not in seen:  # selections that keep the same share a place

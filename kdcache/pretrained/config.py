@@ -75,3 +75,16 @@ def hidden_width(path: Path) -> int | None:
     config = load_config(path).get_text_config()
     width = getattr(config, "word_embed_proj_dim", None) or getattr(config, "hidden_size", None)
     return width if isinstance(width, int) else None
+
+
+def layer_widths(path: Path) -> list[int]:
+    """Width of the hidden states between a model's layers: what the first is given, then what each gives.
+
+    Empty if its configuration does not say.
+
+    Raises:
+        ModelError: transformers does not know the model.
+    """
+    config = load_config(path).get_text_config()
+    width, layers = (getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers"))
+    return [width] * (layers + 1) if isinstance(width, int) and isinstance(layers, int) else []

@@ -26,6 +26,12 @@ _SELECTION = ("k", "min_k", "top_p", "draws", "adaptive", "force_label", "sample
 """Options that are settings of a selection under the same name."""
 
 
+def _each(text: str) -> list[str]:
+    """The arrays that are asked for in one word: `hidden:6,-1` is `hidden:6` and `hidden:-1`."""
+    kind, colon, numbers = text.partition(":")
+    return [f"{kind}{colon}{number.strip()}" for number in numbers.split(",")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CorpusOptions(ReadingOptions):
     """What a corpus is, and how its documents become rows for a teacher.
@@ -147,10 +153,13 @@ class DumpConfig(EngineOptions, CorpusOptions):
     temperatures: str = option("comma-separated temperatures at which the exact tail is kept; 1 is always kept", "1")
     # extras
     extra: tuple[str, ...] = option(
-        "also keep this array, one vector per token: hidden:-1 is the input of the output head; may be repeated", ()
+        "also keep this array, one vector per token: hidden:N is the state after N layers, hidden:-1 the input of the "
+        "output head; several as hidden:6,12,-1; may be repeated",
+        (),
     )
     extra_precision: str = option(
-        "precision of the extras: float32, float16, bfloat16, or int8 with one scale per vector", "float16"
+        "precision of the extras: float32, float16, bfloat16, or int8 with a scale and the largest few of each vector",
+        "float16",
     )
     # store
     store: str = option("arrow, zarr, or the store of a plug-in", "arrow")
@@ -207,12 +216,12 @@ class DumpConfig(EngineOptions, CorpusOptions):
         for name in ("extra", "reuse"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+        object.__setattr__(self, "extra", tuple(name for text in self.extra for name in _each(text)))
         if self.extra_precision not in EXTRA_PRECISIONS:
             raise ConfigError(f"extra_precision {self.extra_precision} is not one of {', '.join(EXTRA_PRECISIONS)}")
         if self.extra and not self.tile_head:
             raise ConfigError(
-                f"extra {self.extra[0]} is what the output head is given, so it needs the head in tiles; leave out "
-                "tile_head=False"
+                f"extra {self.extra[0]} is caught where the output head runs in tiles; leave out tile_head=False"
             )
         require_engine(self.engine)
         if self.reuse and ranks_of(self.teacher_spec) > 1:

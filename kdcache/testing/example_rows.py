@@ -37,7 +37,7 @@ SELECTIONS: dict[str, dict[str, Any]] = {kind: {"kind": kind, **_SETTINGS[kind]}
 """One small selection of each kind."""
 
 EXTRAS: dict[str, dict[str, Any]] = {
-    "hidden:-1": ExtraSpec(width=5, precision="int8").to_fields(),
+    "hidden:-1": ExtraSpec(width=40, precision="int8").to_fields(),
     "surprise": ExtraSpec(width=1, precision="float16", per="position").to_fields(),
     "wide_0.5": ExtraSpec(width=2, precision="bfloat16").to_fields(),
     "exact": ExtraSpec(width=3, per="position").to_fields(),

@@ -11,7 +11,7 @@ from kdcache.store.row_format import Record
 from tests.attacks.forge import Attack, Forgery
 
 _HUGE = (1 << 63) - 1
-_EXTRA = {"width": 4, "dtype": "float32", "precision": "float16", "per": "token"}
+_EXTRA = {"width": 4, "dtype": "float32", "precision": "float16", "per": "token", "error_bound": None}
 
 
 def _set(at: int, value: int) -> Callable[[Any], Any]:

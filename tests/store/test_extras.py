@@ -141,7 +141,10 @@ def test_batches_carry_them(tmp_path: Path) -> None:
     batch = Collator([cache])(RowDataset([cache], [[3, 0, 5]]).__getitems__(range(3)))
     for name, values in batch["extras"].items():
         assert torch.equal(values.nan_to_num(9), torch.stack([cache[i].extras[name] for i in (3, 0, 5)]).nan_to_num(9))
-    other = {"hidden:-1": {**EXTRAS["hidden:-1"], "precision": "float16"}, "exact": {**EXTRAS["exact"], "width": 4}}
+    other = {
+        "hidden:-1": ExtraSpec(width=40, precision="float16").to_fields(),
+        "exact": ExtraSpec(width=4, per="position").to_fields(),
+    }
     manifest = example_manifest("zarr", extras=other)
     write_cache(LocalStorage(tmp_path / "d"), manifest, example_rows(manifest, 3))
     mixed = [cache, open_cache(tmp_path / "d")]
@@ -154,7 +157,7 @@ def test_a_summary_lists_them(tmp_path: Path) -> None:
     found = inspect_summary(str(tmp_path / "c"), 0)["extras"]
     tokens = sum(len(row.tokens) for row, _ in rows)
     assert [x["name"] for x in found] == sorted(EXTRAS)
-    assert found[1] == {"name": "hidden:-1", **EXTRAS["hidden:-1"], "bytes": tokens * (5 + 4)}
+    assert found[1] == {"name": "hidden:-1", **EXTRAS["hidden:-1"], "bytes": tokens * (40 + 4 + 2 * (4 + 2))}
 
 
 def test_an_auxiliary_term_learns_from_them(cache: Path, student_config: Path) -> None:
@@ -194,7 +197,7 @@ def test_an_auxiliary_term_learns_from_them(cache: Path, student_config: Path) -
 
 def test_specs_in_a_manifest_are_checked(tmp_path: Path) -> None:
     spec = ExtraSpec(width=5, precision="int8")
-    assert dataclasses.asdict(spec) == spec.to_fields()
-    manifest = example_manifest("arrow", extras={"h": {**spec.to_fields(), "width": 1 << 28}})
+    assert {**dataclasses.asdict(spec), "error_bound": spec.error_bound} == spec.to_fields()
+    manifest = example_manifest("arrow", extras={"h": dataclasses.replace(spec, width=1 << 28).to_fields()})
     with pytest.raises(Exception, match="above the limit"):
         manifest.require_sound()

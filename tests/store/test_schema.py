@@ -13,6 +13,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from kdcache.errors import CacheError
+from kdcache.extras import ExtraSpec
 from kdcache.known import TAIL_SUMS, Known
 from kdcache.selection import Selection
 from kdcache.selection.kind import find_kind
@@ -151,10 +152,11 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("manifest", {"extras": None}),
     ("manifest", {"extras": {"a": {"width": 4}}}),
     *(
-        ("manifest", {"extras": {name: {"width": 4, "dtype": "float32", "precision": "int8", "per": "token", **lie}}})
+        ("manifest", {"extras": {name: {**ExtraSpec(width=4).to_fields(), **lie}}})
         for name, lie in (
             ("A", {}), ("a/b", {}), ("a\n", {}), ("a" * 81, {}), ("a", {"width": 0}), ("a", {"width": True}),
             ("a", {"dtype": "int8"}), ("a", {"precision": "4"}), ("a", {"per": "row"}), ("a", {"more": 1}),
+            ("a", {"error_bound": "0"}), ("a", {"error_bound": -1}),
         )
     ),
     ("manifest", {"teacher_context": None}),

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdcache.errors import ConfigError, ModelError
 from kdcache.isolation import packed_forward
 from kdcache.pretrained import load_model
+from kdcache.pretrained.blocks import find_blocks, left_out
 from kdcache.student.from_teacher import importance
-from kdcache.student.from_teacher.blocks import find_blocks, left_out
 from kdcache.student.from_teacher.config import MakeStudentOptions
 from kdcache.student.from_teacher.cut import Kept, narrowed, require_narrowable, with_fewer_layers
 from kdcache.student.from_teacher.kept_states import KeptStates

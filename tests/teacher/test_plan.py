@@ -175,7 +175,7 @@ def test_memory_is_that_of_the_real_runs(teacher: Path, corpus: Path, student_co
         output, peak = output_and_peak(words)
         return json.loads(output), peak
 
-    planned, _ = run("plan", *asked, "--student", student_config)
+    planned = plan(plan_options(teacher, corpus, student=str(student_config), docs_per_shard=25))
     _, dumped = run("dump-teacher", *asked, "--out", tmp_path / "c")
     _, trained = run("train-student", "--cache", tmp_path / "c", "--student", student_config, "--out", tmp_path / "s",
                      "--device", "cpu", "--steps", "4")  # fmt: skip
@@ -215,7 +215,7 @@ def test_bad_options_are_named(teacher: Path, corpus: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("corpus_name", "name", "seq_len", "documents"),
-    [("wikitext2-valid.txt", "stories260K", 256, 200), ("tinystories.txt", "lab32k", 512, 30)],
+    [("wikitext2-valid.txt", "stories260K", 256, 100), ("tinystories.txt", "lab32k", 512, 30)],
 )
 def test_bytes_are_near_for_real_teachers(
     assets: Path, tmp_path: Path, corpus_name: str, name: str, seq_len: int, documents: int

@@ -325,7 +325,7 @@ def test_an_incomplete_cache_gives_what_it_has(teacher: Path, corpus: Path, cach
 
 @pytest.mark.slow
 def test_workers_side_by_side_one_of_them_killed(teacher: Path, tmp_path: Path) -> None:
-    texts = [f"{n}: {text}" for n in range(6) for text in TEXTS]
+    texts = [f"{n}: {text}" for n in range(4) for text in TEXTS]
     old = write(tmp_path / "old.jsonl", texts)
     larger = write(tmp_path / "larger.jsonl", [*texts[:300], *(f"{n}. {NEW}" for n in range(6)), *texts[300:]])
 

@@ -13,6 +13,11 @@ RANDOM = np.random.default_rng(0)
 VALUES = (RANDOM.standard_normal((7, 12)) * 10.0 ** RANDOM.integers(-3, 4, (7, 1))).astype(np.float32)
 
 
+WIDE = np.random.default_rng(1).standard_normal((40, 160)).astype(np.float32)
+WIDE[:, [3, 77]] *= 3e3  # as hidden states are: a few channels are much larger than the others
+WIDE[0], WIDE[1, 50:60], WIDE[2] = 0, 9e4, np.arange(160) % 3 - 1  # no number, more than eight that are equal, many
+
+
 def oracle(values: np.ndarray, precision: str) -> np.ndarray:
     """The nearest number that each precision can store, in float64."""
     exact = values.astype(np.float64)
@@ -39,6 +44,35 @@ def test_values_are_the_nearest_that_a_precision_can_store(precision: str) -> No
         assert (np.abs(found - VALUES) <= 0.5001 * np.abs(VALUES).max(-1, keepdims=True) / 127).all()
     again = spec.encode(found)
     assert all(np.array_equal(again[name], streams[name]) for name in streams)
+
+
+def test_int8_keeps_the_largest_numbers_of_a_vector_apart() -> None:
+    spec = ExtraSpec(width=160, precision="int8")
+    streams = spec.encode(WIDE)
+    found, exact = spec.decode(streams, 40), WIDE.astype(np.float64)
+    assert spec.apart == 8
+    order = np.argsort(-np.abs(exact), axis=-1, kind="stable")[:, :8]
+    assert np.array_equal(streams["channel"].reshape(40, 8), np.sort(order, -1))
+    rest = exact.copy()
+    np.put_along_axis(rest, order, 0.0, -1)
+    wanted = oracle(np.where(rest.any(-1, keepdims=True), rest, 1), "int8") * rest.any(-1, keepdims=True)
+    np.put_along_axis(wanted, order, np.take_along_axis(exact, order, -1), -1)
+    np.testing.assert_allclose(found, wanted, rtol=2e-7, atol=1e-30)
+    assert np.abs(np.delete(found - exact, [3, 77], -1))[3:].max() < 0.02  # with one scale: 12
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 40, 128, 1000])
+def test_the_error_of_a_vector_stays_within_its_bound(width: int) -> None:
+    random = np.random.default_rng(width)
+    flat = np.sign(random.standard_normal((300, width)))
+    rounded_most = flat * np.where(np.arange(width) % 2, 1, (random.integers(0, 127, (300, 1)) + 0.5) / 127)
+    for values in (random.standard_normal((300, width)) ** 3, flat, rounded_most):
+        for precision in ("bfloat16", "int8"):
+            spec, given = ExtraSpec(width=width, precision=precision), values.astype(np.float32)
+            off = np.linalg.norm(spec.decode(spec.encode(given), 300) - given.astype(np.float64), axis=-1)
+            assert spec.error_bound is not None
+            assert (off <= spec.error_bound * np.linalg.norm(given.astype(np.float64), axis=-1)).all()
+    assert ExtraSpec(width=width).error_bound == 0 and ExtraSpec(width=width, precision="float16").error_bound is None
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -109,6 +143,25 @@ def test_streams_that_nobody_encoded_are_refused(precision: str, stream: str, ch
 
 
 @pytest.mark.parametrize(
+    ("stream", "change"),
+    [
+        ("channel", lambda s: s[:-1]),
+        ("channel", lambda s: s.astype("<u4")),
+        ("channel", lambda s: np.where(np.arange(s.size) == 15, np.uint16(160), s)),
+        ("channel", lambda s: np.where(np.arange(s.size) == 1, s[0], s)),
+        ("channel", lambda s: s[::-1]),
+        ("apart", lambda s: s[:0]),
+        ("apart", lambda s: np.where(np.arange(s.size) == 5, np.float32(np.inf), s)),
+    ],
+)
+def test_numbers_apart_that_nobody_encoded_are_refused(stream: str, change: object) -> None:
+    spec = ExtraSpec(width=160, precision="int8")
+    streams = spec.encode(WIDE)
+    with pytest.raises(CorruptCacheError):
+        spec.decode({**streams, stream: change(streams[stream])}, 40)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"width": 0}, {"width": -1}, {"width": 1.0}, {"width": True}, {"width": 1 << 31}, {"width": 1, "dtype": "int8"},
@@ -134,5 +187,7 @@ def test_specs_of_a_manifest() -> None:
     for fields in ({"width": 4}, {**spec.to_fields(), "more": 1}, [4], "int8"):
         with pytest.raises(ConfigError, match="fields of an extra"):
             read_specs({"a": fields})
+    with pytest.raises(ConfigError, match="error_bound of 0"):
+        read_specs({"a": {**spec.to_fields(), "error_bound": 0}})
     with pytest.raises(ConfigError, match="65 extras"):
         read_specs({str(i): spec.to_fields() for i in range(65)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -155,3 +156,11 @@ assert not heavy, heavy
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_kinds_are_named_in_few_places() -> None:
+    """A kind is compared by its name in the registry, the command line and the schema; code elsewhere has its class."""
+    name = re.compile(r'"(topk|topp|sample|ipps|full)"')
+    files = [path for folder in (ROOT, ROOT.parent / "cli") for path in folder.rglob("*.py")]
+    lines = [f"{path}: {line}" for path in files for line in path.read_text().splitlines() if name.search(line)]
+    assert 5 < len(lines) <= 25, "\n".join(lines)

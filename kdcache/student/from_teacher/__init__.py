@@ -2,7 +2,6 @@
 
     config.py      options
     layers.py      which layers a rule such as `every-2` names
-    blocks.py      where a model keeps its layers; what leaving one out does
     sizes.py       sizes of a model, in its configuration
     axes.py        what the sizes of each weight stand for
     cut.py         a smaller model from the weights of a larger one, and the proofs that it is right

@@ -21,8 +21,8 @@ from torch import Tensor
 from kdcache.errors import ModelError, one_line
 from kdcache.isolation import finite_tokens, packed_forward, rounding
 from kdcache.pretrained import keep_attention_cap
+from kdcache.pretrained.blocks import Blocks, find_blocks, left_out
 from kdcache.student.from_teacher.axes import EXPERTS, HEADS, HIDDEN, INTERMEDIATE, KEY_VALUES, Axis, find_axes
-from kdcache.student.from_teacher.blocks import Blocks, find_blocks, left_out
 from kdcache.student.from_teacher.sizes import Sizes, with_layers, with_sizes
 
 _ROOM = 256

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from kdcache import stopping
 from kdcache.isolation import packed_forward
+from kdcache.pretrained.blocks import find_blocks
 from kdcache.student.from_teacher.axes import (
     EXPERTS,
     HEADS,
@@ -42,7 +43,6 @@ from kdcache.student.from_teacher.axes import (
     find_axes,
     input_axis,
 )
-from kdcache.student.from_teacher.blocks import find_blocks
 from kdcache.student.from_teacher.cut import Kept
 from kdcache.student.from_teacher.sizes import Sizes
 

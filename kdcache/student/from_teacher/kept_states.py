@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache.student.from_teacher.blocks import Blocks, given_states, left_out
+from kdcache.pretrained.blocks import Blocks, given_states, left_out
 
 
 class KeptStates:

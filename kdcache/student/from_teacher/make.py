@@ -34,6 +34,7 @@ from kdcache.pretrained import (
     model_folder,
     read_config,
 )
+from kdcache.pretrained.blocks import find_blocks
 from kdcache.pretrained.config import load_config
 from kdcache.pretrained.files import is_gguf
 from kdcache.pretrained.quantised import quantisation
@@ -41,7 +42,6 @@ from kdcache.store.atomic_files import NewFolder, storage_errors, sweep
 from kdcache.student.data import Rows, split_heldout
 from kdcache.student.evaluation import measure
 from kdcache.student.from_teacher import calibration
-from kdcache.student.from_teacher.blocks import find_blocks
 from kdcache.student.from_teacher.config import CutOptions, MakeStudentOptions
 from kdcache.student.from_teacher.cut import narrowed, require_narrowable, with_fewer_layers
 from kdcache.student.from_teacher.importance import Activity, Round, least_needed

@@ -4,6 +4,7 @@ base.py            the protocol, what an engine declares and gives, and the regi
 batch.py           packed rows as an engine is given them
 tiles.py           how many positions have their logits in memory at once
 transformers.py    a Hugging Face model in this process
+layer_states.py    hidden states between the layers of such a model
 tiled_head.py      the output head of such a model on its own, with the model's own code
 vllm.py            vLLM in a process of its own:
 vllm_worker/         what runs in that process, in vLLM's environment

@@ -54,6 +54,9 @@ if TYPE_CHECKING:
     from kdcache.targets import SparseTargets
     from kdcache.teacher.engines.batch import Batch
 
+_MOST_LISTED = 6
+"""Names of extras that a message lists."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSpec:
@@ -425,8 +428,13 @@ def require_extras(engine: type[Engine], folder: Path, names: tuple[str, ...]) -
     for name in names:
         if name not in offered:
             raise ConfigError(
-                f"extra is {name}, but the engine {engine.name} offers {', '.join(sorted(offered)) or 'no extra'}"
+                f"extra is {name}, but the engine {engine.name} offers {_listed(list(offered)) or 'no extra'}"
             )
     if len(set(names)) != len(names):
         raise ConfigError(f"extra names one array twice: {', '.join(names)}")
     return {name: offered[name] for name in names}
+
+
+def _listed(names: list[str]) -> str:
+    """Names with commas; of many the first and the last."""
+    return ", ".join(names if len(names) <= _MOST_LISTED else [*names[:3], "...", names[-1]])

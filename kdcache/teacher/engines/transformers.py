@@ -8,6 +8,7 @@ model's own. On a GPU it gives the device all of a batch's work and does not wai
 from __future__ import annotations
 
 import platform
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ import torch
 from kdcache.errors import ConfigError
 from kdcache.isolation import packed_forward, probe
 from kdcache.prepared_mask import has_prepared_masks
-from kdcache.pretrained import find_device, hidden_width, load_model
+from kdcache.pretrained import find_device, hidden_width, layer_widths, load_model
 from kdcache.rows import RowSpec
 from kdcache.teacher.engines.base import Engine, EngineOutput, HiddenStates, Logits, TargetRequest, TeacherSpec
 from kdcache.teacher.engines.batch import Batch, send
+from kdcache.teacher.engines.layer_states import LayerStates
 from kdcache.teacher.engines.tiled_head import TiledHead, require_same_logits
 from kdcache.teacher.tensor_group import join_group
 
 HIDDEN = "hidden:-1"
-"""The extra array that it offers: the hidden state of each token that the head is given."""
+"""An extra array that it offers: the hidden state of each token that the head is given."""
+
+_AFTER = "hidden:"
+"""The others begin so: the state of each token after that many layers."""
 
 
 class TransformersEngine(Engine):
@@ -64,6 +69,7 @@ class TransformersEngine(Engine):
             self.model, rows.vocab_size, rows.seq_len, self.device, isolate=rows.isolate, packed=rows.packed
         )  # fmt: skip
         self.head = TiledHead(self.model, self.device) if spec.tile_head else None
+        self._layers: LayerStates | None = None
         if self.head:
             require_same_logits(self.model, self.head, rows.vocab_size, rows.seq_len, self.device)
 
@@ -79,18 +85,27 @@ class TransformersEngine(Engine):
         every = _flat(batch, (batch.segments >= 0).nonzero(), self.device) if request.extras else None
         if self.head is None:
             if request.extras:
-                raise ConfigError(f"extra {request.extras[0]} is what the head is given, which needs tile_head")
+                raise ConfigError(f"extra {request.extras[0]} needs tile_head")
             logits = packed_forward(self.model, tokens, positions).logits.flatten(0, 1)  # [R * L, V]
             return EngineOutput(positions=Logits(logits, index.to(logits.device)))
-        hidden = self.head.hidden(tokens, positions).flatten(0, 1)  # [R * L, D]
-        extras = {} if every is None else dict.fromkeys(request.extras, hidden[every.to(hidden.device)])
+        after = {name: int(name.removeprefix(_AFTER)) for name in request.extras if name != HIDDEN}
+        if after and self._layers is None:
+            self._layers = LayerStates(self.model)
+        with ExitStack() as stack:
+            caught = stack.enter_context(self._layers.caught(after.values())) if self._layers else {}
+            hidden = self.head.hidden(tokens, positions).flatten(0, 1)  # [R * L, D]
+        extras: dict[str, torch.Tensor] = {}
+        if every is not None:
+            states = {name: hidden if name == HIDDEN else caught[after[name]].flatten(0, 1) for name in request.extras}
+            extras = {name: values[every.to(values.device)] for name, values in states.items()}
         return EngineOutput(positions=HiddenStates(hidden[index.to(hidden.device)], self.head.logits), extras=extras)
 
     @classmethod
     def extra_widths(cls, folder: Path) -> dict[str, int]:
-        """`hidden:-1`, the hidden state that the head is given."""
-        width = hidden_width(folder)
-        return {} if width is None else {HIDDEN: width}
+        """`hidden:-1`, what the head is given, and `hidden:N`, the state after N layers, for 0 to all of them."""
+        width, layers = hidden_width(folder), layer_widths(folder)
+        last = {} if width is None else {HIDDEN: width}
+        return last | {f"{_AFTER}{number}": width for number, width in enumerate(layers)}
 
     def describe(self) -> dict[str, Any]:
         """Its dtype, device, threads, ways of running head, masks and attention, machine and version of torch."""
