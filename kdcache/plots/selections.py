@@ -181,8 +181,11 @@ def _counted(rule: Selection) -> bool:
 
 def _why_not(rule: Selection, kind: type[Selection]) -> str:
     if rule.sampled:
-        return f"this cache holds a sample of the teacher's distribution, of which {kind.kind} cannot be made"
-    return f"{kind.kind} draws from ids whose probabilities this cache does not hold; `kdcache plan` runs the teacher"
+        return f"{kind.kind} cannot be made of the draws of kind {rule.kind} that this cache holds"
+    return (
+        f"{kind.kind} draws from ids whose probabilities this cache does not hold; `kdcache plan` measures it with the "
+        "teacher"
+    )
 
 
 def _drawn(old: Manifest, rule: Selection, name: str) -> _Candidate:
