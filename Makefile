@@ -8,7 +8,7 @@
 #   make test-cluster  the tests with the mark `cluster`: installs SLURM, Ray and vLLM where it can, and runs them; what
 #                   it cannot install within ten minutes is skipped, and the summary says why
 #   make docs       the documentation as a site, in build/site; a link that leads nowhere is an error
-#   make gpu        the tests with the mark `gpu` and the GPU benchmarks: 8 minutes on one card; without one it says so
+#   make gpu        the tests with the mark `gpu` and the GPU benchmarks: at most 8 minutes on one card; without one it says so
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys, ensurepip; print("$(p)") if (3, 11) <= sys.version_info < (3, 14) else None' 2>/dev/null)))
 VENV ?= .venv

@@ -40,7 +40,8 @@ from kdcache.targets import SparseTargets
 if TYPE_CHECKING:
     import zarr
 
-_MOST_TOKENIZER = 1 << 30
+MOST_TOKENIZER_BYTES = 1 << 30
+"""Of a file of the tokenizer, that is read at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +183,7 @@ class Cache:
     def _tokenizer_file(self, name: str) -> bytes:
         where = self.storage.path_of(f"{TOKENIZER}/{name}")
         try:
-            data = self.storage.read(f"{TOKENIZER}/{name}", _MOST_TOKENIZER)
+            data = self.storage.read(f"{TOKENIZER}/{name}", MOST_TOKENIZER_BYTES)
         except FileNotFoundError:
             raise CorruptCacheError(f"{where} is missing") from None
         if hashlib.sha256(data).hexdigest() != self.manifest.tokenizer_files[name]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from kdcache import stopping
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import MOST_TOKENIZER_BYTES, Cache, open_cache
 from kdcache.codec.id_ranks import FrequencyOrder
 from kdcache.errors import CorruptCacheError
 from kdcache.rows import IGNORE, PackedRow
@@ -44,8 +44,6 @@ from kdcache.store.row_format import Record
 from kdcache.store.shards import ShardWriter
 from kdcache.targets import SparseTargets
 from kdcache.worker import find_worker
-
-_MOST_TOKENIZER = 1 << 30
 
 
 def convert(
@@ -191,7 +189,7 @@ def narrowed_row(
 def _tokenizer_files(source: Cache) -> dict[str, bytes]:
     files = {}
     for name, sha256 in source.manifest.tokenizer_files.items():
-        files[name] = source.storage.read(f"{TOKENIZER}/{name}", _MOST_TOKENIZER)
+        files[name] = source.storage.read(f"{TOKENIZER}/{name}", MOST_TOKENIZER_BYTES)
         if hashlib.sha256(files[name]).hexdigest() != sha256:
             raise CorruptCacheError(f"{source.storage.path_of(f'{TOKENIZER}/{name}')} is not what the manifest names")
     return files

@@ -22,10 +22,11 @@ class Registry(Generic[T]):
 
     Args:
         what: the thing, for messages: `divergence`.
+        others: names that mean something else in the same place: they cannot be registered, and messages list them.
     """
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, what: str, others: tuple[str, ...] = ()) -> None:
+        self._what, self._others = what, others
         self._values: dict[str, T] = {}
 
     def register(self, name: str, value: T) -> None:
@@ -36,7 +37,7 @@ class Registry(Generic[T]):
         """
         if not name or not name.isascii() or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise ConfigError(f"a {self._what} cannot be registered as {name!r}: use letters, digits, - _ and .")
-        if name in self._values:
+        if name in self._values or name in self._others:
             raise ConfigError(f"a {self._what} named {name} is registered already; choose another name")
         self._values[name] = value
 
@@ -61,7 +62,9 @@ class Registry(Generic[T]):
             ConfigError: there is none; the message lists the names that there are.
         """
         if not isinstance(name, str) or name not in self:
-            raise ConfigError(f"{self._what} {str(name)[:40]} is not one of {', '.join(self._values)}")
+            raise ConfigError(
+                f"{self._what} {str(name)[:40]} is not one of {', '.join([*self._values, *self._others])}"
+            )
         return self._values[name]
 
     def names(self) -> tuple[str, ...]:

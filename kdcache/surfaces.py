@@ -1,4 +1,4 @@
-"""Surfaces: the one way up. A value that lies low in the package is shown by what lies above it.
+"""Surfaces: how a cache or a row is shown in a notebook or a plot, by code that lies above it.
 
 `Cache.plot` and `_repr_html_` of a cache, a row and a position are methods of low values, and people look for them
 there; what they call draws pictures and pages. It is loaded by name when it is first called, so that nothing below

@@ -4,6 +4,7 @@
     plain.py      float32 or float16 values
     compact.py    4 to 16 bits a value, ids by rank
     weighted.py   entries with free weights, by either of the two
+    lights.py     entries of sampled targets without a probability of their own
     id_ranks.py   ids by how often they are proposed
     id_deltas.py  sorted ranks in a byte each
     quantizer.py  values in a few bits

@@ -25,6 +25,7 @@ From documents to tokens:
 chat_template.py  messages to the text that a teacher reads
 answer_spans.py   where in that text each answer stands
 exact_tokens.py   a text and its spans, to ids and which of them are taught
+teacher_context.py  what a teacher reads where it is told more than its student
 tokenise.py       any document to tokens
 
 From tokens to shards:

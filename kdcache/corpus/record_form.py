@@ -1,4 +1,4 @@
-"""The form of a corpus: which columns its documents are made of, and how a record becomes a document.
+"""Record form: how a record becomes a document, by the form of its corpus.
 
     text        a text
     chat        messages of roles: OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's instruction and output, a

@@ -3,6 +3,7 @@
     formats.py      the table of formats, and the protocols of a reader and a writer
     export.py       a cache in another format
     import_rows.py  another tool's cache into a cache
+    pieces.py       the rows of a cache as single sequences; token_rows.py the ids of a cache that keeps none
     foreign_row.py  what every reader gives: one sequence and its entries
     records.py      JSON lines, Parquet and Arrow files of records, in parts; listed_records.py those with a list for
                     each token

@@ -3,6 +3,7 @@
     divergence_registry.py  divergences by name, and the terms of a loss
     divergences.py          those that come along
     target_losses.py        the loss of each position, by kind of target and by what is made of the tail
+    aligned_losses.py       those for a student with another tokenizer
     rollout_loss.py         that of a token which the student's earlier self drew
     pool.py                 targets of several teachers, and the weight of each
     union.py                the entries of several targets, gathered once

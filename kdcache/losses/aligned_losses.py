@@ -37,12 +37,10 @@ from torch import Tensor
 
 from kdcache.aligned_targets import AlignedTargets
 from kdcache.errors import TargetError
-from kdcache.losses.divergence_registry import Constants
+from kdcache.losses.divergence_registry import ALM, GOLD, ULD, Constants
 from kdcache.losses.fused_linear import StudentTile
 from kdcache.losses.target_losses import TargetLoss
 from kdcache.targets import SparseTargets
-
-ULD, GOLD, ALM = "uld", "gold", "alm"
 
 _CONSTANTS = {
     ULD: Constants((), lambda: True, "no constant"),

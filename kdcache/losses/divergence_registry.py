@@ -22,6 +22,9 @@ from kdcache.errors import ConfigError
 from kdcache.registry import Registry
 from kdcache.targets import SparseTargets
 
+SAMPLED_REVERSE_KL, ULD, GOLD, ALM = OTHER_LOSSES = ("sampled-reverse-kl", "uld", "gold", "alm")
+"""Losses that are no divergences: of rollouts (`rollout_loss.py`), and across tokenizers (`aligned_losses.py`)."""
+
 ABSENT = -1e4
 """Log-probability of an outcome that does not exist, on both sides: its exponential is 0 in every dtype, and sums with
 it stay finite. Outcomes that exist may have smaller ones; none is cut off."""
@@ -114,7 +117,7 @@ class _Family:
     constants: Constants
 
 
-_FAMILIES: Registry[_Family] = Registry("loss")
+_FAMILIES: Registry[_Family] = Registry("loss", OTHER_LOSSES)
 
 
 def register_divergence(

@@ -1,4 +1,4 @@
-"""The primitive: log-partition of an output head and its logits at given ids, without `[positions, vocabulary]`.
+"""Fused linear: the log-partition of an output head and its logits at given ids, without `[positions, vocabulary]`.
 
 Two autograd functions go through a source of logits tile by tile. `linear_lse_gather` serves any loss: it learns the
 loss's gradient only in the backward pass and makes each tile again. `fused_loss` knows the loss, so each tile gives its

@@ -1,4 +1,4 @@
-"""Figures: how a student does at each position, at T = 1, from the same tiles as its loss.
+"""Position metrics: how a student does at each position, at T = 1, from the same tiles as its loss.
 
     nll             of the true next token, nats
     log_partition   log sum_v e^(z_v) of the student's logits: it drifts before a training diverges

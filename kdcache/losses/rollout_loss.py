@@ -32,12 +32,10 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import ConfigError
-from kdcache.losses.divergence_registry import Constants
+from kdcache.losses.divergence_registry import SAMPLED_REVERSE_KL, Constants
 from kdcache.losses.fused_linear import StudentTile
 from kdcache.losses.target_losses import TargetLoss
 from kdcache.targets import SparseTargets
-
-SAMPLED_REVERSE_KL = "sampled-reverse-kl"
 
 _CLIP = Constants((2.0,), lambda c: c >= 1, "a clip of at least 1")
 

@@ -27,8 +27,17 @@ from torch import Tensor
 
 from kdcache.aligned_targets import AlignedTargets
 from kdcache.errors import ConfigError, TargetError
-from kdcache.losses.aligned_losses import ALM, GOLD, ULD, ChunkLoss, SortedLoss, read_aligned, weight_in_common
-from kdcache.losses.divergence_registry import Divergence, DivergenceFunction, LossTerm, find_divergence, read_terms
+from kdcache.losses.aligned_losses import ChunkLoss, SortedLoss, read_aligned, weight_in_common
+from kdcache.losses.divergence_registry import (
+    ALM,
+    GOLD,
+    ULD,
+    Divergence,
+    DivergenceFunction,
+    LossTerm,
+    find_divergence,
+    read_terms,
+)
 from kdcache.losses.fused_linear import StudentTile, View, eager, fused_loss
 from kdcache.losses.given_faults import require_sound
 from kdcache.losses.logit_sources import LinearHead, LogitSource, StoredLogits

@@ -2,6 +2,7 @@
 
 plot.py           a plot: its numbers, and how they are drawn
 open_plot.py      a plot by its name
+read_rows.py      rows of a cache, evenly spread over it
 kept_mass.py      how much of the teacher's probability the k largest entries hold
 selections.py     bytes against error, for each selection that can be made of a cache
 squared_error.py  the error of a selection, from what a cache knows of the teacher

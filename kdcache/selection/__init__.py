@@ -14,6 +14,7 @@
     uniforms.py       the random numbers: a function of (seed, shard, row, position)
     entries.py        entries of several sources joined, and which are kept
     narrow.py         fewer entries from entries
+    target_faults.py  targets of somebody else, against the selection that they claim to follow
 
 docs/selection.md says what each kind keeps, its bias and its variance, and how a new kind is written.
 """

@@ -7,6 +7,8 @@ sealed_json.py   JSON records that end with a checksum of themselves
 manifest.py      kdcache.json: what the cache is
 plan.py          plan.arrow: the documents of each shard
 commit.py        commits/00007.json: the record that makes a shard exist; target_sums.py: the sums in it
+heartbeat.py     running/00007.json: who makes a shard just now; pulse.py: keeps it fresh
+shard_record.py  what commits and heartbeats have in common
 commits.py       the commits of all shards, as columns; seal.py: seal.arrow, which holds them all
 bad_records.py   documents that could not be used: as commits list them, and the file beside the seal
 publish.py       how a cache comes into being, how a shard joins it, and what all shards hold together

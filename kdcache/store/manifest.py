@@ -84,7 +84,7 @@ class Manifest:
         isolate: whether packed pieces are kept from seeing each other.
         selection: `kind` and each of its settings, those that a pilot found included.
         known: what the targets know of the teacher; nothing else is stored.
-        positions: which labelled positions carry a target: `all`, or `entropy>X`.
+        positions: which labelled slots carry a target: `all`, or `entropy>X`.
         seed: of the draws of sampled kinds; 0 for the others.
         temperatures: T of each stored partition and tail.
         precision: how values are stored: `float32`, `float16`, or a number of bits.
@@ -138,7 +138,7 @@ class Manifest:
 
     @property
     def position_filter(self) -> PositionFilter:
-        """Which labelled positions carry a target."""
+        """Which labelled slots carry a target."""
         return PositionFilter(self.positions)
 
     @property

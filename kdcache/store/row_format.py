@@ -8,7 +8,8 @@
     prefixed    [P, 3] int64: where in them the prefix of each piece begins, its length, and how many of the piece's
                 first tokens the teacher does not read; both only in caches whose teacher has a context of its own
     ...         the streams of the codec: the targets of the slots that carry one, in slot order
-    extra.NAME  the values of each extra, in order of name; scale.NAME where its precision needs one
+    extra.NAME  the values of each extra, in order of name; behind them scale.NAME, apart.NAME and channel.NAME where
+                its precision needs them
 
 A store keeps the streams, their lengths, the number of positions, and a seal over all of it. Nothing read is
 believed before it is checked: lengths against what the manifest allows, tokens against the vocabulary, pieces

@@ -10,11 +10,15 @@
                         mixture.py         one sequence of rows out of several caches
                         permutation.py     an order of rows, of which any place can be computed by itself
                         data.py            rows of caches as batches, in the order of a run
+                        aligned.py         runs with `align`: which tokenizers, which losses
+                        rollouts.py        what a run on text of its student's earlier self needs
                         data_workers.py    processes that read batches ahead
     the student         model.py           a student from a checkpoint, a hub name or a config.json; adapters; saving
+                        own_tokenizer.py   its own tokenizer, checked against the cache's and kept
                         fused_head.py      body, output head and loss in one forward pass
                         from_teacher/      a student that is cut out of its teacher
-    training            train.py           one run, from a cache to a checkpoint
+    training            train.py           one run, from a cache to a checkpoint; the place where it resumes
+                        launch.py          the ranks that Ray Train starts for it
                         schedule.py        the objective of each step
                         trainer.py         transformers.Trainer with our loss and our order of rows
                         private_api.py     the private names of transformers and accelerate that are used

@@ -1,4 +1,4 @@
-"""Sources: the caches that a run learns from, each with its weight, checked against one another.
+"""Caches of a run: those that a run learns from, each with its weight, checked against one another.
 
 A cache is named as `PATH` or `PATH:WEIGHT`; so is each of `pool`, which adds the targets of other teachers for the same
 rows. Only a trailing `:NUMBER` is a weight, and a path or cache of that very name wins over it, so `s3://bucket/c:8`

@@ -17,7 +17,7 @@ from kdcache.stopping import GRACE
 from kdcache.teacher.engines.base import TeacherSpec, ranks_of, require_engine
 
 EXTRA_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
-"""The same as in `kdcache.extras`, which is not imported here because it loads torch."""
+"""The same as in `kdcache.extras`, which is not imported here because it loads numpy."""
 
 if TYPE_CHECKING:
     from kdcache.selection import Selection

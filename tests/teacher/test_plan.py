@@ -175,7 +175,7 @@ def test_memory_is_that_of_the_real_runs(teacher: Path, corpus: Path, student_co
         output, peak = output_and_peak(words)
         return json.loads(output), peak
 
-    planned = plan(plan_options(teacher, corpus, student=str(student_config), docs_per_shard=25))
+    planned, _ = run("plan", *asked, "--student", student_config)  # in a process of its own: what it took itself counts
     _, dumped = run("dump-teacher", *asked, "--out", tmp_path / "c")
     _, trained = run("train-student", "--cache", tmp_path / "c", "--student", student_config, "--out", tmp_path / "s",
                      "--device", "cpu", "--steps", "4")  # fmt: skip

@@ -158,6 +158,22 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
 
 
+def test_the_page_lists_the_layers_from_the_highest_down() -> None:
+    text = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    parts = text[text.index("## Parts") : text.index("## Where is")]
+    names = [name.removesuffix(".py") for name in re.findall(r"`kdcache/(\w+(?:\.py|(?=/)))", parts)]
+    assert sorted(names) == sorted(LEVEL)
+    assert [LEVEL[name] for name in names] == sorted((LEVEL[name] for name in names), reverse=True)
+
+
+@pytest.mark.parametrize("package", sorted(path.parent for path in ROOT.rglob("__init__.py")), ids=lambda p: p.name)
+def test_a_package_names_each_of_its_modules(package: Path) -> None:
+    index = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    if package != ROOT:  # whose parts are listed by docs/architecture.md
+        assert {name for name in modules if not re.search(rf"\b{name}\.py\b", index)} == set()
+
+
 def test_kinds_are_named_in_few_places() -> None:
     """A kind is compared by its name in the registry, the command line and the schema; code elsewhere has its class."""
     name = re.compile(r'"(topk|topp|sample|ipps|full)"')

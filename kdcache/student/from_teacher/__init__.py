@@ -7,6 +7,7 @@
     cut.py         a smaller model from the weights of a larger one, and the proofs that it is right
     calibration.py rows on which it is measured what matters
     importance.py  what matters: layers by the KL, the rest by activity
+    kept_states.py the same batches again and again, each time without one more layer
     kl_record.py   what was measured of layers, for a command that goes on
     make.py        all of it, into a folder
 

@@ -54,6 +54,9 @@ if TYPE_CHECKING:
     from kdcache.targets import SparseTargets
     from kdcache.teacher.engines.batch import Batch
 
+HIDDEN = "hidden:-1"
+"""The extra array that engines of hidden states offer: what the head is given, for each token."""
+
 _MOST_LISTED = 6
 """Names of extras that a message lists."""
 

@@ -19,14 +19,11 @@ from kdcache.isolation import packed_forward, probe
 from kdcache.prepared_mask import has_prepared_masks
 from kdcache.pretrained import find_device, hidden_width, layer_widths, load_model
 from kdcache.rows import RowSpec
-from kdcache.teacher.engines.base import Engine, EngineOutput, HiddenStates, Logits, TargetRequest, TeacherSpec
+from kdcache.teacher.engines.base import HIDDEN, Engine, EngineOutput, HiddenStates, Logits, TargetRequest, TeacherSpec
 from kdcache.teacher.engines.batch import Batch, send
 from kdcache.teacher.engines.layer_states import LayerStates
 from kdcache.teacher.engines.tiled_head import TiledHead, require_same_logits
 from kdcache.teacher.tensor_group import join_group
-
-HIDDEN = "hidden:-1"
-"""An extra array that it offers: the hidden state of each token that the head is given."""
 
 _AFTER = "hidden:"
 """The others begin so: the state of each token after that many layers."""

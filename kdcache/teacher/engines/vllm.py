@@ -27,6 +27,7 @@ from kdcache.pretrained import hidden_width
 from kdcache.pretrained.files import is_gguf
 from kdcache.rows import RowSpec
 from kdcache.teacher.engines.base import (
+    HIDDEN,
     Engine,
     EngineOutput,
     HiddenStates,
@@ -40,9 +41,6 @@ from kdcache.teacher.engines.start_check import require_faithful
 from kdcache.teacher.engines.target_rows import MOST_IDS, columns, unpack_targets
 from kdcache.teacher.engines.vllm_worker.settings import SETTINGS, VARIABLE
 from kdcache.teacher.engines.worker_process import WorkerProcess
-
-HIDDEN = "hidden:-1"
-"""The extra array that it offers: the hidden state of each token that the head is given."""
 
 _SITE = Path(__file__).parent / "vllm_worker" / "site"
 
