@@ -1,6 +1,7 @@
 # The two commands of the README are `make demo` and `make test`; each makes .venv when there is none.
 #
-#   make test       linters, types and the tests that a contributor runs: 10 minutes on 2 cores, installation included
+#   make test       linters, types and the tests that a contributor runs: 10 to 13 minutes on 2 cores, installation
+#                   included
 #   make test-slow  the tests that `make test` leaves out (the mark `slow`): kills, buckets, the demo, ranks, the
 #                   explorer in Chromium, which it installs where it can
 #   make test-all   `make test-slow`, and after it `make test-cluster`
